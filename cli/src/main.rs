@@ -1,0 +1,2 @@
+//! The tilec command.
+fn main() {}

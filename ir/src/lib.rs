@@ -1,0 +1,5 @@
+//! The nouns of tilec: what a model is, at every level from `model.yaml` to the plan.
+//! Nothing here knows CUDA, LLVM or files of weights.
+
+pub mod abi;
+pub mod format;
