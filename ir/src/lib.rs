@@ -3,4 +3,6 @@
 
 pub mod abi;
 pub mod format;
+pub mod fused;
 pub mod graph;
+pub mod pack;

@@ -1,0 +1,324 @@
+//! The fused graph: operators grouped around anchors, in the order that they run.
+//!
+//! An anchor is what a stage is built around: a table lookup, work on rows, a GEMM on streamed
+//! weights, attention. Its result goes through a chain of pieces (bias, norm, rope, gate, residual,
+//! quantize) into a sink (a stored value, the KV cache, the logits). A GEMM may have several parts,
+//! each with a chain of its own: q, k and v read the same row and are one stream of weights.
+
+use crate::graph::{ActivationFn, Cache, RopeSpec, Type, Weight};
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Identifies a value that passes between fused operators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ValueId(pub u32);
+
+/// A value that passes between fused operators.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Value {
+    /// Name, as in the graph.
+    pub name: String,
+    /// Type, as in the graph.
+    pub ty: Type,
+}
+
+/// What a fused operator is built around.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Anchor {
+    /// Rows of a table by token id.
+    Embed {
+        /// `[vocab, hidden]`.
+        weight: String,
+    },
+    /// The input as it is; the pieces do the work.
+    Rows,
+    /// The input times the transposed weights of each part.
+    Gemm,
+    /// Attention of the input (queries) over a cache.
+    Attention {
+        /// Cache number.
+        cache: usize,
+        /// Query heads.
+        heads: usize,
+        /// Factor on the scores.
+        scale: f32,
+        /// Positions that a row sees, itself included.
+        window: Option<usize>,
+    },
+}
+
+impl Anchor {
+    /// Name in the text form.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Anchor::Embed { .. } => "embed",
+            Anchor::Rows => "rows",
+            Anchor::Gemm => "gemm",
+            Anchor::Attention { .. } => "attention",
+        }
+    }
+}
+
+/// A step in the chain behind an anchor.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Piece {
+    /// Takes the rows whose logits are wanted. Only first, behind [`Anchor::Rows`].
+    SelectRows,
+    /// Adds a vector to operand `operand` of the part (1 for the second weight of a pair).
+    Bias {
+        /// `[cols]`.
+        weight: String,
+        /// Which weight's columns.
+        operand: usize,
+    },
+    /// RMS norm over groups of `group` columns.
+    RmsNorm {
+        /// `[group]`.
+        weight: String,
+        /// Columns of a group.
+        group: usize,
+        /// Added to the mean of squares.
+        eps: f32,
+    },
+    /// Rotary embedding of heads.
+    Rope {
+        /// Name in the table of ropes.
+        rope: String,
+        /// Columns of a head.
+        head_dim: usize,
+    },
+    /// `activation(operand 0) * operand 1` of a part with two weights.
+    Gated(ActivationFn),
+    /// Adds a value.
+    Residual(ValueId),
+    /// Quantizes to signed bytes in blocks of 32 columns.
+    Quantize,
+    /// Sink: writes a value.
+    Store(ValueId),
+    /// Sink: writes the keys of a cache.
+    WriteKeys(usize),
+    /// Sink: writes the values of a cache.
+    WriteValues(usize),
+    /// Sink: writes the logits.
+    Logits(ValueId),
+}
+
+/// A slice of an anchor's columns with its own chain.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// Weights of a GEMM part: one, or two for a gated pair. Empty for other anchors.
+    pub weights: Vec<String>,
+    /// Columns that each weight makes.
+    pub cols: usize,
+    /// The chain; the last piece is a sink.
+    pub pieces: Vec<Piece>,
+}
+
+impl Part {
+    /// The value that the sink stores, if it stores one.
+    pub fn stored(&self) -> Option<ValueId> {
+        match self.pieces.last() {
+            Some(Piece::Store(value) | Piece::Logits(value)) => Some(*value),
+            _ => None,
+        }
+    }
+}
+
+/// A fused operator.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FusedOp {
+    /// Unique name.
+    pub name: String,
+    /// Decoder layer.
+    pub layer: Option<usize>,
+    /// What it is built around.
+    pub anchor: Anchor,
+    /// Values that the anchor reads.
+    pub inputs: Vec<ValueId>,
+    /// Caches that must have been written by an operator before it.
+    pub after_cache: Vec<usize>,
+    /// Slices of its columns.
+    pub parts: Vec<Part>,
+}
+
+impl FusedOp {
+    /// Every value that it reads, those of the pieces included.
+    pub fn reads(&self) -> Vec<ValueId> {
+        let pieces = self.parts.iter().flat_map(|part| &part.pieces).filter_map(|piece| match piece {
+            Piece::Residual(value) => Some(*value),
+            _ => None,
+        });
+        self.inputs.iter().copied().chain(pieces).collect()
+    }
+
+    /// Every value that it writes.
+    pub fn writes(&self) -> Vec<ValueId> {
+        self.parts.iter().filter_map(Part::stored).collect()
+    }
+
+    /// Every cache that it writes.
+    pub fn written_caches(&self) -> Vec<usize> {
+        let mut caches: Vec<usize> = self
+            .parts
+            .iter()
+            .filter_map(|part| match part.pieces.last() {
+                Some(Piece::WriteKeys(cache) | Piece::WriteValues(cache)) => Some(*cache),
+                _ => None,
+            })
+            .collect();
+        caches.dedup();
+        caches
+    }
+}
+
+/// A model's decoding step as fused operators, in an order in which operands come first.
+#[derive(Clone, Debug, Default)]
+pub struct Fused {
+    /// Name of the model.
+    pub name: String,
+    /// Weights by checkpoint name.
+    pub weights: BTreeMap<String, Weight>,
+    /// Rotary embeddings by name.
+    pub ropes: BTreeMap<String, RopeSpec>,
+    /// Caches by number.
+    pub caches: Vec<Cache>,
+    /// Values.
+    pub values: Vec<Value>,
+    /// Operators in order.
+    pub ops: Vec<FusedOp>,
+    /// The rules that made it, with how often each was applied.
+    pub applied: Vec<(&'static str, usize)>,
+}
+
+impl Fused {
+    /// A value.
+    pub fn value(&self, id: ValueId) -> &Value {
+        &self.values[id.0 as usize]
+    }
+
+    /// The operator and part that store a value.
+    pub fn producer(&self, value: ValueId) -> Option<(usize, usize)> {
+        self.ops.iter().enumerate().find_map(|(index, op)| {
+            op.parts.iter().position(|part| part.stored() == Some(value)).map(|part| (index, part))
+        })
+    }
+
+    /// How many operators read a value, each counted as often as it reads.
+    pub fn uses(&self, value: ValueId) -> usize {
+        self.ops.iter().map(|op| op.reads().iter().filter(|v| **v == value).count()).sum()
+    }
+
+    /// Checks that values and caches are written once and before they are read, and that every
+    /// chain ends in its only sink.
+    ///
+    /// # Errors
+    /// In words, naming the operator.
+    pub fn verify(&self) -> Result<(), String> {
+        let mut written = vec![false; self.values.len()];
+        let mut caches = vec![false; self.caches.len()];
+        for op in &self.ops {
+            for value in op.reads() {
+                if !written[value.0 as usize] {
+                    return Err(format!(
+                        "{}: reads %{} before it is written",
+                        op.name,
+                        self.value(value).name
+                    ));
+                }
+            }
+            for cache in &op.after_cache {
+                if !caches[*cache] {
+                    return Err(format!("{}: reads cache {cache} before it is written", op.name));
+                }
+            }
+            for part in &op.parts {
+                let sinks = part.pieces.iter().filter(|piece| piece.is_sink()).count();
+                if sinks != 1 || !part.pieces.last().is_some_and(Piece::is_sink) {
+                    return Err(format!("{}: a chain needs one sink, at its end", op.name));
+                }
+                if (op.anchor == Anchor::Gemm) == part.weights.is_empty() {
+                    return Err(format!("{}: the parts of a gemm, and no others, have weights", op.name));
+                }
+            }
+            for value in op.writes() {
+                if std::mem::replace(&mut written[value.0 as usize], true) {
+                    return Err(format!("{}: writes %{} again", op.name, self.value(value).name));
+                }
+            }
+            for cache in op.written_caches() {
+                caches[cache] = true;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Piece {
+    /// Whether the chain ends here.
+    pub fn is_sink(&self) -> bool {
+        matches!(self, Piece::Store(_) | Piece::WriteKeys(_) | Piece::WriteValues(_) | Piece::Logits(_))
+    }
+}
+
+impl fmt::Display for Fused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "fused {:?} {{", self.name)?;
+        for (rule, count) in &self.applied {
+            writeln!(f, "  # {rule}: {count}x")?;
+        }
+        let mut layer = None;
+        for op in &self.ops {
+            if op.layer != layer {
+                layer = op.layer;
+                match layer {
+                    Some(number) => writeln!(f, "\n  # layer {number}")?,
+                    None => writeln!(f)?,
+                }
+            }
+            let inputs: Vec<String> =
+                op.inputs.iter().map(|value| format!("%{}", self.value(*value).name)).collect();
+            write!(f, "  {} = {}({})", op.name, op.anchor.name(), inputs.join(", "))?;
+            match &op.anchor {
+                Anchor::Embed { weight } => write!(f, " weight={weight:?}")?,
+                Anchor::Attention { cache, heads, scale, window } => {
+                    write!(f, " cache={cache} heads={heads} scale={scale}")?;
+                    if let Some(window) = window {
+                        write!(f, " window={window}")?;
+                    }
+                }
+                Anchor::Rows | Anchor::Gemm => {}
+            }
+            writeln!(f)?;
+            for part in &op.parts {
+                write!(f, "    ")?;
+                if !part.weights.is_empty() {
+                    let format = self.weights[&part.weights[0]].format;
+                    write!(f, "[{} {format} x {}] ", part.weights.join(" | "), part.cols)?;
+                }
+                let chain: Vec<String> = part.pieces.iter().map(|piece| self.piece_text(piece)).collect();
+                writeln!(f, "-> {}", chain.join(" -> "))?;
+            }
+        }
+        writeln!(f, "}}")
+    }
+}
+
+impl Fused {
+    fn piece_text(&self, piece: &Piece) -> String {
+        let value = |id: &ValueId| format!("%{}: {}", self.value(*id).name, self.value(*id).ty);
+        match piece {
+            Piece::SelectRows => "select_rows".into(),
+            Piece::Bias { weight, operand: 0 } => format!("bias {weight:?}"),
+            Piece::Bias { weight, operand } => format!("bias {weight:?} on operand {operand}"),
+            Piece::RmsNorm { weight, group, eps } => format!("rms_norm {weight:?} group={group} eps={eps:e}"),
+            Piece::Rope { rope, head_dim } => format!("rope {rope:?} head_dim={head_dim}"),
+            Piece::Gated(ActivationFn::Silu) => "silu_gate".into(),
+            Piece::Residual(id) => format!("add %{}", self.value(*id).name),
+            Piece::Quantize => "quantize".into(),
+            Piece::Store(id) => format!("store {}", value(id)),
+            Piece::WriteKeys(cache) => format!("write keys of cache {cache}"),
+            Piece::WriteValues(cache) => format!("write values of cache {cache}"),
+            Piece::Logits(id) => format!("logits {}", value(id)),
+        }
+    }
+}
