@@ -6,3 +6,5 @@ pub mod format;
 pub mod fused;
 pub mod graph;
 pub mod pack;
+pub mod schedule;
+pub mod stages;

@@ -1,0 +1,510 @@
+//! The stages: fused operators cut into tiles, with buffers, packed weights and the hand-offs
+//! between them.
+//!
+//! A step runs a fixed sequence of stages: those before the layers, then each layer's body, then
+//! those after. Layers of the same structure share a body and differ in a table of offsets (a loop,
+//! not unrolled text). Stages are numbered through the whole unrolled sequence; a wait names a stage
+//! by its distance back in that sequence, which is the same in every layer.
+
+use crate::abi::{KvLayout, QuantRows};
+use crate::format::{PANEL, PanelLayout};
+use crate::graph::{ActivationFn, Elem, RopeSpec};
+use crate::pack::Packing;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Identifies an activation buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct BufferId(pub u32);
+
+/// An activation buffer in the arena.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Buffer {
+    /// Name, for people.
+    pub name: String,
+    /// `f32 [rows][cols]` if false, [`QuantRows`] if true.
+    pub quantized: bool,
+    /// Columns.
+    pub cols: usize,
+    /// Rows that it is sized for.
+    pub rows: usize,
+    /// Where it starts in the arena, in bytes.
+    pub offset: usize,
+}
+
+impl Buffer {
+    /// Bytes of the buffer.
+    pub fn bytes(&self) -> usize {
+        if self.quantized {
+            self.quant_rows().bytes()
+        } else {
+            (self.rows * self.cols * 4).next_multiple_of(64)
+        }
+    }
+
+    /// Layout of a quantized buffer.
+    pub fn quant_rows(&self) -> QuantRows {
+        QuantRows { k: self.cols, max_rows: self.rows }
+    }
+
+    /// Element type.
+    pub fn elem(&self) -> Elem {
+        if self.quantized { Elem::Q8 } else { Elem::F32 }
+    }
+}
+
+/// Where a packed weight is found: at a fixed offset, or in the layer's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Slot {
+    /// Byte offset in the packed weights.
+    Fixed(u64),
+    /// Entry of [`Layer::offsets`].
+    Layer(usize),
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Slot::Fixed(offset) => write!(f, "@{offset:#x}"),
+            Slot::Layer(number) => write!(f, "@layer[{number}]"),
+        }
+    }
+}
+
+/// What a stage is built around.
+#[derive(Clone, Debug, PartialEq)]
+pub enum StageAnchor {
+    /// Rows of a packed table by token id.
+    Embed {
+        /// The table's panels.
+        table: Slot,
+        /// Layout of a panel.
+        layout: PanelLayout,
+        /// Rows of the table.
+        vocab: usize,
+    },
+    /// Rows of a buffer.
+    Rows {
+        /// The buffer, f32.
+        input: BufferId,
+        /// Only the rows whose logits are wanted.
+        select: bool,
+    },
+    /// A buffer times the weights of each part.
+    Gemm {
+        /// The activations, f32 or quantized.
+        input: BufferId,
+    },
+    /// Attention over the layer's cache.
+    Attention {
+        /// The queries, f32.
+        input: BufferId,
+        /// Query heads.
+        heads: usize,
+        /// Factor on the scores.
+        scale: f32,
+        /// Positions that a row sees, itself included.
+        window: Option<usize>,
+    },
+}
+
+/// Streamed weights of a part.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PartWeights {
+    /// The panels.
+    pub slot: Slot,
+    /// Layout of a panel.
+    pub layout: PanelLayout,
+    /// Matrices side by side in a tile: 1, or 2 for a gated pair.
+    pub operands: usize,
+}
+
+/// A step in the chain behind an anchor; see [`crate::fused::Piece`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum StagePiece {
+    /// Adds a vector to an operand's columns.
+    Bias {
+        /// f32 vector.
+        slot: Slot,
+        /// Which operand.
+        operand: usize,
+    },
+    /// RMS norm over groups of columns.
+    RmsNorm {
+        /// f32 vector of a group's length.
+        slot: Slot,
+        /// Columns of a group.
+        group: usize,
+        /// Added to the mean of squares.
+        eps: f32,
+    },
+    /// Rotary embedding of heads, by the row's position.
+    Rope {
+        /// Table of cos and sin.
+        table: Slot,
+        /// Positions of the table.
+        positions: usize,
+        /// Columns of a head.
+        head_dim: usize,
+        /// Leading columns of a head that are rotated.
+        dims: usize,
+    },
+    /// `activation(operand 0) * operand 1`.
+    Gated(ActivationFn),
+    /// Adds the same tile of a buffer.
+    Residual(BufferId),
+    /// Sink: stores f32, or quantizes and stores bytes, by the buffer's type.
+    Store(BufferId),
+    /// Sink: the cache's keys.
+    WriteKeys,
+    /// Sink: the cache's values.
+    WriteValues,
+}
+
+/// A slice of a stage's columns with its chain.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StagePart {
+    /// Weights, for a GEMM.
+    pub weights: Option<PartWeights>,
+    /// Columns (of each operand).
+    pub cols: usize,
+    /// Columns of a tile; the last tile may have fewer. Equal to `cols` unless the anchor is a GEMM.
+    pub tile_cols: usize,
+    /// The chain.
+    pub pieces: Vec<StagePiece>,
+}
+
+impl StagePart {
+    /// Tiles that the columns are cut into.
+    pub fn tiles(&self) -> usize {
+        self.cols.div_ceil(self.tile_cols)
+    }
+
+    /// Panels of each operand in a whole tile.
+    pub fn tile_panels(&self) -> usize {
+        self.tile_cols.div_ceil(PANEL)
+    }
+
+    /// Weight bytes that tiles `from..to` stream.
+    pub fn tile_bytes(&self, from: usize, to: usize) -> u64 {
+        let Some(weights) = self.weights else { return 0 };
+        let panels = |tile: usize| {
+            let cols = self.cols.saturating_sub(tile * self.tile_cols).min(self.tile_cols);
+            cols.div_ceil(PANEL) * weights.operands
+        };
+        (from..to).map(|tile| (panels(tile) * weights.layout.bytes()) as u64).sum()
+    }
+}
+
+/// How a stage's work is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Items {
+    /// Tiles of columns, known when compiled; each covers all rows of the step.
+    Tiles,
+    /// One item a row.
+    Rows,
+    /// One item a row whose logits are wanted.
+    LogitRows,
+    /// One item a (KV head, row).
+    HeadRows {
+        /// KV heads.
+        kv_heads: usize,
+    },
+}
+
+/// A wait for an earlier stage to be whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StageWait {
+    /// How many stages back in the unrolled sequence; at least 1.
+    pub back: usize,
+}
+
+/// One stage.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stage {
+    /// Name without the layer.
+    pub name: String,
+    /// What it is built around.
+    pub anchor: StageAnchor,
+    /// Slices of its columns.
+    pub parts: Vec<StagePart>,
+    /// What must be whole before its first tile.
+    pub waits: Vec<StageWait>,
+}
+
+/// One access of a stage to memory that stages share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Place {
+    /// A buffer.
+    Buffer(BufferId),
+    /// The KV cache of the layer.
+    Cache,
+}
+
+/// How much of a place one tile or item touches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Extent {
+    /// All of it.
+    Whole,
+    /// Only what belongs to the tile or item: other tiles of the same stage touch other parts.
+    Own,
+}
+
+impl Stage {
+    /// How its work is divided.
+    pub fn items(&self, kv: &KvLayout) -> Items {
+        match self.anchor {
+            StageAnchor::Embed { .. } => Items::Rows,
+            StageAnchor::Rows { select: false, .. } => Items::Rows,
+            StageAnchor::Rows { select: true, .. } => Items::LogitRows,
+            StageAnchor::Gemm { .. } => Items::Tiles,
+            StageAnchor::Attention { .. } => Items::HeadRows { kv_heads: kv.kv_heads },
+        }
+    }
+
+    /// What its tiles read.
+    pub fn reads(&self) -> Vec<(Place, Extent)> {
+        let mut reads = match self.anchor {
+            StageAnchor::Embed { .. } => Vec::new(),
+            StageAnchor::Rows { input, .. } => vec![(Place::Buffer(input), Extent::Whole)],
+            StageAnchor::Gemm { input } => vec![(Place::Buffer(input), Extent::Whole)],
+            StageAnchor::Attention { input, .. } => {
+                vec![(Place::Buffer(input), Extent::Whole), (Place::Cache, Extent::Whole)]
+            }
+        };
+        for piece in self.parts.iter().flat_map(|part| &part.pieces) {
+            if let StagePiece::Residual(buffer) = piece {
+                reads.push((Place::Buffer(*buffer), Extent::Own));
+            }
+        }
+        reads
+    }
+
+    /// What its tiles write.
+    pub fn writes(&self) -> Vec<(Place, Extent)> {
+        let mut writes = Vec::new();
+        for piece in self.parts.iter().flat_map(|part| &part.pieces) {
+            let place = match piece {
+                StagePiece::Store(buffer) => Place::Buffer(*buffer),
+                StagePiece::WriteKeys | StagePiece::WriteValues => Place::Cache,
+                _ => continue,
+            };
+            if !writes.contains(&(place, Extent::Own)) {
+                writes.push((place, Extent::Own));
+            }
+        }
+        writes
+    }
+
+    /// Weight bytes that the whole stage streams.
+    pub fn weight_bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.tile_bytes(0, part.tiles())).sum()
+    }
+}
+
+/// The stages of one kind of layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Body {
+    /// Stages in order.
+    pub stages: Vec<Stage>,
+}
+
+/// One layer: which body, with which weights.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// Number of the body.
+    pub body: usize,
+    /// Byte offsets of its packed weights, by [`Slot::Layer`] number.
+    pub offsets: Vec<u64>,
+    /// Layer of the KV cache.
+    pub cache: usize,
+}
+
+/// A whole step as stages.
+#[derive(Clone, Debug)]
+pub struct StageProgram {
+    /// Name of the model.
+    pub name: String,
+    /// Rows that a step may have.
+    pub max_rows: usize,
+    /// Vocabulary: columns of the logits.
+    pub vocab: usize,
+    /// The arena's buffers.
+    pub buffers: Vec<Buffer>,
+    /// Where the logits are.
+    pub logits: BufferId,
+    /// Layout of the KV cache.
+    pub kv: KvLayout,
+    /// Recipe of the packed weights.
+    pub packing: Packing,
+    /// Rotary embeddings, for people.
+    pub ropes: Vec<(String, RopeSpec)>,
+    /// Stages before the layers.
+    pub before: Vec<Stage>,
+    /// Kinds of layers.
+    pub bodies: Vec<Body>,
+    /// The layers in order.
+    pub layers: Vec<Layer>,
+    /// Stages after the layers.
+    pub after: Vec<Stage>,
+}
+
+/// A stage in the unrolled sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct StageAt<'p> {
+    /// Number in the sequence.
+    pub number: usize,
+    /// The stage.
+    pub stage: &'p Stage,
+    /// Layer that it belongs to.
+    pub layer: Option<usize>,
+}
+
+impl StageAt<'_> {
+    /// Name with the layer: `l3.qkv`.
+    pub fn name(&self) -> String {
+        match self.layer {
+            Some(layer) => format!("l{layer}.{}", self.stage.name),
+            None => self.stage.name.clone(),
+        }
+    }
+}
+
+impl StageProgram {
+    /// A buffer.
+    pub fn buffer(&self, id: BufferId) -> &Buffer {
+        &self.buffers[id.0 as usize]
+    }
+
+    /// Bytes of the arena.
+    pub fn arena_bytes(&self) -> usize {
+        self.buffers.iter().map(|buffer| buffer.offset + buffer.bytes()).max().unwrap_or(0)
+    }
+
+    /// The unrolled sequence.
+    pub fn sequence(&self) -> Vec<StageAt<'_>> {
+        let before = self.before.iter().map(|stage| (None, stage));
+        let layers = self.layers.iter().enumerate().flat_map(|(number, layer)| {
+            self.bodies[layer.body].stages.iter().map(move |stage| (Some(number), stage))
+        });
+        let after = self.after.iter().map(|stage| (None, stage));
+        before
+            .chain(layers)
+            .chain(after)
+            .enumerate()
+            .map(|(number, (layer, stage))| StageAt { number, stage, layer })
+            .collect()
+    }
+}
+
+impl fmt::Display for StageProgram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "stages {:?} max_rows={} {{", self.name, self.max_rows)?;
+        let kv = &self.kv;
+        writeln!(
+            f,
+            "  kv {} layers={} kv_heads={} qk_dim={} v_dim={} page_tokens={}",
+            kv.kv_type.name(),
+            kv.layers,
+            kv.kv_heads,
+            kv.qk_dim,
+            kv.v_dim,
+            kv.page_tokens
+        )?;
+        for buffer in &self.buffers {
+            writeln!(
+                f,
+                "  buffer {:<8} {}[{}, {}] at {:#x}",
+                buffer.name,
+                buffer.elem().name(),
+                buffer.rows,
+                buffer.cols,
+                buffer.offset
+            )?;
+        }
+        writeln!(f, "  packed {} bytes in {} items", self.packing.bytes, self.packing.items.len())?;
+        self.list(f, "before the layers", &self.before)?;
+        for (number, body) in self.bodies.iter().enumerate() {
+            let layers: Vec<usize> =
+                (0..self.layers.len()).filter(|layer| self.layers[*layer].body == number).collect();
+            self.list(f, &format!("layers {}", ranges(&layers)), &body.stages)?;
+        }
+        self.list(f, "after the layers", &self.after)?;
+        writeln!(f, "}}")
+    }
+}
+
+/// `0..=3, 5` for the numbers 0, 1, 2, 3 and 5.
+fn ranges(numbers: &[usize]) -> String {
+    let mut parts: Vec<(usize, usize)> = Vec::new();
+    for &number in numbers {
+        match parts.last_mut() {
+            Some((_, end)) if *end + 1 == number => *end = number,
+            _ => parts.push((number, number)),
+        }
+    }
+    let text = |(a, b): &(usize, usize)| if a == b { a.to_string() } else { format!("{a}..={b}") };
+    parts.iter().map(text).collect::<Vec<_>>().join(", ")
+}
+
+impl StageProgram {
+    fn list(&self, f: &mut fmt::Formatter<'_>, title: &str, stages: &[Stage]) -> fmt::Result {
+        writeln!(f, "\n  # {title}")?;
+        for stage in stages {
+            let buffer = |id: &BufferId| self.buffer(*id).name.clone();
+            let anchor = match &stage.anchor {
+                StageAnchor::Embed { table, layout, vocab } => {
+                    format!("embed {} {}x{} {table}", layout.format, vocab, layout.k)
+                }
+                StageAnchor::Rows { input, select: false } => format!("rows of {}", buffer(input)),
+                StageAnchor::Rows { input, select: true } => format!("selected rows of {}", buffer(input)),
+                StageAnchor::Gemm { input } => format!("gemm on {}", buffer(input)),
+                StageAnchor::Attention { input, heads, scale, window } => {
+                    let window = window.map_or(String::new(), |window| format!(" window={window}"));
+                    format!("attention of {} heads={heads} scale={scale}{window}", buffer(input))
+                }
+            };
+            let waits: Vec<String> = stage.waits.iter().map(|wait| format!("-{}", wait.back)).collect();
+            writeln!(f, "  stage {}: {anchor}; waits [{}]", stage.name, waits.join(", "))?;
+            for part in &stage.parts {
+                write!(f, "    ")?;
+                if let Some(weights) = &part.weights {
+                    let pair = if weights.operands == 2 { " pair" } else { "" };
+                    write!(
+                        f,
+                        "{} {}x{}{pair} {} in {} tiles of {}, {} B ",
+                        weights.layout.format,
+                        part.cols,
+                        weights.layout.k,
+                        weights.slot,
+                        part.tiles(),
+                        part.tile_cols,
+                        part.tile_bytes(0, part.tiles())
+                    )?;
+                }
+                let pieces: Vec<String> = part
+                    .pieces
+                    .iter()
+                    .map(|piece| match piece {
+                        StagePiece::Bias { slot, operand: 0 } => format!("bias {slot}"),
+                        StagePiece::Bias { slot, operand } => format!("bias {slot} on operand {operand}"),
+                        StagePiece::RmsNorm { slot, group, eps } => {
+                            format!("rms_norm {slot} group={group} eps={eps:e}")
+                        }
+                        StagePiece::Rope { table, head_dim, dims, .. } => {
+                            format!("rope {table} head_dim={head_dim} dims={dims}")
+                        }
+                        StagePiece::Gated(ActivationFn::Silu) => "silu_gate".into(),
+                        StagePiece::Residual(id) => format!("add {}", buffer(id)),
+                        StagePiece::Store(id) => format!("store {}", buffer(id)),
+                        StagePiece::WriteKeys => "write keys".into(),
+                        StagePiece::WriteValues => "write values".into(),
+                    })
+                    .collect();
+                writeln!(f, "-> {}", pieces.join(" -> "))?;
+            }
+        }
+        Ok(())
+    }
+}
