@@ -2,9 +2,14 @@
 //! Nothing here knows CUDA, LLVM or files of weights.
 
 pub mod abi;
+pub mod convert;
+pub mod cost;
 pub mod format;
 pub mod fused;
 pub mod graph;
 pub mod pack;
+pub mod plan;
 pub mod schedule;
+pub mod spec;
 pub mod stages;
+pub mod tensor;

@@ -1,0 +1,253 @@
+//! The plan: a folder that says everything that running a model needs, except the weights.
+//!
+//! `plan.json` is this structure; beside it lie the text of each level, for people, and the native
+//! code. Loading a plan needs neither a compiler nor LLVM. The same input makes the same bytes.
+
+use crate::abi::{ABI_VERSION, KvLayout};
+use crate::cost::StageCost;
+use crate::pack::Packing;
+use crate::stages::Buffer;
+use crate::tensor::TensorInfo;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Name of the manifest in the plan's folder.
+pub const MANIFEST: &str = "plan.json";
+
+/// Raised whenever the manifest changes in a way that older readers would misread.
+pub const PLAN_VERSION: u32 = 1;
+
+/// Where the weights come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightsFrom {
+    /// A Hugging Face folder or a GGUF file.
+    Checkpoint {
+        /// Absolute path.
+        path: PathBuf,
+    },
+    /// Made up from a seed, in the exact shapes.
+    Synthetic {
+        /// Seed.
+        seed: u64,
+        /// The model's config.json.
+        config: serde_json::Value,
+        /// Shapes and formats by tensor name.
+        tensors: BTreeMap<String, TensorInfo>,
+        /// Folder or file with a tokenizer, if text is wanted.
+        tokenizer: Option<PathBuf>,
+    },
+}
+
+/// The machine that the native code is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanTarget {
+    /// `cpu`.
+    pub device: String,
+    /// Architecture of the object file, as Rust names it (`x86_64`).
+    pub arch: String,
+    /// LLVM's name of the processor.
+    pub cpu: String,
+    /// LLVM features that the code needs, each with a `+`, as the processor must report them.
+    pub features: Vec<String>,
+    /// Workers: threads here.
+    pub workers: usize,
+}
+
+/// What a plan was compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanLimits {
+    /// Rows in a step.
+    pub max_rows: usize,
+    /// Sequences that have a KV cache at the same time.
+    pub sequences: usize,
+    /// Positions of each.
+    pub context: usize,
+}
+
+impl PlanLimits {
+    /// Page-table entries of a sequence.
+    pub fn pages_per_sequence(&self, kv: &KvLayout) -> usize {
+        self.context.div_ceil(kv.page_tokens)
+    }
+}
+
+/// A file of the plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanFile {
+    /// Name in the folder; no path.
+    pub file: String,
+    /// SHA-256 of its bytes, hexadecimal.
+    pub sha256: String,
+}
+
+/// The manifest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// [`PLAN_VERSION`].
+    pub plan_version: u32,
+    /// [`ABI_VERSION`] of the native code.
+    pub abi_version: u32,
+    /// Name of the model.
+    pub name: String,
+    /// Architecture family (`llama`, `qwen3`).
+    pub family: String,
+    /// SHA-256 of the graph's text.
+    pub graph_sha256: String,
+    /// The weights.
+    pub weights: WeightsFrom,
+    /// The machine.
+    pub target: PlanTarget,
+    /// Sizes.
+    pub limits: PlanLimits,
+    /// Rows of the embedding table.
+    pub vocab: usize,
+    /// The arena's buffers.
+    pub buffers: Vec<Buffer>,
+    /// Number of the buffer with the logits, `f32 [logit rows][vocab]`.
+    pub logits: usize,
+    /// Private scratch of a worker.
+    pub scratch_bytes: usize,
+    /// Names of the stages in the order that they run, layers unrolled; one counter each.
+    pub stages: Vec<String>,
+    /// KV cache.
+    pub kv: KvLayout,
+    /// Recipe of the packed weights.
+    pub packing: Packing,
+    /// Costs by kind of stage.
+    pub costs: Vec<StageCost>,
+    /// The native code: a relocatable ELF object with [`crate::abi::ENTRY`] and no undefined symbols.
+    pub code: PlanFile,
+    /// The text forms.
+    pub texts: Vec<PlanFile>,
+}
+
+/// Why a plan cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// A file is missing or cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The manifest is not a manifest.
+    #[error("{path}: not a tilec plan: {source}; compile the model again with `tilec compile`")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and what was expected.
+        source: serde_json::Error,
+    },
+    /// The manifest says something impossible.
+    #[error("{path}: {what}; compile the model again with `tilec compile`")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What does not hold.
+        what: String,
+    },
+}
+
+impl Plan {
+    /// Reads and checks the manifest of a plan folder.
+    ///
+    /// # Errors
+    /// [`PlanError`], naming the file.
+    pub fn load(folder: &Path) -> Result<Plan, PlanError> {
+        let path = folder.join(MANIFEST);
+        let bytes = std::fs::read(&path).map_err(|source| PlanError::Io { path: path.clone(), source })?;
+        #[derive(Deserialize)]
+        struct Version {
+            plan_version: u32,
+            abi_version: u32,
+        }
+        // The versions first: a manifest of another version may differ anywhere else.
+        let json = |source| PlanError::Json { path: path.clone(), source };
+        let version: Version = serde_json::from_slice(&bytes).map_err(json)?;
+        let invalid = |what| PlanError::Invalid { path: path.clone(), what };
+        if (version.plan_version, version.abi_version) != (PLAN_VERSION, ABI_VERSION) {
+            return Err(invalid(format!(
+                "made by another version (plan {}, interface {}; this one reads {PLAN_VERSION} and {ABI_VERSION})",
+                version.plan_version, version.abi_version
+            )));
+        }
+        let plan: Plan = serde_json::from_slice(&bytes).map_err(json)?;
+        plan.verify().map_err(invalid)?;
+        Ok(plan)
+    }
+
+    /// The manifest's text.
+    pub fn to_json(&self) -> String {
+        let mut text =
+            serde_json::to_string_pretty(self).expect("a plan has no maps with other keys than text");
+        text.push('\n');
+        text
+    }
+
+    /// Bytes of the arena.
+    pub fn arena_bytes(&self) -> usize {
+        self.buffers.iter().map(|buffer| buffer.offset + buffer.bytes()).max().unwrap_or(0)
+    }
+
+    /// Pages of the KV cache.
+    pub fn kv_pages(&self) -> usize {
+        self.limits.sequences * self.limits.pages_per_sequence(&self.kv)
+    }
+
+    /// Checks that sizes are possible and belong together, so that later arithmetic cannot overflow.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn verify(&self) -> Result<(), String> {
+        let bounded = |name: &str, value: usize, max: usize| {
+            if (1..=max).contains(&value) {
+                Ok(())
+            } else {
+                Err(format!("{name} is {value}, not 1 to {max}"))
+            }
+        };
+        bounded("limits.max_rows", self.limits.max_rows, 1 << 16)?;
+        bounded("limits.sequences", self.limits.sequences, 1 << 16)?;
+        bounded("limits.context", self.limits.context, 1 << 30)?;
+        bounded("target.workers", self.target.workers, 4096)?;
+        bounded("vocab", self.vocab, 1 << 28)?;
+        bounded("kv.page_tokens", self.kv.page_tokens, 1 << 16)?;
+        bounded("kv.layers", self.kv.layers, 1 << 12)?;
+        bounded("kv.kv_heads", self.kv.kv_heads, 1 << 12)?;
+        bounded("kv.qk_dim", self.kv.qk_dim, 1 << 16)?;
+        bounded("kv.v_dim", self.kv.v_dim, 1 << 16)?;
+        if !self.kv.page_tokens.is_multiple_of(crate::abi::KV_GROUP) {
+            return Err(format!("kv.page_tokens {} is not whole groups", self.kv.page_tokens));
+        }
+        bounded("scratch_bytes", self.scratch_bytes.max(1), 1 << 32)?;
+        bounded("number of stages", self.stages.len(), 1 << 20)?;
+        let mut end = 0;
+        let mut sorted: Vec<&Buffer> = self.buffers.iter().collect();
+        sorted.sort_by_key(|buffer| buffer.offset);
+        for buffer in sorted {
+            bounded(&format!("columns of buffer {}", buffer.name), buffer.cols, 1 << 28)?;
+            bounded(&format!("rows of buffer {}", buffer.name), buffer.rows, self.limits.max_rows)?;
+            if buffer.offset < end || buffer.offset > 1 << 44 || !buffer.offset.is_multiple_of(64) {
+                return Err(format!(
+                    "buffer {} at {} overlaps or is not aligned",
+                    buffer.name, buffer.offset
+                ));
+            }
+            end = buffer.offset + buffer.bytes();
+        }
+        match self.buffers.get(self.logits) {
+            Some(logits) if logits.cols == self.vocab && !logits.quantized => {}
+            _ => return Err("there is no buffer of logits".into()),
+        }
+        for file in self.texts.iter().chain([&self.code]) {
+            if file.file.is_empty() || file.file.contains(['/', '\\']) || file.file.starts_with('.') {
+                return Err(format!("{:?} is no file of the plan's folder", file.file));
+            }
+        }
+        self.packing.verify().map_err(|error| error.to_string())
+    }
+}
