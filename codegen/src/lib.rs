@@ -1,1 +1,4 @@
-//! The verbs of tilec.
+//! The verbs of tilec: from a model's description to a plan. Knows nothing of files of weights and of
+//! devices.
+
+pub mod passes;

@@ -1,0 +1,5 @@
+//! The passes, one a file: each takes a level to the next, or to itself.
+
+pub mod fuse;
+pub mod schedule;
+pub mod tile;

@@ -1,0 +1,501 @@
+//! Tiling: fused operators become stages, with buffers, packed weights, tiles and waits.
+
+use std::collections::HashMap;
+use tilec_ir::abi::KvLayout;
+use tilec_ir::format::{ACT_BLOCK, PanelLayout};
+use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
+use tilec_ir::graph::{Dim, Elem};
+use tilec_ir::pack::{PACK_ALIGN, PackContent, PackItem, Packing, RowSegment};
+use tilec_ir::stages::{
+    Body, Buffer, BufferId, Extent, Layer, PartWeights, Place, Slot, Stage, StageAnchor, StagePart,
+    StagePiece, StageProgram, StageWait,
+};
+
+/// Least columns of a tile: below this a tile's fixed costs show, far above it the shares of few
+/// tiles get uneven.
+const TILE_COLS: usize = 32;
+
+/// Positions in a page of the KV cache: small enough that short contexts waste little.
+const PAGE_TOKENS: usize = 64;
+
+/// Sizes that tiling needs.
+#[derive(Clone, Copy, Debug)]
+pub struct TileOptions {
+    /// Rows that a step may have.
+    pub max_rows: usize,
+    /// Positions of a sequence: the length of rope tables.
+    pub context: usize,
+}
+
+/// Why a fused graph has no stages.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{op}: {what}")]
+pub struct TileError {
+    /// The operator.
+    pub op: String,
+    /// What does not fit.
+    pub what: String,
+}
+
+/// Cuts a fused graph into stages.
+///
+/// # Errors
+/// An operator that no stage can run, layers whose caches differ, operators of a layer apart.
+pub fn tile(fused: &Fused, options: &TileOptions) -> Result<StageProgram, TileError> {
+    let kv = kv_layout(fused)?;
+    let mut tiler = Tiler {
+        fused,
+        options,
+        buffers: Buffers::new(fused, options.max_rows),
+        packing: Packing::default(),
+        packed: HashMap::new(),
+    };
+    let mut program = StageProgram {
+        name: fused.name.clone(),
+        max_rows: options.max_rows,
+        vocab: 0,
+        buffers: Vec::new(),
+        logits: BufferId(0),
+        kv,
+        packing: Packing::default(),
+        ropes: fused.ropes.iter().map(|(name, spec)| (name.clone(), spec.clone())).collect(),
+        before: Vec::new(),
+        bodies: Vec::new(),
+        layers: Vec::new(),
+        after: Vec::new(),
+    };
+    let mut at = 0;
+    while at < fused.ops.len() {
+        let layer = fused.ops[at].layer;
+        let end = at + fused.ops[at..].iter().take_while(|op| op.layer == layer).count();
+        let mut stages = Vec::new();
+        let mut offsets = Vec::new();
+        for index in at..end {
+            stages.push(tiler.stage(index, layer.is_some().then_some(&mut offsets))?);
+        }
+        match layer {
+            None if program.layers.is_empty() => program.before.extend(stages),
+            None => program.after.extend(stages),
+            Some(number) => {
+                if number != program.layers.len() || !program.after.is_empty() {
+                    return Err(error(&fused.ops[at], format!("layer {number} is out of order")));
+                }
+                let cache = fused.ops[at..end].iter().find_map(|op| match op.anchor {
+                    Anchor::Attention { cache, .. } => Some(cache),
+                    _ => None,
+                });
+                let body = Body { stages };
+                let known = program.bodies.iter().position(|other| *other == body);
+                let body = known.unwrap_or_else(|| {
+                    program.bodies.push(body);
+                    program.bodies.len() - 1
+                });
+                program.layers.push(Layer { body, offsets, cache: cache.unwrap_or(0) });
+            }
+        }
+        at = end;
+    }
+    let logits = fused.ops.iter().flat_map(|op| &op.parts).find_map(|part| match part.pieces.last() {
+        Some(Piece::Logits(value)) => Some(*value),
+        _ => None,
+    });
+    let Some(logits) = logits else {
+        return Err(TileError { op: fused.name.clone(), what: "has no logits".into() });
+    };
+    program.vocab = fused.value(logits).ty.cols;
+    program.logits = tiler.buffers.of(logits);
+    program.buffers = tiler.buffers.all;
+    program.packing = tiler.packing;
+    set_waits(&mut program)?;
+    Ok(program)
+}
+
+fn error(op: &FusedOp, what: String) -> TileError {
+    TileError { op: op.name.clone(), what }
+}
+
+fn kv_layout(fused: &Fused) -> Result<KvLayout, TileError> {
+    let fail = |what: String| TileError { op: fused.name.clone(), what };
+    let Some(first) = fused.caches.first() else { return Err(fail("has no KV cache".into())) };
+    if let Some(number) = fused.caches.iter().position(|cache| cache != first) {
+        return Err(fail(format!("caches 0 and {number} differ; layers of different KV shapes are not supported")));
+    }
+    Ok(KvLayout {
+        kv_type: first.kv_type,
+        layers: fused.caches.len(),
+        kv_heads: first.kv_heads,
+        qk_dim: first.qk_dim,
+        v_dim: first.v_dim,
+        page_tokens: PAGE_TOKENS,
+    })
+}
+
+/// Buffers by value. A buffer is free again behind the last reader of its value.
+struct Buffers {
+    all: Vec<Buffer>,
+    of_value: HashMap<ValueId, BufferId>,
+    last_use: HashMap<ValueId, usize>,
+    /// Buffers that hold no value, with the operator that read them last.
+    free: Vec<(BufferId, usize)>,
+    max_rows: usize,
+    end: usize,
+}
+
+impl Buffers {
+    fn new(fused: &Fused, max_rows: usize) -> Buffers {
+        let mut last_use = HashMap::new();
+        for (index, op) in fused.ops.iter().enumerate() {
+            for value in op.reads() {
+                last_use.insert(value, index);
+            }
+        }
+        Buffers { all: Vec::new(), of_value: HashMap::new(), last_use, free: Vec::new(), max_rows, end: 0 }
+    }
+
+    fn of(&self, value: ValueId) -> BufferId {
+        self.of_value[&value]
+    }
+
+    /// A buffer for the value that operator `index` stores.
+    fn place(&mut self, fused: &Fused, index: usize, value: ValueId, in_place: Option<ValueId>) -> BufferId {
+        let info = fused.value(value);
+        let quantized = info.ty.elem == Elem::Q8;
+        // Each column of a residual is read and written by one tile alone, so its sum may take its
+        // place if nobody reads it later.
+        let inherited = in_place.filter(|old| self.last_use.get(old) == Some(&index)).map(|old| self.of(old));
+        let fits = |buffer: &Buffer| buffer.quantized == quantized && buffer.cols == info.ty.cols;
+        let buffer = match inherited {
+            Some(buffer) => buffer,
+            None => {
+                let reusable = (0..self.free.len())
+                    .filter(|slot| fits(&self.all[self.free[*slot].0.0 as usize]) && self.free[*slot].1 < index)
+                    .min_by_key(|slot| self.free[*slot].0);
+                match reusable {
+                    Some(slot) => self.free.remove(slot).0,
+                    None => self.allocate(layerless(&info.name), quantized, info.ty.cols),
+                }
+            }
+        };
+        self.of_value.insert(value, buffer);
+        buffer
+    }
+
+    fn allocate(&mut self, name: &str, quantized: bool, cols: usize) -> BufferId {
+        let id = BufferId(self.all.len() as u32);
+        let buffer = Buffer { name: name.to_string(), quantized, cols, rows: self.max_rows, offset: self.end };
+        self.end += buffer.bytes();
+        self.all.push(buffer);
+        id
+    }
+
+    /// Frees what operator `index` read last, but for what it passed on in place.
+    fn release(&mut self, reads: &[ValueId], writes: &[ValueId], index: usize) {
+        for value in reads {
+            let buffer = self.of(*value);
+            let kept = writes.iter().any(|written| self.of(*written) == buffer);
+            let freed = self.free.iter().any(|(free, _)| *free == buffer);
+            if self.last_use.get(value) == Some(&index) && !kept && !freed {
+                self.free.push((buffer, index));
+            }
+        }
+    }
+}
+
+/// `l12.attn_norm` without its layer.
+fn layerless(name: &str) -> &str {
+    match name.split_once('.') {
+        Some((layer, rest)) if layer.starts_with('l') && layer[1..].chars().all(|c| c.is_ascii_digit()) => rest,
+        _ => name,
+    }
+}
+
+struct Tiler<'a> {
+    fused: &'a Fused,
+    options: &'a TileOptions,
+    buffers: Buffers,
+    packing: Packing,
+    /// Offsets of what is packed already, by description: a tied head is packed once.
+    packed: HashMap<String, u64>,
+}
+
+impl Tiler<'_> {
+    fn stage(&mut self, index: usize, mut offsets: Option<&mut Vec<u64>>) -> Result<Stage, TileError> {
+        let fused = self.fused;
+        let op = &fused.ops[index];
+        let reads = op.reads();
+        let mut parts = Vec::new();
+        for part in &op.parts {
+            parts.push(self.part(index, part, offsets.as_deref_mut())?);
+        }
+        let select = op.parts.iter().any(|part| part.pieces.contains(&Piece::SelectRows));
+        let input = || match op.inputs[..] {
+            [value] => Ok(self.buffers.of(value)),
+            _ => Err(error(op, format!("reads {} values, a stage reads one", op.inputs.len()))),
+        };
+        let anchor = match &op.anchor {
+            Anchor::Embed { weight } => {
+                let shape = &fused.weights[weight].shape;
+                let (content, layout) = self.panels(std::slice::from_ref(weight), shape[0]);
+                StageAnchor::Embed { table: self.fixed(content), layout, vocab: shape[0] }
+            }
+            Anchor::Rows => StageAnchor::Rows { input: input()?, select },
+            Anchor::Gemm => StageAnchor::Gemm { input: input()? },
+            Anchor::Attention { heads, scale, window, .. } => StageAnchor::Attention {
+                input: input()?,
+                heads: *heads,
+                scale: *scale,
+                window: *window,
+            },
+        };
+        self.check_pieces(op, &parts)?;
+        self.buffers.release(&reads, &op.writes(), index);
+        Ok(Stage { name: layerless(&op.name).to_string(), anchor, parts, waits: Vec::new() })
+    }
+
+    /// Refuses chains that no kernel of the anchor can run.
+    fn check_pieces(&self, op: &FusedOp, parts: &[StagePart]) -> Result<(), TileError> {
+        for part in parts {
+            let (sink, chain) = part.pieces.split_last().expect("a chain has a sink");
+            let runs = match op.anchor {
+                Anchor::Gemm => true,
+                Anchor::Embed { .. } | Anchor::Attention { .. } => {
+                    chain.is_empty() && matches!(sink, StagePiece::Store(_))
+                }
+                Anchor::Rows => {
+                    let norm = |piece: &StagePiece| {
+                        matches!(piece, StagePiece::RmsNorm { group, .. } if *group == part.cols)
+                    };
+                    (chain.is_empty() || matches!(chain, [piece] if norm(piece)))
+                        && matches!(sink, StagePiece::Store(_))
+                }
+            };
+            if !runs {
+                let what = format!("{} has no kernel for the chain {:?}", op.anchor.name(), part.pieces);
+                return Err(error(op, what));
+            }
+        }
+        Ok(())
+    }
+
+    fn part(
+        &mut self,
+        index: usize,
+        part: &Part,
+        mut offsets: Option<&mut Vec<u64>>,
+    ) -> Result<StagePart, TileError> {
+        let fused = self.fused;
+        let op = &fused.ops[index];
+        let tile_cols = match op.anchor {
+            Anchor::Gemm => tile_cols(fused, part).min(part.cols),
+            _ => part.cols,
+        };
+        let weights = if part.weights.is_empty() {
+            None
+        } else {
+            let (content, layout) = self.panels(&part.weights, tile_cols);
+            let slot = self.slot(content, offsets.as_deref_mut());
+            Some(PartWeights { slot, layout, operands: part.weights.len() })
+        };
+        let mut residual = None;
+        let mut pieces = Vec::new();
+        for piece in &part.pieces {
+            let vector = |tensor: &String, len: usize| PackContent::F32 { tensor: tensor.clone(), len };
+            pieces.push(match piece {
+                // Both follow from where the stage reads and stores.
+                Piece::SelectRows | Piece::Quantize => continue,
+                Piece::Bias { weight, operand } => StagePiece::Bias {
+                    slot: self.slot(vector(weight, part.cols), offsets.as_deref_mut()),
+                    operand: *operand,
+                },
+                Piece::RmsNorm { weight, group, eps } => StagePiece::RmsNorm {
+                    slot: self.slot(vector(weight, *group), offsets.as_deref_mut()),
+                    group: *group,
+                    eps: *eps,
+                },
+                Piece::Rope { rope, head_dim } => {
+                    let spec = &fused.ropes[rope];
+                    let content = PackContent::RopeTable {
+                        inv_freq: spec.inv_freq(),
+                        positions: self.options.context,
+                        attention_factor: spec.attention_factor(),
+                    };
+                    StagePiece::Rope {
+                        table: self.fixed(content),
+                        positions: self.options.context,
+                        head_dim: *head_dim,
+                        dims: spec.dims,
+                    }
+                }
+                Piece::Gated(activation) => StagePiece::Gated(*activation),
+                Piece::Residual(value) => {
+                    residual = Some(*value);
+                    StagePiece::Residual(self.buffers.of(*value))
+                }
+                Piece::Store(value) | Piece::Logits(value) => {
+                    StagePiece::Store(self.buffers.place(fused, index, *value, residual))
+                }
+                Piece::WriteKeys(_) => StagePiece::WriteKeys,
+                Piece::WriteValues(_) => StagePiece::WriteValues,
+            });
+        }
+        let rows = part.stored().map(|value| fused.value(value).ty.rows);
+        if rows == Some(Dim::LogitRows) && op.anchor != Anchor::Rows && op.anchor != Anchor::Gemm {
+            return Err(error(op, "only rows and gemm stages run on selected rows".into()));
+        }
+        Ok(StagePart { weights, cols: part.cols, tile_cols, pieces })
+    }
+
+    /// Panels of matrices side by side, tile by tile.
+    fn panels(&self, weights: &[String], tile_rows: usize) -> (PackContent, PanelLayout) {
+        let weight = &self.fused.weights[&weights[0]];
+        let (rows, k) = (weight.shape[0], weight.shape[1]);
+        let layout = PanelLayout::new(weight.format, k);
+        // Whole panels need no padding between tiles.
+        let step = if tile_rows.is_multiple_of(tilec_ir::format::PANEL) { rows } else { tile_rows };
+        let mut segments = Vec::new();
+        let mut panels = 0;
+        for row_start in (0..rows).step_by(step) {
+            for tensor in weights {
+                let segment =
+                    RowSegment { tensor: tensor.clone(), row_start, rows: step.min(rows - row_start) };
+                panels += segment.panels();
+                segments.push(segment);
+            }
+        }
+        (PackContent::Panels { layout, segments, interleave: weights.len(), panels }, layout)
+    }
+
+    fn slot(&mut self, content: PackContent, offsets: Option<&mut Vec<u64>>) -> Slot {
+        match offsets {
+            None => self.fixed(content),
+            Some(offsets) => {
+                let offset = self.pack(content);
+                offsets.push(offset);
+                Slot::Layer(offsets.len() - 1)
+            }
+        }
+    }
+
+    fn fixed(&mut self, content: PackContent) -> Slot {
+        Slot::Fixed(self.pack(content))
+    }
+
+    fn pack(&mut self, content: PackContent) -> u64 {
+        let key = serde_json::to_string(&content).expect("a packing item is plain data");
+        let packing = &mut self.packing;
+        *self.packed.entry(key).or_insert_with(|| {
+            let offset = packing.bytes.next_multiple_of(PACK_ALIGN);
+            packing.bytes = offset + content.bytes().expect("a declared weight fits in memory");
+            packing.items.push(PackItem { offset, content });
+            offset
+        })
+    }
+}
+
+/// Columns of a GEMM part's tile: whole heads where a piece works on heads, whole activation blocks
+/// where the result is quantized.
+fn tile_cols(fused: &Fused, part: &Part) -> usize {
+    let mut unit = tilec_ir::format::PANEL;
+    for piece in &part.pieces {
+        unit = match piece {
+            Piece::RmsNorm { group, .. } => head_unit(unit, *group),
+            Piece::Rope { head_dim, .. } => head_unit(unit, *head_dim),
+            Piece::WriteKeys(cache) => head_unit(unit, fused.caches[*cache].qk_dim),
+            Piece::WriteValues(cache) => head_unit(unit, fused.caches[*cache].v_dim),
+            Piece::Quantize => lcm(unit, ACT_BLOCK),
+            _ => unit,
+        };
+    }
+    let wanted = if part.stored().is_some_and(|value| fused.value(value).ty.rows == Dim::LogitRows) {
+        // The head is long: larger tiles cost nothing in balance.
+        2 * TILE_COLS
+    } else {
+        TILE_COLS
+    };
+    if unit.is_multiple_of(tilec_ir::format::PANEL) { unit * wanted.div_ceil(unit) } else { unit }
+}
+
+/// The unit of tiles that are whole heads: heads that are no whole panels get a tile each, so that
+/// each starts on a panel.
+fn head_unit(unit: usize, head: usize) -> usize {
+    if head.is_multiple_of(tilec_ir::format::PANEL) { lcm(unit, head) } else { head }
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a, b);
+    while y != 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x * b
+}
+
+/// Gives each stage the fewest waits that put every conflicting access behind it: for each earlier
+/// stage that touches the same place (one of them writing), nearest first, unless a stage that is
+/// waited for already has waited for it.
+fn set_waits(program: &mut StageProgram) -> Result<(), TileError> {
+    type Places = Vec<(Place, Option<usize>)>;
+    let sequence = program.sequence();
+    let at_layer = |places: Vec<(Place, Extent)>, layer: Option<usize>| -> Places {
+        // Each layer has a cache of its own; buffers are shared.
+        places.into_iter().map(|(place, _)| (place, layer.filter(|_| place == Place::Cache))).collect()
+    };
+    let touched: Vec<(Places, Places)> = sequence
+        .iter()
+        .map(|at| (at_layer(at.stage.reads(), at.layer), at_layer(at.stage.writes(), at.layer)))
+        .collect();
+    let hits = |a: &Places, b: &Places| a.iter().any(|place| b.contains(place));
+    let mut behind: Vec<Vec<bool>> = Vec::new();
+    let mut waits: Vec<Vec<usize>> = Vec::new();
+    for number in 0..sequence.len() {
+        let (reads, writes) = &touched[number];
+        let mut done = vec![false; number];
+        let mut needed = Vec::new();
+        for earlier in (0..number).rev() {
+            let (their_reads, their_writes) = &touched[earlier];
+            let conflict =
+                hits(their_writes, reads) || hits(their_reads, writes) || hits(their_writes, writes);
+            if done[earlier] || !conflict {
+                continue;
+            }
+            needed.push(number - earlier);
+            done[earlier] = true;
+            for (before, flag) in behind[earlier].iter().enumerate() {
+                done[before] |= flag;
+            }
+        }
+        behind.push(done);
+        waits.push(needed);
+    }
+    // Layers of a body share its waits: the union is safe, all of them name earlier stages.
+    let lens: Vec<usize> = program.bodies.iter().map(|body| body.stages.len()).collect();
+    let before = program.before.len();
+    let layers: usize = program.layers.iter().map(|layer| lens[layer.body]).sum();
+    let mut number = 0;
+    let give = |stage: &mut Stage, number: usize| {
+        for back in &waits[number] {
+            let wait = StageWait { back: *back };
+            if !stage.waits.contains(&wait) {
+                stage.waits.push(wait);
+            }
+        }
+        stage.waits.sort_unstable();
+    };
+    for stage in &mut program.before {
+        give(stage, number);
+        number += 1;
+    }
+    for layer in &program.layers {
+        for stage in &mut program.bodies[layer.body].stages {
+            give(stage, number);
+            number += 1;
+        }
+    }
+    for (index, stage) in program.after.iter_mut().enumerate() {
+        give(stage, before + layers + index);
+    }
+    let bad = program.sequence().iter().find_map(|at| {
+        let far = at.stage.waits.iter().any(|wait| wait.back > at.number);
+        far.then(|| TileError { op: at.name(), what: "would wait for a stage before the first".into() })
+    });
+    bad.map_or(Ok(()), Err)
+}
