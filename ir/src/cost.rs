@@ -89,13 +89,12 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
         kv_bytes_per_position: 0,
         kv_macs_per_position: 0,
         activation_bytes_per_row: 0,
-        logit_rows_only: false,
+        logit_rows_only: stage.rows == crate::graph::Dim::LogitRows,
     };
     for place in stage.reads().into_iter().chain(stage.writes()) {
         if let (crate::stages::Place::Buffer(id), _) = place {
             let buffer = program.buffer(id);
             cost.activation_bytes_per_row += buffer_bytes(buffer.cols, buffer.elem()) as u64;
-            cost.logit_rows_only |= id == program.logits;
         }
     }
     match &stage.anchor {
@@ -103,10 +102,7 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
             cost.anchor = "embed".into();
             cost.activation_bytes_per_row += layout.format.stored_bytes(1, layout.k) as u64;
         }
-        StageAnchor::Rows { select, .. } => {
-            cost.anchor = "rows".into();
-            cost.logit_rows_only |= *select;
-        }
+        StageAnchor::Rows { .. } => cost.anchor = "rows".into(),
         StageAnchor::Gemm { .. } => {
             let weights = stage.parts.iter().filter_map(|part| part.weights.map(|weights| (part, weights)));
             let formats: Vec<String> =

@@ -8,7 +8,7 @@
 
 use crate::abi::{KvLayout, QuantRows};
 use crate::format::{PANEL, PanelLayout};
-use crate::graph::{ActivationFn, Elem, RopeSpec};
+use crate::graph::{ActivationFn, Dim, Elem, RopeSpec};
 use crate::pack::Packing;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -225,6 +225,8 @@ pub struct StageWait {
 pub struct Stage {
     /// Name without the layer.
     pub name: String,
+    /// Rows that it makes: those of the step, or those whose logits are wanted.
+    pub rows: Dim,
     /// What it is built around.
     pub anchor: StageAnchor,
     /// Slices of its columns.
@@ -255,9 +257,10 @@ impl Stage {
     /// How its work is divided.
     pub fn items(&self, kv: &KvLayout) -> Items {
         match self.anchor {
-            StageAnchor::Embed { .. } => Items::Rows,
-            StageAnchor::Rows { select: false, .. } => Items::Rows,
-            StageAnchor::Rows { select: true, .. } => Items::LogitRows,
+            StageAnchor::Embed { .. } | StageAnchor::Rows { .. } if self.rows == Dim::LogitRows => {
+                Items::LogitRows
+            }
+            StageAnchor::Embed { .. } | StageAnchor::Rows { .. } => Items::Rows,
             StageAnchor::Gemm { .. } => Items::Tiles,
             StageAnchor::Attention { .. } => Items::HeadRows { kv_heads: kv.kv_heads },
         }
@@ -466,7 +469,7 @@ impl StageProgram {
                 }
             };
             let waits: Vec<String> = stage.waits.iter().map(|wait| format!("-{}", wait.back)).collect();
-            writeln!(f, "  stage {}: {anchor}; waits [{}]", stage.name, waits.join(", "))?;
+            writeln!(f, "  stage {} [{}]: {anchor}; waits [{}]", stage.name, stage.rows, waits.join(", "))?;
             for part in &stage.parts {
                 write!(f, "    ")?;
                 if let Some(weights) = &part.weights {

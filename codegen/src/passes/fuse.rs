@@ -28,7 +28,10 @@ pub const RULES: &[Rule] = &[
         name: "head-norm-epilogue",
         reason: "qk-norm needs one head, and a tile of q or k is whole heads",
         apply: |fused| {
-            append(fused, |piece, at| matches!(piece, Piece::RmsNorm { group, .. } if at.gemm && *group < at.cols))
+            append(
+                fused,
+                |piece, at| matches!(piece, Piece::RmsNorm { group, .. } if at.gemm && *group < at.cols),
+            )
         },
     },
     Rule {
@@ -112,7 +115,8 @@ fn one_to_one(graph: &Graph) -> Result<Fused, GraphError> {
     for id in graph.topological()? {
         let node = graph.node(id);
         let operands = graph.operands(id);
-        let inputs: Vec<ValueId> = operands.iter().filter_map(|operand| value_of.get(operand).copied()).collect();
+        let inputs: Vec<ValueId> =
+            operands.iter().filter_map(|operand| value_of.get(operand).copied()).collect();
         let value = ValueId(fused.values.len() as u32);
         let mut op = FusedOp {
             name: node.name.clone(),
@@ -371,10 +375,5 @@ fn siblings(fused: &mut Fused) -> bool {
 /// `l0.q_rope` and `l0.k_rope` make `l0.q_rope+k_rope`.
 fn joined_name(a: &str, b: &str) -> String {
     let common = a.rfind('.').map_or(0, |dot| dot + 1);
-    if a[..common] == b[..common.min(b.len())] {
-        format!("{a}+{}", &b[common..])
-    } else {
-        format!("{a}+{b}")
-    }
+    if a[..common] == b[..common.min(b.len())] { format!("{a}+{}", &b[common..]) } else { format!("{a}+{b}") }
 }
-

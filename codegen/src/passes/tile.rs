@@ -118,7 +118,9 @@ fn kv_layout(fused: &Fused) -> Result<KvLayout, TileError> {
     let fail = |what: String| TileError { op: fused.name.clone(), what };
     let Some(first) = fused.caches.first() else { return Err(fail("has no KV cache".into())) };
     if let Some(number) = fused.caches.iter().position(|cache| cache != first) {
-        return Err(fail(format!("caches 0 and {number} differ; layers of different KV shapes are not supported")));
+        return Err(fail(format!(
+            "caches 0 and {number} differ; layers of different KV shapes are not supported"
+        )));
     }
     Ok(KvLayout {
         kv_type: first.kv_type,
@@ -168,7 +170,9 @@ impl Buffers {
             Some(buffer) => buffer,
             None => {
                 let reusable = (0..self.free.len())
-                    .filter(|slot| fits(&self.all[self.free[*slot].0.0 as usize]) && self.free[*slot].1 < index)
+                    .filter(|slot| {
+                        fits(&self.all[self.free[*slot].0.0 as usize]) && self.free[*slot].1 < index
+                    })
                     .min_by_key(|slot| self.free[*slot].0);
                 match reusable {
                     Some(slot) => self.free.remove(slot).0,
@@ -182,7 +186,8 @@ impl Buffers {
 
     fn allocate(&mut self, name: &str, quantized: bool, cols: usize) -> BufferId {
         let id = BufferId(self.all.len() as u32);
-        let buffer = Buffer { name: name.to_string(), quantized, cols, rows: self.max_rows, offset: self.end };
+        let buffer =
+            Buffer { name: name.to_string(), quantized, cols, rows: self.max_rows, offset: self.end };
         self.end += buffer.bytes();
         self.all.push(buffer);
         id
@@ -204,7 +209,9 @@ impl Buffers {
 /// `l12.attn_norm` without its layer.
 fn layerless(name: &str) -> &str {
     match name.split_once('.') {
-        Some((layer, rest)) if layer.starts_with('l') && layer[1..].chars().all(|c| c.is_ascii_digit()) => rest,
+        Some((layer, rest)) if layer.starts_with('l') && layer[1..].chars().all(|c| c.is_ascii_digit()) => {
+            rest
+        }
         _ => name,
     }
 }
@@ -240,16 +247,15 @@ impl Tiler<'_> {
             }
             Anchor::Rows => StageAnchor::Rows { input: input()?, select },
             Anchor::Gemm => StageAnchor::Gemm { input: input()? },
-            Anchor::Attention { heads, scale, window, .. } => StageAnchor::Attention {
-                input: input()?,
-                heads: *heads,
-                scale: *scale,
-                window: *window,
-            },
+            Anchor::Attention { heads, scale, window, .. } => {
+                StageAnchor::Attention { input: input()?, heads: *heads, scale: *scale, window: *window }
+            }
         };
         self.check_pieces(op, &parts)?;
         self.buffers.release(&reads, &op.writes(), index);
-        Ok(Stage { name: layerless(&op.name).to_string(), anchor, parts, waits: Vec::new() })
+        let rows = |value: &ValueId| fused.value(*value).ty.rows;
+        let rows = op.writes().first().or(op.inputs.first()).map_or(Dim::Rows, rows);
+        Ok(Stage { name: layerless(&op.name).to_string(), rows, anchor, parts, waits: Vec::new() })
     }
 
     /// Refuses chains that no kernel of the anchor can run.
@@ -262,9 +268,7 @@ impl Tiler<'_> {
                     chain.is_empty() && matches!(sink, StagePiece::Store(_))
                 }
                 Anchor::Rows => {
-                    let norm = |piece: &StagePiece| {
-                        matches!(piece, StagePiece::RmsNorm { group, .. } if *group == part.cols)
-                    };
+                    let norm = |piece: &StagePiece| matches!(piece, StagePiece::RmsNorm { group, .. } if *group == part.cols);
                     (chain.is_empty() || matches!(chain, [piece] if norm(piece)))
                         && matches!(sink, StagePiece::Store(_))
                 }
