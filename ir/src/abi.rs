@@ -54,6 +54,8 @@ pub struct StepArgs {
     pub profile: *mut u64,
     /// Spins after which a wait gives up.
     pub spin_limit: u64,
+    /// Gives the processor to somebody else for a moment; called now and then by a wait.
+    pub yield_now: extern "C" fn(),
 }
 
 /// Type of the elements of the KV cache.
