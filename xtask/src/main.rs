@@ -1,2 +1,121 @@
-//! Project tasks.
-fn main() {}
+//! Project tasks: `cargo xtask help`.
+
+mod args;
+mod build;
+mod compare;
+mod error;
+mod llama_cpp;
+mod memory;
+mod setup;
+mod shell;
+mod wire;
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use args::Args;
+use error::{Error, Result};
+use shell::Parts;
+
+const HELP: &str = "\
+Project tasks.
+
+Usage: cargo xtask TASK [OPTIONS]
+
+  setup [STEP...]     prepare this machine; without names: rust llvm smollm2 (also: llamacpp nvrtc)
+  test                set up, then formatting, lints and all tests
+  demo                set up, build tilec and let SmolLM2-135M-Instruct answer
+      --prompt TEXT      what to ask                     --max-tokens N     at most so many tokens (64)
+      --threads N        threads (all cores)
+  compare-llama-cpp   tilec beside llama.cpp: speed, or with --text every token of greedy texts
+      --threads N        threads of each engine (2)      --model FILE       a GGUF file (SmolLM2)
+      --pp N             prompt tokens (512)             --plan PATH        what tilec runs (the model file)
+      --tg N             generated tokens (128)          --tilec FILE       the command (built if not given)
+      --repeats N        repeats, at least 5             --llama-cpp-only   leave tilec out
+      --text             compare text                    --n N              tokens per prompt (64)
+      --tie X            logits this close are tied (0.5)
+  llama-cpp-worker    llama.cpp in its own process, printing JSON
+      --model FILE, --threads N, --library DIR, --verbose, and one of:
+      --pp N --tg N --repeats N        measure
+      --greedy FILE --n N              generate for prompts given as lists of token ids
+      --tokenize FILE                  token ids of a list of texts
+  help                this text
+
+Downloads are kept in TILEC_CACHE, else in ~/.cache/tilec.";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let task = args.next().unwrap_or_else(|| "help".into());
+    let args = Args::new(args);
+    let result = match task.as_str() {
+        "setup" => set_up(args),
+        "test" => test(args),
+        "demo" => demo(args),
+        "compare-llama-cpp" => compare::main(args),
+        "llama-cpp-worker" => llama_cpp::worker::main(args),
+        "help" | "--help" | "-h" => {
+            println!("{HELP}");
+            Ok(())
+        }
+        _ => Err(Error::new(format!("no task is called `{task}`\n\n{HELP}"))),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn set_up(mut args: Args) -> Result<()> {
+    let mut steps = args.positional();
+    args.finish()?;
+    if steps.is_empty() {
+        steps = ["rust", "llvm", "smollm2"].map(str::to_owned).to_vec();
+    }
+    steps.iter().try_for_each(|name| setup::step(name))
+}
+
+/// Everything continuous integration checks.
+fn test(args: Args) -> Result<()> {
+    args.finish()?;
+    let start = Instant::now();
+    let mut parts = Parts::default();
+    parts.run("set-up: rust", setup::rust_components)?;
+    parts.run("set-up: LLVM 19", setup::llvm)?;
+    let model = parts.run("set-up: SmolLM2", setup::smollm2)?;
+    parts.run("formatting", || shell::run(shell::cargo().args(["fmt", "--all", "--check"])))?;
+    parts.run("lints", || {
+        let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        shell::run(shell::cargo().args(clippy))
+    })?;
+    // Last, so that its closing lines are the last to be seen.
+    parts.run("tests", || {
+        shell::run(shell::cargo().args(["test", "--workspace"]).env("TILEC_SMOLLM2_GGUF", &model))
+    })?;
+    eprintln!("all checks passed in {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// From a fresh machine to an answer.
+fn demo(mut args: Args) -> Result<()> {
+    let prompt = args.text("--prompt")?.unwrap_or_else(|| "What is the capital of France?".into());
+    let max_tokens = args.number("--max-tokens", 64usize, 1)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.number("--threads", cores, 1)?;
+    args.finish()?;
+    let mut parts = Parts::default();
+    parts.run("set-up: LLVM 19", setup::llvm)?;
+    let model: PathBuf = parts.run("set-up: SmolLM2", setup::smollm2)?;
+    let tilec = parts.run("build", build::tilec)?;
+    parts.run("answer", || {
+        let mut run = Command::new(tilec);
+        run.arg("run").arg(&model).arg("--prompt").arg(&prompt);
+        run.args(["--max-tokens", &max_tokens.to_string(), "--threads", &threads.to_string()]);
+        shell::run(run.args(["--temperature", "0", "--stats"]))
+    })?;
+    eprint!("\n{}", parts.table());
+    Ok(())
+}
