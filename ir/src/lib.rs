@@ -13,3 +13,4 @@ pub mod schedule;
 pub mod spec;
 pub mod stages;
 pub mod tensor;
+pub mod validate;

@@ -251,7 +251,7 @@ impl Tiler<'_> {
                 StageAnchor::Attention { input: input()?, heads: *heads, scale: *scale, window: *window }
             }
         };
-        self.check_pieces(op, &parts)?;
+        self.check_pieces(op, &parts, select)?;
         self.buffers.release(&reads, &op.writes(), index);
         let rows = |value: &ValueId| fused.value(*value).ty.rows;
         let rows = op.writes().first().or(op.inputs.first()).map_or(Dim::Rows, rows);
@@ -259,7 +259,7 @@ impl Tiler<'_> {
     }
 
     /// Refuses chains that no kernel of the anchor can run.
-    fn check_pieces(&self, op: &FusedOp, parts: &[StagePart]) -> Result<(), TileError> {
+    fn check_pieces(&self, op: &FusedOp, parts: &[StagePart], select: bool) -> Result<(), TileError> {
         for part in parts {
             let (sink, chain) = part.pieces.split_last().expect("a chain has a sink");
             let runs = match op.anchor {
@@ -269,8 +269,15 @@ impl Tiler<'_> {
                 }
                 Anchor::Rows => {
                     let norm = |piece: &StagePiece| matches!(piece, StagePiece::RmsNorm { group, .. } if *group == part.cols);
-                    (chain.is_empty() || matches!(chain, [piece] if norm(piece)))
-                        && matches!(sink, StagePiece::Store(_))
+                    let stored = match sink {
+                        StagePiece::Store(buffer) => Some(&self.buffers.all[buffer.0 as usize]),
+                        _ => None,
+                    };
+                    match chain {
+                        [] => stored.is_some_and(|buffer| !(select && buffer.quantized)),
+                        [piece] => norm(piece) && stored.is_some(),
+                        _ => false,
+                    }
                 }
             };
             if !runs {

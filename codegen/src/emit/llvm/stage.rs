@@ -267,7 +267,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
 
     /// Gate and up alternate panel by panel; their products end up side by side from the first column.
     fn gated(&mut self, tile: &Tile<'ctx>) -> Result<(), KernelError> {
-        let kernel = self.emitter.glu(Glu::Silu)?;
+        let kernel = self.emitter.glu(&Glu::Silu)?;
         let code = &self.code;
         let stride = code.size(tile.stride);
         let groups = code.div(code.add(tile.cols, code.size(PANEL - 1)), PANEL);
@@ -470,13 +470,6 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
             }
             _ if select => {
                 let kernel = self.emitter.gather_rows()?;
-                if target.quantized {
-                    return Err(KernelError::shape(
-                        "gather_rows",
-                        "selected rows are quantized without a norm",
-                        "put a norm between them",
-                    ));
-                }
                 self.code.call(
                     kernel,
                     &[
