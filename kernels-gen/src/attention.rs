@@ -56,8 +56,9 @@ impl Attention {
 
     /// Bytes of private scratch, whatever the context.
     pub fn scratch_bytes(&self) -> usize {
-        // Scores of a chunk, the output so far, running maximum and sum (a vector each).
-        MAX_QUERIES * (CHUNK + self.layout.v_pad() + 32) * 4
+        // Scores of a chunk, the scaled query, the output so far, running maximum and sum (a vector
+        // each).
+        MAX_QUERIES * (CHUNK + self.layout.qk_dim.next_multiple_of(16) + self.layout.v_pad() + 32) * 4
     }
 
     /// KV bytes that a row at `position` reads per KV head.

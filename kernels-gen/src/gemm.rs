@@ -41,9 +41,13 @@ impl Gemm {
         if format.block_rows != 1 || format.tensor_scale {
             return fail(format!("{format} is not a panel format"), "use PanelLayout::new");
         }
-        if format.scale.is_some() && !(format.block == 16 || format.block.is_multiple_of(32) && format.block > 0)
+        if format.scale.is_some()
+            && !(format.block == 16 || format.block.is_multiple_of(32) && format.block > 0)
         {
-            return fail(format!("{format} has scale blocks of {}", format.block), "use 16 or multiples of 32");
+            return fail(
+                format!("{format} has scale blocks of {}", format.block),
+                "use 16 or multiples of 32",
+            );
         }
         match self.activations {
             Activations::Int8(_) if !format.integer_codes() || format.scale.is_none() => {

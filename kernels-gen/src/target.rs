@@ -33,8 +33,7 @@ pub struct Target {
     pub isa: Isa,
 }
 
-const SSE: Isa =
-    Isa { fma: false, f16c: false, avx2: false, avx512: false, vnni512: false, vnni256: false };
+const SSE: Isa = Isa { fma: false, f16c: false, avx2: false, avx512: false, vnni512: false, vnni256: false };
 const AVX2: Isa = Isa { fma: true, f16c: true, avx2: true, ..SSE };
 const AVX2_VNNI: Isa = Isa { vnni256: true, ..AVX2 };
 const AVX512: Isa = Isa { avx512: true, ..AVX2 };
@@ -48,8 +47,17 @@ const CPUS: &[(&[&str], Isa)] = &[
     (&["x86-64-v4", "skylake-avx512"], AVX512),
     (
         &[
-            "cascadelake", "cooperlake", "icelake-client", "icelake-server", "tigerlake", "rocketlake",
-            "sapphirerapids", "emeraldrapids", "graniterapids", "znver4", "znver5",
+            "cascadelake",
+            "cooperlake",
+            "icelake-client",
+            "icelake-server",
+            "tigerlake",
+            "rocketlake",
+            "sapphirerapids",
+            "emeraldrapids",
+            "graniterapids",
+            "znver4",
+            "znver5",
         ],
         AVX512_VNNI,
     ),

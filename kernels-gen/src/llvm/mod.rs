@@ -137,8 +137,8 @@ impl<'a, 'ctx> Kernels<'a, 'ctx> {
     /// A private kernel and the body to fill. Memory that kernels write through one argument is
     /// never read through another unless the kernel's documentation says so, which `noalias` tells
     /// LLVM for those in `distinct`.
-    fn kernel(&self, name: &str, params: &[Param], distinct: &[u32]) -> Body<'ctx> {
-        let function = self.function(name, params, Linkage::Private);
+    fn kernel(&self, name: &str, params: &[Param], distinct: &[u32]) -> Body<'a, 'ctx> {
+        let function = self.function(name, params, Linkage::Internal);
         self.flag(function, AttributeLoc::Function, "noinline");
         for &index in distinct {
             self.flag(function, AttributeLoc::Param(index), "noalias");
