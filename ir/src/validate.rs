@@ -8,7 +8,7 @@
 //! particular one of them, so it orders nothing.
 
 use crate::schedule::{Instr, Schedule, Share};
-use crate::stages::{Extent, Items, Place, Stage, StageAt, StageProgram};
+use crate::stages::{Extent, Items, Place, Stage, StageAt, StagePiece, StageProgram};
 use std::collections::HashMap;
 use std::fmt;
 
@@ -55,7 +55,8 @@ pub enum Violation {
         /// What both touch.
         place: String,
     },
-    /// A stage reads a buffer that nothing has written, or overwrites what its other tiles read.
+    /// A stage reads what nothing has written, writes what nobody reads, or overwrites what its own
+    /// tiles still read.
     Data {
         /// The stage.
         stage: String,
@@ -317,6 +318,11 @@ fn data(stages: &StageProgram, sequence: &[StageAt<'_>], ran: &[Vec<Ran>]) -> Re
             }
         }
         for (place, _) in &writes {
+            let read = reads_since.contains_key(&key(*place)) || reads.iter().any(|(read, _)| read == place);
+            if matches!(place, Place::Buffer(_)) && last_write.contains_key(&key(*place)) && !read {
+                let what = format!("overwrites {}, which nobody has read", name(stages, key(*place)));
+                return Err(Violation::Data { stage: at.name(), what });
+            }
             for reader in reads_since.get(&key(*place)).into_iter().flatten() {
                 ordered(stages, sequence, ran, *reader, at.number, key(*place))?;
             }
@@ -330,6 +336,30 @@ fn data(stages: &StageProgram, sequence: &[StageAt<'_>], ran: &[Vec<Ran>]) -> Re
         for (place, _) in writes {
             last_write.insert(key(place), at.number);
             reads_since.remove(&key(place));
+        }
+        fits(stages, at)?;
+    }
+    let unread = last_write.iter().filter(|(key, _)| !reads_since.contains_key(key)).find(|((place, _), _)| {
+        matches!(place, Place::Buffer(id) if *id != stages.logits)
+    });
+    match unread {
+        Some((key, writer)) => Err(Violation::Data {
+            stage: sequence[*writer].name(),
+            what: format!("writes {}, which nobody reads", name(stages, *key)),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Stored columns fit their buffers.
+fn fits(stages: &StageProgram, at: &StageAt<'_>) -> Result<(), Violation> {
+    for part in &at.stage.parts {
+        if let Some(StagePiece::Store(buffer)) = part.pieces.last()
+            && stages.buffer(*buffer).cols != part.cols
+        {
+            let buffer = stages.buffer(*buffer);
+            let what = format!("stores {} columns into {} of {}", part.cols, buffer.name, buffer.cols);
+            return Err(Violation::Data { stage: at.name(), what });
         }
     }
     Ok(())
