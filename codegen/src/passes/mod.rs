@@ -1,5 +1,6 @@
 //! The passes, one a file: each takes a level to the next, or to itself.
 
 pub mod fuse;
+pub mod precision;
 pub mod schedule;
 pub mod tile;
