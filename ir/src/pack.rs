@@ -1,130 +1,259 @@
-//! The packing: which tensors of the checkpoint lie where in the packed weights, and how.
-//!
-//! Part of the plan. The compiler decides it, the runtime carries it out without knowing why.
+//! The recipe by which a plan's weights are packed: which rows of which tensors go where, in which
+//! layout. The runtime executes it against a checkpoint; nothing here reads weights.
 
 use crate::format::{PANEL, PanelLayout};
 use serde::{Deserialize, Serialize};
 
-/// Alignment of every item.
+/// Alignment of every item, in bytes: a cache line, and a 512-bit vector.
 pub const PACK_ALIGN: u64 = 64;
 
-/// One piece of the packed weights.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PackItem {
-    /// Where it starts, in bytes.
-    pub offset: u64,
-    /// What it is made of.
-    pub content: PackContent,
+/// Rows of one stored tensor that become features of consecutive panels.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RowSegment {
+    /// Name of the tensor, as the checkpoint's `tensors()` spells it.
+    pub tensor: String,
+    /// First row.
+    pub row_start: usize,
+    /// Number of rows; the last panel is padded with zero features if this is no multiple of 16.
+    pub rows: usize,
 }
 
-/// What a piece is made of.
+impl RowSegment {
+    /// Panels that the rows fill.
+    pub const fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL)
+    }
+}
+
+/// What one item of the packed weights holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub enum PackContent {
-    /// Panels of matrices of `rows` x `layout.k`, tile after tile: rows `tile_rows * t ..` of the
-    /// first source, padded to whole panels of 16, then the same rows of the next source, and so on.
-    /// A gated pair has two sources; its gate and up rows of a tile lie side by side. The last tile
-    /// may have fewer rows.
+    /// Consecutive panels of 16 features each.
     Panels {
-        /// Layout of each panel.
+        /// Layout of every panel.
         layout: PanelLayout,
-        /// Names of the tensors, all `[rows, layout.k]`.
-        sources: Vec<String>,
-        /// Rows of each source.
-        rows: usize,
-        /// Rows of each source in a tile.
-        tile_rows: usize,
+        /// Where the features come from, each segment padded up to whole panels.
+        segments: Vec<RowSegment>,
+        /// Segments whose panels alternate. 1: one segment after the other. 2: panel 0 of segment 0,
+        /// panel 0 of segment 1, panel 1 of segment 0, ... (gate and up). Segments are taken in
+        /// groups of this many, and those of a group have equally many panels.
+        interleave: usize,
+        /// Panels in all: the sum over the segments.
+        panels: usize,
     },
-    /// A vector as f32.
+    /// A tensor's elements as float32, in row-major order.
     F32 {
         /// Name of the tensor.
         tensor: String,
         /// Elements.
         len: usize,
     },
-    /// `cos [positions][pairs]`, then `sin [positions][pairs]`, f32, both times `attention_factor`.
-    /// The angle is `position * inv_freq` rounded to f32, as the reference implementations have it.
+    /// Rotary tables: a plane of cosines `[positions][inv_freq.len()]`, then a plane of sines of the
+    /// same shape, as float32, both multiplied by `attention_factor`.
     RopeTable {
-        /// Inverse frequencies, one per pair.
+        /// Radians per position, one for every pair of dimensions.
         inv_freq: Vec<f32>,
-        /// Positions.
+        /// Positions from 0.
         positions: usize,
-        /// Factor on both.
+        /// Scale of the tables (1 but for YaRN and its kin).
         attention_factor: f32,
     },
 }
 
 impl PackContent {
-    /// Panels in all, 0 for other contents.
-    pub fn panels(&self) -> usize {
-        match self {
-            PackContent::Panels { sources, rows, tile_rows, .. } => {
-                let whole = rows / tile_rows;
-                let rest = (rows % tile_rows).div_ceil(PANEL);
-                (whole * tile_rows.div_ceil(PANEL) + rest) * sources.len()
+    /// Bytes of the content without padding, or `None` if that overflows.
+    pub fn bytes(&self) -> Option<u64> {
+        let bytes = match self {
+            PackContent::Panels { layout, panels, .. } => {
+                // The layout's own arithmetic is unchecked: bound its operand first.
+                if layout.k > 1 << 40 {
+                    return None;
+                }
+                layout.bytes().checked_mul(*panels)?
             }
-            _ => 0,
-        }
-    }
-
-    /// Bytes that it takes.
-    pub fn bytes(&self) -> u64 {
-        match self {
-            PackContent::Panels { layout, .. } => self.panels() as u64 * layout.bytes() as u64,
-            PackContent::F32 { len, .. } => *len as u64 * 4,
+            PackContent::F32 { len, .. } => len.checked_mul(4)?,
             PackContent::RopeTable { inv_freq, positions, .. } => {
-                inv_freq.len() as u64 * *positions as u64 * 8
+                inv_freq.len().checked_mul(*positions)?.checked_mul(8)?
             }
-        }
+        };
+        u64::try_from(bytes).ok()
     }
 }
 
-/// The whole recipe.
+/// One item of the packed weights.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PackItem {
+    /// Where it starts, in bytes: a multiple of [`PACK_ALIGN`].
+    pub offset: u64,
+    /// What it holds.
+    pub content: PackContent,
+}
+
+/// The recipe of all packed weights of a plan.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Packing {
-    /// Items by rising offset.
+    /// The items. Their order does not matter; gaps between them are zero.
     pub items: Vec<PackItem>,
-    /// Bytes of the packed weights.
+    /// Size of the packed weights.
     pub bytes: u64,
 }
 
-impl Packing {
-    /// Appends an item and returns its offset.
-    pub fn push(&mut self, content: PackContent) -> u64 {
-        let offset = self.bytes.next_multiple_of(PACK_ALIGN);
-        self.bytes = offset + content.bytes();
-        self.items.push(PackItem { offset, content });
-        offset
-    }
+/// Why a recipe cannot be executed.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PackingError {
+    /// An item does not start on a cache line.
+    #[error("packing item {item} starts at byte {offset}, which is no multiple of {PACK_ALIGN}")]
+    Misaligned {
+        /// Index of the item.
+        item: usize,
+        /// Its offset.
+        offset: u64,
+    },
+    /// An item's size or end exceeds 64 bits.
+    #[error("packing item {item} is too large: its size in bytes overflows")]
+    Overflow {
+        /// Index of the item.
+        item: usize,
+    },
+    /// An item ends past the end of the packed weights.
+    #[error("packing item {item} ends at byte {end}, past the packed weights' {bytes} bytes")]
+    PastEnd {
+        /// Index of the item.
+        item: usize,
+        /// Where it ends.
+        end: u64,
+        /// Size of the packed weights.
+        bytes: u64,
+    },
+    /// Two items share bytes.
+    #[error("packing items {first} and {second} overlap at byte {offset}")]
+    Overlap {
+        /// The item that starts first.
+        first: usize,
+        /// The other.
+        second: usize,
+        /// Where the second starts.
+        offset: u64,
+    },
+    /// A panel item contradicts itself.
+    #[error("packing item {item}: {problem}")]
+    Panels {
+        /// Index of the item.
+        item: usize,
+        /// What is wrong.
+        problem: String,
+    },
+}
 
-    /// Checks alignment, order, ends and shapes; for recipes that come from a file.
-    ///
-    /// # Errors
-    /// In words, naming the item.
-    pub fn verify(&self) -> Result<(), String> {
-        let mut end = 0u64;
-        for (index, item) in self.items.iter().enumerate() {
-            if let PackContent::Panels { layout, sources, rows, tile_rows } = &item.content {
-                // Bounds that keep every product below in range.
-                let sane = |n: usize| (1..=1 << 32).contains(&n);
-                if !sane(*rows) || !sane(*tile_rows) || !sane(layout.k) || sources.is_empty() {
-                    return Err(format!("packing item {index}: impossible shape"));
-                }
+impl Packing {
+    /// Checks that every item is aligned, lies inside [`Packing::bytes`], shares no byte with another
+    /// and, for panels, that the segments add up.
+    pub fn verify(&self) -> Result<(), PackingError> {
+        let mut spans = Vec::with_capacity(self.items.len());
+        for (item, PackItem { offset, content }) in self.items.iter().enumerate() {
+            if !offset.is_multiple_of(PACK_ALIGN) {
+                return Err(PackingError::Misaligned { item, offset: *offset });
             }
-            if !item.offset.is_multiple_of(PACK_ALIGN) {
-                return Err(format!("packing item {index}: offset {} is not aligned", item.offset));
+            if let PackContent::Panels { layout, segments, interleave, panels } = content {
+                verify_panels(layout, segments, *interleave, *panels)
+                    .map_err(|problem| PackingError::Panels { item, problem })?;
             }
-            if item.offset < end {
-                return Err(format!("packing item {index}: overlaps the one before it"));
+            let end = content
+                .bytes()
+                .and_then(|bytes| offset.checked_add(bytes))
+                .ok_or(PackingError::Overflow { item })?;
+            if end > self.bytes {
+                return Err(PackingError::PastEnd { item, end, bytes: self.bytes });
             }
-            end = item
-                .offset
-                .checked_add(item.content.bytes())
-                .ok_or_else(|| format!("packing item {index}: ends past 2^64"))?;
+            spans.push((*offset, end, item));
         }
-        if end > self.bytes {
-            return Err(format!("packing: items end at {end}, past the stated {} bytes", self.bytes));
+        spans.sort_unstable();
+        for pair in spans.windows(2) {
+            let ((_, end, first), (offset, _, second)) = (pair[0], pair[1]);
+            if offset < end {
+                return Err(PackingError::Overlap { first, second, offset });
+            }
         }
         Ok(())
+    }
+}
+
+fn verify_panels(
+    layout: &PanelLayout,
+    segments: &[RowSegment],
+    interleave: usize,
+    panels: usize,
+) -> Result<(), String> {
+    if layout.k == 0 || *layout != PanelLayout::new(layout.format, layout.k) {
+        return Err("the layout is not one that PanelLayout::new makes".into());
+    }
+    if interleave == 0 || !segments.len().is_multiple_of(interleave) {
+        return Err(format!("{} segments do not split into groups of {interleave}", segments.len()));
+    }
+    if let Some(group) = segments.chunks(interleave).find(|g| g.iter().any(|s| s.panels() != g[0].panels())) {
+        return Err(format!("the segments interleaved with {} have unequal panel counts", group[0].tensor));
+    }
+    let mut sum = 0usize;
+    for segment in segments {
+        if segment.row_start.checked_add(segment.rows).is_none() {
+            return Err(format!("the rows of {} overflow", segment.tensor));
+        }
+        sum = sum.checked_add(segment.panels()).ok_or("the number of panels overflows")?;
+    }
+    if sum != panels {
+        return Err(format!("the segments fill {sum} panels, the item says {panels}"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Format;
+
+    fn panels(offset: u64, rows: &[usize], interleave: usize, panels: usize) -> PackItem {
+        let segments = rows
+            .iter()
+            .enumerate()
+            .map(|(i, &rows)| RowSegment { tensor: format!("t{i}"), row_start: 0, rows })
+            .collect();
+        let layout = PanelLayout::new(Format::MXFP4, 64);
+        PackItem { offset, content: PackContent::Panels { layout, segments, interleave, panels } }
+    }
+
+    fn vector(offset: u64, len: usize) -> PackItem {
+        PackItem { offset, content: PackContent::F32 { tensor: "v".into(), len } }
+    }
+
+    fn check(items: Vec<PackItem>, bytes: u64) -> Result<(), PackingError> {
+        Packing { items, bytes }.verify()
+    }
+
+    #[test]
+    fn a_sound_recipe_passes_in_any_order_and_round_trips() {
+        let size = PanelLayout::new(Format::MXFP4, 64).bytes() as u64;
+        let items = vec![vector(size * 4, 10), panels(0, &[32, 17], 2, 4)];
+        let packing = Packing { items, bytes: size * 4 + 64 };
+        packing.verify().unwrap();
+        let text = serde_json::to_string(&packing).unwrap();
+        assert_eq!(serde_json::from_str::<Packing>(&text).unwrap(), packing);
+    }
+
+    #[test]
+    fn every_defect_is_refused() {
+        use PackingError::*;
+        assert_eq!(check(vec![vector(4, 1)], 64), Err(Misaligned { item: 0, offset: 4 }));
+        assert_eq!(check(vec![vector(64, 1)], 64), Err(PastEnd { item: 0, end: 68, bytes: 64 }));
+        assert_eq!(check(vec![vector(0, usize::MAX)], 64), Err(Overflow { item: 0 }));
+        assert_eq!(check(vec![vector(u64::MAX - 63, 32)], 64), Err(Overflow { item: 0 }));
+        let overlap = check(vec![vector(64, 1), vector(0, 17)], 128);
+        assert_eq!(overlap, Err(Overlap { first: 1, second: 0, offset: 64 }));
+        for (rows, interleave, count) in
+            [(&[16, 16][..], 1, 3), (&[16, 32], 2, 3), (&[16], 2, 1), (&[16], 0, 1), (&[usize::MAX; 2], 1, 2)]
+        {
+            let result = check(vec![panels(0, rows, interleave, count)], 1 << 40);
+            assert!(matches!(result, Err(Panels { item: 0, .. })), "{rows:?} {interleave}: {result:?}");
+        }
     }
 }
