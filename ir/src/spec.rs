@@ -683,6 +683,21 @@ mod tests {
     }
 
     #[test]
+    fn the_examples_are_valid() {
+        let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+        let folders = std::fs::read_dir(&examples).unwrap().map(|entry| entry.unwrap().path());
+        let specs: Vec<PathBuf> =
+            folders.map(|folder| folder.join("model.yaml")).filter(|path| path.exists()).collect();
+        for path in &specs {
+            let spec = ModelSpec::load(path).unwrap_or_else(|error| panic!("{error}"));
+            if let Some(config) = spec.model.config {
+                assert!(config.exists(), "{}: no {}", path.display(), config.display());
+            }
+        }
+        assert!(specs.len() >= 2, "only {specs:?}");
+    }
+
+    #[test]
     fn the_committed_schema_is_current() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/model.schema.json");
         if std::env::var_os("TILEC_UPDATE_SCHEMA").is_some() {

@@ -3,7 +3,7 @@
 
 use super::config::{Config, MAX_SIZE};
 use super::{FrontendError, ModelFacts, rope};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tilec_ir::abi::KvType;
 use tilec_ir::graph::{ActivationFn, Cache, Graph, NodeId, Op, RopeSpec, Weight};
 use tilec_ir::tensor::TensorInfo;
@@ -263,11 +263,9 @@ impl Decoder {
                 return Err(FrontendError::TensorFormat { name, found });
             }
         }
-        let known: BTreeMap<&str, ()> = expected.iter().map(|(name, _)| (name.as_str(), ())).collect();
-        let mut unexpected = tensors
-            .iter()
-            .filter(|(name, _)| !known.contains_key(name.as_str()))
-            .filter(|(name, _)| !is_derived(name) && !(self.tied && *name == HEAD));
+        let known: BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
+        let has_place = |name: &str| known.contains(name) || is_derived(name) || self.tied && name == HEAD;
+        let mut unexpected = tensors.iter().filter(|(name, _)| !has_place(name));
         if let Some((name, info)) = unexpected.next() {
             let (name, found, family) = (name.clone(), info.shape.clone(), self.family);
             return Err(FrontendError::UnexpectedTensor { name, found, family, others: unexpected.count() });

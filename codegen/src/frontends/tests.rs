@@ -394,6 +394,17 @@ fn tensors_that_do_not_fit_are_named() {
     assert!(build(&config, &tensors).is_ok());
 }
 
+#[test]
+fn the_example_has_as_many_parameters_as_qwen3_0_6b() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/qwen3-0.6b/config.json");
+    let config: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let tensors = expected_tensors(&config).unwrap();
+    assert_eq!(tensors.len(), 310);
+    let parameters: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    assert_eq!(parameters, 596_049_920);
+    assert_eq!(max_context(&config).unwrap(), 40960);
+}
+
 /// The checkpoints that transformers wrote have exactly the tensors that their configs imply here.
 #[test]
 fn expected_tensors_are_those_of_transformers() {
