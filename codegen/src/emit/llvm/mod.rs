@@ -7,7 +7,7 @@ mod stage;
 use inkwell::context::Context;
 use inkwell::module::{Linkage, Module};
 use inkwell::targets::FileType;
-use inkwell::values::{FunctionValue, IntValue, PointerValue};
+use inkwell::values::{BasicValue, FunctionValue, IntValue, PointerValue};
 use inkwell::{AtomicOrdering, AtomicRMWBinOp, IntPredicate};
 use scalar::Scalar;
 use std::collections::HashMap;
@@ -140,6 +140,23 @@ pub(crate) struct Emitter<'a, 'ctx> {
     tables: usize,
 }
 
+/// A kernel, or why there is none: builders that take any shape return the kernel itself.
+trait Built<'ctx> {
+    fn built(self) -> Result<FunctionValue<'ctx>, KernelError>;
+}
+
+impl<'ctx> Built<'ctx> for FunctionValue<'ctx> {
+    fn built(self) -> Result<FunctionValue<'ctx>, KernelError> {
+        Ok(self)
+    }
+}
+
+impl<'ctx> Built<'ctx> for Result<FunctionValue<'ctx>, KernelError> {
+    fn built(self) -> Result<FunctionValue<'ctx>, KernelError> {
+        self
+    }
+}
+
 /// A getter that builds a kernel once for each descriptor.
 macro_rules! kernels {
     ($($name:ident($descriptor:ty);)*) => {
@@ -149,14 +166,14 @@ macro_rules! kernels {
                 return Ok(*function);
             }
             let name = format!("{}_{}", stringify!($name), self.known.len());
-            let function = self.kernels.$name(&name, descriptor)?;
+            let function = self.kernels.$name(&name, descriptor).built()?;
             self.known.insert(key, function);
             Ok(function)
         })*
     };
 }
 
-/// A getter of a kernel without a descriptor.
+/// A getter of a kernel that takes any shape.
 macro_rules! plain_kernels {
     ($($name:ident;)*) => {
         $(pub(crate) fn $name(&mut self) -> Result<FunctionValue<'ctx>, KernelError> {
