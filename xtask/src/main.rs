@@ -32,7 +32,7 @@ Usage: cargo xtask TASK [OPTIONS]
       --threads N        threads of each engine (2)      --model FILE       a GGUF file (SmolLM2)
       --pp N             prompt tokens (512)             --plan PATH        what tilec runs (the model file)
       --tg N             generated tokens (128)          --tilec FILE       the command (built if not given)
-      --repeats N        repeats, at least 5             --llama-cpp-only   leave tilec out
+      --repeats N        quiet repeats, at least 5       --llama-cpp-only   leave tilec out
       --text             compare text                    --n N              tokens per prompt (64)
       --tie X            logits this close are tied (0.5)
   llama-cpp-worker    llama.cpp in its own process, printing JSON

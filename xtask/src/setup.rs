@@ -92,9 +92,13 @@ pub fn rust_components() -> Result<()> {
 /// # Errors
 /// When LLVM 19 is missing and cannot be installed; the message says what to do by hand.
 pub fn llvm() -> Result<()> {
-    const REMEDY: &str = "LLVM 19 is needed to compile for the CPU. Debian 12 and Ubuntu 24.04 have it: \
-        `apt-get install llvm-19-dev`. Elsewhere unpack or build LLVM 19 and set LLVM_SYS_191_PREFIX to its folder \
-        (the one with bin/llvm-config).";
+    const REMEDY: &str = "LLVM 19 and a C++ compiler are needed to compile for the CPU. Debian 12 and Ubuntu 24.04 have \
+        them: `apt-get install llvm-19-dev g++`. Elsewhere unpack or build LLVM 19 and set LLVM_SYS_191_PREFIX to its \
+        folder (the one with bin/llvm-config)";
+    // LLVM's C++ run-time library is linked by name, which takes the compiler's development files.
+    if !shell::works("c++", &["--version"]) {
+        apt_install(&["g++"]).context(|| REMEDY)?;
+    }
     if let Some(prefix) = std::env::var_os("LLVM_SYS_191_PREFIX") {
         let config = PathBuf::from(prefix).join("bin/llvm-config");
         return if is_llvm_19(config.as_os_str()) {

@@ -1,5 +1,6 @@
 //! `cargo xtask compare-llama-cpp`: tilec beside llama.cpp, on the same machine, model file and threads.
 
+mod quiet;
 mod speed;
 mod stats;
 mod text;
@@ -82,17 +83,6 @@ fn machine(threads: usize) -> String {
     let name = name.map_or("unknown CPU", |(_, name)| name);
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     format!("{name}, {cores} cores, {threads} threads each")
-}
-
-/// Warns when something else is using the machine, which would be measured along.
-fn warn_when_busy() {
-    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let last_minute = load.split_whitespace().next().and_then(|load| load.parse::<f64>().ok());
-    if let Some(load) = last_minute.filter(|&load| load > 0.5) {
-        eprintln!(
-            "warning: the machine was busy in the last minute (load {load}); close other work for true figures"
-        );
-    }
 }
 
 /// The file's name, for reports.

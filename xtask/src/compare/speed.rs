@@ -1,6 +1,7 @@
 //! Speed: a prompt in one go, then tokens one by one behind it.
 
-use super::{Engines, file_name, machine, printed, spread, warn_when_busy};
+use super::quiet::Watch;
+use super::{Engines, file_name, machine, printed, spread};
 use crate::args::Args;
 use crate::error::{Error, Result};
 use crate::memory::read_ceiling;
@@ -24,32 +25,71 @@ impl Options {
     }
 }
 
+/// A repeat counts as undisturbed while other programs take no more than this part of all processor time. Both engines
+/// wait for their slowest thread many thousand times per second, so a neighbour costs far more than its own share.
+const QUIET: f64 = 0.03;
+
+/// Disturbed repeats are measured again, but not forever: at most so many times the repeats asked for.
+const PATIENCE: usize = 4;
+
+/// Both engines measured right after one another.
+struct Repeat {
+    llama_cpp: Sample,
+    tilec: Option<Sample>,
+    about: LlamaCppBench,
+    other_work: f64,
+}
+
+impl Repeat {
+    fn measure(engines: &Engines, options: &Options, llama_cpp_first: bool) -> Result<Self> {
+        let watch = Watch::start();
+        let early = if llama_cpp_first { None } else { measure_tilec(engines, options)? };
+        let (llama_cpp, about) = measure_llama_cpp(engines, options)?;
+        let tilec = if llama_cpp_first { measure_tilec(engines, options)? } else { early };
+        Ok(Self { llama_cpp, tilec, about, other_work: watch.other_work() })
+    }
+}
+
+/// Repeats until enough repeats were undisturbed or patience ends; returns the least disturbed ones and the number
+/// of all that were measured.
+fn repeat(engines: &Engines, options: &Options) -> Result<(Vec<Repeat>, usize)> {
+    let mut repeats: Vec<Repeat> = Vec::new();
+    while repeats.iter().filter(|repeat| repeat.other_work <= QUIET).count() < options.repeats
+        && repeats.len() < PATIENCE * options.repeats
+    {
+        // Turn about, so that neither engine always runs on the warmer machine.
+        let repeat = Repeat::measure(engines, options, repeats.len().is_multiple_of(2))?;
+        let other_work = 100.0 * repeat.other_work;
+        eprintln!("repeat {}: other programs took {other_work:.1} % of the processors", repeats.len() + 1);
+        repeats.push(repeat);
+    }
+    let measured = repeats.len();
+    repeats.sort_by(|a, b| a.other_work.total_cmp(&b.other_work));
+    repeats.truncate(options.repeats);
+    Ok((repeats, measured))
+}
+
 /// Measures both engines in turn, each repeat in a process of its own, and prints a report.
 pub fn compare(engines: &Engines, options: &Options) -> Result<()> {
-    warn_when_busy();
-    let mut llama_cpp = Vec::new();
-    let mut tilec = Vec::new();
-    let mut about = None;
-    for repeat in 0..options.repeats {
-        eprintln!("repeat {} of {}", repeat + 1, options.repeats);
-        // Turn about, so that neither engine always runs on the warmer machine.
-        for llama_cpp_turn in [repeat % 2 == 0, repeat % 2 != 0] {
-            if llama_cpp_turn {
-                let (sample, measured) = measure_llama_cpp(engines, options)?;
-                llama_cpp.push(sample);
-                about = Some(measured);
-            } else if let Some(sample) = measure_tilec(engines, options)? {
-                tilec.push(sample);
-            }
-        }
-    }
-    let about = about.ok_or_else(|| Error::new("llama.cpp measured nothing"))?;
+    let (repeats, measured) = repeat(engines, options)?;
+    let about = &repeats.first().ok_or_else(|| Error::new("nothing was measured"))?.about;
+    let llama_cpp: Vec<Sample> = repeats.iter().map(|repeat| repeat.llama_cpp).collect();
+    let tilec: Vec<Sample> = repeats.iter().filter_map(|repeat| repeat.tilec).collect();
+    let other_work = spread(repeats.iter().map(|repeat| repeat.other_work))?;
 
     println!("\n{}, {}", file_name(&engines.model), machine(engines.threads));
     println!(
-        "llama.cpp {} ({}); medians of {} alternating repeats, each in its own process\n",
-        about.release, about.cpu_backend, options.repeats
+        "llama.cpp {} ({}); medians of the {} least disturbed of {measured} alternating repeats, each in its own process",
+        about.release,
+        about.cpu_backend,
+        repeats.len()
     );
+    println!("other programs took up to {:.1} % of the processors in these\n", 100.0 * other_work.max);
+    if other_work.max > QUIET {
+        eprintln!(
+            "warning: the machine was busy with other work, so these figures are no measure of either engine\n"
+        );
+    }
     let prompt = format!("pp{}, tokens/s", options.prompt_tokens);
     let generate = format!("tg{}, tokens/s", options.generated_tokens);
     println!("{:<28} {:>9}   min .. max", "", "median");
@@ -64,7 +104,7 @@ pub fn compare(engines: &Engines, options: &Options) -> Result<()> {
         }
     }
 
-    let floor = Floor::of(&about, options);
+    let floor = Floor::of(about, options);
     let ceiling = read_ceiling(usize::try_from(floor.bytes).unwrap_or(usize::MAX), engines.threads, 30);
     let far_ceiling = read_ceiling(1 << 30, engines.threads, 5);
     let floor_rate = ceiling / floor.bytes as f64;

@@ -55,12 +55,14 @@ pub fn compare(engines: &Engines, options: &Options) -> Result<()> {
     for (index, generation) in generations.iter().enumerate() {
         eprintln!("tilec: prompt {} of {}", index + 1, generations.len());
         let logits = Logits::of_tilec(engines, &scratch, generation)?;
-        let before = ours.different;
         let rows = generation.steps.iter().zip(logits.rows_from(generation.prompt.len() - 1)?);
-        ours.add(rows.map(|(step, row)| Position::of(step, row, options.tie)));
-        if ours.different > before {
-            println!("prompt {}: {} unexplained differences", index + 1, ours.different - before);
+        let positions: Vec<Position> = rows.map(|(step, row)| Position::of(step, row, options.tie)).collect();
+        for (at, position) in positions.iter().enumerate() {
+            if let Verdict::Different { .. } = position.verdict {
+                println!("prompt {}, generated token {}: {:?}", index + 1, at + 1, position.verdict);
+            }
         }
+        ours.add(positions.into_iter());
     }
     println!("\nllama.cpp, one token at a time, beside tilec:\n{ours}");
     if ours.different > 0 {
@@ -157,9 +159,17 @@ struct Position {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Verdict {
     Same,
-    /// Different tokens, but both engines hold the two for about equal.
-    NearTie,
-    Different,
+    /// Different tokens, but both engines hold the two for about equal; the larger of their two gaps.
+    NearTie {
+        gap: f32,
+    },
+    /// Different tokens, and no near tie: what each engine chose and by how much over the other's choice.
+    Different {
+        theirs: Token,
+        their_gap: Option<f32>,
+        ours: Option<Token>,
+        our_gap: Option<f32>,
+    },
 }
 
 impl Position {
@@ -191,18 +201,19 @@ impl Position {
             if difference.is_nan() { f32::INFINITY } else { difference }
         });
         let difference = differences.fold(0.0, f32::max);
-        let verdict = match best {
-            Some((token, _)) if token == step.token => Verdict::Same,
-            Some((token, most)) => {
-                let theirs =
-                    |token| step.top.iter().find(|(found, _)| *found == token).map(|&(_, logit)| logit);
-                let their_gap = theirs(step.token).zip(theirs(token)).map(|(chosen, other)| chosen - other);
-                let our_gap = logit(step.token).map(|chosen| most - chosen);
-                // A token outside llama.cpp's largest few is no near tie, whatever its logit.
-                let tied = |gap: Option<f32>| gap.is_some_and(|gap| gap <= tie);
-                if tied(their_gap) && tied(our_gap) { Verdict::NearTie } else { Verdict::Different }
+        let their_logit = |token| step.top.iter().find(|(found, _)| *found == token).map(|&(_, logit)| logit);
+        // A token outside llama.cpp's largest few has no gap and so is no near tie.
+        let their_gap = best.and_then(|(token, _)| Some(their_logit(step.token)? - their_logit(token)?));
+        let our_gap = best.and_then(|(_, most)| Some(most - logit(step.token)?));
+        let verdict = match (best, their_gap, our_gap) {
+            (Some((token, _)), _, _) if token == step.token => Verdict::Same,
+            (_, Some(theirs), Some(ours)) if theirs <= tie && ours <= tie => {
+                Verdict::NearTie { gap: theirs.max(ours) }
             }
-            None => Verdict::Different,
+            _ => {
+                let ours = best.map(|(token, _)| token);
+                Verdict::Different { theirs: step.token, their_gap, ours, our_gap }
+            }
         };
         Self { verdict, difference }
     }
@@ -215,6 +226,8 @@ struct Tally {
     same_prompts: usize,
     same: usize,
     near_ties: usize,
+    /// Of the near ties, in logits.
+    largest_gap: f32,
     different: usize,
     largest: f32,
     differences: f64,
@@ -229,8 +242,11 @@ impl Tally {
             count += 1;
             match position.verdict {
                 Verdict::Same => self.same += 1,
-                Verdict::NearTie => self.near_ties += 1,
-                Verdict::Different => self.different += 1,
+                Verdict::NearTie { gap } => {
+                    self.near_ties += 1;
+                    self.largest_gap = self.largest_gap.max(gap);
+                }
+                Verdict::Different { .. } => self.different += 1,
             }
             self.largest = self.largest.max(position.difference);
             self.differences += f64::from(position.difference);
@@ -245,7 +261,11 @@ impl std::fmt::Display for Tally {
         let positions = self.same + self.near_ties + self.different;
         writeln!(f, "  positions                  {positions:>7}")?;
         writeln!(f, "  same token                 {:>7}", self.same)?;
-        writeln!(f, "  near ties                  {:>7}", self.near_ties)?;
+        writeln!(
+            f,
+            "  near ties                  {:>7} (largest gap {:.3})",
+            self.near_ties, self.largest_gap
+        )?;
         writeln!(f, "  different                  {:>7}", self.different)?;
         writeln!(f, "  prompts with the same text {:>7} of {}", self.same_prompts, self.prompts)?;
         let mean = self.differences / positions.max(1) as f64;
@@ -293,13 +313,18 @@ mod tests {
         let step = step(&[(1, 5.0), (2, 4.9), (0, 1.0)], &[]);
         let verdict = |row: &[f32]| Position::of(&step, row, 0.25).verdict;
         assert_eq!(verdict(&[1.0, 5.0, 4.9, 0.0]), Verdict::Same);
-        assert_eq!(verdict(&[1.0, 4.9, 5.0, 0.0]), Verdict::NearTie);
-        // Our gap is too large, their gap is too large, and the token is not among theirs at all.
-        assert_eq!(verdict(&[1.0, 4.0, 5.0, 0.0]), Verdict::Different);
-        assert_eq!(verdict(&[5.1, 5.0, 4.9, 0.0]), Verdict::Different);
-        assert_eq!(verdict(&[1.0, 5.0, 4.9, 5.1]), Verdict::Different);
-        assert_eq!(verdict(&[f32::NAN; 4]), Verdict::Different);
-        assert_eq!(verdict(&[]), Verdict::Different);
+        assert!(
+            matches!(verdict(&[1.0, 4.8, 5.0, 0.0]), Verdict::NearTie { gap } if (gap - 0.2).abs() < 1e-6)
+        );
+        for row in [
+            [1.0, 4.0, 5.0, 0.0], // our gap is too large
+            [5.1, 5.0, 4.9, 0.0], // their gap is too large
+            [1.0, 5.0, 4.9, 5.1], // our token is not among theirs
+            [f32::NAN; 4],
+        ] {
+            assert!(matches!(verdict(&row), Verdict::Different { theirs: 1, .. }), "{row:?}");
+        }
+        assert!(matches!(verdict(&[]), Verdict::Different { ours: None, .. }));
     }
 
     #[test]
@@ -314,7 +339,7 @@ mod tests {
     fn llama_cpp_beside_itself() {
         let position =
             Position::of_llama_cpp_itself(&step(&[(1, 5.0), (2, 4.9)], &[(2, 5.0), (1, 4.8)]), 0.25);
-        assert_eq!(position.verdict, Verdict::NearTie);
+        assert!(matches!(position.verdict, Verdict::NearTie { .. }), "{position:?}");
         assert!((position.difference - 0.2).abs() < 1e-6);
     }
 
@@ -339,7 +364,7 @@ mod tests {
         let position = |verdict| Position { verdict, difference: 0.5 };
         let mut tally = Tally::default();
         tally.add([Verdict::Same, Verdict::Same].map(position).into_iter());
-        tally.add([Verdict::Same, Verdict::NearTie].map(position).into_iter());
+        tally.add([Verdict::Same, Verdict::NearTie { gap: 0.1 }].map(position).into_iter());
         assert_eq!((tally.prompts, tally.same_prompts, tally.same, tally.near_ties), (2, 1, 3, 1));
     }
 }
