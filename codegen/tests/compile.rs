@@ -1,0 +1,55 @@
+//! Whole compilations, in memory.
+#![cfg(feature = "llvm")]
+
+use serde_json::json;
+use tilec_codegen::compile::{Compiled, Input, Level, compile};
+use tilec_codegen::frontends;
+use tilec_ir::format::Format;
+use tilec_ir::plan::WeightsFrom;
+use tilec_ir::spec::ModelSpec;
+
+fn smollm2(arch: &str) -> Compiled {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "max_position_embeddings": 8192,
+        "tie_word_embeddings": true
+    });
+    let tensors = frontends::synthetic_tensors(&config, Format::Q4_1).unwrap();
+    let weights = WeightsFrom::Checkpoint { path: "/nowhere".into() };
+    let mut spec = ModelSpec::for_checkpoint("/nowhere");
+    spec.target.arch = arch.into();
+    let input = Input { name: "smollm2", config: &config, tensors: &tensors, weights };
+    compile(&input, &spec, 2).unwrap()
+}
+
+/// Symbols of an ELF object that are not defined in it, read from its text form of names: a defined
+/// private function never shows up as undefined.
+fn undefined(object: &[u8]) -> Vec<String> {
+    use object::{Object, ObjectSymbol};
+    let file = object::File::parse(object).unwrap();
+    file.symbols()
+        .filter(|symbol| symbol.is_undefined() && !symbol.name().unwrap_or("").is_empty())
+        .map(|symbol| symbol.name().unwrap().to_string())
+        .collect()
+}
+
+#[test]
+fn a_plan_is_the_same_bytes_every_time_and_needs_no_library() {
+    let (a, b) = (smollm2("haswell"), smollm2("haswell"));
+    assert!(a.object == b.object, "the native code differs between two compilations");
+    assert_eq!(a.plan.to_json(), b.plan.to_json());
+    assert_eq!(undefined(&a.object), Vec::<String>::new());
+    // A loop over the layers, not thirty copies.
+    assert!(a.text(Level::Llvm).matches("define").count() < 60);
+    assert_eq!(a.plan.stages.len(), 1 + 30 * 7 + 2);
+}
+
+#[test]
+fn every_kind_of_processor_compiles() {
+    for arch in ["x86-64", "x86-64-v3", "x86-64-v4", "znver4", "alderlake"] {
+        let compiled = smollm2(arch);
+        assert_eq!(undefined(&compiled.object), Vec::<String>::new(), "{arch}");
+    }
+}

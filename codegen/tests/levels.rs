@@ -1,0 +1,84 @@
+//! Snapshots of every level for a two-layer model of each family, so that a change of the compiler
+//! shows as a diff of what it makes.
+
+use serde_json::{Value, json};
+use tilec_codegen::frontends;
+use tilec_codegen::passes::{fuse, precision, schedule, tile};
+use tilec_ir::format::Format;
+use tilec_ir::graph::Graph;
+use tilec_ir::spec::{ModelSpec, Precision};
+use tilec_ir::validate::validate;
+
+fn llama() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 160,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 256,
+        "tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true
+    })
+}
+
+fn qwen3() -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 160,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 256,
+        "tie_word_embeddings": false, "attention_bias": false,
+        "use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1
+    })
+}
+
+fn graph(name: &str, config: &Value, stored: Format) -> Graph {
+    let tensors = frontends::synthetic_tensors(config, stored).unwrap();
+    let mut graph = frontends::build(config, &tensors).unwrap();
+    graph.name = name.into();
+    let precision: Precision = ModelSpec::for_checkpoint("unused").precision;
+    precision::precision(&mut graph, &precision).unwrap();
+    graph
+}
+
+fn levels(name: &str, config: &Value, stored: Format) {
+    let graph = graph(name, config, stored);
+    insta::assert_snapshot!(format!("{name}.graph"), graph.to_string());
+    let fused = fuse::fuse(&graph).unwrap();
+    insta::assert_snapshot!(format!("{name}.fused"), fused.to_string());
+    let stages = tile::tile(&fused, &tile::TileOptions { max_rows: 16, context: 64 }).unwrap();
+    insta::assert_snapshot!(format!("{name}.stages"), stages.to_string());
+    let schedule = schedule::schedule(&stages, 2);
+    validate(&stages, &schedule).unwrap();
+    insta::assert_snapshot!(format!("{name}.schedule"), schedule.text(&stages));
+}
+
+#[test]
+fn llama_levels() {
+    levels("llama-q4_1", &llama(), Format::Q4_1);
+}
+
+#[test]
+fn qwen3_levels() {
+    levels("qwen3-bf16", &qwen3(), Format::BF16);
+}
+
+/// What fusion is for: without any rule every operator stands alone, with all of them a layer is
+/// seven stages.
+#[test]
+fn a_layer_is_seven_stages() {
+    let fused = fuse::fuse(&graph("llama", &llama(), Format::Q4_1)).unwrap();
+    let names: Vec<&str> =
+        fused.ops.iter().filter(|op| op.layer == Some(1)).map(|op| op.anchor.name()).collect();
+    assert_eq!(names, ["rows", "gemm", "attention", "gemm", "rows", "gemm", "gemm"]);
+}
+
+/// The same levels, byte for byte, however often they are made.
+#[test]
+fn levels_are_deterministic() {
+    let text = || {
+        let fused = fuse::fuse(&graph("qwen3", &qwen3(), Format::BF16)).unwrap();
+        let stages = tile::tile(&fused, &tile::TileOptions { max_rows: 16, context: 64 }).unwrap();
+        let packing = serde_json::to_string(&stages.packing).unwrap();
+        schedule::schedule(&stages, 3).text(&stages) + &stages.to_string() + &packing
+    };
+    assert_eq!(text(), text());
+}
