@@ -248,12 +248,13 @@ impl<'a, 'ctx> Body<'a, 'ctx> {
         self.intrinsic("llvm.masked.store", &types, &[value.into(), to.into(), align.into(), mask.into()]);
     }
 
-    /// Asks for the line at `from` to be brought near.
+    /// Asks for the line at `from` to be brought into the second-level cache. The address may be
+    /// anything.
     pub(crate) fn prefetch(&self, from: PointerValue<'ctx>) {
         let c = |v| self.i32().const_int(v, false).into();
         let ptr = self.context.ptr_type(AddressSpace::default());
-        // Read, keep in all cache levels, data.
-        self.intrinsic("llvm.prefetch", &[ptr.into()], &[from.into(), c(0), c(3), c(1)]);
+        // Read, second level, data.
+        self.intrinsic("llvm.prefetch", &[ptr.into()], &[from.into(), c(0), c(2), c(1)]);
     }
 
     // Vectors.
@@ -382,6 +383,11 @@ impl<'a, 'ctx> Body<'a, 'ctx> {
     /// Logical shift of i32 lanes by a constant.
     pub(crate) fn shr(&self, v: VectorValue<'ctx>, bits: i64) -> VectorValue<'ctx> {
         if bits == 0 { v } else { ok(self.builder.build_right_shift(v, self.ci(bits), false, "")) }
+    }
+
+    /// Arithmetic shift of i32 lanes by a constant.
+    pub(crate) fn sar(&self, v: VectorValue<'ctx>, bits: i64) -> VectorValue<'ctx> {
+        ok(self.builder.build_right_shift(v, self.ci(bits), true, ""))
     }
 
     pub(crate) fn fadd(&self, a: VectorValue<'ctx>, b: VectorValue<'ctx>) -> VectorValue<'ctx> {

@@ -58,6 +58,11 @@ impl Dot {
         Dot { engine, fit: if code == Code::U4 { 8 } else { 4 } }
     }
 
+    /// Whether any byte codes may be summed, in 32 bits throughout.
+    pub(crate) fn wide_sums(&self) -> bool {
+        matches!(self.engine, Engine::Vnni { .. })
+    }
+
     /// What the engine subtracts from each code by itself.
     pub(crate) fn zero(&self) -> i32 {
         if matches!(self.engine, Engine::Signed { .. }) { 128 } else { 0 }

@@ -5,7 +5,7 @@
 
 use super::Kernels;
 use super::body::{Body, LANES, Param};
-use super::dot::Dot;
+use super::dot::{Dot, Sums};
 use crate::KernelError;
 use crate::gemm::{Activations, Gemm, integer_zero};
 use inkwell::values::{FunctionValue, IntValue, PointerValue, VectorValue};
@@ -200,6 +200,7 @@ impl<'k, 'a, 'ctx> Int8<'k, 'a, 'ctx> {
             let weights = b.at(weights, b.mul(block, b.size(block_bytes)));
             let x = b.at(codes, b.mul(block, b.size(ACT_BLOCK)));
             let scales = b.at4(scales, block);
+            self.prefetch_next(block, panel, weights);
             for part in 0..self.parts() {
                 let index = b.add(b.mul(block, b.size(self.parts())), b.size(part));
                 self.part(
@@ -217,6 +218,24 @@ impl<'k, 'a, 'ctx> Int8<'k, 'a, 'ctx> {
         });
         for (i, value) in accumulators.into_iter().enumerate() {
             b.store(value, b.at(out, b.mul(out_bytes, b.size(i))), 4);
+        }
+    }
+
+    /// Asks for the next panel's share of what this activation block reads. A panel is several
+    /// short runs of bytes, on which the hardware's prefetchers start anew each time.
+    fn prefetch_next(&self, block: IntValue<'ctx>, panel: PointerValue<'ctx>, weights: PointerValue<'ctx>) {
+        let (b, layout) = (self.b, &self.layout);
+        let next = b.off(weights, layout.bytes());
+        for line in (0..ACT_BLOCK * PANEL * layout.format.code.bits() / 8).step_by(64) {
+            b.prefetch(b.off(next, line));
+        }
+        let scales = self.parts() * PANEL * layout.format.scale.map_or(0, |ty| ty.bytes());
+        let next = b.at(b.off(panel, layout.bytes()), b.mul(block, b.size(scales)));
+        for line in (0..scales).step_by(64) {
+            b.prefetch(b.off(next, line));
+            if layout.format.min {
+                b.prefetch(b.off(next, layout.min_offset() + line));
+            }
         }
     }
 
@@ -241,13 +260,23 @@ impl<'k, 'a, 'ctx> Int8<'k, 'a, 'ctx> {
         };
         let starts: Vec<_> = (0..accumulators.len()).map(start).collect();
         let mut sums: Vec<_> = starts.iter().map(|s| b.dot_start(&self.dot, *s)).collect();
+        // A single row is a chain of dependent steps: odd groups get a chain of their own. High
+        // nibbles then need no shift either: their sums are 16 times too large, exactly.
+        let split = accumulators.len() == 1 && self.dot.wide_sums();
+        let in_place = split && format.code == Code::U4;
+        let mut odd = Sums::default();
         let groups = format.block / 4;
         for group in part * groups..(part + 1) * groups {
-            let codes = b.dot_weights(&self.dot, self.group(weights, group));
+            let codes = b.dot_weights(&self.dot, self.group(weights, group, in_place));
             for (r, sums) in sums.iter_mut().enumerate() {
+                let sums = if split && group % 2 == 1 { &mut odd } else { sums };
                 b.dot_step(&self.dot, sums, &codes, b.off(x, r * self.quant.k_pad() + group * 4));
             }
         }
+        let odd = split.then(|| {
+            let sum = b.dot_finish(&self.dot, odd, None);
+            if in_place { b.sar(sum, 4) } else { sum }
+        });
         let scale_type = format.scale.expect("integer formats have scales");
         let at = b.mul(index, b.size(PANEL * scale_type.bytes()));
         let mut scale = b.load_scale(scale_type, b.at(panel, at));
@@ -257,7 +286,8 @@ impl<'k, 'a, 'ctx> Int8<'k, 'a, 'ctx> {
         let min =
             format.min.then(|| b.load_scale(scale_type, b.off(b.at(panel, at), self.layout.min_offset())));
         for (r, (sums, accumulator)) in sums.into_iter().zip(accumulators).enumerate() {
-            let dot = b.i_to_f(b.dot_finish(&self.dot, sums, starts[r]));
+            let dot = b.dot_finish(&self.dot, sums, starts[r]);
+            let dot = b.i_to_f(odd.map_or(dot, |odd| b.iadd(dot, odd)));
             let x_scale = b.load_splat(b.off(scales, r * self.quant.blocks() * 4));
             *accumulator = b.fma(dot, b.fmul(scale, x_scale), *accumulator);
             if let Some(min) = min {
@@ -267,14 +297,18 @@ impl<'k, 'a, 'ctx> Int8<'k, 'a, 'ctx> {
         }
     }
 
-    /// Codes of four columns as bytes: group `group` of an activation block.
-    fn group(&self, weights: PointerValue<'ctx>, group: usize) -> VectorValue<'ctx> {
+    /// Codes of four columns as bytes: group `group` of an activation block. High nibbles stay where
+    /// they are if `in_place`.
+    fn group(&self, weights: PointerValue<'ctx>, group: usize, in_place: bool) -> VectorValue<'ctx> {
         let b = self.b;
         let load = |index| b.load_v(b.i32x(), b.off(weights, index * PANEL * 4), 64);
         if self.layout.format.code == Code::I8 {
             return load(group);
         }
         let both = load(group / 2);
+        if in_place && group % 2 == 1 {
+            return b.and(both, b.ci(0xf0f0_f0f0));
+        }
         let nibbles = b.and(b.shr(both, if group % 2 == 0 { 0 } else { 4 }), b.ci(0x0f0f_0f0f));
         if self.layout.format.code == Code::E2m1 { e2m1_bytes(b, nibbles) } else { nibbles }
     }

@@ -201,12 +201,12 @@ impl<'ctx> Body<'_, 'ctx> {
         match *glu {
             Glu::Silu => self.fmul(self.fmul(gate, self.sigmoid(gate)), up),
             Glu::GeluTanh => {
-                // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+                // 0.5 x (1 + tanh(y)) = x sigmoid(2 y) with y = sqrt(2 / pi) (x + 0.044715 x^3); the
+                // sigmoid keeps its digits where tanh is near -1.
                 let cube = self.fmul(self.fmul(gate, gate), gate);
                 let inner = self.fma(cube, self.cf(0.044_715), gate);
-                let tanh = self.tanh(self.fmul(inner, self.cf(0.797_884_6)));
-                let half = self.fmul(gate, self.cf(0.5));
-                self.fmul(self.fma(half, tanh, half), up)
+                let sigmoid = self.sigmoid(self.fmul(inner, self.cf(1.595_769_1)));
+                self.fmul(self.fmul(gate, sigmoid), up)
             }
             Glu::Clamped { alpha, limit } => {
                 let gate = self.fmin(gate, self.cf(limit));
