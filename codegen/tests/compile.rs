@@ -53,3 +53,37 @@ fn every_kind_of_processor_compiles() {
         assert_eq!(undefined(&compiled.object), Vec::<String>::new(), "{arch}");
     }
 }
+
+/// The functions of this backend in the module's text, without the kernels that they call.
+fn glue(text: &str) -> String {
+    let mut kept = String::new();
+    for function in text.split("\ndefine ").skip(1) {
+        let end = function.find("\n}").expect("a function ends");
+        let name = function.split('@').nth(1).unwrap_or("");
+        let ours = ["tilec_step(", "wait(", "\"before.", "\"body0.", "\"after."];
+        if ours.iter().any(|start| name.starts_with(start)) {
+            kept.push_str("define ");
+            kept.push_str(&function[..end + 2]);
+            kept.push_str("\n\n");
+        }
+    }
+    kept
+}
+
+#[test]
+fn the_glue_of_a_two_layer_model() {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 160,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 256,
+        "tie_word_embeddings": true
+    });
+    let tensors = frontends::synthetic_tensors(&config, Format::Q4_1).unwrap();
+    let weights = WeightsFrom::Checkpoint { path: "/nowhere".into() };
+    let mut spec = ModelSpec::for_checkpoint("/nowhere");
+    spec.target.arch = "x86-64-v3".into();
+    let input = Input { name: "llama", config: &config, tensors: &tensors, weights };
+    let compiled = compile(&input, &spec, 2).unwrap();
+    insta::assert_snapshot!("llama-q4_1.llvm", glue(compiled.text(Level::Llvm)));
+}

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use tilec_codegen::compile::Input;
+use tilec_codegen::compile::{Input, compile};
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::spec::ModelSpec;
 use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::checkpoint::Checkpoint;
+use tilec_runtime::engine::{Engine, EngineOptions};
 
 /// Folder of the fixtures.
 pub fn fixtures() -> PathBuf {
@@ -61,4 +62,37 @@ impl Fixture {
         spec.limits.sequences = 4;
         spec
     }
+}
+
+/// A compiled fixture in a temporary folder, loaded.
+pub struct Loaded {
+    /// The engine.
+    pub engine: Engine,
+    /// Holds the plan and the packed weights.
+    _folder: tempfile::TempDir,
+}
+
+/// Compiles and loads a fixture.
+pub fn load(fixture: &Fixture, spec: &ModelSpec, threads: usize) -> Loaded {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = folder.path().join("plan");
+    compile(&fixture.input(), spec, threads).unwrap().write(&plan).unwrap();
+    let options = EngineOptions { cache_dir: Some(folder.path().join("cache")), ..EngineOptions::default() };
+    let engine = Engine::load(&plan, &options, &mut |_| {}).unwrap();
+    Loaded { engine, _folder: folder }
+}
+
+/// Sequences of a reference file: token ids and float64 logits `[rows][vocab]`.
+pub fn reference(name: &str) -> Vec<(Vec<u32>, Vec<f64>)> {
+    let bytes = std::fs::read(fixtures().join(name).join("reference.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut sequences = Vec::new();
+    while let Ok(ids) = file.tensor(&format!("input_ids.{}", sequences.len())) {
+        let logits = file.tensor(&format!("logits64.{}", sequences.len())).unwrap();
+        let ids = ids.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect();
+        let logits = logits.data().as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect();
+        sequences.push((ids, logits));
+    }
+    assert!(!sequences.is_empty(), "{name} has no reference");
+    sequences
 }

@@ -36,8 +36,6 @@ struct Tile<'ctx> {
     cols: IntValue<'ctx>,
     /// First column in the part.
     first: IntValue<'ctx>,
-    /// Number of the tile.
-    number: IntValue<'ctx>,
 }
 
 /// The stage function being emitted.
@@ -58,6 +56,9 @@ pub fn emit<'e, 'a, 'ctx>(
     shares: &[Share],
 ) -> Result<FunctionValue<'ctx>, KernelError> {
     let function = emitter.kernels.function(name, STAGE_PARAMS, inkwell::module::Linkage::Private);
+    for (param, name) in function.get_param_iter().zip(["args", "worker", "layer", "cache"]) {
+        param.set_name(name);
+    }
     let code = Scalar::new(emitter.kernels.context, function);
     let args = code.ptr_arg(0);
     let field = match stage.rows {
@@ -65,9 +66,12 @@ pub fn emit<'e, 'a, 'ctx>(
         _ => offset_of!(StepArgs, rows),
     };
     let rows = code.load_u32(code.at(args, code.size(field)));
+    rows.set_name("rows");
     let all = code.load_ptr(code.at(args, code.size(offset_of!(StepArgs, scratch))));
     let scratch = code.at(all, code.mul(code.int_arg(1), code.size(emitter.scratch.bytes())));
     let kernel_scratch = code.at(scratch, code.size(emitter.scratch.tile));
+    scratch.set_name("tile_scratch");
+    kernel_scratch.set_name("kernel_scratch");
     let mut stage_emitter = StageEmitter { emitter, code, stage, rows, scratch, kernel_scratch };
     match &stage.anchor {
         StageAnchor::Gemm { .. } => stage_emitter.gemm(shares)?,
@@ -92,12 +96,16 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
             Slot::Fixed(offset) => code.int(offset),
             Slot::Layer(number) => code.load_i64(code.at(code.ptr_arg(2), code.size(number * 8))),
         };
-        code.at(self.arg(offset_of!(StepArgs, weights)), offset)
+        let packed = code.at(self.arg(offset_of!(StepArgs, weights)), offset);
+        packed.set_name("packed");
+        packed
     }
 
     fn buffer(&self, id: tilec_ir::stages::BufferId) -> PointerValue<'ctx> {
-        let offset = self.emitter.program.buffer(id).offset;
-        self.code.at(self.arg(offset_of!(StepArgs, arena)), self.code.size(offset))
+        let buffer = self.emitter.program.buffer(id);
+        let at = self.code.at(self.arg(offset_of!(StepArgs, arena)), self.code.size(buffer.offset));
+        at.set_name(&buffer.name);
+        at
     }
 
     fn floats(&self, base: PointerValue<'ctx>, elements: IntValue<'ctx>) -> PointerValue<'ctx> {
@@ -146,6 +154,9 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                 let cols = code.min(code.size(part.tile_cols), code.sub(code.size(part.cols), first));
                 let groups = code.div(code.add(cols, code.size(PANEL - 1)), PANEL);
                 let panel_count = code.mul(groups, code.size(weights.operands));
+                first.set_name("first_col");
+                cols.set_name("cols");
+                panel_count.set_name("panels");
                 let at = code.at(panels, code.mul(tile, code.size(tile_bytes)));
                 code.call(
                     kernel,
@@ -160,7 +171,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                         self.kernel_scratch.into(),
                     ],
                 );
-                let tile = Tile { at: self.scratch, stride, cols, first, number: tile };
+                let tile = Tile { at: self.scratch, stride, cols, first };
                 self.chain(part, weights.operands, tile)?;
             }
             let next = self.code.add(tile, self.code.int(1));
