@@ -19,6 +19,9 @@ const FLOAT_STEP: usize = 16;
 /// a fused multiply-add at one row, and eight rows of them still fit the registers.
 const CHAINS: usize = 2;
 
+/// Bytes that a prefetch is ahead at least: what arrives in the time that memory takes to answer.
+const PREFETCH_BYTES: usize = 8192;
+
 impl<'a, 'ctx> Kernels<'a, 'ctx> {
     /// The product of activation rows with a run of panels; see the [module](super) for arguments.
     ///
@@ -200,7 +203,7 @@ impl<'k, 'a, 'ctx> Int8<'k, 'a, 'ctx> {
             let weights = b.at(weights, b.mul(block, b.size(block_bytes)));
             let x = b.at(codes, b.mul(block, b.size(ACT_BLOCK)));
             let scales = b.at4(scales, block);
-            self.prefetch_next(block, panel, weights);
+            self.prefetch_ahead(block, panel);
             for part in 0..self.parts() {
                 let index = b.add(b.mul(block, b.size(self.parts())), b.size(part));
                 self.part(
@@ -221,21 +224,16 @@ impl<'k, 'a, 'ctx> Int8<'k, 'a, 'ctx> {
         }
     }
 
-    /// Asks for the next panel's share of what this activation block reads. A panel is several
-    /// short runs of bytes, on which the hardware's prefetchers start anew each time.
-    fn prefetch_next(&self, block: IntValue<'ctx>, panel: PointerValue<'ctx>, weights: PointerValue<'ctx>) {
-        let (b, layout) = (self.b, &self.layout);
-        let next = b.off(weights, layout.bytes());
-        for line in (0..ACT_BLOCK * PANEL * layout.format.code.bits() / 8).step_by(64) {
-            b.prefetch(b.off(next, line));
-        }
-        let scales = self.parts() * PANEL * layout.format.scale.map_or(0, |ty| ty.bytes());
-        let next = b.at(b.off(panel, layout.bytes()), b.mul(block, b.size(scales)));
-        for line in (0..scales).step_by(64) {
-            b.prefetch(b.off(next, line));
-            if layout.format.min {
-                b.prefetch(b.off(next, layout.min_offset() + line));
-            }
+    /// Asks for bytes that are wanted a panel later, as many as this activation block's share of a
+    /// panel. A panel is read as several short runs, on which the hardware's prefetchers start anew
+    /// each time.
+    fn prefetch_ahead(&self, block: IntValue<'ctx>, panel: PointerValue<'ctx>) {
+        let (b, bytes) = (self.b, self.layout.bytes());
+        let lines = (bytes / 64).div_ceil(self.quant.blocks());
+        let ahead = b.off(panel, bytes.max(PREFETCH_BYTES));
+        let ahead = b.at(ahead, b.mul(block, b.size(lines * 64)));
+        for line in 0..lines {
+            b.prefetch(b.off(ahead, line * 64));
         }
     }
 
@@ -309,7 +307,7 @@ impl<'k, 'a, 'ctx> Int8<'k, 'a, 'ctx> {
         if in_place && group % 2 == 1 {
             return b.and(both, b.ci(0xf0f0_f0f0));
         }
-        let nibbles = b.and(b.shr(both, if group % 2 == 0 { 0 } else { 4 }), b.ci(0x0f0f_0f0f));
+        let nibbles = b.and(b.shr(both, 4 * (group % 2) as i64), b.ci(0x0f0f_0f0f));
         if self.layout.format.code == Code::E2m1 { e2m1_bytes(b, nibbles) } else { nibbles }
     }
 }

@@ -205,7 +205,7 @@ impl<'ctx> Body<'_, 'ctx> {
                 // sigmoid keeps its digits where tanh is near -1.
                 let cube = self.fmul(self.fmul(gate, gate), gate);
                 let inner = self.fma(cube, self.cf(0.044_715), gate);
-                let sigmoid = self.sigmoid(self.fmul(inner, self.cf(1.595_769_1)));
+                let sigmoid = self.sigmoid(self.fmul(inner, self.cf(1.595_769)));
                 self.fmul(self.fmul(gate, sigmoid), up)
             }
             Glu::Clamped { alpha, limit } => {

@@ -169,7 +169,7 @@ impl<'ctx> Body<'_, 'ctx> {
             vec![self.fma(x, x, sums[0])]
         });
         let mut sum = sums[0];
-        if dim % lanes != 0 {
+        if !dim.is_multiple_of(lanes) {
             let mask = self.mask_below(self.size(dim % lanes));
             let x = self.load_masked(self.off(x, dim / lanes * lanes * 4), Some(mask));
             sum = self.fma(x, x, sum);
