@@ -1,7 +1,7 @@
 //! Attention over the paged KV cache. Descriptor.
 
+use crate::KernelError;
 use crate::pieces::check_kv;
-use crate::{KernelError, Target};
 use tilec_ir::abi::KvLayout;
 
 /// Causal attention of rows that share a KV head: all query heads of the group together.
@@ -48,7 +48,8 @@ impl Attention {
     }
 
     /// Query heads that are computed together, and rows beside them.
-    pub(crate) fn blocking(&self, target: &Target) -> (usize, usize) {
+    #[cfg(feature = "llvm")]
+    pub(crate) fn blocking(&self, target: &crate::Target) -> (usize, usize) {
         let most = if target.isa.avx512 { MAX_QUERIES } else { MAX_QUERIES / 2 };
         let heads = (1..=most.min(self.group)).rev().find(|h| self.group.is_multiple_of(*h)).unwrap_or(1);
         (heads, (most / heads).max(1))

@@ -250,8 +250,8 @@ fn copies_sums_and_bias() {
                 call!(f, from.data.as_ptr(), index.as_ptr(), 3usize, to.data.as_mut_ptr());
             },
         );
-        for row in 0..3 {
-            let source = index[row] as usize;
+        for (row, source) in index.iter().enumerate() {
+            let source = *source as usize;
             assert!((0..128).all(|c| to.code(row, c) == from.code(source, c)), "{cpu}");
             assert!((0..4).all(|b| to.scale(row, b) == from.scale(source, b)), "{cpu}");
             assert!((0..4).all(|b| to.sum(row, b) == from.sum(source, b)), "{cpu}");
@@ -289,7 +289,7 @@ fn head_norm_and_rope() {
                     call!(f, tile, stride, rows, heads, positions, cos.as_ptr(), sin.as_ptr());
                 },
             );
-            for row in 0..rows {
+            for (row, position) in positions.iter().enumerate() {
                 for head in 0..heads {
                     let base = row * stride + head * head_dim;
                     let x: Vec<f64> = x[base..base + head_dim].iter().map(|v| f64::from(*v)).collect();
@@ -298,7 +298,7 @@ fn head_norm_and_rope() {
                         let what = || format!("{cpu} {head_dim}/{rotary_dims} row {row} head {head} {c}");
                         let want = x[c] / (mean + 1e-6).sqrt() * f64::from(weight[c]);
                         close(got[base + c], want, 1e-6, what);
-                        let pair = c % half + positions[row] as usize * half;
+                        let pair = c % half + *position as usize * half;
                         let (cos, sin) = (f64::from(cos[pair]), f64::from(sin[pair]));
                         let want = match c {
                             c if c < half => x[c] * cos - x[c + half] * sin,

@@ -66,14 +66,15 @@ fn undefined_symbols(object: &[u8]) -> Vec<String> {
 #[macro_export]
 macro_rules! call {
     ($address:expr $(, $arg:expr)* $(,)?) => {{
+        type Kernel = unsafe extern "C" fn($(call!(@word $arg)),*);
+        let address: usize = $address;
+        let mut words = [$($crate::common::word($arg)),*].into_iter();
         // SAFETY: the kernel takes as many 64-bit arguments as are passed, and the test made the
         // memory behind the pointers large enough.
-        unsafe {
-            let f = std::mem::transmute::<usize, unsafe extern "C" fn($(call!(@u $arg)),*)>($address);
-            f($($crate::common::word($arg)),*)
-        }
+        unsafe { std::mem::transmute::<usize, Kernel>(address)($(call!(@next words $arg)),*) }
     }};
-    (@u $arg:expr) => { usize };
+    (@word $arg:expr) => { usize };
+    (@next $words:ident $arg:expr) => { $words.next().unwrap_or_default() };
 }
 
 /// An argument as a machine word.
