@@ -1,0 +1,405 @@
+//! From the logits of one position to a token.
+//!
+//! The names are those of vLLM and llama.cpp. Where those two disagree about the order, this is
+//! the order of Hugging Face transformers:
+//!
+//! 1. `logit_bias` is added, then the repetition, presence and frequency penalties apply;
+//! 2. `temperature` divides the logits (0 means greedy: the rest is skipped);
+//! 3. `top_k` keeps the k most probable tokens;
+//! 4. `top_p` keeps the fewest of those, most probable first, whose probabilities (normalised
+//!    over what step 3 left) reach `top_p`;
+//! 5. `min_p` drops what is less than `min_p` times as probable as the best token;
+//! 6. one of what is left is drawn, in proportion to its probability.
+//!
+//! Everything is deterministic. Equal logits rank by id, lowest first. The random number is a
+//! function of (seed, position) alone ([`uniform`]): drawing a position again, in another order
+//! or in another batch, as speculation does, gives the same token for the same logits.
+
+mod philox;
+#[cfg(test)]
+mod tests;
+
+pub use philox::uniform;
+
+use serde::{Deserialize, Serialize};
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, HashMap};
+
+/// How tokens are chosen. The default samples from the model's own distribution.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SamplingParams {
+    /// Divides the logits; 0 takes the most probable token always.
+    pub temperature: f32,
+    /// Keep the k most probable tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the fewest tokens whose probabilities reach this, in (0, 1]; 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens less probable than this times the best one's probability, in [0, 1].
+    pub min_p: f32,
+    /// Seed of the random numbers.
+    pub seed: u64,
+    /// Above 1: the logits of tokens that were seen, prompt included, are divided (positive ones)
+    /// or multiplied (negative ones) by this. 1 is off.
+    pub repetition_penalty: f32,
+    /// Taken from the logits of tokens that were generated before. In [-2, 2].
+    pub presence_penalty: f32,
+    /// Taken from the logits of a token once for every time that it was generated. In [-2, 2].
+    pub frequency_penalty: f32,
+    /// Added to the logits of single tokens.
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// Report the probability of each chosen token. It costs an exponential for every token of
+    /// the vocabulary.
+    pub logprobs: bool,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
+            logprobs: false,
+        }
+    }
+}
+
+impl SamplingParams {
+    /// The most probable token, always.
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, ..Self::default() }
+    }
+
+    /// Whether the choice does not depend on the seed.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+
+    fn adjusts_logits(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.counts_output() || !self.logit_bias.is_empty()
+    }
+
+    fn counts_output(&self) -> bool {
+        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
+    /// Checks every value against its range.
+    pub fn validate(&self) -> Result<(), SamplingError> {
+        let check = |name: &'static str, value: f32, fine: bool, range: &'static str| match fine {
+            true => Ok(()),
+            false => Err(SamplingError::Parameter { name, value, range }),
+        };
+        let within = |value: f32, low: f32, high: f32| (low..=high).contains(&value);
+        let positive = |value: f32| value.is_finite() && value > 0.0;
+        let t = self.temperature;
+        check("temperature", t, t == 0.0 || positive(t), "0 (greedy) or more")?;
+        check("top_p", self.top_p, within(self.top_p, f32::MIN_POSITIVE, 1.0), "above 0 and at most 1")?;
+        check("min_p", self.min_p, within(self.min_p, 0.0, 1.0), "from 0 to 1")?;
+        let r = self.repetition_penalty;
+        check("repetition_penalty", r, positive(r), "above 0 (1 is off)")?;
+        for (name, value) in
+            [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
+        {
+            check(name, value, within(value, -2.0, 2.0), "from -2 to 2")?;
+        }
+        for &bias in self.logit_bias.values() {
+            check("logit_bias", bias, bias.is_finite(), "a finite number")?;
+        }
+        Ok(())
+    }
+}
+
+/// Why no token could be chosen.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SamplingError {
+    /// A parameter is outside of its range.
+    #[error("{name} = {value}: must be {range}")]
+    Parameter {
+        /// Name of the parameter.
+        name: &'static str,
+        /// Its value.
+        value: f32,
+        /// What it may be.
+        range: &'static str,
+    },
+    /// `logit_bias` names a token that the model does not have.
+    #[error("logit_bias: token {token} is beyond the {vocab} tokens of the model")]
+    Bias {
+        /// The token.
+        token: u32,
+        /// Length of the logits.
+        vocab: usize,
+    },
+    /// The model computed NaN or +infinity.
+    #[error("position {position}: the logit of token {token} is {value}: the model's numbers broke down")]
+    Logit {
+        /// Absolute position that the logits predict.
+        position: u64,
+        /// Token id of the first such logit.
+        token: usize,
+        /// The logit.
+        value: f32,
+    },
+    /// There are no logits, or all are -infinity.
+    #[error("position {position}: no token is possible ({vocab} logits, none above -inf)")]
+    Nothing {
+        /// Absolute position that the logits predict.
+        position: u64,
+        /// Length of the logits.
+        vocab: usize,
+    },
+}
+
+/// A chosen token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// Token id.
+    pub token: u32,
+    /// With [`SamplingParams::logprobs`]: natural logarithm of the token's probability under the
+    /// model's own distribution (temperature 1, no penalty, no filter).
+    pub logprob: Option<f32>,
+}
+
+/// One token that may still be chosen.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    logit: f32,
+    token: u32,
+    /// exp((logit − best) / temperature): the probability, not yet normalised.
+    weight: f64,
+}
+
+/// Best first; among equals, the lowest id.
+fn rank(a: &Candidate, b: &Candidate) -> Ordering {
+    b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token))
+}
+
+/// Chooses tokens for one sequence.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    params: SamplingParams,
+    /// How often each token was generated; 0 for tokens of the prompt alone.
+    seen: HashMap<u32, u32>,
+    /// Scratch: logits after bias and penalties.
+    adjusted: Vec<f32>,
+    /// Scratch: what the filters left.
+    candidates: Vec<Candidate>,
+}
+
+impl Sampler {
+    /// A sampler for a new sequence.
+    pub fn new(params: SamplingParams) -> Result<Self, SamplingError> {
+        params.validate()?;
+        Ok(Self { params, seen: HashMap::new(), adjusted: Vec::new(), candidates: Vec::new() })
+    }
+
+    /// The parameters.
+    pub fn params(&self) -> &SamplingParams {
+        &self.params
+    }
+
+    /// Tells the tokens of the prompt, for the repetition penalty.
+    pub fn observe_prompt(&mut self, tokens: &[u32]) {
+        if self.params.repetition_penalty != 1.0 {
+            for &token in tokens {
+                self.seen.entry(token).or_insert(0);
+            }
+        }
+    }
+
+    /// Tells that `token` is now part of the output, for the penalties. Choosing a token does not
+    /// make it so: a speculated position may be drawn and thrown away.
+    pub fn accept(&mut self, token: u32) {
+        if self.params.repetition_penalty != 1.0 || self.params.counts_output() {
+            *self.seen.entry(token).or_insert(0) += 1;
+        }
+    }
+
+    /// Chooses the token at `position` (absolute: 0 is the first token of the prompt) from the
+    /// `logits` that predict it, one for every token of the vocabulary.
+    pub fn sample(&mut self, logits: &[f32], position: u64) -> Result<Choice, SamplingError> {
+        // Scratch moves out while `self` is read.
+        let mut adjusted = std::mem::take(&mut self.adjusted);
+        let mut candidates = std::mem::take(&mut self.candidates);
+        let choice = self.choose(logits, position, &mut adjusted, &mut candidates);
+        self.adjusted = adjusted;
+        self.candidates = candidates;
+        choice
+    }
+
+    fn choose(
+        &self,
+        raw: &[f32],
+        position: u64,
+        adjusted: &mut Vec<f32>,
+        candidates: &mut Vec<Candidate>,
+    ) -> Result<Choice, SamplingError> {
+        let logits = if self.params.adjusts_logits() {
+            self.adjust(raw, adjusted)?;
+            adjusted.as_slice()
+        } else {
+            raw
+        };
+        let best = argmax(logits, position)?;
+        let token = if self.params.is_greedy() {
+            best
+        } else {
+            self.filter(logits, logits[best as usize], candidates);
+            draw(candidates, uniform(self.params.seed, position))
+        };
+        let logprob = match self.params.logprobs {
+            true if self.params.adjusts_logits() => Some(logprob(raw, argmax(raw, position)?, token)),
+            true => Some(logprob(raw, best, token)),
+            false => None,
+        };
+        Ok(Choice { token, logprob })
+    }
+
+    /// Step 1 of the module's order.
+    fn adjust(&self, raw: &[f32], adjusted: &mut Vec<f32>) -> Result<(), SamplingError> {
+        adjusted.clear();
+        adjusted.extend_from_slice(raw);
+        for (&token, &bias) in &self.params.logit_bias {
+            let logit =
+                adjusted.get_mut(token as usize).ok_or(SamplingError::Bias { token, vocab: raw.len() })?;
+            *logit += bias;
+        }
+        let p = &self.params;
+        for (&token, &count) in &self.seen {
+            // A prompt may hold ids that the head does not predict.
+            let Some(logit) = adjusted.get_mut(token as usize) else { continue };
+            *logit = if *logit > 0.0 { *logit / p.repetition_penalty } else { *logit * p.repetition_penalty };
+            if count > 0 {
+                *logit -= p.presence_penalty + p.frequency_penalty * count as f32;
+            }
+        }
+        Ok(())
+    }
+
+    /// Steps 2 to 5: leaves the tokens that may be drawn, with their weights.
+    fn filter(&self, logits: &[f32], best: f32, kept: &mut Vec<Candidate>) {
+        let p = &self.params;
+        let weigh = |logit: f32| weight(logit, best, p.temperature);
+        kept.clear();
+        let top_k = p.top_k as usize;
+        if top_k > 0 && top_k < logits.len() {
+            keep_top_k(logits, top_k, kept);
+            kept.iter_mut().for_each(|c| c.weight = weigh(c.logit));
+        } else {
+            kept.extend(
+                (0u32..)
+                    .zip(logits)
+                    .map(|(token, &logit)| Candidate { logit, token, weight: weigh(logit) })
+                    .filter(|c| c.weight > 0.0),
+            );
+        }
+        if p.top_p < 1.0 {
+            keep_top_p(f64::from(p.top_p), kept);
+        }
+        if p.min_p > 0.0 {
+            // The best token's weight is 1.
+            kept.retain(|c| c.weight >= f64::from(p.min_p));
+        }
+    }
+}
+
+/// The probability of a logit relative to the best one's. Below e^-60 it is 0: 2^32 such tokens
+/// do not change a sum in f64 that holds a 1.
+fn weight(logit: f32, best: f32, temperature: f32) -> f64 {
+    let x = (f64::from(logit) - f64::from(best)) / f64::from(temperature);
+    if x < -60.0 { 0.0 } else { x.exp() }
+}
+
+/// The `k` best tokens, best first. One pass that mostly compares with the k-th best so far.
+fn keep_top_k(logits: &[f32], k: usize, kept: &mut Vec<Candidate>) {
+    let room = k.saturating_mul(2).min(logits.len());
+    let mut worst: Option<f32> = None;
+    for (token, &logit) in (0u32..).zip(logits) {
+        // A later token with the same logit ranks behind.
+        if worst.is_some_and(|worst| logit <= worst) {
+            continue;
+        }
+        kept.push(Candidate { logit, token, weight: 0.0 });
+        if kept.len() > room {
+            kept.select_nth_unstable_by(k - 1, rank);
+            kept.truncate(k);
+            worst = Some(kept[k - 1].logit);
+        }
+    }
+    if kept.len() > k {
+        kept.select_nth_unstable_by(k - 1, rank);
+        kept.truncate(k);
+    }
+    kept.sort_unstable_by(rank);
+}
+
+/// The fewest tokens, best first, whose share of all weights reaches `top_p`; at least one.
+fn keep_top_p(top_p: f64, kept: &mut Vec<Candidate>) {
+    let total: f64 = kept.iter().map(|c| c.weight).sum();
+    // All tokens below this together are less than 1 − top_p, so none of them can be needed, and
+    // the rest is short enough to sort.
+    let floor = (1.0 - top_p) * total / kept.len() as f64;
+    kept.retain(|c| c.weight >= floor);
+    kept.sort_unstable_by(rank);
+    let mut sum = 0.0;
+    let enough = kept.iter().position(|c| {
+        sum += c.weight;
+        sum >= top_p * total
+    });
+    if let Some(last) = enough {
+        kept.truncate(last + 1);
+    }
+}
+
+/// Inverts the cumulative distribution at `u`, in [0, 1).
+fn draw(candidates: &[Candidate], u: f64) -> u32 {
+    let target = u * candidates.iter().map(|c| c.weight).sum::<f64>();
+    let mut sum = 0.0;
+    for c in candidates {
+        sum += c.weight;
+        if sum > target {
+            return c.token;
+        }
+    }
+    // Only if `u * total` rounds up to `total`. The best token is always kept.
+    candidates.last().map_or(0, |c| c.token)
+}
+
+/// The best token, the lowest id among equals. Logits must be below +infinity.
+fn argmax(logits: &[f32], position: u64) -> Result<u32, SamplingError> {
+    // Maxima over chunks vectorise; then only the first chunk with the best one is searched.
+    const CHUNK: usize = 512;
+    let (mut best, mut chunk, mut broken) = (f32::NEG_INFINITY, 0, false);
+    for (i, values) in logits.chunks(CHUNK).enumerate() {
+        let mut max = f32::NEG_INFINITY;
+        for &x in values {
+            max = if x > max { x } else { max };
+            broken |= x.is_nan() | (x == f32::INFINITY);
+        }
+        if max > best {
+            (best, chunk) = (max, i);
+        }
+    }
+    if broken {
+        let at = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY).unwrap_or_default();
+        return Err(SamplingError::Logit { position, token: at, value: logits[at] });
+    }
+    let start = chunk * CHUNK;
+    match logits.get(start..).unwrap_or_default().iter().position(|&x| x == best) {
+        Some(at) if best > f32::NEG_INFINITY => Ok((start + at) as u32),
+        _ => Err(SamplingError::Nothing { position, vocab: logits.len() }),
+    }
+}
+
+/// Log-softmax of `logits` at `token`.
+fn logprob(logits: &[f32], best: u32, token: u32) -> f32 {
+    let best = f64::from(logits[best as usize]);
+    let sum: f64 = logits.iter().map(|&x| (f64::from(x) - best).exp()).sum();
+    (f64::from(logits[token as usize]) - best - sum.ln()) as f32
+}

@@ -1,0 +1,48 @@
+//! The tokenizer of SmolLM2 from its GGUF file, against reference ids.
+//!
+//! The vocabulary is too large to keep here: set `TILEC_SMOLLM2_GGUF` to the path of
+//! `SmolLM2-135M-Instruct.Q4_1.gguf` to run this. `tests/data/make_fixtures.py` made the ids.
+
+use serde::Deserialize;
+use std::path::Path;
+use tilec_runtime::checkpoint::{Checkpoint, TokenizerSource};
+use tilec_runtime::stream::StreamDecoder;
+use tilec_runtime::tokenizer::Tokenizer;
+
+#[derive(Deserialize)]
+struct Case {
+    text: String,
+    ids: Vec<u32>,
+    decoded: String,
+    /// Decoded without special tokens.
+    shown: String,
+}
+
+#[test]
+fn smollm2_tokens_are_the_references() {
+    let Ok(path) = std::env::var("TILEC_SMOLLM2_GGUF") else {
+        eprintln!("skipped: TILEC_SMOLLM2_GGUF is not set");
+        return;
+    };
+    let checkpoint = Checkpoint::open(Path::new(&path)).unwrap();
+    let TokenizerSource::Gguf(vocab) = checkpoint.tokenizer_source() else {
+        panic!("no vocabulary in {path}")
+    };
+    let tokenizer = Tokenizer::from_gguf(vocab.as_ref().clone()).unwrap();
+    assert_eq!(tokenizer.vocab_size(), 49_152);
+    assert_eq!(tokenizer.end_tokens(), [2, 0], "<|im_end|> and <|endoftext|>");
+
+    let cases: Vec<Case> = serde_json::from_str(include_str!("data/smollm2_tokens.json")).unwrap();
+    assert!(cases.len() > 20);
+    for case in cases {
+        let ids = tokenizer.encode(&case.text, true).unwrap();
+        assert_eq!(ids, case.ids, "{:?}", case.text);
+        assert_eq!(tokenizer.decode(&ids, false), case.decoded);
+        assert_eq!(tokenizer.decode(&ids, true), case.shown);
+
+        let mut stream = StreamDecoder::new(&tokenizer, true, &[] as &[&str]).unwrap();
+        let mut text: String = ids.iter().map(|&id| stream.push(id).text).collect();
+        text.push_str(&stream.finish().text);
+        assert_eq!(text, case.shown);
+    }
+}
