@@ -10,7 +10,6 @@ mod setup;
 mod shell;
 mod wire;
 
-use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
@@ -27,7 +26,7 @@ Usage: cargo xtask TASK [OPTIONS]
   test                set up, then formatting, lints and all tests
   demo                set up, build tilec and let SmolLM2-135M-Instruct answer
       --prompt TEXT      what to ask                     --max-tokens N     at most so many tokens (64)
-      --threads N        threads (all cores)
+      --threads N        threads (as many as cores)
   compare-llama-cpp   tilec beside llama.cpp: speed, or with --text every token of greedy texts
       --threads N        threads of each engine (2)      --model FILE       a GGUF file (SmolLM2)
       --pp N             prompt tokens (512)             --plan PATH        what tilec runs (the model file)
@@ -103,18 +102,26 @@ fn test(args: Args) -> Result<()> {
 fn demo(mut args: Args) -> Result<()> {
     let prompt = args.text("--prompt")?.unwrap_or_else(|| "What is the capital of France?".into());
     let max_tokens = args.number("--max-tokens", 64usize, 1)?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.number("--threads", cores, 1)?;
+    let threads = args.number("--threads", 0usize, 1)?;
     args.finish()?;
     let mut parts = Parts::default();
     parts.run("set-up: LLVM 19", setup::llvm)?;
-    let model: PathBuf = parts.run("set-up: SmolLM2", setup::smollm2)?;
+    parts.run("set-up: SmolLM2", setup::smollm2)?;
     let tilec = parts.run("build", build::tilec)?;
+    let plan = setup::cache()?.join("smollm2-demo.plan");
+    parts.run("compile", || {
+        let mut compile = Command::new(&tilec);
+        compile.arg("compile").arg(shell::workspace_root().join("examples/smollm2/model.yaml"));
+        if threads > 0 {
+            compile.args(["--threads", &threads.to_string()]);
+        }
+        shell::run(compile.arg("--output").arg(&plan))
+    })?;
     parts.run("answer", || {
-        let mut run = Command::new(tilec);
-        run.arg("run").arg(&model).arg("--prompt").arg(&prompt);
-        run.args(["--max-tokens", &max_tokens.to_string(), "--threads", &threads.to_string()]);
-        shell::run(run.args(["--temperature", "0", "--stats"]))
+        let mut run = Command::new(&tilec);
+        run.arg("run").arg(&plan).arg("--prompt").arg(&prompt);
+        run.args(["--max-tokens", &max_tokens.to_string(), "--temperature", "0", "--stats"]);
+        shell::run(&mut run)
     })?;
     eprint!("\n{}", parts.table());
     Ok(())

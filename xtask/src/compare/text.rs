@@ -125,15 +125,15 @@ impl Logits {
         Ok(logits)
     }
 
-    /// Reads the f32 tensor `logits` of shape [rows, vocabulary] from a safetensors file.
+    /// Reads the logits of the first token list, the f32 tensor `logits.0` of shape [tokens, vocabulary].
     fn parse(bytes: &[u8]) -> Result<Self> {
         let what = || "tilec's logits file";
         let file = SafeTensors::deserialize(bytes).context(what)?;
-        let tensor = file.tensor("logits").context(what)?;
+        let tensor = file.tensor("logits.0").context(what)?;
         let (Dtype::F32, &[_, vocab]) = (tensor.dtype(), tensor.shape()) else {
             let (dtype, shape) = (tensor.dtype(), tensor.shape());
             return Err(Error::new(format!(
-                "tilec's logits are {dtype:?} of shape {shape:?}, not f32 [rows, vocabulary]"
+                "tilec's logits are {dtype:?} of shape {shape:?}, not f32 [tokens, vocabulary]"
             )));
         };
         let (words, _) = tensor.data().as_chunks::<4>();
@@ -351,11 +351,11 @@ mod tests {
             let view = safetensors::tensor::TensorView::new(Dtype::F32, shape, &bytes).unwrap();
             safetensors::serialize([(name, view)], None).unwrap()
         };
-        let logits = Logits::parse(&file("logits", vec![2, 3])).unwrap();
+        let logits = Logits::parse(&file("logits.0", vec![2, 3])).unwrap();
         let rows: Vec<&[f32]> = logits.rows_from(1).unwrap().collect();
         assert_eq!(rows, [&values[3..]]);
         assert!(Logits::parse(&file("other", vec![2, 3])).is_err());
-        assert!(Logits::parse(&file("logits", vec![6])).is_err());
+        assert!(Logits::parse(&file("logits.0", vec![6])).is_err());
         assert!(Logits::parse(b"short").is_err());
     }
 
