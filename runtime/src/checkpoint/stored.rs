@@ -1,0 +1,201 @@
+//! How one tensor lies in its file, and reading rows of it as planes.
+
+use super::file::{MappedFile, Span};
+use super::gguf::BlockType;
+use super::synthetic::Synthetic;
+use half::{bf16, f16};
+use std::borrow::Cow;
+use std::ops::Range;
+use tilec_ir::convert::{ConvertError, PlaneView, e4m3_to_f32, row_format};
+use tilec_ir::format::{Format, ScaleType};
+use tilec_ir::tensor::TensorInfo;
+
+/// Rows of a tensor as planes, in the [`row_format`] of the stored format: the codes as stored, the
+/// scales repeated for every row and the tensor's scale folded in. The planes are laid out as
+/// [`PlaneView`] says.
+#[derive(Clone, Debug)]
+pub struct StoredRows<'a> {
+    /// Format of the planes.
+    pub format: Format,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// The plane of codes.
+    pub codes: Cow<'a, [u8]>,
+    /// The plane of scales.
+    pub scales: Cow<'a, [u8]>,
+    /// The plane of minima.
+    pub mins: Cow<'a, [u8]>,
+}
+
+impl StoredRows<'_> {
+    /// A view of all rows.
+    ///
+    /// # Errors
+    /// If planes were given other sizes than the shape asks for.
+    pub fn view(&self) -> Result<PlaneView<'_>, ConvertError> {
+        PlaneView::new(self.format, self.rows, self.cols, &self.codes, &self.scales, &self.mins, 1.0)
+    }
+}
+
+/// How a scale lies in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ScaleStorage {
+    F32,
+    F16,
+    Bf16,
+    E8m0,
+    E4m3,
+}
+
+impl ScaleStorage {
+    pub fn bytes(self) -> usize {
+        match self {
+            ScaleStorage::F32 => 4,
+            ScaleStorage::F16 | ScaleStorage::Bf16 => 2,
+            ScaleStorage::E8m0 | ScaleStorage::E4m3 => 1,
+        }
+    }
+
+    fn get(self, plane: &[u8], index: usize) -> f32 {
+        let bytes = &plane[index * self.bytes()..][..self.bytes()];
+        match self {
+            ScaleStorage::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+            ScaleStorage::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+            ScaleStorage::Bf16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+            ScaleStorage::E8m0 => ScaleType::E8m0.decode(bytes),
+            ScaleStorage::E4m3 => e4m3_to_f32(bytes[0]),
+        }
+    }
+}
+
+/// A grid of scales: `[ceil(rows / per_rows)][ceil(cols / per_cols)]`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ScaleGrid {
+    pub span: Span,
+    pub storage: ScaleStorage,
+    pub per_rows: usize,
+    pub per_cols: usize,
+    /// Multiplied into every scale.
+    pub factor: f32,
+}
+
+/// How a tensor is stored.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Stored {
+    /// Codes row by row in a tensor of their own, scales in another.
+    Planes { codes: Span, scales: Option<ScaleGrid> },
+    /// GGUF: blocks that hold codes and scales, row by row. `rotary_heads` says that rows of every
+    /// head are interleaved for rotary embeddings on neighbours, and how many heads there are.
+    Blocks { span: Span, block: BlockType, rotary_heads: Option<usize> },
+    /// Made when asked for.
+    Synthetic(Synthetic),
+}
+
+/// Where row `row` of a head-wise interleaved matrix of `rows` rows comes from: the file has dimensions
+/// 0, d/2, 1, d/2 + 1, ... of every head, in that order.
+pub(super) fn interleaved_row(row: usize, rows: usize, heads: usize) -> usize {
+    let head_dim = rows / heads;
+    let (head, dim) = (row / head_dim, row % head_dim);
+    let (half, pair) = (dim / (head_dim / 2), dim % (head_dim / 2));
+    head * head_dim + 2 * pair + half
+}
+
+impl Stored {
+    /// Rows `range` of the tensor. The caller has checked the range, the constructor of the `Stored`
+    /// that all spans fit `info`.
+    pub fn rows<'a>(
+        &self,
+        files: &'a [MappedFile],
+        info: &TensorInfo,
+        range: Range<usize>,
+    ) -> Result<StoredRows<'a>, ConvertError> {
+        let cols = info.cols();
+        match self {
+            Stored::Planes { codes, scales } => {
+                let row_bytes = (cols * info.format.code.bits()).div_ceil(8);
+                let codes = &slice(files, codes)[range.start * row_bytes..range.end * row_bytes];
+                let format = row_format(info.format);
+                let scales = match scales {
+                    Some(grid) => grid.rows(files, format, cols, range.clone()),
+                    None => Cow::Borrowed(&[][..]),
+                };
+                let (codes, mins) = (Cow::Borrowed(codes), Cow::Borrowed(&[][..]));
+                Ok(StoredRows { format, rows: range.len(), cols, codes, scales, mins })
+            }
+            Stored::Blocks { span, block, rotary_heads } => {
+                let bytes = slice(files, span);
+                // A vector has one row for the shape, but its elements are permuted like rows.
+                if let (Some(heads), 1) = (rotary_heads, info.shape.len()) {
+                    let element = info.format.code.bits() / 8;
+                    let codes = (0..cols)
+                        .flat_map(|i| bytes[interleaved_row(i, cols, *heads) * element..][..element].to_vec())
+                        .collect();
+                    return Ok(StoredRows::owned(info.format, 1, cols, codes, Vec::new(), Vec::new()));
+                }
+                let rows = info.rows().unwrap_or(0);
+                let source = |row| rotary_heads.map_or(row, |heads| interleaved_row(row, rows, heads));
+                let row_bytes = block.row_bytes(cols);
+                let planes =
+                    block.planes(cols, range.map(|row| &bytes[source(row) * row_bytes..][..row_bytes]))?;
+                let (rows, format) = (planes.rows, planes.format);
+                Ok(StoredRows::owned(format, rows, cols, planes.codes, planes.scales, planes.mins))
+            }
+            Stored::Synthetic(synthetic) => {
+                let planes = synthetic.rows(info, range)?;
+                let (rows, format) = (planes.rows, planes.format);
+                Ok(StoredRows::owned(format, rows, cols, planes.codes, planes.scales, planes.mins))
+            }
+        }
+    }
+}
+
+impl StoredRows<'_> {
+    fn owned(
+        format: Format,
+        rows: usize,
+        cols: usize,
+        codes: Vec<u8>,
+        scales: Vec<u8>,
+        mins: Vec<u8>,
+    ) -> StoredRows<'static> {
+        let (codes, scales, mins) = (Cow::Owned(codes), Cow::Owned(scales), Cow::Owned(mins));
+        StoredRows { format, rows, cols, codes, scales, mins }
+    }
+}
+
+impl ScaleGrid {
+    /// The plane of scales of the rows, of the type and block that `format` has.
+    fn rows<'a>(
+        &self,
+        files: &'a [MappedFile],
+        format: Format,
+        cols: usize,
+        range: Range<usize>,
+    ) -> Cow<'a, [u8]> {
+        let plane = slice(files, &self.span);
+        let grid_cols = cols.div_ceil(self.per_cols);
+        let same_type = matches!(
+            (self.storage, format.scale),
+            (ScaleStorage::E8m0, Some(ScaleType::E8m0)) | (ScaleStorage::F32, Some(ScaleType::F32))
+        );
+        if same_type && self.per_rows == 1 && self.per_cols == format.block && self.factor == 1.0 {
+            let row_bytes = grid_cols * self.storage.bytes();
+            return Cow::Borrowed(&plane[range.start * row_bytes..range.end * row_bytes]);
+        }
+        let blocks = cols.div_ceil(format.block);
+        let mut out = Vec::with_capacity(range.len() * blocks * 4);
+        for row in range {
+            for b in 0..blocks {
+                let index = row / self.per_rows * grid_cols + b * format.block / self.per_cols;
+                out.extend_from_slice(&(self.storage.get(plane, index) * self.factor).to_le_bytes());
+            }
+        }
+        Cow::Owned(out)
+    }
+}
+
+pub(super) fn slice<'a>(files: &'a [MappedFile], span: &Span) -> &'a [u8] {
+    &files[span.file].bytes()[span.start..span.start + span.len]
+}

@@ -1,0 +1,514 @@
+//! Executes a packing recipe: reads the rows that it names from a checkpoint, lays them out as panels,
+//! and keeps the result in a file, so that the next start maps it instead of packing again.
+//!
+//! The file is a page of header and then the packed weights:
+//!
+//! | bytes | hold |
+//! | --- | --- |
+//! | 0..8 | `tilecpkw` |
+//! | 8..12 | version |
+//! | 12..16 | zero |
+//! | 16..24 | bytes of weights |
+//! | 24..56 | SHA-256 of what was packed: recipe, identity of the checkpoint, version |
+//! | 56..88 | SHA-256 of bytes 0..56 |
+//! | 4096.. | the weights |
+
+use crate::checkpoint::{Checkpoint, CheckpointError, ErrorKind};
+use memmap2::{Mmap, MmapMut};
+use sha2::{Digest, Sha256};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use tilec_ir::convert::{dequantize, pack_panel, quantize};
+use tilec_ir::format::{PANEL, PanelLayout};
+use tilec_ir::pack::{PackContent, PackItem, Packing, PackingError, RowSegment};
+
+/// Raised whenever the layout of the file or the packing of a format changes.
+pub const PACKED_VERSION: u32 = 1;
+
+/// Where the weights start in the file: a page, so that they can be mapped aligned.
+const DATA_OFFSET: usize = 4096;
+
+const MAGIC: &[u8; 8] = b"tilecpkw";
+
+/// Bytes of panels that one job makes: large enough to hide its start, small enough to balance.
+const JOB_BYTES: usize = 1 << 20;
+
+/// Bytes that are packed before the pages of the sources are given back.
+const RELEASE_EVERY: u64 = 64 << 20;
+
+/// Why weights could not be packed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    /// The recipe contradicts itself.
+    #[error("{0}; compile the model again")]
+    Recipe(#[from] PackingError),
+    /// The checkpoint is at fault, or does not fit the recipe.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The memory for the packed weights was refused.
+    #[error("{bytes} bytes for the packed weights: {source}; use a smaller model or a narrower format")]
+    Memory {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The cache could not be written.
+    #[error(
+        "{}: {action} ({bytes} bytes of packed weights): {source}; free some space, choose another cache \
+         folder, or switch the cache off", path.display()
+    )]
+    Cache {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// Bytes of the packed weights.
+        bytes: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// Packed weights, in memory of their own or mapped from the cache; aligned to 64 bytes and more.
+#[derive(Debug)]
+pub struct PackedWeights {
+    map: Mmap,
+    offset: usize,
+    len: usize,
+    cached: bool,
+}
+
+impl PackedWeights {
+    /// Where the weights start; valid for as long as `self` lives.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.as_slice().as_ptr()
+    }
+
+    /// The packed weights.
+    pub fn as_slice(&self) -> &[u8] {
+        &self.map[self.offset..self.offset + self.len]
+    }
+
+    /// Bytes of the packed weights.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether they came from the cache.
+    pub fn from_cache(&self) -> bool {
+        self.cached
+    }
+}
+
+/// Receives (bytes done, bytes in all).
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// Packs into memory.
+///
+/// # Errors
+/// If the recipe is not sound, does not fit the checkpoint, or a weight cannot be converted.
+pub fn pack(
+    checkpoint: &Checkpoint,
+    packing: &Packing,
+    progress: Progress<'_>,
+) -> Result<PackedWeights, PackError> {
+    packing.verify()?;
+    let memory = |source| PackError::Memory { bytes: packing.bytes, source };
+    let len =
+        usize::try_from(packing.bytes).map_err(|_| memory(io::Error::from(io::ErrorKind::OutOfMemory)))?;
+    // Maps of no length are refused by some systems.
+    let mut map = MmapMut::map_anon(len.max(1)).map_err(memory)?;
+    fill(checkpoint, packing, &mut map[..len], progress)?;
+    let map = map.make_read_only().map_err(memory)?;
+    Ok(PackedWeights { map, offset: 0, len, cached: false })
+}
+
+/// Maps the packed weights from `cache`, or packs them into a file there first.
+///
+/// The file's name and header hold a hash of the recipe and of the checkpoint's identity (path, length
+/// and time of change of every file), so that a changed model or checkpoint is packed anew. A file
+/// that is cut short or has a damaged header is replaced.
+///
+/// # Errors
+/// As [`pack`], and if the file cannot be written. Nothing is left behind then.
+pub fn pack_cached(
+    checkpoint: &Checkpoint,
+    packing: &Packing,
+    cache: &Path,
+    progress: Progress<'_>,
+) -> Result<PackedWeights, PackError> {
+    packing.verify()?;
+    let key = cache_key(checkpoint, packing);
+    let path = cache.join(format!("packed-{}.tlw", hex(&key[..16])));
+    let bytes = packing.bytes;
+    match load(&path, &header(bytes, &key), bytes) {
+        Ok(Some(weights)) => return Ok(weights),
+        Ok(None) => {}
+        Err(problem) => {
+            tracing::warn!(file = %path.display(), problem, "the cached weights are not usable: packing again");
+        }
+    }
+    let fault = |action, path: &Path| {
+        let path = path.to_path_buf();
+        move |source| PackError::Cache { path, action, bytes, source }
+    };
+    fs::create_dir_all(cache).map_err(fault("making the folder", cache))?;
+    let temporary = Temporary(cache.join(format!("packed-{}.{}.tmp", hex(&key[..16]), std::process::id())));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&temporary.0)
+        .map_err(fault("creating the file", &temporary.0))?;
+    let len = bytes
+        .checked_add(DATA_OFFSET as u64)
+        .and_then(|len| usize::try_from(len).ok())
+        .ok_or_else(|| fault("reserving space", &temporary.0)(io::ErrorKind::FileTooLarge.into()))?;
+    reserve(&file, len as u64).map_err(fault("reserving space", &temporary.0))?;
+    // SAFETY: the file is new, has a name that carries this process's number, and its space is
+    // reserved, so that no write to the map can fail for want of it.
+    let mut map = unsafe { MmapMut::map_mut(&file) }.map_err(fault("mapping the file", &temporary.0))?;
+    fill(checkpoint, packing, &mut map[DATA_OFFSET..], progress)?;
+    map[..HEADER_BYTES].copy_from_slice(&header(bytes, &key));
+    map.flush().map_err(fault("writing", &temporary.0))?;
+    drop(map);
+    file.sync_all().map_err(fault("writing", &temporary.0))?;
+    fs::rename(&temporary.0, &path).map_err(fault("renaming the file", &path))?;
+    std::mem::forget(temporary);
+    // SAFETY: see `load`.
+    let map = unsafe { Mmap::map(&file) }.map_err(fault("mapping the file", &path))?;
+    Ok(PackedWeights { map, offset: DATA_OFFSET, len: len - DATA_OFFSET, cached: false })
+}
+
+/// Removes its file when dropped: what is left half-done by an error.
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // The error that led here is the one to report.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Makes the file `len` bytes long with all its space on the disk, so that a full disk is an error here
+/// and not a signal in the middle of a write to the map.
+fn reserve(file: &File, len: u64) -> io::Result<()> {
+    let length = libc::off_t::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+    // SAFETY: the descriptor is open for as long as `file` lives; the call touches no memory of ours.
+    match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, length) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+const HEADER_BYTES: usize = 88;
+
+fn header(bytes: u64, key: &[u8; 32]) -> [u8; HEADER_BYTES] {
+    let mut header = [0; HEADER_BYTES];
+    header[..8].copy_from_slice(MAGIC);
+    header[8..12].copy_from_slice(&PACKED_VERSION.to_le_bytes());
+    header[16..24].copy_from_slice(&bytes.to_le_bytes());
+    header[24..56].copy_from_slice(key);
+    let checksum = Sha256::digest(&header[..56]);
+    header[56..].copy_from_slice(&checksum);
+    header
+}
+
+/// Maps a file of the cache; `None` if there is none, an explanation if it is not usable.
+fn load(path: &Path, expected: &[u8; HEADER_BYTES], bytes: u64) -> Result<Option<PackedWeights>, String> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(|error| error.to_string())?,
+    };
+    let len = file.metadata().map_err(|error| error.to_string())?.len();
+    if bytes.checked_add(DATA_OFFSET as u64) != Some(len) {
+        return Err(format!(
+            "the file has {len} bytes, {bytes} of weights and {DATA_OFFSET} of header are due"
+        ));
+    }
+    // SAFETY: the map is only read. Files of the cache are written under another name and renamed, so
+    // that no program of ours changes one that is mapped.
+    let map = unsafe { Mmap::map(&file) }.map_err(|error| error.to_string())?;
+    if map[..HEADER_BYTES] != expected[..] {
+        return Err("the header is damaged".to_string());
+    }
+    let len = map.len() - DATA_OFFSET;
+    Ok(Some(PackedWeights { map, offset: DATA_OFFSET, len, cached: true }))
+}
+
+/// Hash of everything that the packed bytes depend on.
+fn cache_key(checkpoint: &Checkpoint, packing: &Packing) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(PACKED_VERSION.to_le_bytes());
+    let mut add = |text: String| {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
+    };
+    add(serde_json::to_string(packing).expect("a recipe is plain data"));
+    add(serde_json::to_string(&checkpoint.identity()).expect("an identity is plain data"));
+    // For synthetic weights shape and format are part of what is made.
+    add(serde_json::to_string(checkpoint.tensors()).expect("shapes are plain data"));
+    hash.finalize().into()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A piece of work and the bytes that it fills.
+enum Job<'a> {
+    /// Panels `first..` of every segment of one or several whole groups.
+    Panels {
+        layout: PanelLayout,
+        groups: Vec<PanelGroup<'a>>,
+        out: &'a mut [u8],
+    },
+    F32 {
+        tensor: &'a str,
+        len: usize,
+        out: &'a mut [u8],
+    },
+    RopeTable {
+        inv_freq: &'a [f32],
+        positions: usize,
+        factor: f32,
+        out: &'a mut [u8],
+    },
+}
+
+/// Panels `first..end` of each of the interleaved segments.
+#[derive(Clone, Copy)]
+struct PanelGroup<'a> {
+    segments: &'a [RowSegment],
+    first: usize,
+    end: usize,
+}
+
+impl PanelGroup<'_> {
+    fn panels(&self) -> usize {
+        (self.end - self.first) * self.segments.len()
+    }
+}
+
+/// Splits the recipe, which is verified, into jobs over disjoint parts of `out`.
+fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
+    let mut items: Vec<&PackItem> = packing.items.iter().collect();
+    items.sort_by_key(|item| item.offset);
+    let mut jobs = Vec::new();
+    let mut at = 0;
+    for item in items {
+        // In range: `verify` has checked every end, and the whole fits memory.
+        let bytes = item.content.bytes().expect("a verified item has a size") as usize;
+        let (_, rest) = out.split_at_mut(item.offset as usize - at);
+        let (mut own, rest) = rest.split_at_mut(bytes);
+        out = rest;
+        at = item.offset as usize + bytes;
+        match &item.content {
+            PackContent::F32 { tensor, len } => jobs.push(Job::F32 { tensor, len: *len, out: own }),
+            PackContent::RopeTable { inv_freq, positions, attention_factor } => {
+                let (positions, factor) = (*positions, *attention_factor);
+                jobs.push(Job::RopeTable { inv_freq, positions, factor, out: own });
+            }
+            PackContent::Panels { layout, segments, interleave, .. } => {
+                let panel_bytes = layout.bytes();
+                let limit = (JOB_BYTES / panel_bytes).max(1);
+                let mut pending: Vec<PanelGroup<'a>> = Vec::new();
+                let mut flush = |groups: Vec<PanelGroup<'a>>| {
+                    let panels: usize = groups.iter().map(PanelGroup::panels).sum();
+                    let (head, tail) = std::mem::take(&mut own).split_at_mut(panels * panel_bytes);
+                    own = tail;
+                    jobs.push(Job::Panels { layout: *layout, groups, out: head });
+                };
+                for segments in segments.chunks(*interleave) {
+                    let step = (limit / interleave).max(1);
+                    for first in (0..segments[0].panels()).step_by(step) {
+                        let end = segments[0].panels().min(first + step);
+                        pending.push(PanelGroup { segments, first, end });
+                        if pending.iter().map(PanelGroup::panels).sum::<usize>() >= limit {
+                            flush(std::mem::take(&mut pending));
+                        }
+                    }
+                }
+                if !pending.is_empty() {
+                    flush(pending);
+                }
+            }
+        }
+    }
+    jobs
+}
+
+/// Fills `out`, which is zero, with what the recipe asks for.
+fn fill(
+    checkpoint: &Checkpoint,
+    packing: &Packing,
+    out: &mut [u8],
+    progress: Progress<'_>,
+) -> Result<(), PackError> {
+    check(checkpoint, packing)?;
+    let total: u64 = packing.items.iter().filter_map(|item| item.content.bytes()).sum();
+    let queue = Mutex::new(jobs(packing, out).into_iter());
+    let failed = AtomicBool::new(false);
+    let since_release = AtomicU64::new(0);
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let (sender, receiver) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for _ in 0..workers {
+            let (queue, failed, since_release, sender) = (&queue, &failed, &since_release, sender.clone());
+            threads.push(scope.spawn(move || -> Result<(), PackError> {
+                loop {
+                    let job = queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).next();
+                    let Some(job) = job.filter(|_| !failed.load(Ordering::Relaxed)) else { return Ok(()) };
+                    let bytes =
+                        run(checkpoint, job).inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+                    if since_release.fetch_add(bytes, Ordering::Relaxed) + bytes >= RELEASE_EVERY {
+                        since_release.store(0, Ordering::Relaxed);
+                        checkpoint.release_pages();
+                    }
+                    // The receiver outlives the workers.
+                    let _ = sender.send(bytes);
+                }
+            }));
+        }
+        drop(sender);
+        let mut done = 0;
+        progress(0, total);
+        for bytes in receiver {
+            done += bytes;
+            progress(done, total);
+        }
+        threads.into_iter().try_for_each(|thread| match thread.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    })?;
+    checkpoint.release_pages();
+    Ok(())
+}
+
+/// Checks the recipe against the checkpoint's shapes before any work, and says what will be converted.
+fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
+    const REMEDY: &str = "compile the model again from this checkpoint";
+    for item in &packing.items {
+        match &item.content {
+            PackContent::Panels { layout, segments, .. } => {
+                let mut last = "";
+                for RowSegment { tensor, row_start, rows } in segments {
+                    let info = checkpoint.tensor(tensor)?;
+                    let have = info.rows().unwrap_or(0);
+                    if info.cols() != layout.k || row_start + rows > have {
+                        let problem = format!(
+                            "its shape is {:?}, the plan wants rows {row_start}..{} of {} columns",
+                            info.shape,
+                            row_start + rows,
+                            layout.k
+                        );
+                        return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, REMEDY).into());
+                    }
+                    if tensor != last && PanelLayout::new(info.format, layout.k) != *layout {
+                        let (from, to) = (info.format, layout.format);
+                        tracing::info!(%tensor, %from, %to, "converting through float32");
+                    }
+                    last = tensor;
+                }
+            }
+            PackContent::F32 { tensor, len } => {
+                let info = checkpoint.tensor(tensor)?;
+                if info.elements() != Some(*len) {
+                    let problem = format!("its shape is {:?}, the plan wants {len} elements", info.shape);
+                    return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, REMEDY).into());
+                }
+            }
+            PackContent::RopeTable { .. } => {}
+        }
+    }
+    Ok(())
+}
+
+/// Does a job and returns the bytes that it filled.
+fn run(checkpoint: &Checkpoint, job: Job<'_>) -> Result<u64, PackError> {
+    match job {
+        Job::F32 { tensor, len, out } => {
+            let values = checkpoint.tensor_f32(tensor)?;
+            debug_assert_eq!(values.len(), len);
+            for (bytes, value) in out.chunks_exact_mut(4).zip(values) {
+                bytes.copy_from_slice(&value.to_le_bytes());
+            }
+            Ok(out.len() as u64)
+        }
+        Job::RopeTable { inv_freq, positions, factor, out } => {
+            rope_table(inv_freq, positions, factor, out);
+            Ok(out.len() as u64)
+        }
+        Job::Panels { layout, groups, out } => {
+            let panel_bytes = layout.bytes();
+            let mut rest = &mut *out;
+            for group in groups {
+                let (own, tail) = rest.split_at_mut(group.panels() * panel_bytes);
+                rest = tail;
+                for (index, segment) in group.segments.iter().enumerate() {
+                    let panels = own.chunks_exact_mut(panel_bytes).skip(index).step_by(group.segments.len());
+                    pack_segment(checkpoint, &layout, segment, group.first, group.end, panels)?;
+                }
+            }
+            Ok(out.len() as u64)
+        }
+    }
+}
+
+/// Packs panels `first..end` of a segment into `panels`.
+fn pack_segment<'a>(
+    checkpoint: &Checkpoint,
+    layout: &PanelLayout,
+    segment: &RowSegment,
+    first: usize,
+    end: usize,
+    panels: impl Iterator<Item = &'a mut [u8]>,
+) -> Result<(), CheckpointError> {
+    let name = segment.tensor.as_str();
+    let fault = |error| checkpoint.convert_fault(name, &error);
+    let rows = segment.row_start + first * PANEL..segment.row_start + segment.rows.min(end * PANEL);
+    let stored = checkpoint.rows(name, rows.clone())?;
+    let mut view = stored.view().map_err(fault)?;
+    let converted;
+    if stored.format != layout.format {
+        let mut values = vec![0.0; stored.rows * stored.cols];
+        dequantize(&view, &mut values).map_err(fault)?;
+        converted = quantize(layout.format, stored.rows, stored.cols, &values).map_err(fault)?;
+        view = converted.view();
+    }
+    for (index, out) in panels.enumerate() {
+        let start = index * PANEL;
+        pack_panel(layout, &view.slice(start..view.rows().min(start + PANEL)), out).map_err(fault)?;
+    }
+    Ok(())
+}
+
+/// The angle is the float32 product of position and frequency, as reference implementations have it;
+/// its cosine and sine are computed in double and rounded once.
+fn rope_table(inv_freq: &[f32], positions: usize, factor: f32, out: &mut [u8]) {
+    let (cos, sin) = out.split_at_mut(positions * inv_freq.len() * 4);
+    let angles = (0..positions).flat_map(|position| inv_freq.iter().map(move |f| position as f32 * f));
+    for ((angle, cos), sin) in angles.zip(cos.chunks_exact_mut(4)).zip(sin.chunks_exact_mut(4)) {
+        let (s, c) = f64::from(angle).sin_cos();
+        cos.copy_from_slice(&(c as f32 * factor).to_le_bytes());
+        sin.copy_from_slice(&(s as f32 * factor).to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+#[path = "pack_tests.rs"]
+mod tests;
