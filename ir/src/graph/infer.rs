@@ -46,7 +46,11 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
         Op::Rope { rope, head_dim } => {
             let x = f32_operand(operands, 0)?;
             let spec = graph.ropes.get(rope).ok_or_else(|| format!("no rope is called {rope:?}"))?;
-            if *head_dim == 0 || x.cols % head_dim != 0 || spec.dims > *head_dim || spec.dims % 2 != 0 {
+            spec.check().map_err(|what| format!("rope {rope:?}: {what}"))?;
+            if x.rows != Dim::Rows {
+                return Err(format!("rope needs a position for each row, which {x} has not"));
+            }
+            if *head_dim == 0 || x.cols % head_dim != 0 || spec.dims > *head_dim {
                 return Err(format!("{} rotary dims of heads of {head_dim} in {x}", spec.dims));
             }
             Ok(x)
@@ -54,13 +58,13 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
         Op::KvWrite { cache } => {
             let cache = self::cache(graph, *cache)?;
             let (k, v) = (f32_operand(operands, 0)?, f32_operand(operands, 1)?);
-            let want = (cache.kv_heads * cache.qk_dim, cache.kv_heads * cache.v_dim);
+            let want = (product(cache.kv_heads, cache.qk_dim)?, product(cache.kv_heads, cache.v_dim)?);
             if (k.cols, v.cols) != want || k.rows != Dim::Rows || v.rows != Dim::Rows {
                 return Err(format!("keys {k} and values {v} do not fit a cache of {want:?} columns"));
             }
             Ok(Type { elem: Elem::Kv, rows: Dim::Rows, cols: 0 })
         }
-        Op::Attention { cache, heads, window, .. } => {
+        Op::Attention { cache, heads, scale, window } => {
             let cache = self::cache(graph, *cache)?;
             let q = f32_operand(operands, 0)?;
             if operands[1].elem != Elem::Kv {
@@ -69,19 +73,25 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
             if cache.kv_heads == 0 || *heads == 0 || heads % cache.kv_heads != 0 {
                 return Err(format!("{heads} query heads do not share {} KV heads", cache.kv_heads));
             }
-            if q.cols != heads * cache.qk_dim || q.rows != Dim::Rows {
+            if q.cols != product(*heads, cache.qk_dim)? || q.rows != Dim::Rows {
                 return Err(format!("queries {q} are not {heads} heads of {}", cache.qk_dim));
             }
             if *window == Some(0) {
                 return Err("a window of 0 sees nothing".into());
             }
-            Ok(Type::f32(heads * cache.v_dim))
+            if !scale.is_finite() {
+                return Err(format!("scale {scale} is not finite"));
+            }
+            Ok(Type::f32(product(*heads, cache.v_dim)?))
         }
         Op::Gated { .. } | Op::Add => {
             let (a, b) = (f32_operand(operands, 0)?, f32_operand(operands, 1)?);
             if a == b { Ok(a) } else { Err(format!("operands {a} and {b} differ")) }
         }
-        Op::SelectRows => Ok(Type { rows: Dim::LogitRows, ..f32_operand(operands, 0)? }),
+        Op::SelectRows => match f32_operand(operands, 0)? {
+            x if x.rows == Dim::Rows => Ok(Type { rows: Dim::LogitRows, ..x }),
+            x => Err(format!("the rows of {x} cannot be selected from, only those of the step")),
+        },
         Op::Quantize => Ok(Type { elem: Elem::Q8, ..f32_operand(operands, 0)? }),
         Op::Logits => match f32_operand(operands, 0)? {
             x if x.rows == Dim::LogitRows => Ok(x),
@@ -95,6 +105,10 @@ fn f32_operand(operands: &[Type], number: usize) -> Result<Type, String> {
         ty if ty.elem == Elem::F32 => Ok(ty),
         ty => Err(format!("operand {number} must be f32, not {ty}")),
     }
+}
+
+fn product(a: usize, b: usize) -> Result<usize, String> {
+    a.checked_mul(b).ok_or_else(|| format!("{a} x {b} columns are more than can be counted"))
 }
 
 fn weight<'g>(graph: &'g Graph, name: &str) -> Result<&'g Weight, String> {

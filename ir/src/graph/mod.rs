@@ -6,12 +6,17 @@
 //! [`Op::Attention`] name the cache they touch, and a `kv` token orders them.
 
 mod infer;
+pub mod interp;
 mod op;
 mod rope;
+mod text;
+mod verify;
 
 pub use infer::infer;
 pub use op::{ActivationFn, Op};
 pub use rope::{RopeScaling, RopeSpec};
+pub use text::{ParseError, parse};
+pub use verify::verify;
 
 use crate::abi::KvType;
 use crate::format::Format;

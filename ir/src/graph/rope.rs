@@ -58,7 +58,52 @@ pub struct RopeSpec {
 }
 
 impl RopeSpec {
-    /// Inverse frequencies, one per pair of dimensions.
+    /// Whether the frequencies are defined: what [`RopeSpec::inv_freq`] relies on.
+    ///
+    /// # Errors
+    /// In words, when the dimensions are odd or none, a number is not finite and positive, or the
+    /// stored factors are not one per pair.
+    pub fn check(&self) -> Result<(), String> {
+        if self.dims == 0 || !self.dims.is_multiple_of(2) {
+            return Err(format!("{} dims are not whole pairs", self.dims));
+        }
+        let positive = |what: &str, value: f64| match value.is_finite() && value > 0.0 {
+            true => Ok(()),
+            false => Err(format!("{what} {value} is not finite and positive")),
+        };
+        positive("theta", self.theta)?;
+        match &self.scaling {
+            RopeScaling::None => Ok(()),
+            RopeScaling::Linear { factor } => positive("factor", *factor),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                positive("factor", *factor)?;
+                positive("low_freq_factor", *low_freq_factor)?;
+                positive("high_freq_factor", *high_freq_factor)?;
+                positive("original_context", *original_context as f64)?;
+                match low_freq_factor < high_freq_factor {
+                    true => Ok(()),
+                    false => Err("low_freq_factor is not below high_freq_factor".into()),
+                }
+            }
+            RopeScaling::Yarn {
+                factor, beta_fast, beta_slow, original_context, attention_factor, ..
+            } => {
+                positive("factor", *factor)?;
+                positive("beta_fast", *beta_fast)?;
+                positive("beta_slow", *beta_slow)?;
+                positive("original_context", *original_context as f64)?;
+                positive("attention_factor", *attention_factor)
+            }
+            RopeScaling::Factors { factors } => {
+                if factors.len() != self.dims / 2 {
+                    return Err(format!("{} factors for {} pairs", factors.len(), self.dims / 2));
+                }
+                factors.iter().try_for_each(|factor| positive("factor", f64::from(*factor)))
+            }
+        }
+    }
+
+    /// Inverse frequencies, one per pair of dimensions. Expects a spec that [`RopeSpec::check`] passes.
     pub fn inv_freq(&self) -> Vec<f32> {
         let pairs = self.dims / 2;
         let base = |pair: usize| self.theta.powf(-((2 * pair) as f64) / self.dims as f64);

@@ -1,0 +1,409 @@
+//! The reference interpreter: what a graph means, in plain loops.
+//!
+//! It is the oracle that the backends are compared with, so it is written to be checked by reading,
+//! not to be fast. Values between operators are float32; inside an operator sums are float64, so that
+//! its own rounding is far below that of what it judges. The numbers of a row do not depend on the
+//! other rows of the step.
+
+use super::{Cache, Dim, Graph, GraphError, Node, NodeId, Op, RopeSpec, verify};
+use crate::abi::KvType;
+use crate::format::ACT_BLOCK;
+use half::{bf16, f16};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+/// Where the interpreter's weights come from.
+pub trait WeightSource {
+    /// The tensor of this checkpoint name as float32, row-major (`[out, in]` for a matrix).
+    ///
+    /// To model a precision pass, give the weights as they are after requantization.
+    ///
+    /// # Errors
+    /// In words, when there is no such tensor or it cannot be read.
+    fn tensor(&self, name: &str) -> Result<Cow<'_, [f32]>, String>;
+}
+
+/// Weights in memory, by name.
+impl WeightSource for BTreeMap<String, Vec<f32>> {
+    fn tensor(&self, name: &str) -> Result<Cow<'_, [f32]>, String> {
+        match self.get(name) {
+            Some(values) => Ok(Cow::Borrowed(values)),
+            None => Err("there is no such tensor".into()),
+        }
+    }
+}
+
+/// One row of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Token id.
+    pub token: u32,
+    /// Position in the sequence, from 0.
+    pub position: usize,
+    /// Which sequence; a new number starts an empty one.
+    pub sequence: u32,
+}
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+pub enum InterpError {
+    /// The graph does not pass [`verify`].
+    #[error("the graph is not valid: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Graph(Vec<GraphError>),
+    /// A weight is missing or has another size.
+    #[error("weight {name:?}: {what}")]
+    Weight {
+        /// Name in the checkpoint.
+        name: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A row of the step makes no sense.
+    #[error("row {row}: {what}")]
+    Row {
+        /// Number of the row in the step.
+        row: usize,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The wanted logits make no sense.
+    #[error("wanted logits {wanted:?} of {rows} rows: name rows of the step, ascending")]
+    Logits {
+        /// What was asked for.
+        wanted: Vec<usize>,
+        /// Rows of the step.
+        rows: usize,
+    },
+}
+
+/// Keys and values of one sequence in one cache: `[positions, kv_heads * dim]`.
+#[derive(Clone, Debug, Default)]
+struct History {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// State of one sequence.
+#[derive(Clone, Debug)]
+struct Sequence {
+    /// Positions written.
+    len: usize,
+    /// One per cache of the graph.
+    caches: Vec<History>,
+}
+
+/// Executes a graph step by step, with the KV cache of every sequence.
+pub struct Interpreter<'a> {
+    graph: &'a Graph,
+    order: Vec<NodeId>,
+    weights: BTreeMap<&'a str, Cow<'a, [f32]>>,
+    sequences: BTreeMap<u32, Sequence>,
+}
+
+impl<'a> Interpreter<'a> {
+    /// Verifies the graph and reads its weights.
+    ///
+    /// # Errors
+    /// When the graph is not valid, or a weight is missing or not of the declared size.
+    pub fn new(graph: &'a Graph, source: &'a dyn WeightSource) -> Result<Self, InterpError> {
+        verify(graph).map_err(InterpError::Graph)?;
+        let order = graph.topological().map_err(|error| InterpError::Graph(vec![error]))?;
+        let mut weights = BTreeMap::new();
+        for (name, weight) in &graph.weights {
+            let fail = |what| InterpError::Weight { name: name.clone(), what };
+            let values = source.tensor(name).map_err(fail)?;
+            // `verify` has checked that this does not overflow.
+            let expected: usize = weight.shape.iter().product();
+            if values.len() != expected {
+                return Err(fail(format!("{} values do not make a {:?}", values.len(), weight.shape)));
+            }
+            weights.insert(name.as_str(), values);
+        }
+        Ok(Interpreter { graph, order, weights, sequences: BTreeMap::new() })
+    }
+
+    /// Positions that a sequence holds; 0 for one that was never seen.
+    pub fn positions(&self, sequence: u32) -> usize {
+        self.sequences.get(&sequence).map_or(0, |sequence| sequence.len)
+    }
+
+    /// Drops the positions of a sequence from `len` on.
+    pub fn truncate(&mut self, sequence: u32, len: usize) {
+        if let Some(sequence) = self.sequences.get_mut(&sequence) {
+            sequence.len = sequence.len.min(len);
+        }
+    }
+
+    /// Runs one step and returns the logits of the `wanted` rows, `[wanted.len(), vocabulary]`.
+    ///
+    /// Rows of a sequence are adjacent and at consecutive positions. They may start before the
+    /// sequence's end: what follows is then forgotten, as when drafted tokens are rejected.
+    ///
+    /// # Errors
+    /// When a token, a position or a wanted row makes no sense; the state is then as before.
+    pub fn step(&mut self, rows: &[Row], wanted: &[usize]) -> Result<Vec<f32>, InterpError> {
+        self.step_observed(rows, wanted, &mut |_, _| {})
+    }
+
+    /// [`Interpreter::step`] that shows every value to `observe` as it is computed, row-major, in
+    /// topological order: to find the operator in which a backend departs. Quantized values are shown
+    /// as the float32 that they stand for; an [`Op::KvWrite`] has no values.
+    ///
+    /// # Errors
+    /// As for [`Interpreter::step`].
+    pub fn step_observed(
+        &mut self,
+        rows: &[Row],
+        wanted: &[usize],
+        observe: &mut dyn FnMut(&Node, &[f32]),
+    ) -> Result<Vec<f32>, InterpError> {
+        self.check_rows(rows)?;
+        if wanted.iter().any(|row| *row >= rows.len()) || !wanted.is_sorted_by(|a, b| a < b) {
+            return Err(InterpError::Logits { wanted: wanted.to_vec(), rows: rows.len() });
+        }
+        for row in rows {
+            self.sequences.entry(row.sequence).or_insert_with(|| Sequence {
+                len: 0,
+                caches: vec![History::default(); self.graph.caches.len()],
+            });
+        }
+
+        let mut users: BTreeMap<NodeId, usize> =
+            self.order.iter().map(|id| (*id, self.graph.users(*id).len())).collect();
+        let mut values: BTreeMap<NodeId, Vec<f32>> = BTreeMap::new();
+        let mut logits = Vec::new();
+        for id in self.order.clone() {
+            let operands = self.graph.operands(id);
+            let inputs: Vec<&[f32]> = operands.iter().map(|operand| values[operand].as_slice()).collect();
+            let value = self.evaluate(id, &inputs, rows, wanted);
+            observe(self.graph.node(id), &value);
+            for operand in operands {
+                let left = users.get_mut(&operand).expect("every node is counted");
+                *left -= 1;
+                if *left == 0 {
+                    values.remove(&operand);
+                }
+            }
+            match self.graph.node(id).op {
+                Op::Logits => logits = value,
+                _ => drop(values.insert(id, value)),
+            }
+        }
+        for row in rows {
+            self.sequences.get_mut(&row.sequence).expect("entered above").len = row.position + 1;
+        }
+        Ok(logits)
+    }
+
+    fn check_rows(&self, rows: &[Row]) -> Result<(), InterpError> {
+        let vocab = self.graph.nodes.node_weights().filter_map(|node| match &node.op {
+            Op::Embed { weight } => Some(self.graph.weights[weight].shape[0]),
+            _ => None,
+        });
+        let vocab = vocab.min().unwrap_or(usize::MAX);
+        if rows.is_empty() {
+            return Err(InterpError::Row { row: 0, what: "a step needs at least one row".into() });
+        }
+        // The position that the sequence's next row must have.
+        let mut next: BTreeMap<u32, usize> = BTreeMap::new();
+        for (number, row) in rows.iter().enumerate() {
+            let fail = |what| Err(InterpError::Row { row: number, what });
+            if row.token as usize >= vocab {
+                return fail(format!("token {} of a vocabulary of {vocab}", row.token));
+            }
+            match next.get(&row.sequence) {
+                None if row.position > self.positions(row.sequence) => {
+                    return fail(format!(
+                        "position {} of sequence {} leaves a gap behind its {} positions",
+                        row.position,
+                        row.sequence,
+                        self.positions(row.sequence)
+                    ));
+                }
+                Some(position) if *position != row.position => {
+                    return fail(format!("position {} where {position} comes next", row.position));
+                }
+                Some(_) if rows[number - 1].sequence != row.sequence => {
+                    return fail(format!("rows of sequence {} are not adjacent", row.sequence));
+                }
+                _ => next.insert(row.sequence, row.position.saturating_add(1)),
+            };
+        }
+        Ok(())
+    }
+
+    /// The value of one operator. The graph is verified, so shapes are what the loops expect.
+    fn evaluate(&mut self, id: NodeId, inputs: &[&[f32]], rows: &[Row], wanted: &[usize]) -> Vec<f32> {
+        let node = self.graph.node(id);
+        let cols = node.ty.cols;
+        match &node.op {
+            Op::Embed { weight } => {
+                let table = &self.weights[weight.as_str()];
+                rows.iter().flat_map(|row| &table[row.token as usize * cols..][..cols]).copied().collect()
+            }
+            Op::RmsNorm { weight, eps } => rms_norm(inputs[0], &self.weights[weight.as_str()], *eps),
+            Op::Linear { weight } => {
+                let count = match node.ty.rows {
+                    Dim::Rows => rows.len(),
+                    Dim::LogitRows => wanted.len(),
+                    Dim::Const(n) => n,
+                };
+                linear(inputs[0], &self.weights[weight.as_str()], count, cols)
+            }
+            Op::Bias { weight } => {
+                let bias = self.weights[weight.as_str()].iter().cycle();
+                inputs[0].iter().zip(bias).map(|(x, b)| x + b).collect()
+            }
+            Op::Rope { rope, head_dim } => rotate(inputs[0], &self.graph.ropes[rope], *head_dim, cols, rows),
+            Op::KvWrite { cache } => {
+                self.write(*cache, inputs[0], inputs[1], rows);
+                Vec::new()
+            }
+            Op::Attention { cache, heads, scale, window } => {
+                let shape = &self.graph.caches[*cache];
+                let queries = inputs[0].chunks_exact(heads * shape.qk_dim);
+                rows.iter()
+                    .zip(queries)
+                    .flat_map(|(row, query)| {
+                        let history = &self.sequences[&row.sequence].caches[*cache];
+                        let first = window.map_or(0, |window| (row.position + 1).saturating_sub(window));
+                        attend(query, history, shape, *heads, *scale, first..row.position + 1)
+                    })
+                    .collect()
+            }
+            Op::Gated { activation: super::ActivationFn::Silu } => {
+                let silu = |x: f64| x / (1.0 + (-x).exp());
+                let pairs = inputs[0].iter().zip(inputs[1]);
+                pairs.map(|(gate, up)| (silu(f64::from(*gate)) * f64::from(*up)) as f32).collect()
+            }
+            Op::Add => inputs[0].iter().zip(inputs[1]).map(|(a, b)| a + b).collect(),
+            Op::SelectRows => {
+                wanted.iter().flat_map(|row| &inputs[0][row * cols..][..cols]).copied().collect()
+            }
+            Op::Quantize => inputs[0].chunks_exact(cols).flat_map(fake_quantize).collect(),
+            Op::Logits => inputs[0].to_vec(),
+        }
+    }
+
+    /// Writes keys and values, rounded to the cache's type as a backend stores them.
+    fn write(&mut self, cache: usize, keys: &[f32], values: &[f32], rows: &[Row]) {
+        let Cache { kv_heads, qk_dim, v_dim, kv_type } = self.graph.caches[cache];
+        for (number, row) in rows.iter().enumerate() {
+            let sequence = self.sequences.get_mut(&row.sequence).expect("entered by the step");
+            let history = &mut sequence.caches[cache];
+            for (stored, new, width) in [
+                (&mut history.keys, keys, kv_heads * qk_dim),
+                (&mut history.values, values, kv_heads * v_dim),
+            ] {
+                stored.truncate(row.position * width);
+                stored.extend(new[number * width..][..width].iter().map(|x| stored_as(*x, kv_type)));
+            }
+        }
+    }
+}
+
+fn stored_as(x: f32, kv_type: KvType) -> f32 {
+    match kv_type {
+        KvType::F32 => x,
+        KvType::F16 => f16::from_f32(x).to_f32(),
+        KvType::Bf16 => bf16::from_f32(x).to_f32(),
+    }
+}
+
+/// Float64 dot product; eight sums, so that it is a vector loop.
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    const LANES: usize = 8;
+    let mut sums = [0f64; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let tail: f64 = std::iter::zip(a_chunks.remainder(), b_chunks.remainder())
+        .map(|(x, y)| f64::from(*x) * f64::from(*y))
+        .sum();
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for lane in 0..LANES {
+            sums[lane] += f64::from(x[lane]) * f64::from(y[lane]);
+        }
+    }
+    sums.iter().sum::<f64>() + tail
+}
+
+/// `[rows, k] x [n, k]^T`. The weight row is in the outer loop: it is read once for all rows.
+fn linear(x: &[f32], weight: &[f32], rows: usize, n: usize) -> Vec<f32> {
+    let k = weight.len() / n;
+    let mut out = vec![0f32; rows * n];
+    for (feature, weights) in weight.chunks_exact(k).enumerate() {
+        for (row, x) in x.chunks_exact(k).enumerate() {
+            out[row * n + feature] = dot(x, weights) as f32;
+        }
+    }
+    out
+}
+
+fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let group = |x: &[f32]| -> Vec<f32> {
+        let mean = dot(x, x) / x.len() as f64;
+        let factor = 1.0 / (mean + f64::from(eps)).sqrt();
+        std::iter::zip(x, weight).map(|(x, w)| (f64::from(*x) * factor * f64::from(*w)) as f32).collect()
+    };
+    x.chunks_exact(weight.len()).flat_map(group).collect()
+}
+
+/// Rotates dimension `i` with `i + dims/2` of every head. The angle is a float32 product, as in the
+/// models' own code: at long contexts its rounding is part of what the weights were trained with.
+fn rotate(x: &[f32], rope: &RopeSpec, head_dim: usize, cols: usize, rows: &[Row]) -> Vec<f32> {
+    let (inv_freq, half) = (rope.inv_freq(), rope.dims / 2);
+    let factor = f64::from(rope.attention_factor());
+    let mut out = x.to_vec();
+    for (row, values) in rows.iter().zip(out.chunks_exact_mut(cols)) {
+        for head in values.chunks_exact_mut(head_dim) {
+            for (i, inv_freq) in inv_freq.iter().enumerate() {
+                let (sin, cos) = f64::from(row.position as f32 * inv_freq).sin_cos();
+                let (a, b) = (f64::from(head[i]), f64::from(head[i + half]));
+                head[i] = ((a * cos - b * sin) * factor) as f32;
+                head[i + half] = ((b * cos + a * sin) * factor) as f32;
+            }
+        }
+    }
+    out
+}
+
+/// Attention of one row over `positions` of its sequence: `[heads * v_dim]`.
+fn attend(
+    query: &[f32],
+    history: &History,
+    cache: &Cache,
+    heads: usize,
+    scale: f32,
+    positions: std::ops::Range<usize>,
+) -> Vec<f32> {
+    let Cache { kv_heads, qk_dim, v_dim, .. } = *cache;
+    let mut out = Vec::with_capacity(heads * v_dim);
+    for (head, query) in query.chunks_exact(qk_dim).enumerate() {
+        let kv_head = head / (heads / kv_heads);
+        let key = |position: usize| &history.keys[(position * kv_heads + kv_head) * qk_dim..][..qk_dim];
+        let scores: Vec<f64> =
+            positions.clone().map(|position| dot(query, key(position)) * f64::from(scale)).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let mut mixed = vec![0f64; v_dim];
+        for (position, weight) in positions.clone().zip(&weights) {
+            let value = &history.values[(position * kv_heads + kv_head) * v_dim..][..v_dim];
+            for (mixed, value) in mixed.iter_mut().zip(value) {
+                *mixed += weight * f64::from(*value);
+            }
+        }
+        out.extend(mixed.iter().map(|mixed| (mixed / sum) as f32));
+    }
+    out
+}
+
+/// One row to signed bytes in blocks of [`ACT_BLOCK`] and back.
+fn fake_quantize(row: &[f32]) -> Vec<f32> {
+    let block = |block: &[f32]| -> Vec<f32> {
+        let scale = block.iter().fold(0f32, |amax, x| amax.max(x.abs())) / 127.0;
+        let code =
+            |x: f32| if scale == 0.0 { 0.0 } else { (x / scale).round_ties_even().clamp(-127.0, 127.0) };
+        block.iter().map(|x| code(*x) * scale).collect()
+    };
+    row.chunks(ACT_BLOCK).flat_map(block).collect()
+}
