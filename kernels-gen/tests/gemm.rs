@@ -70,7 +70,8 @@ fn integer_kernels_are_exact_on_every_target() {
 #[test]
 fn float_kernels_are_close_and_row_independent() {
     for (name, format) in Format::NAMED {
-        for &(k, features) in SIZES {
+        // Whole steps of columns, a tail of 8, and one of 3.
+        for (k, features) in [(96, 20), (40, 16), (579, 5)] {
             let mut random = Random(7 + k as u64);
             let weights = Weights::random(*format, features, k, &mut random);
             let stride = k + 5;

@@ -53,7 +53,7 @@ pub fn with_kernel<R>(
     run(engine.get_function_address(&name).unwrap())
 }
 
-fn undefined_symbols(object: &[u8]) -> Vec<String> {
+pub fn undefined_symbols(object: &[u8]) -> Vec<String> {
     use object::{Object, ObjectSymbol};
     let file = object::File::parse(object).unwrap();
     file.symbols()
