@@ -285,7 +285,10 @@ impl Sampler {
     /// Steps 2 to 5: leaves the tokens that may be drawn, with their weights.
     fn filter(&self, logits: &[f32], best: f32, kept: &mut Vec<Candidate>) {
         let p = &self.params;
-        let weigh = |logit: f32| weight(logit, best, p.temperature);
+        // Where nothing but min_p looks at the weights, what it drops need not be weighed.
+        let only_min_p = p.min_p > 0.0 && p.top_p == 1.0;
+        let floor = if only_min_p { f64::from(p.min_p).ln() - 1e-6 } else { f64::NEG_INFINITY };
+        let weigh = |logit: f32| weight(logit, best, p.temperature, floor.max(NEGLIGIBLE));
         kept.clear();
         let top_k = p.top_k as usize;
         if top_k > 0 && top_k < logits.len() {
@@ -309,11 +312,13 @@ impl Sampler {
     }
 }
 
-/// The probability of a logit relative to the best one's. Below e^-60 it is 0: 2^32 such tokens
-/// do not change a sum in f64 that holds a 1.
-fn weight(logit: f32, best: f32, temperature: f32) -> f64 {
+/// Logarithm of a weight that counts as 0: 2^32 of them do not change a sum in f64 that holds a 1.
+const NEGLIGIBLE: f64 = -60.0;
+
+/// The probability of a logit relative to the best one's; 0 where its logarithm is below `floor`.
+fn weight(logit: f32, best: f32, temperature: f32, floor: f64) -> f64 {
     let x = (f64::from(logit) - f64::from(best)) / f64::from(temperature);
-    if x < -60.0 { 0.0 } else { x.exp() }
+    if x < floor { 0.0 } else { x.exp() }
 }
 
 /// The `k` best tokens, best first. One pass that mostly compares with the k-th best so far.
@@ -367,21 +372,18 @@ fn draw(candidates: &[Candidate], u: f64) -> u32 {
             return c.token;
         }
     }
-    // Only if `u * total` rounds up to `total`. The best token is always kept.
-    candidates.last().map_or(0, |c| c.token)
+    // Only where `u * total` rounds up to `total`.
+    candidates.iter().rev().find(|c| c.weight > 0.0).map_or(0, |c| c.token)
 }
 
 /// The best token, the lowest id among equals. Logits must be below +infinity.
 fn argmax(logits: &[f32], position: u64) -> Result<u32, SamplingError> {
-    // Maxima over chunks vectorise; then only the first chunk with the best one is searched.
+    // The maximum of every chunk first; then only the first chunk with the best one is searched.
     const CHUNK: usize = 512;
     let (mut best, mut chunk, mut broken) = (f32::NEG_INFINITY, 0, false);
     for (i, values) in logits.chunks(CHUNK).enumerate() {
-        let mut max = f32::NEG_INFINITY;
-        for &x in values {
-            max = if x > max { x } else { max };
-            broken |= x.is_nan() | (x == f32::INFINITY);
-        }
+        let (max, bad) = chunk_max(values);
+        broken |= bad;
         if max > best {
             (best, chunk) = (max, i);
         }
@@ -395,6 +397,27 @@ fn argmax(logits: &[f32], position: u64) -> Result<u32, SamplingError> {
         Some(at) if best > f32::NEG_INFINITY => Ok((start + at) as u32),
         _ => Err(SamplingError::Nothing { position, vocab: logits.len() }),
     }
+}
+
+/// The maximum, and whether there is a NaN or a +infinity. In lanes of their own, which become a
+/// vector: a single maximum would be one long chain of comparisons.
+fn chunk_max(values: &[f32]) -> (f32, bool) {
+    const LANES: usize = 16;
+    let mut max = [f32::NEG_INFINITY; LANES];
+    let mut bad = [false; LANES];
+    let (rows, rest) = values.as_chunks::<LANES>();
+    for row in rows {
+        for lane in 0..LANES {
+            let x = row[lane];
+            max[lane] = if x > max[lane] { x } else { max[lane] };
+            bad[lane] |= x.is_nan() | (x == f32::INFINITY);
+        }
+    }
+    let all = max.iter().chain(rest);
+    (
+        all.fold(f32::NEG_INFINITY, |a, &x| if x > a { x } else { a }),
+        bad.contains(&true) || rest.iter().any(|x| x.is_nan() || *x == f32::INFINITY),
+    )
 }
 
 /// Log-softmax of `logits` at `token`.

@@ -5,6 +5,7 @@
 
 use serde::Deserialize;
 use std::path::Path;
+use tilec_runtime::chat::{ChatTemplate, Message, TemplateArgs};
 use tilec_runtime::checkpoint::{Checkpoint, TokenizerSource};
 use tilec_runtime::stream::StreamDecoder;
 use tilec_runtime::tokenizer::Tokenizer;
@@ -18,15 +19,19 @@ struct Case {
     shown: String,
 }
 
-#[test]
-fn smollm2_tokens_are_the_references() {
+fn checkpoint() -> Option<Checkpoint> {
     let Ok(path) = std::env::var("TILEC_SMOLLM2_GGUF") else {
         eprintln!("skipped: TILEC_SMOLLM2_GGUF is not set");
-        return;
+        return None;
     };
-    let checkpoint = Checkpoint::open(Path::new(&path)).unwrap();
+    Some(Checkpoint::open(Path::new(&path)).unwrap())
+}
+
+#[test]
+fn smollm2_tokens_are_the_references() {
+    let Some(checkpoint) = checkpoint() else { return };
     let TokenizerSource::Gguf(vocab) = checkpoint.tokenizer_source() else {
-        panic!("no vocabulary in {path}")
+        panic!("no vocabulary in the file")
     };
     let tokenizer = Tokenizer::from_gguf(vocab.as_ref().clone()).unwrap();
     assert_eq!(tokenizer.vocab_size(), 49_152);
@@ -45,4 +50,17 @@ fn smollm2_tokens_are_the_references() {
         text.push_str(&stream.finish().text);
         assert_eq!(text, case.shown);
     }
+}
+
+#[test]
+fn smollm2_chats_begin_with_the_default_system_message() {
+    let Some(checkpoint) = checkpoint() else { return };
+    let source = checkpoint.chat_template().expect("the file has a chat template");
+    let template = ChatTemplate::new(source, Some("<|im_start|>"), Some("<|im_end|>")).unwrap();
+    let rendered = template.render(&[Message::new("user", "Hi")], true, &TemplateArgs::new()).unwrap();
+    assert_eq!(
+        rendered,
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    );
 }
