@@ -1,6 +1,8 @@
 //! How much of the machine's processors other programs took while a measurement ran.
 
 use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Clock ticks of the machine and of this program's finished children, since they started.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,6 +25,18 @@ impl Watch {
     /// 0 where the system does not tell.
     pub fn other_work(&self) -> f64 {
         self.0.zip(Ticks::now()).map_or(0.0, |(before, after)| before.other_work_until(&after))
+    }
+}
+
+/// Waits until other programs took no more than `most` of the processors for a second, or until `patience` ends.
+pub fn wait(most: f64, patience: Duration) {
+    let start = Instant::now();
+    loop {
+        let watch = Watch::start();
+        thread::sleep(Duration::from_secs(1));
+        if watch.other_work() <= most || start.elapsed() >= patience {
+            return;
+        }
     }
 }
 

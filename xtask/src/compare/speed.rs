@@ -1,6 +1,8 @@
 //! Speed: a prompt in one go, then tokens one by one behind it.
 
-use super::quiet::Watch;
+use std::time::Duration;
+
+use super::quiet::{self, Watch};
 use super::{Engines, file_name, machine, printed, spread};
 use crate::args::Args;
 use crate::error::{Error, Result};
@@ -30,7 +32,10 @@ impl Options {
 const QUIET: f64 = 0.03;
 
 /// Disturbed repeats are measured again, but not forever: at most so many times the repeats asked for.
-const PATIENCE: usize = 4;
+const PATIENCE: usize = 2;
+
+/// How long a repeat waits for other work to end before it starts regardless.
+const WAIT: Duration = Duration::from_secs(30);
 
 /// Both engines measured right after one another.
 struct Repeat {
@@ -58,6 +63,7 @@ fn repeat(engines: &Engines, options: &Options) -> Result<(Vec<Repeat>, usize)> 
         && repeats.len() < PATIENCE * options.repeats
     {
         // Turn about, so that neither engine always runs on the warmer machine.
+        quiet::wait(QUIET, WAIT);
         let repeat = Repeat::measure(engines, options, repeats.len().is_multiple_of(2))?;
         let other_work = 100.0 * repeat.other_work;
         eprintln!("repeat {}: other programs took {other_work:.1} % of the processors", repeats.len() + 1);
