@@ -78,7 +78,7 @@ pub fn load(fixture: &Fixture, spec: &ModelSpec, threads: usize) -> Loaded {
     let plan = folder.path().join("plan");
     compile(&fixture.input(), spec, threads).unwrap().write(&plan).unwrap();
     let options = EngineOptions { cache_dir: Some(folder.path().join("cache")), ..EngineOptions::default() };
-    let engine = Engine::load(&plan, &options, &mut |_| {}).unwrap();
+    let engine = Engine::load(&plan, &options, &mut |_, _| {}).unwrap();
     Loaded { engine, _folder: folder }
 }
 
@@ -95,4 +95,11 @@ pub fn reference(name: &str) -> Vec<(Vec<u32>, Vec<f64>)> {
     }
     assert!(!sequences.is_empty(), "{name} has no reference");
     sequences
+}
+
+/// Empties all sequences.
+pub fn reset(engine: &mut Engine) {
+    for sequence in 0..engine.plan().limits.sequences {
+        engine.reset(sequence);
+    }
 }

@@ -9,7 +9,7 @@ use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
 use tilec_ir::spec::{Activations, ModelSpec};
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::engine::{Engine, RowInput};
-use tilec_tests::{Fixture, fixtures, load, reference};
+use tilec_tests::{Fixture, fixtures, load, reference, reset};
 
 /// Sequences that no engine with a cache can reproduce: transformers recomputes every key with
 /// another base once the context passes the trained one.
@@ -37,7 +37,7 @@ impl WeightSource for Weights<'_> {
 
 /// Logits of every row, `rows` rows a step.
 fn engine_logits(engine: &mut Engine, ids: &[u32], rows: usize) -> Vec<f32> {
-    engine.reset();
+    reset(engine);
     let mut all = Vec::new();
     for (chunk, tokens) in ids.chunks(rows).enumerate() {
         let step: Vec<RowInput> = tokens

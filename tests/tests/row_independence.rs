@@ -3,7 +3,7 @@
 
 use tilec_ir::spec::{Activations, ModelSpec};
 use tilec_runtime::engine::{Engine, RowInput};
-use tilec_tests::{Fixture, load};
+use tilec_tests::{Fixture, load, reset};
 
 const POSITIONS: usize = 40;
 
@@ -31,7 +31,7 @@ fn alone(engine: &mut Engine, sequence: usize) -> Bits {
 /// `rows` rows of one sequence a step.
 fn chunked(engine: &mut Engine, sequence: usize, rows: usize) -> Bits {
     let vocab = vocab(engine);
-    engine.reset();
+    reset(engine);
     let mut bits = Vec::new();
     for start in (0..POSITIONS).step_by(rows) {
         let step: Vec<RowInput> = (start..(start + rows).min(POSITIONS))
@@ -52,7 +52,7 @@ fn chunked(engine: &mut Engine, sequence: usize, rows: usize) -> Bits {
 /// others are `ahead` positions further.
 fn in_company(engine: &mut Engine, sequence: usize, company: usize, place: usize, ahead: usize) -> Bits {
     let vocab = vocab(engine);
-    engine.reset();
+    reset(engine);
     let mut bits = Vec::new();
     for time in 0..POSITIONS + ahead {
         let mut step = Vec::new();
