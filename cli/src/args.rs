@@ -1,0 +1,548 @@
+//! The command line: what every subcommand takes, and what its help says.
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap_complete::Shell;
+use std::path::PathBuf;
+use tilec_ir::abi::KvType;
+use tilec_ir::spec::{Activations, WeightFormat};
+
+/// Compiles language models to native code and runs them.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tilec",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = "\
+Examples:
+  tilec run model.gguf -p 'What is the capital of France?'
+  tilec compile model.yaml -o model.plan && tilec chat model.plan
+  tilec compile model.yaml --emit stages
+  tilec bench model.plan -p 512 -n 128
+
+Environment:
+  TILEC_CACHE   folder for compiled plans [default: ~/.cache/tilec]
+  TILEC_LOG     log filter in place of -v, such as tilec_runtime=debug
+
+Exit codes: 0 done, 1 failed, 2 not understood."
+)]
+pub struct Cli {
+    /// Log more to stderr: -v what is done, -vv details, -vvv everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Output")]
+    pub verbose: u8,
+    /// No notes and no progress bars on stderr
+    #[arg(short, long, global = true, help_heading = "Output")]
+    pub quiet: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compile a model into a plan, or print a level of the compiler
+    Compile(CompileArgs),
+    /// Continue or answer a prompt
+    Run(RunArgs),
+    /// Talk in turns
+    Chat(ChatArgs),
+    /// Show a plan's stages, what each costs, and the memory it needs
+    Inspect(InspectArgs),
+    /// Measure speed, beside the floor that memory bandwidth sets
+    Bench(BenchArgs),
+    /// Measure each stage, beside what the cost model predicts
+    Profile(ProfileArgs),
+    /// Write the logits of given tokens to a safetensors file
+    Logits(LogitsArgs),
+    /// Check this machine and this build
+    Doctor(DoctorArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// What a model is compiled for; keys of model.yaml that the command line overrides.
+#[derive(Clone, Debug, Default, PartialEq, Args)]
+#[command(next_help_heading = "Compilation (overrides model.yaml)")]
+pub struct TargetArgs {
+    /// Worker threads [default: one per physical core]
+    #[arg(short, long, value_name = "N", value_parser = count(1024))]
+    pub threads: Option<u64>,
+    /// Positions of a sequence, prompt included [default: what the model allows, at most 4096]
+    #[arg(short, long, value_name = "N", value_parser = count(16_777_216))]
+    pub ctx_size: Option<u64>,
+    /// Processor: host, or LLVM's name of one such as haswell or znver4
+    #[arg(long, value_name = "CPU")]
+    pub arch: Option<String>,
+    /// Elements of the KV cache: f32, f16 or bf16
+    #[arg(long, value_name = "TYPE", value_parser = kv_type)]
+    pub kv_cache_type: Option<KvType>,
+    /// Format that weights are converted to when they are packed, such as q8_0 [default: as-stored]
+    #[arg(long, value_name = "FORMAT", value_parser = weight_format)]
+    pub weights: Option<WeightFormat>,
+    /// Inputs of linear layers: auto, int8 or f32
+    #[arg(long, value_name = "TYPE", value_parser = activations)]
+    pub activations: Option<Activations>,
+    /// Tokens that one step takes at most
+    #[arg(long, value_name = "N", value_parser = count(1024))]
+    pub max_rows: Option<u64>,
+    /// Sequences that have a KV cache at the same time
+    #[arg(long, value_name = "N", value_parser = count(1024))]
+    pub sequences: Option<u64>,
+}
+
+impl TargetArgs {
+    /// The first option that was given, but for `--threads`.
+    pub fn given(&self) -> Option<&'static str> {
+        let options = [
+            ("--ctx-size", self.ctx_size.is_some()),
+            ("--arch", self.arch.is_some()),
+            ("--kv-cache-type", self.kv_cache_type.is_some()),
+            ("--weights", self.weights.is_some()),
+            ("--activations", self.activations.is_some()),
+            ("--max-rows", self.max_rows.is_some()),
+            ("--sequences", self.sequences.is_some()),
+        ];
+        options.into_iter().find_map(|(name, given)| given.then_some(name))
+    }
+}
+
+/// A model to run, and how to compile it if it is not compiled yet.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArgs {
+    /// A plan folder, a model.yaml, a checkpoint folder or a .gguf file
+    #[arg(value_name = "MODEL", value_hint = ValueHint::AnyPath)]
+    pub path: PathBuf,
+    /// Compilation, when the model is no plan
+    #[command(flatten)]
+    pub target: TargetArgs,
+}
+
+/// A level of the compiler, or the plan's manifest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EmitLevel {
+    /// Typed operators
+    Graph,
+    /// Operators fused around anchors
+    Fused,
+    /// Tiles, buffers and waits
+    Stages,
+    /// The program of every worker
+    Schedule,
+    /// LLVM IR before optimization
+    Llvm,
+}
+
+#[cfg(feature = "llvm")]
+impl EmitLevel {
+    /// The compiler's level.
+    pub fn level(self) -> tilec_codegen::compile::Level {
+        use tilec_codegen::compile::Level;
+        match self {
+            EmitLevel::Graph => Level::Graph,
+            EmitLevel::Fused => Level::Fused,
+            EmitLevel::Stages => Level::Stages,
+            EmitLevel::Schedule => Level::Schedule,
+            EmitLevel::Llvm => Level::Llvm,
+        }
+    }
+}
+
+/// `tilec compile`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  tilec compile examples/smollm2/model.yaml
+  tilec compile SmolLM2-135M-Instruct.Q4_1.gguf -o smollm2.plan --ctx-size 2048
+  tilec compile model.yaml --emit stages --emit schedule | less")]
+pub struct CompileArgs {
+    /// A model.yaml, a checkpoint folder or a .gguf file
+    #[arg(value_name = "MODEL", value_hint = ValueHint::AnyPath)]
+    pub model: PathBuf,
+    /// Folder of the plan [default: the model's name with .plan]
+    #[arg(short, long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub output: Option<PathBuf>,
+    /// Print this level to stdout; without --output no plan is written
+    #[arg(long, value_name = "LEVEL", value_enum)]
+    pub emit: Vec<EmitLevel>,
+    /// What to compile for
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// Print the plan's manifest as JSON
+    #[arg(long, conflicts_with = "emit", help_heading = "Output")]
+    pub json: bool,
+}
+
+/// How tokens are chosen.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Most tokens to generate [default: until the model ends or the context is full]
+    #[arg(short = 'n', long, value_name = "N", value_parser = count(1 << 30))]
+    pub max_tokens: Option<u64>,
+    /// 0 takes the likeliest token; higher is more random
+    #[arg(long, visible_alias = "temp", value_name = "T", default_value_t = 0.0, value_parser = non_negative)]
+    pub temperature: f32,
+    /// Only the K likeliest tokens; 0: all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Only the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = fraction)]
+    pub top_p: f32,
+    /// Only tokens at least this probable, relative to the likeliest
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = fraction)]
+    pub min_p: f32,
+    /// Factor against tokens that came before; 1: none
+    #[arg(long, value_name = "F", default_value_t = 1.0, value_parser = positive)]
+    pub repeat_penalty: f32,
+    /// Start of the random numbers: the same seed gives the same text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Stop before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+/// `tilec run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  tilec run model.gguf -p 'What is the capital of France?' --stats
+  tilec run model.plan -f question.txt --temperature 0.7 --top-p 0.9 --seed 1
+  tilec run model.plan --raw -p 'Once upon a time' -n 100
+  git diff | tilec run model.plan -f - --system 'Summarize this change.'")]
+pub struct RunArgs {
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The prompt
+    #[arg(short, long, value_name = "TEXT", required_unless_present = "file", conflicts_with = "file")]
+    pub prompt: Option<String>,
+    /// Read the prompt from a file; - is stdin
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub file: Option<PathBuf>,
+    /// What the model is told before the prompt
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
+    /// The prompt as it is, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// How tokens are chosen
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Print speed and memory to stderr at the end
+    #[arg(long, help_heading = "Output")]
+    pub stats: bool,
+    /// Print one JSON object at the end in place of text as it comes
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// `tilec chat`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Every line of stdin is a turn. /reset forgets the conversation, /exit and Ctrl-D end.
+
+Examples:
+  tilec chat model.gguf
+  tilec chat model.plan --system 'Answer in one sentence.' --temperature 0.7
+  printf 'My name is Ada.\\nWhat is my name?\\n' | tilec chat model.plan")]
+pub struct ChatArgs {
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What the model is told before the first turn
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// How tokens are chosen
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Print speed and memory to stderr after every answer
+    #[arg(long, help_heading = "Output")]
+    pub stats: bool,
+}
+
+/// `tilec inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A stage's floor is the time that its bytes take at the given bandwidth: no program is faster.
+
+Examples:
+  tilec inspect model.plan
+  tilec inspect model.plan --bandwidth 40 --rows 8 --context 2048
+  tilec inspect model.yaml --json")]
+pub struct InspectArgs {
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Memory bandwidth in GB/s [default: measured on this machine]
+    #[arg(long, value_name = "GB/s", value_parser = positive)]
+    pub bandwidth: Option<f32>,
+    /// Tokens in the step
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1024))]
+    pub rows: u64,
+    /// Positions in the KV cache before the step
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..16_777_216))]
+    pub context: u64,
+    /// Print JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// How `tilec bench` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchOutput {
+    /// A Markdown table
+    Md,
+    /// JSON, with every repeat
+    Json,
+}
+
+/// `tilec bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each repeat reads a prompt of random tokens in one go (pp), then decodes tokens one by one behind it
+(tg). One repeat before the first is not counted. The floor is the speed at which memory could deliver
+the bytes that the model must read, measured by this program first.
+
+Examples:
+  tilec bench model.gguf
+  tilec bench model.plan -p 0 -n 64 -r 10
+  tilec bench model.plan --json > bench.json")]
+pub struct BenchArgs {
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Tokens of the prompt; 0: no prompt
+    #[arg(short, long = "pp", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u64).range(0..1 << 24))]
+    pub prompt_tokens: u64,
+    /// Tokens to decode; 0: none
+    #[arg(short = 'n', long = "tg", value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u64).range(0..1 << 24))]
+    pub generated_tokens: u64,
+    /// Repeats that are counted
+    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = count(10_000))]
+    pub repeats: u64,
+    /// How to print
+    #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = BenchOutput::Md, help_heading = "Output")]
+    pub output: BenchOutput,
+    /// Print JSON: --output json
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// `tilec profile`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The trace opens in ui.perfetto.dev and in chrome://tracing: a line per worker, a slice per stage.
+
+Examples:
+  tilec profile model.plan
+  tilec profile model.plan --rows 8 --context 512 -o trace.json")]
+pub struct ProfileArgs {
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Tokens in the step
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1024))]
+    pub rows: u64,
+    /// Positions in the KV cache before the step
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u64).range(0..16_777_216))]
+    pub context: u64,
+    /// Steps that are measured; the median of each stage is shown
+    #[arg(short, long, value_name = "N", default_value_t = 10, value_parser = count(10_000))]
+    pub repeats: u64,
+    /// Write a trace of the last step
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// What computes logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// The compiled plan
+    Cpu,
+    /// The graph, operator by operator in float32: slow, for comparison
+    Interpreter,
+}
+
+/// `tilec logits`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The file has, for each list i of tokens, `logits.i` (f32 [tokens, vocabulary]) and `tokens.i` (i64).
+
+Examples:
+  tilec logits model.plan --tokens 1,2,3 -o logits.safetensors
+  tilec logits model.gguf --tokens-file lists.json --backend interpreter -o reference.safetensors")]
+pub struct LogitsArgs {
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Token ids, separated by commas
+    #[arg(
+        long,
+        value_name = "IDS",
+        value_delimiter = ',',
+        required_unless_present = "tokens_file",
+        conflicts_with = "tokens_file"
+    )]
+    pub tokens: Vec<u32>,
+    /// A JSON file with a list of token ids, or a list of lists
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tokens_file: Option<PathBuf>,
+    /// Tokens of one step [default: as many as the plan allows]
+    #[arg(long, value_name = "N", value_parser = count(1024))]
+    pub rows_per_step: Option<u64>,
+    /// What computes
+    #[arg(long, value_enum, default_value_t = Backend::Cpu)]
+    pub backend: Backend,
+    /// The safetensors file to write
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub output: PathBuf,
+}
+
+/// `tilec doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// A number from 1 to `max`.
+fn count(max: u64) -> clap::builder::RangedU64ValueParser<u64> {
+    clap::builder::RangedU64ValueParser::new().range(1..=max)
+}
+
+fn number(text: &str) -> Result<f32, String> {
+    let value: f32 = text.parse().map_err(|_| "not a number".to_string())?;
+    if value.is_finite() { Ok(value) } else { Err("not a finite number".into()) }
+}
+
+fn non_negative(text: &str) -> Result<f32, String> {
+    let value = number(text)?;
+    if value >= 0.0 { Ok(value) } else { Err("must not be negative".into()) }
+}
+
+fn positive(text: &str) -> Result<f32, String> {
+    let value = number(text)?;
+    if value > 0.0 { Ok(value) } else { Err("must be above 0".into()) }
+}
+
+fn fraction(text: &str) -> Result<f32, String> {
+    let value = number(text)?;
+    if (0.0..=1.0).contains(&value) { Ok(value) } else { Err("must be from 0 to 1".into()) }
+}
+
+/// Reads a name as model.yaml does, so that both accept the same spellings.
+fn named<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(serde_json::Value::String(text.to_string())).map_err(|error| error.to_string())
+}
+
+fn kv_type(text: &str) -> Result<KvType, String> {
+    named(text)
+}
+
+fn weight_format(text: &str) -> Result<WeightFormat, String> {
+    named(text)
+}
+
+fn activations(text: &str) -> Result<Activations, String> {
+    named(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    /// `reference.md`: the long help of every command.
+    fn reference() -> String {
+        let mut root = Cli::command().term_width(100);
+        root.build();
+        let mut out = String::from(
+            "# The tilec command\n\nMade from the help texts: \
+             `TILEC_UPDATE_REFERENCE=1 cargo test -p tilec reference` writes it again.\n",
+        );
+        let mut section = |title: &str, command: &mut clap::Command| {
+            let help = command.render_long_help().to_string();
+            let lines: Vec<&str> = help.lines().map(str::trim_end).collect();
+            out.push_str(&format!("\n## {title}\n\n```text\n{}\n```\n", lines.join("\n").trim_end()));
+        };
+        section("tilec", &mut root);
+        for command in root.get_subcommands_mut().filter(|command| command.get_name() != "help") {
+            let title = format!("tilec {}", command.get_name());
+            section(&title, command);
+        }
+        out
+    }
+
+    #[test]
+    fn the_reference_is_up_to_date() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("reference.md");
+        if std::env::var_os("TILEC_UPDATE_REFERENCE").is_some() {
+            std::fs::write(&path, reference()).unwrap();
+        }
+        let written = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(
+            written == reference(),
+            "cli/reference.md is stale: TILEC_UPDATE_REFERENCE=1 cargo test -p tilec reference"
+        );
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused() {
+        for line in [
+            "tilec run m -p x --top-p 1.5",
+            "tilec run m -p x --temperature -1",
+            "tilec run m -p x --temperature nan",
+            "tilec run m -p x --repeat-penalty 0",
+            "tilec run m -p x --threads 0",
+            "tilec bench m --repeats 0",
+            "tilec compile m --kv-cache-type f8",
+            "tilec compile m --weights q9",
+            "tilec run m",
+            "tilec run m -p x -f y",
+            "tilec logits m -o x",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn options_are_read() {
+        let Ok(Cli { command: Command::Run(run), .. }) =
+            parse("tilec run m -p hello --temp 0.5 --stop a --stop b -c 99 --kv-cache-type bf16 -n 3")
+        else {
+            panic!("not parsed");
+        };
+        assert_eq!((run.sampling.temperature, run.sampling.max_tokens), (0.5, Some(3)));
+        assert_eq!(run.sampling.stop, ["a", "b"]);
+        let target = &run.model.target;
+        assert_eq!((target.ctx_size, target.kv_cache_type), (Some(99), Some(KvType::Bf16)));
+        assert_eq!((target.given(), TargetArgs::default().given()), (Some("--ctx-size"), None));
+    }
+
+    #[test]
+    fn the_same_line_works_for_both_engines_of_the_comparison() {
+        let line = "tilec bench m --threads 2 --pp 512 --tg 128 --repeats 1 --json";
+        let Ok(Cli { command: Command::Bench(bench), .. }) = parse(line) else { panic!("not parsed") };
+        assert_eq!((bench.prompt_tokens, bench.generated_tokens, bench.repeats), (512, 128, 1));
+        assert!(bench.json);
+    }
+}

@@ -1,0 +1,91 @@
+//! The read ceiling: how fast the workers' threads can read memory, the floor under every decoded
+//! token.
+
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::Instant;
+
+/// A buffer that no cache holds.
+pub const FAR_BYTES: usize = 512 << 20;
+
+/// Bytes per second at which `threads` threads read `bytes` bytes in equal parts: the best of
+/// `passes` passes, because whatever slows a pass down is not the memory.
+///
+/// Each thread makes its own part, so that a part lies in the memory beside the thread's processor.
+pub fn read_ceiling(bytes: usize, threads: usize, passes: usize) -> f64 {
+    let threads = threads.max(1);
+    let words = (bytes / 8).div_ceil(threads).max(1);
+    let line = Barrier::new(threads + 1);
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let line = &line;
+            scope.spawn(move || {
+                let part: Vec<u64> = (0..words as u64).map(|word| word ^ thread as u64).collect();
+                for _ in 0..passes {
+                    line.wait();
+                    black_box(sum(black_box(&part)));
+                    line.wait();
+                }
+            });
+        }
+        let mut best = f64::INFINITY;
+        for _ in 0..passes {
+            line.wait();
+            let start = Instant::now();
+            line.wait();
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        (words * threads * 8) as f64 / best
+    })
+}
+
+/// The sum of all words, with the widest vectors at hand.
+fn sum(words: &[u64]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2.
+        return unsafe { sum_avx2(words) };
+    }
+    sum_lanes(words)
+}
+
+/// [`sum_lanes`] compiled for AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn sum_avx2(words: &[u64]) -> u64 {
+    sum_lanes(words)
+}
+
+/// Sums in independent lanes, so that reading and not the additions bounds it.
+#[inline(always)]
+fn sum_lanes(words: &[u64]) -> u64 {
+    const LANES: usize = 32;
+    let mut lanes = [0u64; LANES];
+    let (blocks, rest) = words.as_chunks::<LANES>();
+    for block in blocks {
+        for (lane, word) in lanes.iter_mut().zip(block) {
+            *lane = lane.wrapping_add(*word);
+        }
+    }
+    lanes.iter().chain(rest).fold(0, |total, word| total.wrapping_add(*word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_is_read_once() {
+        let words: Vec<u64> = (1..=1000).collect();
+        assert_eq!((sum(&words), sum_lanes(&words)), (500_500, 500_500));
+        assert_eq!((sum(&words[..3]), sum(&[])), (6, 0));
+    }
+
+    #[test]
+    fn the_rate_is_a_plausible_one() {
+        // Slower than a disk or faster than any memory would mean that the loop was removed or the
+        // bytes miscounted.
+        let rate = read_ceiling(64 << 20, 2, 3);
+        assert!((1e8..1e13).contains(&rate), "{rate} bytes/s");
+    }
+}

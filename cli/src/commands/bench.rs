@@ -1,0 +1,260 @@
+//! `tilec bench`: llama-bench's table, with the floor that memory sets beside each figure.
+
+use crate::args::{BenchArgs, BenchOutput};
+use crate::commands::inspect::parameters;
+use crate::host::{self, Resident};
+use crate::session::Session;
+use crate::stats::Spread;
+use crate::ui::{Align, Table, count, mib};
+use crate::{ceiling, source, ui};
+use anyhow::{Result, bail};
+use serde::Serialize;
+use serde_json::json;
+use std::io::Write as _;
+use std::time::Instant;
+use tilec_ir::plan::Plan;
+
+/// Measures the ceiling of memory, then the model.
+pub fn run(args: &BenchArgs) -> Result<()> {
+    let (prompt, generated) = (args.prompt_tokens as usize, args.generated_tokens as usize);
+    let (folder, plan) = source::plan(&args.model.path, &args.model.target)?;
+    if prompt + generated == 0 {
+        bail!("nothing to measure: give -p or -n a number above 0");
+    }
+    if prompt + generated > plan.limits.context {
+        bail!(
+            "{prompt} + {generated} tokens are more than the {} positions of the plan: \
+             lower -p or -n, or compile with a larger --ctx-size",
+            plan.limits.context
+        );
+    }
+
+    let floor = Floor::measure(&plan, prompt, generated);
+    host::reset_peak();
+    let mut session = Session::open(&folder)?;
+    let tokens = random_tokens(prompt + generated, plan.vocab);
+    let progress = ui::step_progress("measuring", args.repeats + 1);
+    let mut samples = Vec::new();
+    for repeat in 0..=args.repeats {
+        let sample = measure(&mut session, &tokens, prompt)?;
+        progress.inc(1);
+        // The first warms caches and branch predictors.
+        if repeat > 0 {
+            samples.push(sample);
+        }
+    }
+    progress.finish_and_clear();
+    let report = Report { plan: &plan, floor, samples, resident: host::resident() };
+    let text = if args.json || args.output == BenchOutput::Json { report.json() } else { report.markdown() };
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+/// One repeat.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Sample {
+    prompt_tokens: usize,
+    /// Seconds from the first token of the prompt to the logits behind its last.
+    prompt_s: f64,
+    generated_tokens: usize,
+    /// Seconds for all of them, logits included.
+    generate_s: f64,
+}
+
+/// Reads the first `prompt` tokens in one go and the others one by one, as if they had been generated.
+fn measure(session: &mut Session, tokens: &[u32], prompt: usize) -> Result<Sample> {
+    session.reset();
+    let (before, behind) = tokens.split_at(prompt);
+    let start = Instant::now();
+    if !before.is_empty() {
+        session.feed(before)?;
+    }
+    let prompt_s = start.elapsed().as_secs_f64();
+    let start = Instant::now();
+    for token in behind {
+        session.feed(std::slice::from_ref(token))?;
+    }
+    let generate_s = start.elapsed().as_secs_f64();
+    Ok(Sample { prompt_tokens: prompt, prompt_s, generated_tokens: behind.len(), generate_s })
+}
+
+/// Token ids without a pattern, the same ones every time.
+pub fn random_tokens(n: usize, vocab: usize) -> Vec<u32> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % vocab.max(1) as u64) as u32
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+/// What memory bandwidth allows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Floor {
+    /// Bytes per second out of memory, over a buffer that no cache holds.
+    far: f64,
+    /// Bytes per second over a buffer as large as what a decoded token reads: caches may help.
+    near: f64,
+    /// Bytes that the prompt must read.
+    prompt_bytes: f64,
+    /// Bytes that all decoded tokens must read.
+    generate_bytes: f64,
+}
+
+impl Floor {
+    fn measure(plan: &Plan, prompt: usize, generated: usize) -> Floor {
+        let prompt_bytes = prompt_bytes(plan, prompt);
+        let generate_bytes: f64 =
+            (prompt..prompt + generated).map(|position| step_bytes(plan, 1, position, true)).sum();
+        let workers = plan.target.workers;
+        let per_token = step_bytes(plan, 1, prompt + generated / 2, true) as usize;
+        let progress = ui::step_progress("measuring memory", 2);
+        let far = ceiling::read_ceiling(ceiling::FAR_BYTES, workers, 8);
+        progress.inc(1);
+        let near = ceiling::read_ceiling(per_token, workers, 30);
+        progress.finish_and_clear();
+        Floor { far, near, prompt_bytes, generate_bytes }
+    }
+
+    /// The rate that the floor is computed with: the higher one, so that a share is never flattered.
+    fn rate(&self) -> f64 {
+        self.far.max(self.near)
+    }
+}
+
+/// Bytes that a step of `rows` rows of one sequence behind `context` positions must read.
+fn step_bytes(plan: &Plan, rows: usize, context: usize, logits: bool) -> f64 {
+    let costs = plan.costs.iter().filter(|cost| logits || !cost.logit_rows_only);
+    costs.map(|cost| cost.runs as f64 * cost.bytes(rows, context) as f64).sum()
+}
+
+/// Bytes that a prompt must read, in steps as large as the plan allows; only the last has logits.
+fn prompt_bytes(plan: &Plan, prompt: usize) -> f64 {
+    let rows = plan.limits.max_rows.max(1);
+    let steps = (0..prompt).step_by(rows).map(|start| (start, rows.min(prompt - start)));
+    steps.map(|(start, rows)| step_bytes(plan, rows, start, start + rows == prompt)).sum()
+}
+
+/// A line of the table.
+struct Test {
+    name: String,
+    tokens: usize,
+    /// Tokens per second.
+    rate: Spread,
+    /// Tokens per second at the floor.
+    floor: f64,
+}
+
+struct Report<'a> {
+    plan: &'a Plan,
+    floor: Floor,
+    samples: Vec<Sample>,
+    resident: Option<Resident>,
+}
+
+impl Report<'_> {
+    fn tests(&self) -> Vec<Test> {
+        let Some(first) = self.samples.first() else { return Vec::new() };
+        let (prompt, generated) = (first.prompt_tokens, first.generated_tokens);
+        let test = |name: String, tokens: usize, bytes: f64, seconds: &dyn Fn(&Sample) -> f64| {
+            let rate = Spread::of(self.samples.iter().map(|sample| tokens as f64 / seconds(sample)))?;
+            let floor = tokens as f64 * self.floor.rate() / bytes;
+            (tokens > 0).then_some(Test { name, tokens, rate, floor })
+        };
+        let behind = if prompt > 0 { format!(" @ d{prompt}") } else { String::new() };
+        let tests = [
+            test(format!("pp{prompt}"), prompt, self.floor.prompt_bytes, &|sample| sample.prompt_s),
+            test(format!("tg{generated}{behind}"), generated, self.floor.generate_bytes, &|sample| {
+                sample.generate_s
+            }),
+        ];
+        tests.into_iter().flatten().collect()
+    }
+
+    fn markdown(&self) -> String {
+        let right = Align::Right;
+        let mut table = Table::new(&[
+            ("model", Align::Left),
+            ("size", right),
+            ("params", right),
+            ("backend", Align::Left),
+            ("threads", right),
+            ("test", right),
+            ("t/s", right),
+            ("memory floor t/s", right),
+            ("of floor", right),
+        ]);
+        let plan = self.plan;
+        for test in self.tests() {
+            table.row([
+                plan.name.clone(),
+                mib(plan.packing.bytes),
+                count(parameters(plan)),
+                format!("{} {}", plan.target.device, plan.target.cpu),
+                plan.target.workers.to_string(),
+                test.name,
+                format!("{:.2} ± {:.2}", test.rate.mean, test.rate.stddev),
+                format!("{:.2}", test.floor),
+                format!("{:.1} %", 100.0 * test.rate.mean / test.floor),
+            ]);
+        }
+        let mut text = table.markdown();
+        text.push_str(&format!(
+            "\nread ceiling {:.1} GB/s out of memory, {:.1} GB/s over the bytes of a token\n",
+            self.floor.far / 1e9,
+            self.floor.near / 1e9
+        ));
+        if let Some(resident) = self.resident {
+            text.push_str(&format!("resident {}, at most {}\n", mib(resident.now), mib(resident.peak)));
+        }
+        text
+    }
+
+    fn json(&self) -> String {
+        let plan = self.plan;
+        let tests: Vec<_> = self
+            .tests()
+            .into_iter()
+            .map(|test| {
+                json!({
+                    "test": test.name,
+                    "tokens": test.tokens,
+                    "tokens_per_s": test.rate,
+                    "floor_tokens_per_s": test.floor,
+                    "share_of_floor": test.rate.median / test.floor,
+                })
+            })
+            .collect();
+        let report = json!({
+            "model": plan.name,
+            "size_bytes": plan.packing.bytes,
+            "parameters": parameters(plan),
+            "backend": plan.target.device,
+            "cpu": plan.target.cpu,
+            "machine": host::cpu_name(),
+            "threads": plan.target.workers,
+            "tests": tests,
+            "samples": self.samples,
+            "read_ceiling_bytes_per_s": { "memory": self.floor.far, "bytes_of_a_token": self.floor.near },
+            "floor_bytes": { "prompt": self.floor.prompt_bytes, "generate": self.floor.generate_bytes },
+            "resident_bytes": self.resident.map(|held| json!({ "steady": held.now, "peak": held.peak })),
+        });
+        format!("{report:#}\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_in_the_vocabulary_and_differ() {
+        let tokens = random_tokens(1000, 64);
+        assert!(tokens.iter().all(|token| *token < 64));
+        let distinct: std::collections::BTreeSet<_> = tokens.iter().collect();
+        assert_eq!(distinct.len(), 64);
+        assert_eq!(tokens, random_tokens(1000, 64));
+    }
+}

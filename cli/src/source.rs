@@ -1,0 +1,339 @@
+//! What a MODEL argument means: a plan, or something that is compiled into one on the way.
+
+use crate::args::TargetArgs;
+use crate::{host, ui};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use tilec_codegen::frontends;
+use tilec_ir::format::Format;
+use tilec_ir::plan::{MANIFEST, Plan, WeightsFrom};
+use tilec_ir::spec::{self, ModelSpec};
+use tilec_ir::tensor::TensorInfo;
+use tilec_runtime::checkpoint::Checkpoint;
+
+/// What a build without LLVM says when it is asked to compile.
+#[cfg(not(feature = "llvm"))]
+pub const NO_COMPILER: &str = "this build of tilec has no compiler: it only loads plans. \
+     Build it with the default features (cargo build --release, which needs LLVM 19), \
+     or compile the model elsewhere and copy the plan folder";
+
+/// What lies at the path of a MODEL argument.
+pub enum Source {
+    /// The folder of a compiled plan.
+    Plan(PathBuf),
+    /// Something to compile.
+    Model(Box<Model>),
+}
+
+impl Source {
+    /// Looks at a path.
+    ///
+    /// # Errors
+    /// When there is nothing, or nothing that is understood.
+    pub fn find(path: &Path) -> Result<Source> {
+        let kind = std::fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
+        let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        if kind.is_dir() {
+            let has = |name: &str| path.join(name).is_file();
+            return if has(MANIFEST) {
+                Ok(Source::Plan(path.to_path_buf()))
+            } else if has("config.json") {
+                Ok(Source::Model(Box::new(Model::of_checkpoint(path))))
+            } else if has("model.yaml") {
+                Ok(Source::Model(Box::new(Model::of_yaml(&path.join("model.yaml"))?)))
+            } else if holds_gguf(path) {
+                Ok(Source::Model(Box::new(Model::of_checkpoint(path))))
+            } else {
+                bail!(
+                    "{} is no plan (it has no {MANIFEST}) and no checkpoint (it has neither config.json nor \
+                     a .gguf file), and has no model.yaml",
+                    path.display()
+                )
+            };
+        }
+        match extension.to_ascii_lowercase().as_str() {
+            "yaml" | "yml" => Ok(Source::Model(Box::new(Model::of_yaml(path)?))),
+            "gguf" => Ok(Source::Model(Box::new(Model::of_checkpoint(path)))),
+            _ if path.file_name().is_some_and(|name| name == MANIFEST) => Ok(Source::Plan(folder_of(path))),
+            "safetensors" | "json" if folder_of(path).join("config.json").is_file() => {
+                bail!("{} is one file of a checkpoint: give its folder", path.display())
+            }
+            _ => bail!(
+                "{} is not understood: give a plan folder, a model.yaml, a checkpoint folder or a .gguf file",
+                path.display()
+            ),
+        }
+    }
+}
+
+/// Whether a folder has a `.gguf` file in it.
+fn holds_gguf(folder: &Path) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .any(|path| path.extension().is_some_and(|extension| extension == "gguf"))
+}
+
+fn folder_of(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+/// A model that is not compiled yet.
+pub struct Model {
+    /// Name, for people and files.
+    pub name: String,
+    /// What is asked for.
+    pub spec: ModelSpec,
+    /// Whether nothing but the command line says what for: there is no model.yaml.
+    bare: bool,
+}
+
+/// What compiling reads of a checkpoint.
+pub struct Description {
+    /// In the form of Hugging Face's config.json.
+    pub config: Value,
+    /// Shapes and stored formats.
+    pub tensors: BTreeMap<String, TensorInfo>,
+    /// Where the runtime finds the weights.
+    pub weights: WeightsFrom,
+}
+
+impl Model {
+    fn of_yaml(path: &Path) -> Result<Model> {
+        // `examples/smollm2/model.yaml` is called smollm2.
+        let named = match path.file_stem().and_then(|stem| stem.to_str()) {
+            Some("model") | None => std::path::absolute(folder_of(path))?,
+            Some(_) => path.with_extension(""),
+        };
+        Ok(Model { name: name_of(&named), spec: ModelSpec::load(path)?, bare: false })
+    }
+
+    fn of_checkpoint(path: &Path) -> Model {
+        let whole = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let named = if path.is_file() { whole.with_extension("") } else { whole };
+        Model { name: name_of(&named), spec: ModelSpec::for_checkpoint(path), bare: true }
+    }
+
+    /// Lets options of the command line override the spec.
+    pub fn apply(&mut self, args: &TargetArgs) {
+        let ModelSpec { precision, target, limits, .. } = &mut self.spec;
+        let size = |value: u64| value as usize;
+        if let Some(threads) = args.threads {
+            target.threads = Some(size(threads));
+        }
+        if let Some(context) = args.ctx_size {
+            limits.context = Some(size(context));
+        }
+        if let Some(arch) = &args.arch {
+            // What follows `device` is worth a name of its own; `cpu` means the processor at hand.
+            target.arch = if arch == "cpu" { spec::Target::HOST.into() } else { arch.clone() };
+        }
+        if let Some(rows) = args.max_rows {
+            limits.rows = size(rows);
+        }
+        if let Some(sequences) = args.sequences {
+            limits.sequences = size(sequences);
+        }
+        precision.kv_cache = args.kv_cache_type.or(precision.kv_cache);
+        precision.weights = args.weights.unwrap_or(precision.weights);
+        precision.activations = args.activations.unwrap_or(precision.activations);
+    }
+
+    /// Reads what compiling needs to know of the weights.
+    ///
+    /// # Errors
+    /// When the checkpoint or the config cannot be read.
+    pub fn describe(&self) -> Result<Description> {
+        let config = self.spec.model.config.as_deref().map(read_json).transpose()?;
+        let tokenizer = self.spec.model.tokenizer.as_deref().map(absolute).transpose()?;
+        match &self.spec.model.source {
+            spec::Source::Checkpoint(path) => {
+                let checkpoint = Checkpoint::open(path)?;
+                Ok(Description {
+                    config: config.unwrap_or_else(|| checkpoint.config().clone()),
+                    tensors: checkpoint.tensors().clone(),
+                    weights: WeightsFrom::Checkpoint { path: absolute(path)? },
+                })
+            }
+            spec::Source::Synthetic { seed } => {
+                let config = config.context("synthetic weights need model.config")?;
+                let format = self.spec.precision.weights.applied_to(Format::BF16);
+                let tensors = frontends::synthetic_tensors(&config, format)?;
+                let weights = WeightsFrom::Synthetic {
+                    seed: *seed,
+                    config: config.clone(),
+                    tensors: tensors.clone(),
+                    tokenizer,
+                };
+                Ok(Description { config, tensors, weights })
+            }
+        }
+    }
+
+    /// Compiles.
+    ///
+    /// # Errors
+    /// When the checkpoint cannot be read or the model does not compile.
+    #[cfg(feature = "llvm")]
+    pub fn compile(&self) -> Result<tilec_codegen::compile::Compiled> {
+        self.compile_described(&self.describe()?)
+    }
+
+    #[cfg(feature = "llvm")]
+    fn compile_described(&self, model: &Description) -> Result<tilec_codegen::compile::Compiled> {
+        let start = std::time::Instant::now();
+        let compiled =
+            tilec_codegen::compile::compile(&self.input(model), &self.spec, host::physical_cores())
+                .with_context(|| format!("cannot compile {}", self.name))?;
+        tracing::info!("compiled {} in {:.2} s", self.name, start.elapsed().as_secs_f64());
+        Ok(compiled)
+    }
+
+    /// The graph, with the precision that the spec asks for.
+    ///
+    /// # Errors
+    /// When the frontend or the precision pass refuses the model.
+    #[cfg(feature = "llvm")]
+    pub fn graph(&self, model: &Description) -> Result<tilec_ir::graph::Graph> {
+        let input = self.input(model);
+        tilec_codegen::compile::graph(&input, &self.spec)
+            .with_context(|| format!("cannot compile {}", self.name))
+    }
+
+    #[cfg(feature = "llvm")]
+    fn input<'a>(&'a self, model: &'a Description) -> tilec_codegen::compile::Input<'a> {
+        tilec_codegen::compile::Input {
+            name: &self.name,
+            config: &model.config,
+            tensors: &model.tensors,
+            weights: model.weights.clone(),
+        }
+    }
+
+    /// The folder of this model's plan in the cache; compiled if it is not there.
+    #[cfg(not(feature = "llvm"))]
+    fn cached_plan(&self) -> Result<PathBuf> {
+        bail!(NO_COMPILER)
+    }
+
+    /// The folder of this model's plan in the cache; compiled if it is not there.
+    #[cfg(feature = "llvm")]
+    fn cached_plan(&self) -> Result<PathBuf> {
+        let description = self.describe()?;
+        let folder = cache_folder()?.join("plans").join(format!("{}-{}", self.name, self.key(&description)?));
+        // A plan that cannot be read (damaged, say) is made again.
+        if Plan::load(&folder).is_ok() {
+            tracing::info!("the plan is {}", folder.display());
+            return Ok(folder);
+        }
+        ui::note(format!("compiling {} -> {}", self.name, folder.display()));
+        let written = self.compile_described(&description)?.write(&folder);
+        match Plan::load(&folder) {
+            // Another process may have put the same plan there first.
+            Ok(_) => Ok(folder),
+            Err(unreadable) => {
+                written?;
+                Err(unreadable.into())
+            }
+        }
+    }
+
+    /// Names everything that a plan follows from, the compiler included.
+    #[cfg(feature = "llvm")]
+    fn key(&self, model: &Description) -> Result<String> {
+        use sha2::{Digest, Sha256};
+        let program = std::env::current_exe().and_then(std::fs::metadata);
+        let program = program.context("cannot look at the tilec program itself")?;
+        let built = program.modified()?.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let spec = &self.spec;
+        let everything = serde_json::json!([
+            [env!("CARGO_PKG_VERSION"), program.len(), built.as_nanos().to_string()],
+            [spec.precision, spec.target, spec.limits],
+            [self.name, model.config, model.tensors, model.weights],
+            [host::cpu_name(), host::cpu_features(), host::physical_cores()],
+        ]);
+        let digest = Sha256::digest(everything.to_string());
+        Ok(digest.iter().take(10).map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+/// The folder and the manifest of the plan that a MODEL argument means. A model that is no plan is
+/// compiled into the cache; `tune` may change what for, where neither a model.yaml nor an option says.
+///
+/// # Errors
+/// When there is no such model, it does not compile, or the plan does not fit the options.
+pub fn plan(path: &Path, target: &TargetArgs) -> Result<(PathBuf, Plan)> {
+    let folder = match Source::find(path)? {
+        Source::Plan(folder) => folder,
+        Source::Model(mut model) => {
+            if model.bare {
+                // A command serves one sequence; memory for more would lie idle.
+                model.spec.limits.sequences = 1;
+            }
+            model.apply(target);
+            let folder = model.cached_plan()?;
+            let plan = Plan::load(&folder)?;
+            return Ok((folder, plan));
+        }
+    };
+    let plan = Plan::load(&folder)?;
+    if let Some(option) = target.given() {
+        bail!(
+            "{} is compiled already, so {option} comes too late: give it to `tilec compile`",
+            folder.display()
+        );
+    }
+    match target.threads {
+        Some(threads) if threads != plan.target.workers as u64 => bail!(
+            "{} is compiled for {} threads, not {threads}: compile it again with --threads {threads}",
+            folder.display(),
+            plan.target.workers
+        ),
+        _ => Ok((folder, plan)),
+    }
+}
+
+/// Opens the weights that a plan names.
+///
+/// # Errors
+/// When the checkpoint cannot be read.
+pub fn open_weights(weights: &WeightsFrom) -> Result<Checkpoint> {
+    Ok(match weights {
+        WeightsFrom::Checkpoint { path } => Checkpoint::open(path)?,
+        WeightsFrom::Synthetic { seed, config, tensors, .. } => {
+            Checkpoint::synthetic(config.clone(), *seed, tensors.clone())
+        }
+    })
+}
+
+/// The folder for compiled plans: `TILEC_CACHE`, else `~/.cache/tilec`.
+///
+/// # Errors
+/// When the environment names neither.
+pub fn cache_folder() -> Result<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("TILEC_CACHE")
+        .or_else(|| set("HOME").map(|home| home.join(".cache/tilec")))
+        .context("neither TILEC_CACHE nor HOME is set: set TILEC_CACHE to a folder for compiled plans")
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read(path).with_context(|| format!("cannot open {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", path.display()))
+}
+
+/// The last part of a path, fit for a file name.
+fn name_of(path: &Path) -> String {
+    let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let name: String = name.chars().map(|c| if c.is_control() || c == '/' { '-' } else { c }).collect();
+    if name.is_empty() { "model".into() } else { name }
+}

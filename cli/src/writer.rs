@@ -1,0 +1,238 @@
+//! Generating text for a person: what `run` and `chat` share.
+
+use crate::args::{ModelArgs, SamplingArgs};
+use crate::text::Text;
+use crate::ui::mib;
+use crate::{host, session, source};
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+use tilec_ir::plan::Plan;
+use tilec_runtime::generate::{Completion, FinishReason, Generator, Request, StepTime};
+use tilec_runtime::sampling::SamplingParams;
+
+/// A loaded model with its tokenizer.
+pub struct Writer {
+    generator: Generator,
+    /// Between text and tokens.
+    pub text: Text,
+}
+
+/// A finished text.
+pub struct Written {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    completion: Completion,
+    figures: Figures,
+}
+
+impl Writer {
+    /// Loads a model, compiled first if it is not.
+    ///
+    /// # Errors
+    /// When it does not compile or load, or has no tokenizer.
+    pub fn open(model: &ModelArgs) -> Result<Writer> {
+        let (folder, plan) = source::plan(&model.path, &model.target)?;
+        // Before the weights are packed: a model without a tokenizer is refused at once.
+        let text = Text::load(&plan)?;
+        let engine = session::load(&folder, false)?;
+        let generator = Generator::new(engine, Some(Arc::clone(&text.tokenizer)));
+        Ok(Writer { generator, text })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        self.generator.engine().plan()
+    }
+
+    /// Generates behind `prompt`; with `out`, text is written there as it comes.
+    ///
+    /// # Errors
+    /// When the prompt does not fit, a parameter is out of range, a step fails, or `out` does.
+    pub fn write(
+        &mut self,
+        prompt: Vec<u32>,
+        args: &SamplingArgs,
+        mut out: Option<&mut dyn Write>,
+    ) -> Result<Written> {
+        let prompt_tokens = prompt.len();
+        let request = Request {
+            prompt,
+            max_tokens: args.max_tokens.map_or(usize::MAX, |tokens| tokens as usize),
+            stop_tokens: self.text.tokenizer.end_tokens().to_vec(),
+            stop_strings: args.stop.clone(),
+            sampling: sampling(args),
+            skip_special: true,
+        };
+        let mut failed = None;
+        let run = self.generator.run(std::slice::from_ref(&request), &mut |piece| {
+            let Some(out) = out.as_mut() else { return ControlFlow::Continue(()) };
+            match out.write_all(piece.text.as_bytes()).and_then(|()| out.flush()) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    failed = Some(error);
+                    ControlFlow::Break(())
+                }
+            }
+        })?;
+        if let Some(error) = failed {
+            return Err(error).context("cannot write the text");
+        }
+        let figures = Figures::of(&run.steps);
+        let completion = run.completions.into_iter().next().context("the request was not answered")?;
+        Ok(Written { prompt_tokens, completion, figures })
+    }
+
+    /// Lines about speed and memory.
+    pub fn stats(&self, written: &Written) -> String {
+        let figures = &written.figures;
+        let rate = |tokens: usize, time: Duration| match time.as_secs_f64() {
+            seconds if tokens > 0 && seconds > 0.0 => format!("{:.1} tokens/s", tokens as f64 / seconds),
+            _ => "-".to_string(),
+        };
+        let mut lines = format!(
+            "prompt   {} tokens, {} in the cache already, {} in {:.3} s\n\
+             decode   {} tokens, {} in {:.3} s ({})\n\
+             first    {:.3} s to the first token\n\
+             memory   {}\n",
+            written.prompt_tokens,
+            written.prompt_tokens.saturating_sub(figures.prompt_rows),
+            rate(figures.prompt_rows, figures.prompt),
+            figures.prompt.as_secs_f64(),
+            written.completion.tokens.len(),
+            rate(figures.decoded, figures.decode),
+            figures.decode.as_secs_f64(),
+            finish(written.completion.finish),
+            figures.first.as_secs_f64(),
+            self.generator.engine().memory(),
+        );
+        if let Some(held) = host::resident() {
+            lines.push_str(&format!("resident {}, at most {}\n", mib(held.now), mib(held.peak)));
+        }
+        lines
+    }
+
+    /// A finished text with its figures as JSON.
+    pub fn json(&self, written: &Written) -> Value {
+        let Written { prompt_tokens, completion, figures } = written;
+        let memory = self.generator.engine().memory();
+        let rate = |tokens: usize, time: Duration| {
+            let rate = tokens as f64 / time.as_secs_f64();
+            rate.is_finite().then_some(rate)
+        };
+        json!({
+            "model": self.plan().name,
+            "text": completion.text,
+            "tokens": completion.tokens,
+            "finish": finish(completion.finish),
+            "prompt_tokens": prompt_tokens,
+            "prompt_s": figures.prompt.as_secs_f64(),
+            "prompt_tokens_per_s": rate(figures.prompt_rows, figures.prompt),
+            "first_token_s": figures.first.as_secs_f64(),
+            "decoded_tokens": figures.decoded,
+            "decode_s": figures.decode.as_secs_f64(),
+            "decode_tokens_per_s": rate(figures.decoded, figures.decode),
+            "memory_bytes": {
+                "weights": memory.weights,
+                "kv": memory.kv,
+                "kv_used": memory.kv_used,
+                "arena": memory.arena,
+                "scratch": memory.scratch,
+            },
+            "resident_bytes": host::resident().map(|held| json!({ "now": held.now, "peak": held.peak })),
+        })
+    }
+}
+
+impl Written {
+    /// The text.
+    pub fn text(&self) -> &str {
+        &self.completion.text
+    }
+
+    /// Whether the text ended because there was no more room.
+    pub fn cut_short(&self) -> bool {
+        self.completion.finish == FinishReason::Context
+    }
+}
+
+/// Times of the steps of one request.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Figures {
+    /// Rows of the prompt that were processed: those not in the cache already.
+    prompt_rows: usize,
+    /// Time of their steps.
+    prompt: Duration,
+    /// To the first token, its choice included.
+    first: Duration,
+    /// Tokens chosen from steps of their own: all but the first.
+    decoded: usize,
+    /// Time of these steps, choices included.
+    decode: Duration,
+}
+
+impl Figures {
+    /// The prompt ends with the first step that has logits.
+    fn of(steps: &[StepTime]) -> Figures {
+        let mut figures = Figures::default();
+        let prompt_steps = steps.iter().position(|step| step.logit_rows > 0).map_or(steps.len(), |n| n + 1);
+        let (prompt, decode) = steps.split_at(prompt_steps);
+        for step in prompt {
+            figures.prompt_rows += step.rows;
+            figures.prompt += step.step;
+            figures.first += step.step + step.sampling;
+        }
+        for step in decode {
+            figures.decoded += 1;
+            figures.decode += step.step + step.sampling;
+        }
+        figures
+    }
+}
+
+fn sampling(args: &SamplingArgs) -> SamplingParams {
+    SamplingParams {
+        temperature: args.temperature,
+        top_k: u32::try_from(args.top_k).unwrap_or(u32::MAX),
+        top_p: args.top_p,
+        min_p: args.min_p,
+        seed: args.seed,
+        repetition_penalty: args.repeat_penalty,
+        ..SamplingParams::default()
+    }
+}
+
+/// Why a text ended, in a word.
+fn finish(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::StopToken(_) => "end of text",
+        FinishReason::StopString(_) => "stop text",
+        FinishReason::Length => "length",
+        FinishReason::Context => "context full",
+        FinishReason::Cancelled => "cancelled",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_prompt_ends_with_the_first_logits() {
+        let step = |rows, logit_rows, ms| StepTime {
+            rows,
+            logit_rows,
+            step: Duration::from_millis(ms),
+            sampling: Duration::from_millis(1),
+        };
+        let figures = Figures::of(&[step(64, 0, 10), step(6, 1, 5), step(1, 1, 2), step(1, 1, 3)]);
+        assert_eq!((figures.prompt_rows, figures.decoded), (70, 2));
+        assert_eq!(figures.prompt, Duration::from_millis(15));
+        assert_eq!(figures.first, Duration::from_millis(17));
+        assert_eq!(figures.decode, Duration::from_millis(7));
+        assert_eq!(Figures::of(&[]), Figures::default());
+    }
+}

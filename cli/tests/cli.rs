@@ -1,0 +1,421 @@
+//! The `tilec` program as a user meets it: what it prints, where, and with which exit code.
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use tempfile::TempDir;
+
+/// A working folder with a cache of its own.
+struct Bench {
+    folder: TempDir,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        Bench { folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tilec"));
+        command.args(args).current_dir(self.folder.path()).env("TILEC_CACHE", self.path("cache"));
+        command.env_remove("TILEC_LOG").stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Stdout of a run that must succeed.
+    fn ok(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// Stderr of a run that must fail as a user expects: code 1, `error:`, nothing on stdout.
+    fn fails(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
+        assert!(stderr.lines().any(|line| line.starts_with("error: ")), "{args:?}: {stderr}");
+        assert!(!stderr.contains("panicked") && !stderr.contains("RUST_BACKTRACE"), "{args:?}: {stderr}");
+        assert!(output.stdout.is_empty(), "{args:?}: {}", text(&output.stdout));
+        stderr
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn fixture(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
+    path.canonicalize().unwrap().to_str().unwrap().to_string()
+}
+
+#[test]
+fn help_is_complete_and_goes_to_stdout() {
+    let bench = Bench::new();
+    let help = bench.ok(&["--help"]);
+    for command in
+        ["compile", "run", "chat", "inspect", "bench", "profile", "logits", "doctor", "completions"]
+    {
+        assert!(help.contains(&format!("\n  {command} ")), "{help}");
+        let own = bench.ok(&[command, "--help"]);
+        assert!(own.contains(&format!("Usage: tilec {command}")), "{own}");
+    }
+    assert!(bench.ok(&["--version"]).starts_with("tilec "));
+}
+
+#[test]
+fn what_is_not_understood_has_code_2() {
+    let bench = Bench::new();
+    for args in [
+        &[][..],
+        &["frobnicate"],
+        &["run"],
+        &["run", "model"],
+        &["run", "model", "-p", "x", "--top-p", "2"],
+        &["compile", "model", "--emit", "cuda"],
+        &["compile", "model", "--kv-cache-type", "f8"],
+        &["logits", "model", "--tokens", "1,x", "-o", "out"],
+    ] {
+        let output = bench.run(args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}");
+    }
+}
+
+#[test]
+fn completions_name_the_commands() {
+    let bench = Bench::new();
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(bench.ok(&["completions", shell]).contains("inspect"), "{shell}");
+    }
+}
+
+#[test]
+fn models_that_cannot_be_are_refused_by_name() {
+    let bench = Bench::new();
+    assert!(bench.fails(&["run", "missing.gguf", "-p", "x"]).contains("missing.gguf"));
+    bench.write("notes.txt", "hello");
+    assert!(bench.fails(&["inspect", "notes.txt"]).contains("model.yaml"));
+    std::fs::create_dir(bench.path("empty")).unwrap();
+    assert!(bench.fails(&["inspect", "empty"]).contains("plan.json"));
+    bench.write("typo.yaml", "model:\n  chekpoint: x\n");
+    let error = bench.fails(&["compile", "typo.yaml"]);
+    assert!(error.contains("typo.yaml") && error.contains("chekpoint") && error.contains('2'), "{error}");
+    bench.write("gone.yaml", "model: {checkpoint: gone.gguf}");
+    assert!(bench.fails(&["compile", "gone.yaml"]).contains("gone.gguf"));
+}
+
+#[test]
+fn damaged_checkpoints_are_errors_that_name_the_file() {
+    let bench = Bench::new();
+    let whole = std::fs::read(fixture("gguf/llama-q8_0/model.gguf")).unwrap();
+    for (name, bytes) in [
+        ("empty.gguf", &[][..]),
+        ("magic.gguf", b"not a model at all, but long enough to hold a header"),
+        ("header.gguf", &whole[..20]),
+        ("short.gguf", &whole[..whole.len() / 2]),
+    ] {
+        bench.write(name, bytes);
+        let error = bench.fails(&["run", name, "-p", "x"]);
+        assert!(error.contains(name), "{error}");
+    }
+}
+
+#[test]
+fn a_damaged_plan_is_an_error_that_says_what_to_do() {
+    let bench = Bench::new();
+    std::fs::create_dir(bench.path("x.plan")).unwrap();
+    for manifest in ["", "{}", r#"{"plan_version": 999, "abi_version": 1}"#, "[1"] {
+        bench.write("x.plan/plan.json", manifest);
+        let error = bench.fails(&["inspect", "x.plan"]);
+        assert!(error.contains("plan.json") && error.contains("tilec compile"), "{error}");
+    }
+}
+
+#[test]
+fn doctor_finds_the_machine() {
+    let bench = Bench::new();
+    let report: Value = serde_json::from_str(&bench.ok(&["doctor", "--json"])).unwrap();
+    let checks = report["checks"].as_array().unwrap();
+    let verdict = |name: &str| {
+        let check = checks.iter().find(|check| check["name"] == name).unwrap();
+        check["verdict"].as_str().unwrap().to_string()
+    };
+    assert_eq!((verdict("processor"), verdict("plan cache")), ("ok".into(), "ok".into()));
+    for check in checks {
+        assert!(check["verdict"] == "ok" || check["remedy"].is_string(), "{check}");
+    }
+    assert!(bench.ok(&["doctor"]).contains("read bandwidth"));
+}
+
+/// Everything that needs a compiler.
+#[cfg(feature = "llvm")]
+mod compiled {
+    use super::*;
+
+    const TINY: &str = "hf/llama-gqa-tied";
+    /// A tiny model with a tokenizer and a chat template.
+    const CHAT: &str = "hf/qwen3-chat";
+
+    #[test]
+    fn levels_are_printed_and_nothing_is_written() {
+        let bench = Bench::new();
+        let graph = bench.ok(&["compile", &fixture(TINY), "--emit", "graph"]);
+        assert!(graph.contains("rms_norm"), "{graph}");
+        let both = bench.ok(&["compile", &fixture(TINY), "--emit", "stages", "--emit", "schedule"]);
+        assert!(both.starts_with("stages ") && both.len() > graph.len(), "{both}");
+        assert_eq!(std::fs::read_dir(bench.folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_plan_is_written_where_asked_and_inspected() {
+        let bench = Bench::new();
+        assert_eq!(
+            bench.ok(&["compile", &fixture(TINY), "-o", "out/tiny.plan", "-t", "2"]),
+            "out/tiny.plan\n"
+        );
+        bench.ok(&["compile", &fixture(TINY), "-q"]);
+        assert!(bench.path("llama-gqa-tied.plan/plan.json").is_file());
+
+        let inspect = ["inspect", "out/tiny.plan", "--bandwidth", "10"];
+        let table = bench.ok(&inspect);
+        assert!(table.contains("qkv") && table.contains("100.0 %") && table.contains("10.0 GB/s"), "{table}");
+        let report: Value = serde_json::from_str(&bench.ok(&[&inspect[..], &["--json"]].concat())).unwrap();
+        let stages = report["stages"].as_array().unwrap();
+        let shares: f64 = stages.iter().map(|stage| stage["share"].as_f64().unwrap()).sum();
+        assert!((shares - 1.0).abs() < 1e-9, "{shares}");
+        let bytes: f64 = stages
+            .iter()
+            .map(|stage| stage["runs"].as_f64().unwrap() * stage["bytes"].as_f64().unwrap())
+            .sum();
+        assert!((report["floor_s"].as_f64().unwrap() * 10e9 / bytes - 1.0).abs() < 1e-6);
+
+        // What was fixed when the plan was compiled is not changed in silence.
+        assert!(bench.fails(&["inspect", "out/tiny.plan", "--ctx-size", "8"]).contains("--ctx-size"));
+        assert!(bench.fails(&["inspect", "out/tiny.plan", "-t", "1"]).contains("2 threads"));
+        assert!(bench.fails(&["inspect", "out/tiny.plan", "--rows", "1000"]).contains("rows"));
+        assert!(bench.fails(&["compile", "out/tiny.plan"]).contains("plan already"));
+        // A folder that holds something else is not overwritten.
+        bench.write("out/notes.txt", "mine");
+        assert!(bench.fails(&["compile", &fixture(TINY), "-o", "out"]).contains("out"));
+        assert!(bench.path("out/notes.txt").is_file());
+    }
+
+    #[test]
+    fn a_reader_that_leaves_early_is_no_error() {
+        let bench = Bench::new();
+        let mut command = bench.command(&["compile", &fixture(TINY), "--emit", "llvm"]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(text(&output.stderr), "");
+    }
+
+    /// The f32 tensor `name`.
+    fn values(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
+        let (words, _) = file.tensor(name).unwrap().data().as_chunks::<4>();
+        words.iter().map(|word| f32::from_le_bytes(*word)).collect()
+    }
+
+    /// Compares the logits of a fixture with transformers'.
+    fn logits_agree(case: &str, options: &[&str], tolerance: f32) {
+        let bench = Bench::new();
+        let reference = std::fs::read(fixture(&format!("{case}/reference.safetensors"))).unwrap();
+        let reference = SafeTensors::deserialize(&reference).unwrap();
+        let mut lists: Vec<Vec<i64>> = Vec::new();
+        while let Ok(ids) = reference.tensor(&format!("input_ids.{}", lists.len())) {
+            let (words, _) = ids.data().as_chunks::<8>();
+            lists.push(words.iter().map(|word| i64::from_le_bytes(*word)).collect());
+        }
+        assert!(lists.len() > 1);
+        bench.write("tokens.json", serde_json::to_string(&lists).unwrap());
+        let model = fixture(case);
+        let args = ["logits", &model, "--tokens-file", "tokens.json", "-o", "out.safetensors"];
+        bench.ok(&[&args[..], options].concat());
+        let bytes = std::fs::read(bench.path("out.safetensors")).unwrap();
+        let ours = SafeTensors::deserialize(&bytes).unwrap();
+        for (number, list) in lists.iter().enumerate() {
+            let name = format!("logits.{number}");
+            let (ours, theirs) = (values(&ours, &name), values(&reference, &name));
+            assert_eq!((ours.len(), theirs.len() % list.len()), (theirs.len(), 0));
+            let worst = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < tolerance, "{case} {options:?}, list {number}: {worst}");
+        }
+        let ids = ours.tensor("tokens.1").unwrap();
+        assert_eq!(ids.shape(), [lists[1].len()]);
+    }
+
+    #[test]
+    fn compiled_logits_are_those_of_transformers() {
+        let exact = ["--activations", "f32", "--kv-cache-type", "f32"];
+        logits_agree(TINY, &exact, 1e-3);
+        logits_agree(TINY, &[&exact[..], &["--rows-per-step", "1"]].concat(), 1e-3);
+    }
+
+    #[test]
+    fn interpreted_logits_are_those_of_transformers() {
+        let exact = ["--activations", "f32", "--kv-cache-type", "f32"];
+        logits_agree(TINY, &[&exact[..], &["--backend", "interpreter"]].concat(), 1e-3);
+    }
+
+    #[test]
+    fn tokens_that_do_not_fit_are_refused() {
+        let bench = Bench::new();
+        let model = fixture(TINY);
+        let logits = |tokens: &str| bench.fails(&["logits", &model, "--tokens", tokens, "-o", "out"]);
+        assert!(logits("1,99999").contains("99999"));
+        let many = vec!["1"; 70_000].join(",");
+        assert!(logits(&many).contains("70000"));
+        bench.write("bad.json", "[[1, -2]]");
+        let error = bench.fails(&["logits", &model, "--tokens-file", "bad.json", "-o", "out"]);
+        assert!(error.contains("bad.json"), "{error}");
+    }
+
+    #[test]
+    fn a_checkpoint_runs_and_its_plan_is_kept() {
+        let bench = Bench::new();
+        let model = fixture(CHAT);
+        let args = ["run", &model, "--prompt", "hello", "-n", "6", "--json"];
+        let first = bench.run(&args);
+        assert!(first.status.success(), "{}", text(&first.stderr));
+        assert!(text(&first.stderr).contains("compiling"), "{}", text(&first.stderr));
+        let second = bench.run(&args);
+        assert!(!text(&second.stderr).contains("compiling"), "{}", text(&second.stderr));
+        let [first, second] = [first, second].map(|output| {
+            let mut report: Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert!(report["prompt_tokens"].as_u64().unwrap() > 1, "{report}");
+            report["tokens"].take()
+        });
+        assert_eq!(first, second);
+        assert!(!first.as_array().unwrap().is_empty() && first.as_array().unwrap().len() <= 6, "{first}");
+
+        // The same text as it comes; a template makes a difference; statistics are not on stdout.
+        let plain = bench.run(&["run", &model, "-p", "hello", "-n", "6", "--stats"]);
+        assert!(plain.status.success() && plain.stdout.ends_with(b"\n"));
+        assert!(text(&plain.stderr).contains("tokens/s"), "{}", text(&plain.stderr));
+        let raw: Value = serde_json::from_str(&bench.ok(&[&args[..], &["--raw"]].concat())).unwrap();
+        let templated: Value = serde_json::from_str(&bench.ok(&args)).unwrap();
+        assert!(raw["prompt_tokens"].as_u64() < templated["prompt_tokens"].as_u64());
+    }
+
+    #[test]
+    fn seeds_repeat_a_text() {
+        let bench = Bench::new();
+        let model = fixture(CHAT);
+        let run = |seed: &str| {
+            bench.ok(&["run", &model, "-p", "hello", "-n", "24", "--temp", "1.5", "--seed", seed, "--json"])
+        };
+        let tokens = |seed| serde_json::from_str::<Value>(&run(seed)).unwrap()["tokens"].take();
+        assert_eq!(tokens("3"), tokens("3"));
+        assert_ne!(tokens("3"), tokens("4"));
+    }
+
+    #[test]
+    fn a_prompt_comes_from_a_file_or_stdin() {
+        let bench = Bench::new();
+        let model = fixture(CHAT);
+        bench.write("prompt.txt", "hello\n");
+        let from = |file: &str, stdin: Stdio| {
+            let args = ["run", &model, "-f", file, "-n", "4"];
+            let output = bench.command(&args).stdin(stdin).output().unwrap();
+            assert!(output.status.success(), "{}", text(&output.stderr));
+            text(&output.stdout)
+        };
+        let expected = bench.ok(&["run", &model, "-p", "hello", "-n", "4"]);
+        assert_eq!(from("prompt.txt", Stdio::null()), expected);
+        let file = std::fs::File::open(bench.path("prompt.txt")).unwrap();
+        assert_eq!(from("-", file.into()), expected);
+        assert!(bench.fails(&["run", &model, "-f", "none.txt"]).contains("none.txt"));
+    }
+
+    #[test]
+    fn a_chat_reads_a_pipe_and_forgets_on_reset() {
+        let bench = Bench::new();
+        let mut command = bench.command(&["chat", &fixture(CHAT), "-n", "5"]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let turns = "hello\n\n/reset\nhello\n/exit\nnot read\n";
+        child.stdin.take().unwrap().write_all(turns.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let alone = bench.ok(&["run", &fixture(CHAT), "-p", "hello", "-n", "5"]);
+        assert_eq!(text(&output.stdout), format!("{alone}{alone}"));
+    }
+
+    #[test]
+    fn a_model_without_a_tokenizer_says_so() {
+        let bench = Bench::new();
+        let error = bench.fails(&["run", &fixture(TINY), "-p", "hello"]);
+        assert!(error.contains("tokenizer"), "{error}");
+    }
+
+    #[test]
+    fn a_yaml_finds_its_files_beside_it() {
+        let bench = Bench::new();
+        let config = std::fs::read(format!("{}/config.json", fixture(TINY))).unwrap();
+        std::fs::create_dir(bench.path("tiny")).unwrap();
+        bench.write("tiny/config.json", config);
+        bench.write(
+            "tiny/model.yaml",
+            "model: {synthetic: {seed: 1}, config: config.json}\nprecision: {weights: q8_0}\n\
+             target: {threads: 2}\nlimits: {context: 32}\n",
+        );
+        let args = ["logits", "tiny/model.yaml", "--tokens", "1,2,3", "-o", "out.safetensors"];
+        bench.ok(&args);
+        let first = std::fs::read(bench.path("out.safetensors")).unwrap();
+        bench.ok(&["compile", "tiny", "-o", "made.plan"]);
+        bench.ok(&["logits", "made.plan", "--tokens", "1,2,3", "-o", "out.safetensors"]);
+        assert!(first == std::fs::read(bench.path("out.safetensors")).unwrap());
+    }
+
+    #[test]
+    fn bench_measures_what_was_asked() {
+        let bench = Bench::new();
+        let model = fixture(TINY);
+        let args = ["bench", &model, "--threads", "1", "--pp", "12", "--tg", "5", "--repeats", "2"];
+        let report: Value = serde_json::from_str(&bench.ok(&[&args[..], &["--json"]].concat())).unwrap();
+        let samples = report["samples"].as_array().unwrap();
+        assert_eq!(samples.len(), 2);
+        for sample in samples {
+            assert_eq!((&sample["prompt_tokens"], &sample["generated_tokens"]), (&12.into(), &5.into()));
+            assert!(
+                sample["prompt_s"].as_f64().unwrap() > 0.0 && sample["generate_s"].as_f64().unwrap() > 0.0
+            );
+        }
+        let tests: Vec<&str> =
+            report["tests"].as_array().unwrap().iter().map(|test| test["test"].as_str().unwrap()).collect();
+        assert_eq!(tests, ["pp12", "tg5 @ d12"]);
+        let table = bench.ok(&["bench", &model, "-t", "1", "-p", "0", "-n", "3", "-r", "1"]);
+        assert!(table.contains("tg3 ") && table.contains("GB/s"), "{table}");
+        assert!(bench.fails(&["bench", &model, "-p", "60000"]).contains("--ctx-size"));
+    }
+
+    #[test]
+    fn a_profile_covers_every_stage() {
+        let bench = Bench::new();
+        let args = ["profile", &fixture(TINY), "-t", "2", "--context", "4", "-r", "2", "-o", "trace.json"];
+        let report: Value = serde_json::from_str(&bench.ok(&[&args[..], &["--json"]].concat())).unwrap();
+        let stages = report["stages"].as_array().unwrap();
+        assert!(stages.iter().any(|stage| stage["stage"] == "qkv"), "{report}");
+        assert!(stages.iter().map(|stage| stage["work_s"].as_f64().unwrap()).sum::<f64>() > 0.0);
+        let trace: Value = serde_json::from_slice(&std::fs::read(bench.path("trace.json")).unwrap()).unwrap();
+        assert!(trace["traceEvents"].as_array().unwrap().len() > stages.len());
+    }
+}
