@@ -208,7 +208,9 @@ impl<'t> Parser<'t> {
         while self.take(",") {
             shape.push(self.number("an extent")?);
         }
-        self.punctuation("]")?;
+        if !self.take("]") {
+            return Err(self.expected(self.at, "`,` or `]`"));
+        }
         let stored = self.format()?;
         let before = self.skip_blank();
         let format = match self.word() {
@@ -279,7 +281,9 @@ impl<'t> Parser<'t> {
                     break;
                 }
             }
-            self.punctuation(")")?;
+            if !self.take(")") {
+                return Err(self.expected(self.at, "`,` or `)`"));
+            }
         }
         let op: Op = self.attributes(op_name, Some(op_name), op_start)?;
         let added = self.graph.add(name.as_str(), layer, op, &operands);
@@ -299,14 +303,13 @@ impl<'t> Parser<'t> {
     fn value_name(&mut self) -> Parsed<String> {
         let start = self.skip_blank();
         self.punctuation("%")?;
-        let name = match self.text[self.at..].starts_with('"') {
-            true => self.string("the value's name")?,
-            false => self.word_here().to_string(),
-        };
-        if name.is_empty() {
-            return Err(self.expected(start, "a name behind `%`"));
+        if self.text[self.at..].starts_with('"') {
+            return self.string("the value's name");
         }
-        Ok(name)
+        match self.word_here() {
+            "" => Err(self.expected(start, "a name behind `%`")),
+            name => Ok(name.to_string()),
+        }
     }
 
     fn type_(&mut self) -> Parsed<Type> {
@@ -394,8 +397,12 @@ impl<'t> Parser<'t> {
                 self.at = start + end;
                 Ok((&rest[..end], start))
             }
+            // Something is never closed: where it was opened says more than the end of the text.
+            Err(error) if error.is_eof() => {
+                Err(self.expected(start, &format!("a JSON value ({})", plain(&error))))
+            }
             Err(error) => {
-                // The reader counts columns in bytes, from 1, in the last line from that line's start.
+                // The reader counts lines and columns from 1, the latter in bytes.
                 let skipped: usize =
                     rest.split_inclusive('\n').take(error.line().saturating_sub(1)).map(str::len).sum();
                 let mut place = (start + skipped + error.column().saturating_sub(1)).min(self.text.len());

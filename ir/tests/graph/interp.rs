@@ -1,0 +1,368 @@
+use crate::{HIDDEN, VOCAB, llama};
+use half::{bf16, f16};
+use std::collections::BTreeMap;
+use tilec_ir::abi::KvType;
+use tilec_ir::format::Format;
+use tilec_ir::graph::interp::{InterpError, Interpreter, Row};
+use tilec_ir::graph::{ActivationFn, Cache, Graph, NodeId, Op, RopeScaling, RopeSpec, Weight};
+
+type Weights = BTreeMap<String, Vec<f32>>;
+
+/// Reproducible values in (-1, 1) for every weight.
+fn weights(graph: &Graph) -> Weights {
+    let mut state = 1u64;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0
+    };
+    let values = |weight: &Weight| weight.shape.iter().product::<usize>();
+    graph
+        .weights
+        .iter()
+        .map(|(name, weight)| (name.clone(), (0..values(weight)).map(|_| next()).collect()))
+        .collect()
+}
+
+fn rows(sequence: u32, first: usize, tokens: &[u32]) -> Vec<Row> {
+    tokens.iter().enumerate().map(|(i, token)| Row { token: *token, position: first + i, sequence }).collect()
+}
+
+#[track_caller]
+fn assert_close(got: &[f32], expected: &[f32]) {
+    assert_eq!(got.len(), expected.len());
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        assert!((got - expected).abs() <= 1e-6 * expected.abs().max(1.0), "{i}: {got}, not {expected}");
+    }
+}
+
+/// A graph whose logits are what `build` makes of the embedding `x`: tests one operator at a time.
+struct One {
+    graph: Graph,
+    weights: Weights,
+}
+
+impl One {
+    /// One row of `table` per token.
+    fn new(table: &[&[f32]], build: impl FnOnce(&mut One, NodeId) -> NodeId) -> One {
+        let mut one = One { graph: Graph::new("one"), weights: Weights::new() };
+        let embed = one.weight("table", &[table.len(), table[0].len()], &table.concat());
+        let x = one.graph.add("x", None, Op::Embed { weight: embed }, &[]).unwrap();
+        let y = build(&mut one, x);
+        let selected = one.graph.add("selected", None, Op::SelectRows, &[y]).unwrap();
+        one.graph.add("logits", None, Op::Logits, &[selected]).unwrap();
+        one
+    }
+
+    fn weight(&mut self, name: &str, shape: &[usize], values: &[f32]) -> String {
+        let weight = Weight { shape: shape.to_vec(), stored: Format::F32, format: Format::F32 };
+        self.graph.declare_weight(name, weight).unwrap();
+        self.weights.insert(name.into(), values.to_vec());
+        name.into()
+    }
+
+    fn add(&mut self, name: &str, op: Op, operands: &[NodeId]) -> NodeId {
+        self.graph.add(name, None, op, operands).unwrap()
+    }
+
+    fn interpreter(&self) -> Interpreter<'_> {
+        Interpreter::new(&self.graph, &self.weights).unwrap()
+    }
+
+    /// What becomes of tokens 0, 1, ... `n - 1` at positions 0, 1, ...
+    fn run(&self, n: usize) -> Vec<f32> {
+        let tokens: Vec<u32> = (0..n as u32).collect();
+        let wanted: Vec<usize> = (0..n).collect();
+        self.interpreter().step(&rows(0, 0, &tokens), &wanted).unwrap()
+    }
+}
+
+#[test]
+fn linear_bias_and_add() {
+    let one = One::new(&[&[1.0, 2.0, 3.0], &[-1.0, 0.5, 0.0]], |one, x| {
+        let weight = one.weight("w", &[3, 3], &[1.0, 0.0, 2.0, 0.0, -1.0, 0.5, 3.0, 3.0, 3.0]);
+        let bias = one.weight("b", &[3], &[10.0, 20.0, 30.0]);
+        let y = one.add("y", Op::Linear { weight }, &[x]);
+        let y = one.add("b", Op::Bias { weight: bias }, &[y]);
+        one.add("sum", Op::Add, &[y, x])
+    });
+    assert_eq!(one.run(2), [18.0, 21.5, 51.0, 8.0, 20.0, 28.5]);
+}
+
+#[test]
+fn rms_norm_in_groups() {
+    // Mean squares: (9 + 16) / 2 = 12.5 and (0 + 4) / 2 = 2; eps 0.5 makes 13 and 2.5.
+    let one = One::new(&[&[3.0, 4.0, 0.0, 2.0]], |one, x| {
+        let weight = one.weight("w", &[2], &[1.0, 2.0]);
+        one.add("y", Op::RmsNorm { weight, eps: 0.5 }, &[x])
+    });
+    let (a, b) = (13f32.sqrt(), 2.5f32.sqrt());
+    assert_close(&one.run(1), &[3.0 / a, 8.0 / a, 0.0, 4.0 / b]);
+}
+
+#[test]
+fn rope_turns_the_halves_of_the_first_dims() {
+    // Heads of 6, 4 of them rotary: pairs (0, 2) and (1, 3), frequencies 1 and 1/10.
+    let row: &[f32] = &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+    let one = One::new(&[row, row, row], |one, x| {
+        let rope = RopeSpec { dims: 4, theta: 100.0, scaling: RopeScaling::None };
+        one.graph.ropes.insert("r".into(), rope);
+        one.add("y", Op::Rope { rope: "r".into(), head_dim: 6 }, &[x])
+    });
+    let got = one.run(3);
+    assert_eq!(got[..6], *row);
+    let ((s, c), (t, d)) = (2f32.sin_cos(), 0.2f32.sin_cos());
+    assert_close(
+        &got[12..],
+        &[1.0 * c - 3.0 * s, 2.0 * d - 4.0 * t, 3.0 * c + 1.0 * s, 4.0 * d + 2.0 * t, 5.0, 6.0],
+    );
+}
+
+#[test]
+fn rope_applies_the_attention_factor_to_rotary_dims_only() {
+    let scaling = RopeScaling::Yarn {
+        factor: 2.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        original_context: 64,
+        attention_factor: 1.5,
+        truncate: true,
+    };
+    let one = One::new(&[&[1.0, 2.0, 3.0, 4.0]], |one, x| {
+        one.graph.ropes.insert("r".into(), RopeSpec { dims: 2, theta: 100.0, scaling });
+        one.add("y", Op::Rope { rope: "r".into(), head_dim: 4 }, &[x])
+    });
+    assert_eq!(one.run(1), [1.5, 3.0, 3.0, 4.0]);
+}
+
+#[test]
+fn silu_gates() {
+    let one = One::new(&[&[0.0, 1.0, -2.0]], |one, x| {
+        one.add("y", Op::Gated { activation: ActivationFn::Silu }, &[x, x])
+    });
+    let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
+    assert_close(&one.run(1), &[0.0, sigmoid(1.0), 4.0 * sigmoid(-2.0)]);
+}
+
+#[test]
+fn quantize_rounds_to_even_in_blocks() {
+    // A block of 32 with amax 127 has scale 1; the tail of 3 has its own scale, 2 / 127.
+    let mut row = vec![0f32; 35];
+    row[..5].copy_from_slice(&[127.0, 0.5, 1.5, -2.5, 3.4]);
+    row[32..].copy_from_slice(&[2.0, -1.0, 0.0]);
+    let one = One::new(&[&row, &[0.0; 35]], |one, x| {
+        let eye: Vec<f32> = (0..35 * 35).map(|i| if i / 35 == i % 35 { 1.0 } else { 0.0 }).collect();
+        let weight = one.weight("eye", &[35, 35], &eye);
+        let quant = one.add("quant", Op::Quantize, &[x]);
+        one.add("y", Op::Linear { weight }, &[quant])
+    });
+    let got = one.run(2);
+    assert_eq!(got[..5], [127.0, 0.0, 2.0, -2.0, 3.0]);
+    assert_close(&got[32..35], &[2.0, -64.0 * 2.0 / 127.0, 0.0]);
+    assert_eq!(got[35..], [0.0; 35]);
+}
+
+/// Attention of `heads` heads, all of which query with the embedding, over keys and values that are
+/// the embedding too.
+fn attention(heads: usize, window: Option<usize>, kv_type: KvType, table: &[&[f32]]) -> One {
+    let dim = table[0].len();
+    One::new(table, |one, x| {
+        let repeated: Vec<f32> =
+            (0..heads * dim * dim).map(|i| if i / dim % dim == i % dim { 1.0 } else { 0.0 }).collect();
+        let weight = one.weight("repeat", &[heads * dim, dim], &repeated);
+        one.graph.caches.push(Cache { kv_heads: 1, qk_dim: dim, v_dim: dim, kv_type });
+        let q = one.add("q", Op::Linear { weight }, &[x]);
+        let kv = one.add("kv", Op::KvWrite { cache: 0 }, &[x, x]);
+        one.add("y", Op::Attention { cache: 0, heads, scale: 0.5, window }, &[q, kv])
+    })
+}
+
+#[test]
+fn attention_mixes_what_is_behind() {
+    let one = attention(2, None, KvType::F32, &[&[1.0, 0.0], &[0.0, 2.0], &[1.0, 1.0]]);
+    let got = one.run(3);
+    // Row 0 sees itself alone; both heads do.
+    assert_eq!(got[..4], [1.0, 0.0, 1.0, 0.0]);
+    // Row 1: scores 0 and 2. Row 2: scores 0.5, 1 and 1.
+    let e = 2f32.exp();
+    assert_close(&got[4..6], &[1.0 / (1.0 + e), 2.0 * e / (1.0 + e)]);
+    let (a, b) = (0.5f32.exp(), 1f32.exp());
+    assert_close(&got[8..10], &[(a + b) / (a + 2.0 * b), (2.0 * b + b) / (a + 2.0 * b)]);
+    assert_eq!(got[8..10], got[10..12]);
+}
+
+#[test]
+fn a_window_counts_the_row_itself() {
+    let table: &[&[f32]] = &[&[1.0, 0.0], &[0.0, 2.0], &[1.0, 1.0]];
+    assert_eq!(attention(1, Some(1), KvType::F32, table).run(3), [1.0, 0.0, 0.0, 2.0, 1.0, 1.0]);
+    // Row 2 sees rows 1 and 2, both with score 1.
+    assert_close(&attention(1, Some(2), KvType::F32, table).run(3)[4..], &[0.5, 1.5]);
+    assert_eq!(
+        attention(1, Some(3), KvType::F32, table).run(3),
+        attention(1, None, KvType::F32, table).run(3)
+    );
+}
+
+#[test]
+fn query_heads_share_kv_heads_in_groups() {
+    // Four query heads, two KV heads with values 10 and 20: heads 0 and 1 get 10, 2 and 3 get 20.
+    let one = One::new(&[&[1.0, 1.0]], |one, x| {
+        let q = one.weight("q", &[4, 2], &[1.0; 8]);
+        let v = one.weight("v", &[2, 2], &[10.0, 0.0, 0.0, 20.0]);
+        one.graph.caches.push(Cache { kv_heads: 2, qk_dim: 1, v_dim: 1, kv_type: KvType::F32 });
+        let (q, v) =
+            (one.add("q", Op::Linear { weight: q }, &[x]), one.add("v", Op::Linear { weight: v }, &[x]));
+        let kv = one.add("kv", Op::KvWrite { cache: 0 }, &[x, v]);
+        one.add("y", Op::Attention { cache: 0, heads: 4, scale: 1.0, window: None }, &[q, kv])
+    });
+    assert_eq!(one.run(1), [10.0, 10.0, 20.0, 20.0]);
+}
+
+#[test]
+fn the_cache_rounds_as_it_stores() {
+    let x = 1.0 + 1.0 / 300.0;
+    let stored = |kv_type| attention(1, Some(1), kv_type, &[&[x, -x]]).run(1);
+    assert_eq!(stored(KvType::F32), [x, -x]);
+    assert_eq!(stored(KvType::F16), [f16::from_f32(x).to_f32(), f16::from_f32(-x).to_f32()]);
+    assert_eq!(stored(KvType::Bf16), [bf16::from_f32(x).to_f32(), bf16::from_f32(-x).to_f32()]);
+    assert_ne!(stored(KvType::F16), stored(KvType::Bf16));
+}
+
+const PROMPT: [u32; 7] = [3, 14, 1, 5, 9, 2, 6];
+
+/// Logits of every row of [`PROMPT`], run at once.
+fn at_once(graph: &Graph, weights: &Weights) -> Vec<f32> {
+    let wanted: Vec<usize> = (0..PROMPT.len()).collect();
+    Interpreter::new(graph, weights).unwrap().step(&rows(0, 0, &PROMPT), &wanted).unwrap()
+}
+
+#[test]
+fn one_row_at_a_time_is_the_prompt_at_once() {
+    for kv_type in [KvType::F32, KvType::F16, KvType::Bf16] {
+        let graph = llama(2, kv_type);
+        let weights = weights(&graph);
+        let mut interpreter = Interpreter::new(&graph, &weights).unwrap();
+        let mut decoded = Vec::new();
+        for (position, token) in PROMPT.iter().enumerate() {
+            decoded.extend(interpreter.step(&rows(0, position, &[*token]), &[0]).unwrap());
+        }
+        // Not only close: the numbers of a row do not depend on the other rows.
+        assert_eq!(decoded, at_once(&graph, &weights));
+        assert_eq!(interpreter.positions(0), PROMPT.len());
+    }
+}
+
+#[test]
+fn every_token_before_matters_to_the_last() {
+    let graph = llama(2, KvType::F32);
+    let weights = weights(&graph);
+    let last = |tokens: &[u32]| {
+        let mut interpreter = Interpreter::new(&graph, &weights).unwrap();
+        interpreter.step(&rows(0, 0, tokens), &[tokens.len() - 1]).unwrap()
+    };
+    let before = last(&PROMPT);
+    assert_eq!(before.len(), VOCAB);
+    for changed in 0..PROMPT.len() {
+        let mut tokens = PROMPT;
+        tokens[changed] = 15;
+        assert_ne!(last(&tokens), before, "token {changed}");
+    }
+}
+
+#[test]
+fn sequences_do_not_see_each_other() {
+    let graph = llama(2, KvType::F16);
+    let weights = weights(&graph);
+    let other = [7, 7, 0, 11];
+    let mut interpreter = Interpreter::new(&graph, &weights).unwrap();
+    // 2 rows of sequence 0, 3 of sequence 9; then 5 and 1, in the other order.
+    let first = [rows(0, 0, &PROMPT[..2]), rows(9, 0, &other[..3])].concat();
+    let second = [rows(9, 3, &other[3..]), rows(0, 2, &PROMPT[2..])].concat();
+    let first = interpreter.step(&first, &[0, 1]).unwrap();
+    let second = interpreter.step(&second, &[1, 2, 3, 4, 5]).unwrap();
+    assert_eq!([first, second].concat(), at_once(&graph, &weights));
+}
+
+#[test]
+fn rejected_rows_are_forgotten() {
+    let graph = llama(2, KvType::F32);
+    let weights = weights(&graph);
+    let expected = at_once(&graph, &weights)[6 * VOCAB..].to_vec();
+    let mut interpreter = Interpreter::new(&graph, &weights).unwrap();
+    interpreter.step(&rows(0, 0, &PROMPT[..3]), &[]).unwrap();
+    interpreter.step(&rows(0, 3, &[8, 8, 8, 8, 8, 8]), &[]).unwrap();
+    assert_eq!(interpreter.step(&rows(0, 3, &PROMPT[3..]), &[3]).unwrap(), expected);
+    assert_eq!(interpreter.positions(0), 7);
+    interpreter.truncate(0, 6);
+    assert_eq!(interpreter.step(&rows(0, 6, &PROMPT[6..]), &[0]).unwrap(), expected);
+    interpreter.truncate(0, 3);
+    let error = interpreter.step(&rows(0, 4, &[1]), &[0]).unwrap_err();
+    assert!(error.to_string().contains("leaves a gap behind its 3 positions"), "{error}");
+}
+
+#[test]
+fn steps_that_make_no_sense_are_errors_and_change_nothing() {
+    let graph = llama(1, KvType::F32);
+    let weights = weights(&graph);
+    let mut interpreter = Interpreter::new(&graph, &weights).unwrap();
+    interpreter.step(&rows(0, 0, &PROMPT[..2]), &[]).unwrap();
+    let row = |token, position, sequence| Row { token, position, sequence };
+    let cases: &[(&[Row], &[usize], &str)] = &[
+        (&[], &[], "row 0: a step needs at least one row"),
+        (&[row(16, 2, 0)], &[0], "row 0: token 16 of a vocabulary of 16"),
+        (&[row(1, 3, 0)], &[0], "row 0: position 3 of sequence 0 leaves a gap behind its 2 positions"),
+        (&[row(1, usize::MAX, 5)], &[0], "leaves a gap behind its 0 positions"),
+        (&[row(1, 2, 0), row(1, 4, 0)], &[0], "row 1: position 4 where 3 comes next"),
+        (&[row(1, 2, 0), row(1, 2, 0)], &[0], "row 1: position 2 where 3 comes next"),
+        (&[row(1, 2, 0), row(1, 0, 1), row(1, 3, 0)], &[0], "row 2: rows of sequence 0 are not adjacent"),
+        (&[row(1, 2, 0)], &[1], "wanted logits [1] of 1 rows"),
+        (&[row(1, 2, 0), row(1, 3, 0)], &[1, 0], "wanted logits [1, 0] of 2 rows"),
+        (&[row(1, 2, 0), row(1, 3, 0)], &[1, 1], "wanted logits [1, 1] of 2 rows"),
+    ];
+    for (rows, wanted, what) in cases {
+        let error = interpreter.step(rows, wanted).unwrap_err();
+        assert!(error.to_string().contains(what), "{error}");
+        assert_eq!((interpreter.positions(0), interpreter.positions(1)), (2, 0));
+    }
+    let got = interpreter.step(&rows(0, 2, &PROMPT[2..]), &[4]).unwrap();
+    assert_eq!(got, at_once(&graph, &weights)[6 * VOCAB..]);
+}
+
+#[test]
+fn weights_and_graphs_that_do_not_fit_are_refused() {
+    let mut graph = llama(1, KvType::F32);
+    let mut weights = weights(&graph);
+    let refusal = |graph: &Graph, weights: &Weights| match Interpreter::new(graph, weights) {
+        Ok(_) => panic!("was not refused"),
+        Err(error) => error.to_string(),
+    };
+    weights.get_mut("norm.weight").unwrap().pop();
+    assert_eq!(refusal(&graph, &weights), "weight \"norm.weight\": 7 values do not make a [8]");
+    weights.remove("norm.weight");
+    assert_eq!(refusal(&graph, &weights), "weight \"norm.weight\": there is no such tensor");
+    graph.caches.clear();
+    assert!(
+        matches!(Interpreter::new(&graph, &weights), Err(InterpError::Graph(errors)) if errors.len() == 2)
+    );
+}
+
+#[test]
+fn an_observer_sees_every_value() {
+    let graph = llama(2, KvType::F32);
+    let weights = weights(&graph);
+    let mut seen = BTreeMap::new();
+    let mut interpreter = Interpreter::new(&graph, &weights).unwrap();
+    let logits = interpreter
+        .step_observed(&rows(0, 0, &[4, 2]), &[1], &mut |node, values| {
+            seen.insert(node.name.clone(), values.to_vec());
+        })
+        .unwrap();
+    assert_eq!(seen.len(), graph.len());
+    assert_eq!(seen["logits"], logits);
+    assert_eq!(
+        seen["x"],
+        [&weights["embed.weight"][4 * HIDDEN..][..HIDDEN], &weights["embed.weight"][2 * HIDDEN..][..HIDDEN]]
+            .concat()
+    );
+    assert_eq!(seen["last"], seen["l1.out"][HIDDEN..]);
+    assert!(seen["l0.kv"].is_empty());
+}
