@@ -98,9 +98,14 @@ impl Target {
         Ok(Target { triple: triple.into(), cpu: cpu.into(), features: features.into(), isa })
     }
 
-    /// Activation rows in a register block of the GEMM kernels: a block of weights is unpacked
-    /// once for this many rows.
-    pub fn row_block(&self) -> usize {
+    /// Activation rows in a register block of the integer GEMM kernels, a power of two: a block of
+    /// weights is unpacked once for this many rows.
+    pub fn int8_rows(&self) -> usize {
+        if self.isa.avx512 { 8 } else { 4 }
+    }
+
+    /// The same for the f32 kernels, which have twice the accumulators.
+    pub fn f32_rows(&self) -> usize {
         if self.isa.avx512 { 8 } else { 2 }
     }
 }

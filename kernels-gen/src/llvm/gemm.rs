@@ -35,7 +35,10 @@ impl<'a, 'ctx> Kernels<'a, 'ctx> {
         let (row_start, rows) = (b.int_arg(3), b.int_arg(4));
         let (out, out_stride, scratch) = (b.ptr_arg(5), b.int_arg(6), b.ptr_arg(7));
         let out_bytes = b.mul(out_stride, b.c64(4));
-        let row_block = self.target.row_block();
+        let row_block = match gemm.activations {
+            Activations::Int8(_) => self.target.int8_rows(),
+            Activations::F32 { .. } => self.target.f32_rows(),
+        };
         let each = |block: &dyn Fn(usize, IntValue<'ctx>, PointerValue<'ctx>, PointerValue<'ctx>)| {
             b.count(panel_count, |p| {
                 let panel = b.at(panels, b.mul(p, b.size(gemm.layout.bytes())));

@@ -185,7 +185,7 @@ impl<'ctx> Body<'_, 'ctx> {
         self.isub(bits, self.ci(i64::from(MAGIC.to_bits())))
     }
 
-    /// `e^x` within 1 ulp for results of at least 2^-125; below that 0. NaN stays NaN, and
+    /// `e^x` within 2 ulp for results of at least 2^-125; below that 0. NaN stays NaN, and
     /// `e^0` is exactly 1.
     pub(crate) fn exp(&self, x: VectorValue<'ctx>) -> VectorValue<'ctx> {
         // x = n ln2 + r with |r| <= ln2 / 2; ln2 in two parts so that n * high is exact.
