@@ -1,0 +1,143 @@
+//! What can go wrong on loading and running a plan.
+
+use crate::checkpoint::CheckpointError;
+use crate::kv::OutOfPages;
+use crate::memory::MemoryError;
+use crate::native::NativeError;
+use crate::pack::PackError;
+use tilec_ir::plan::PlanError;
+
+/// Why a plan cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The manifest.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The native code.
+    #[error(transparent)]
+    Native(#[from] NativeError),
+    /// The checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Packing.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Weights that are not the plan's.
+    #[error("the packed weights have {have} bytes, the plan needs {need} on a boundary of 64")]
+    Weights {
+        /// Bytes that there are.
+        have: u64,
+        /// Bytes that the plan needs.
+        need: u64,
+    },
+    /// Threads.
+    #[error("cannot start {workers} workers: {source}; lower target.threads in model.yaml and compile again")]
+    Threads {
+        /// How many.
+        workers: usize,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Why a step was refused or failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// No rows, or more than the plan was compiled for.
+    #[error("a step of {rows} rows: the plan takes 1 to {max} (limits.rows)")]
+    Rows {
+        /// Rows that were given.
+        rows: usize,
+        /// The plan's limit.
+        max: usize,
+    },
+    /// No such token.
+    #[error("row {row}: token {token} is not in the vocabulary of {vocab}")]
+    Token {
+        /// The row.
+        row: usize,
+        /// Its token.
+        token: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// No such sequence.
+    #[error("row {row}: sequence {sequence} is none of the plan's {sequences} (limits.sequences)")]
+    Sequence {
+        /// The row.
+        row: usize,
+        /// Its sequence.
+        sequence: u32,
+        /// The plan's limit.
+        sequences: usize,
+    },
+    /// Past the context.
+    #[error("row {row}: position {position} is past the context of {context} (limits.context)")]
+    Context {
+        /// The row.
+        row: usize,
+        /// Its position.
+        position: u32,
+        /// The plan's limit.
+        context: usize,
+    },
+    /// A position that does not follow.
+    #[error("row {row}: position {position} does not follow; the next of its sequence is {expected}")]
+    Order {
+        /// The row.
+        row: usize,
+        /// Its position.
+        position: u32,
+        /// The next position.
+        expected: u32,
+    },
+    /// A sequence in two places of a step.
+    #[error("row {row}: other rows lie between this and the earlier rows of sequence {sequence}")]
+    Apart {
+        /// The row.
+        row: usize,
+        /// Its sequence.
+        sequence: u32,
+    },
+    /// Too many rows of logits.
+    #[error("logits of {rows} rows: the plan has room for {max}")]
+    LogitRows {
+        /// Rows that were asked for.
+        rows: usize,
+        /// Rows of the buffer.
+        max: usize,
+    },
+    /// Rows of logits that are none or not in order.
+    #[error("the rows whose logits are wanted must ascend and be less than {rows}")]
+    LogitOrder {
+        /// Rows of the step.
+        rows: usize,
+    },
+    /// No room in the cache.
+    #[error(transparent)]
+    Pages(#[from] OutOfPages),
+    /// A worker waited too long for others.
+    #[error(
+        "worker {worker} gave up waiting for stage {stage}, of which {seen} parts were done (code {code}); \
+         if the machine is overloaded, lower target.threads and compile again"
+    )]
+    Stalled {
+        /// Name of the stage that was waited for.
+        stage: String,
+        /// Who waited.
+        worker: u32,
+        /// What its counter had reached.
+        seen: u32,
+        /// The native code's own number.
+        code: u32,
+    },
+    /// A worker panicked.
+    #[error("worker {worker} panicked")]
+    Panicked {
+        /// Which.
+        worker: usize,
+    },
+}

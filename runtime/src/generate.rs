@@ -1,0 +1,468 @@
+//! Generation: from prompts to text, several sequences in one step.
+//!
+//! Every step takes one row of each sequence that decodes and fills the rest with prompts, a chunk
+//! at a time. Because a row's numbers do not depend on the rows beside it, a sequence's tokens are
+//! the same whatever runs with it. What a sequence leaves in the cache stays until its place is
+//! needed: a prompt that begins like it (the next turn of a chat) is only processed from where it
+//! differs.
+
+mod score;
+mod stats;
+#[cfg(test)]
+mod tests;
+
+pub use score::{ScoreError, score};
+pub use stats::{RequestStats, StepTime};
+
+use crate::engine::{Engine, RowInput, StepError};
+use crate::sampling::{Sampler, SamplingError, SamplingParams};
+use crate::stream::{EmptyStop, StopStrings, StreamDecoder};
+use crate::tokenizer::Tokenizer;
+use std::cmp::Reverse;
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What to generate.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The prompt's tokens, at least one.
+    pub prompt: Vec<u32>,
+    /// Tokens to generate at most.
+    pub max_tokens: usize,
+    /// Tokens that end the text and are not part of it.
+    pub stop_tokens: Vec<u32>,
+    /// Strings that end the text and are not part of it. They need a tokenizer.
+    pub stop_strings: Vec<String>,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Whether control tokens are left out of the text.
+    pub skip_special: bool,
+}
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was chosen.
+    StopToken(u32),
+    /// A stop string came up: its place in the request's list.
+    StopString(usize),
+    /// As many tokens as were asked for.
+    Length,
+    /// The plan's context is full.
+    Context,
+    /// The callback said so.
+    Cancelled,
+}
+
+/// News of a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// The request: its place in the list.
+    pub request: usize,
+    /// The token that was chosen; `None` when the text ends and this is what was held back.
+    pub token: Option<u32>,
+    /// Text to show; often empty.
+    pub text: &'a str,
+}
+
+/// A finished request.
+#[derive(Clone, Debug)]
+pub struct Completion {
+    /// The generated tokens, without a stop token. Those that spell a stop string are there.
+    pub tokens: Vec<u32>,
+    /// With [`SamplingParams::logprobs`]: one per token.
+    pub logprobs: Vec<f32>,
+    /// Their text up to a stop string; empty without a tokenizer.
+    pub text: String,
+    /// Why it ended.
+    pub finish: FinishReason,
+    /// Counts and times.
+    pub stats: RequestStats,
+}
+
+/// What [`Generator::run`] returns.
+#[derive(Clone, Debug, Default)]
+pub struct Run {
+    /// One per request, in their order.
+    pub completions: Vec<Completion>,
+    /// One per step.
+    pub steps: Vec<StepTime>,
+}
+
+/// Why nothing can be generated.
+#[derive(Debug, thiserror::Error)]
+pub enum GenerateError {
+    /// A prompt without tokens.
+    #[error("request {request}: the prompt is empty; the model needs at least one token to go on from")]
+    EmptyPrompt {
+        /// The request.
+        request: usize,
+    },
+    /// A prompt that is too long.
+    #[error(
+        "request {request}: the prompt has {tokens} tokens, the plan's context {context}; shorten it, or raise \
+         limits.context in model.yaml and compile again"
+    )]
+    LongPrompt {
+        /// The request.
+        request: usize,
+        /// Its tokens.
+        tokens: usize,
+        /// The plan's limit.
+        context: usize,
+    },
+    /// Stop strings without a tokenizer.
+    #[error("request {request}: stop strings need a tokenizer, and the checkpoint has none")]
+    NoTokenizer {
+        /// The request.
+        request: usize,
+    },
+    /// An empty stop string.
+    #[error("request {request}: {source}")]
+    EmptyStop {
+        /// The request.
+        request: usize,
+        /// Which string.
+        source: EmptyStop,
+    },
+    /// A parameter out of its range, or logits that no token can be chosen from.
+    #[error("request {request}: {source}")]
+    Sampling {
+        /// The request.
+        request: usize,
+        /// What is wrong.
+        source: SamplingError,
+    },
+    /// The step itself.
+    #[error(transparent)]
+    Step(#[from] StepError),
+}
+
+/// An engine with what turns tokens into text.
+#[derive(Debug)]
+pub struct Generator {
+    engine: Engine,
+    tokenizer: Option<Arc<Tokenizer>>,
+    /// The tokens whose keys and values every sequence of the engine has in the cache.
+    history: Vec<Vec<u32>>,
+}
+
+/// A request in progress, in the sequence of the same number.
+struct Active {
+    request: usize,
+    sampler: Sampler,
+    decoder: Option<StreamDecoder<Arc<Tokenizer>>>,
+    /// Prompt and generated tokens.
+    tokens: Vec<u32>,
+    prompt: usize,
+    logprobs: Vec<f32>,
+    text: String,
+    stats: RequestStats,
+    admitted: Instant,
+    /// When the last token was chosen.
+    last: Option<Instant>,
+}
+
+impl Generator {
+    /// A generator on `engine`. Without a tokenizer there is no text, only tokens.
+    pub fn new(mut engine: Engine, tokenizer: Option<Arc<Tokenizer>>) -> Generator {
+        let sequences = engine.plan().limits.sequences;
+        (0..sequences).for_each(|sequence| engine.reset(sequence));
+        Generator { engine, tokenizer, history: vec![Vec::new(); sequences] }
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
+        self.tokenizer.as_ref()
+    }
+
+    /// Gives the engine back.
+    pub fn into_engine(self) -> Engine {
+        self.engine
+    }
+
+    /// Forgets what the sequences have in the cache.
+    pub fn clear(&mut self) {
+        for (sequence, history) in self.history.iter_mut().enumerate() {
+            history.clear();
+            self.engine.reset(sequence);
+        }
+    }
+
+    /// Generates for all `requests`, as many at a time as the plan has sequences. `news` hears of
+    /// every token, and ends a request by breaking.
+    ///
+    /// # Errors
+    /// [`GenerateError`]. Requests are checked before the first step; an error in a step ends all.
+    pub fn run(
+        &mut self,
+        requests: &[Request],
+        news: &mut dyn FnMut(Piece<'_>) -> ControlFlow<()>,
+    ) -> Result<Run, GenerateError> {
+        for (number, request) in requests.iter().enumerate() {
+            self.check(number, request)?;
+        }
+        let mut done: Vec<Option<Completion>> = requests.iter().map(|_| None).collect();
+        let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
+        let mut active: Vec<Option<Active>> = self.history.iter().map(|_| None).collect();
+        let mut steps = Vec::new();
+        let context = self.engine.plan().limits.context;
+        // Where the next step begins to look for rows, so that none is left out for ever.
+        let mut turn = 0;
+        loop {
+            while let Some(&number) = waiting.front() {
+                let request = &requests[number];
+                if request.max_tokens == 0 {
+                    done[number] = Some(Completion::empty(request.prompt.len()));
+                } else {
+                    let Some(sequence) = self.free_sequence(&active, &request.prompt) else { break };
+                    active[sequence] = Some(self.admit(sequence, number, request)?);
+                }
+                waiting.pop_front();
+            }
+            if active.iter().all(Option::is_none) {
+                break;
+            }
+
+            let mut batch = Batch::default();
+            self.fill(&mut batch, &active, turn);
+            if batch.left_out {
+                turn = (turn + 1) % active.len();
+            }
+            let before = Instant::now();
+            let logits = self.step(&batch, &active)?;
+            let after = Instant::now();
+            let vocab = logits.len() / batch.wanted.len().max(1);
+            for (at, sequence) in batch.wanted.iter().enumerate() {
+                let place = &mut active[*sequence];
+                let current = place.as_mut().expect("rows are only made of active sequences");
+                let logits = &logits[at * vocab..][..vocab];
+                if let Some(finish) = current.take(logits, &requests[current.request], context, news)? {
+                    let current = place.take().expect("as above");
+                    let request = current.request;
+                    done[request] = Some(current.complete(finish, news));
+                }
+            }
+            for row in &batch.rows {
+                let history = &mut self.history[row.sequence as usize];
+                history.truncate(row.position as usize);
+                history.push(row.token);
+            }
+            steps.push(StepTime {
+                rows: batch.rows.len(),
+                logit_rows: batch.wanted.len(),
+                step: after - before,
+                sampling: after.elapsed(),
+            });
+        }
+        let completions = done.into_iter().map(|completion| completion.expect("none is left waiting"));
+        Ok(Run { completions: completions.collect(), steps })
+    }
+
+    fn check(&self, request: usize, given: &Request) -> Result<(), GenerateError> {
+        let (tokens, context) = (given.prompt.len(), self.engine.plan().limits.context);
+        if tokens == 0 {
+            return Err(GenerateError::EmptyPrompt { request });
+        }
+        if tokens > context {
+            return Err(GenerateError::LongPrompt { request, tokens, context });
+        }
+        if !given.stop_strings.is_empty() && self.tokenizer.is_none() {
+            return Err(GenerateError::NoTokenizer { request });
+        }
+        StopStrings::new(&given.stop_strings)
+            .map_err(|source| GenerateError::EmptyStop { request, source })?;
+        given.sampling.validate().map_err(|source| GenerateError::Sampling { request, source })
+    }
+
+    /// The free sequence that has most of the prompt in the cache; among equals, the one with the
+    /// least to lose.
+    fn free_sequence(&self, active: &[Option<Active>], prompt: &[u32]) -> Option<usize> {
+        let free = (0..active.len()).filter(|sequence| active[*sequence].is_none());
+        free.max_by_key(|sequence| {
+            let history = &self.history[*sequence];
+            (common(history, prompt), Reverse(history.len()), Reverse(*sequence))
+        })
+    }
+
+    fn admit(&mut self, sequence: usize, number: usize, request: &Request) -> Result<Active, GenerateError> {
+        // The last token is always processed: its logits are what generation starts from.
+        let cached = common(&self.history[sequence], &request.prompt).min(request.prompt.len() - 1);
+        self.history[sequence].truncate(cached);
+        if cached == 0 {
+            self.engine.reset(sequence);
+        }
+        let mut sampler = Sampler::new(request.sampling.clone())
+            .map_err(|source| GenerateError::Sampling { request: number, source })?;
+        sampler.observe_prompt(&request.prompt);
+        let decoder = self.tokenizer.as_ref().map(|tokenizer| {
+            StreamDecoder::new(Arc::clone(tokenizer), request.skip_special, &request.stop_strings)
+        });
+        let decoder =
+            decoder.transpose().map_err(|source| GenerateError::EmptyStop { request: number, source })?;
+        let prompt = request.prompt.len();
+        Ok(Active {
+            request: number,
+            sampler,
+            decoder,
+            tokens: request.prompt.clone(),
+            prompt,
+            logprobs: Vec::new(),
+            text: String::new(),
+            stats: RequestStats { prompt_tokens: prompt, cached_tokens: cached, ..Default::default() },
+            admitted: Instant::now(),
+            last: None,
+        })
+    }
+
+    /// The rows of the next step: sequences that decode first, then prompts as far as there is room.
+    fn fill(&self, batch: &mut Batch, active: &[Option<Active>], turn: usize) {
+        let max_rows = self.engine.plan().limits.max_rows;
+        let max_wanted = self.engine.max_logit_rows();
+        for decoding in [true, false] {
+            for at in 0..active.len() {
+                let sequence = (turn + at) % active.len();
+                let Some(current) = &active[sequence] else { continue };
+                let cached = self.history[sequence].len();
+                let missing = &current.tokens[cached..];
+                if (missing.len() == 1) != decoding {
+                    continue;
+                }
+                let mut count = missing.len().min(max_rows - batch.rows.len());
+                if count == missing.len() && batch.wanted.len() == max_wanted {
+                    // The last row comes when its logits have room.
+                    count -= 1;
+                }
+                batch.left_out |= count == 0;
+                for (offset, token) in missing[..count].iter().enumerate() {
+                    let position = (cached + offset) as u32;
+                    batch.rows.push(RowInput { token: *token, position, sequence: sequence as u32 });
+                }
+                if count == missing.len() {
+                    batch.logit_rows.push(batch.rows.len() as u32 - 1);
+                    batch.wanted.push(sequence);
+                }
+            }
+        }
+    }
+
+    /// A step; if the cache is full, what idle sequences have there makes room.
+    fn step(&mut self, batch: &Batch, active: &[Option<Active>]) -> Result<&[f32], StepError> {
+        let free = self.engine.kv().free_pages();
+        let page = self.engine.plan().kv.page_tokens;
+        // More than a step can need: every row on a page of its own.
+        if free < batch.rows.len().div_ceil(page) + active.len() {
+            for (sequence, history) in self.history.iter_mut().enumerate() {
+                if active[sequence].is_none() && !history.is_empty() {
+                    history.clear();
+                    self.engine.reset(sequence);
+                }
+            }
+        }
+        self.engine.step(&batch.rows, &batch.logit_rows)
+    }
+}
+
+/// Rows of a step.
+#[derive(Default)]
+struct Batch {
+    rows: Vec<RowInput>,
+    /// Rows whose logits are wanted.
+    logit_rows: Vec<u32>,
+    /// The sequence of each of those.
+    wanted: Vec<usize>,
+    /// Whether a sequence had no row for want of room.
+    left_out: bool,
+}
+
+/// How many tokens two texts begin with in common.
+fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+impl Active {
+    /// Chooses the next token; says why the text ends if it does.
+    fn take(
+        &mut self,
+        logits: &[f32],
+        request: &Request,
+        context: usize,
+        news: &mut dyn FnMut(Piece<'_>) -> ControlFlow<()>,
+    ) -> Result<Option<FinishReason>, GenerateError> {
+        let number = self.request;
+        let choice = self.sampler.sample(logits, self.tokens.len() as u64);
+        let choice = choice.map_err(|source| GenerateError::Sampling { request: number, source })?;
+        let token = choice.token;
+        let now = Instant::now();
+        match self.last {
+            None => self.stats.first_token = now - self.admitted,
+            Some(last) => self.stats.decode += now - last,
+        }
+        self.last = Some(now);
+        self.stats.generated_tokens += 1;
+        if request.stop_tokens.contains(&token) {
+            return Ok(Some(FinishReason::StopToken(token)));
+        }
+        self.sampler.accept(token);
+        self.tokens.push(token);
+        self.logprobs.extend(choice.logprob);
+        let emit = self.decoder.as_mut().map(|decoder| decoder.push(token)).unwrap_or_default();
+        self.text.push_str(&emit.text);
+        let flow = news(Piece { request: number, token: Some(token), text: &emit.text });
+        Ok(if let Some(stop) = emit.stop {
+            Some(FinishReason::StopString(stop))
+        } else if flow.is_break() {
+            Some(FinishReason::Cancelled)
+        } else if self.tokens.len() - self.prompt == request.max_tokens {
+            Some(FinishReason::Length)
+        } else if self.tokens.len() > context {
+            // The token that was chosen has no position to be processed at.
+            Some(FinishReason::Context)
+        } else {
+            None
+        })
+    }
+
+    fn complete(
+        mut self,
+        mut finish: FinishReason,
+        news: &mut dyn FnMut(Piece<'_>) -> ControlFlow<()>,
+    ) -> Completion {
+        let stopped = matches!(finish, FinishReason::StopString(_));
+        let rest = self.decoder.as_mut().filter(|_| !stopped).map(StreamDecoder::finish).unwrap_or_default();
+        if let Some(stop) = rest.stop {
+            finish = FinishReason::StopString(stop);
+        }
+        if !rest.text.is_empty() {
+            self.text.push_str(&rest.text);
+            // The request is at its end already: what the callback answers changes nothing.
+            let _ = news(Piece { request: self.request, token: None, text: &rest.text });
+        }
+        Completion {
+            tokens: self.tokens.split_off(self.prompt),
+            logprobs: self.logprobs,
+            text: self.text,
+            finish,
+            stats: self.stats,
+        }
+    }
+}
+
+impl Completion {
+    fn empty(prompt_tokens: usize) -> Completion {
+        Completion {
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            text: String::new(),
+            finish: FinishReason::Length,
+            stats: RequestStats { prompt_tokens, ..Default::default() },
+        }
+    }
+}

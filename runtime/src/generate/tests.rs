@@ -1,0 +1,160 @@
+use super::*;
+use crate::engine::EngineOptions;
+use crate::engine::tests::{CONTEXT, VOCAB, toy_engine, toy_engine_on, toy_next, toy_plan};
+use std::convert::Infallible;
+
+fn request(prompt: &[u32], max_tokens: usize) -> Request {
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        stop_tokens: Vec::new(),
+        stop_strings: Vec::new(),
+        sampling: SamplingParams::greedy(),
+        skip_special: true,
+    }
+}
+
+/// What the toy model goes on with.
+fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..count {
+        tokens.push(toy_next(&tokens));
+    }
+    tokens.split_off(prompt.len())
+}
+
+fn toy() -> Generator {
+    Generator::new(toy_engine(1, &EngineOptions::default()), None)
+}
+
+fn run(generator: &mut Generator, requests: &[Request]) -> Run {
+    generator.run(requests, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+#[test]
+fn a_prompt_longer_than_a_step_is_cut_into_chunks() {
+    let prompt: Vec<u32> = (1..=11).collect();
+    let run = run(&mut toy(), &[request(&prompt, 3)]);
+    assert_eq!(run.completions[0].tokens, expected(&prompt, 3));
+    assert_eq!(run.completions[0].finish, FinishReason::Length);
+    let shape: Vec<_> = run.steps.iter().map(|step| (step.rows, step.logit_rows)).collect();
+    assert_eq!(shape, [(4, 0), (4, 0), (3, 1), (1, 1), (1, 1)]);
+    let stats = run.completions[0].stats;
+    assert_eq!((stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens), (11, 0, 3));
+    assert!(stats.prompt_rate().unwrap() > 0.0 && stats.decode_rate().unwrap() > 0.0);
+}
+
+#[test]
+fn many_requests_share_the_steps_and_get_what_they_get_alone() {
+    for max_rows in [1, 2, 3, 4] {
+        let mut plan = toy_plan(1);
+        plan.limits.max_rows = max_rows;
+        plan.limits.sequences = 3;
+        plan.buffers[0].rows = max_rows.min(2);
+        let mut generator = Generator::new(toy_engine_on(plan, &EngineOptions::default()), None);
+        let requests: Vec<Request> = (1..=8u32)
+            .map(|n| {
+                request(&(0..n * 2).map(|at| (at * 7 + n) % VOCAB as u32).collect::<Vec<_>>(), 3 + n as usize)
+            })
+            .collect();
+        let run = run(&mut generator, &requests);
+        for (request, completion) in requests.iter().zip(&run.completions) {
+            assert_eq!(completion.tokens, expected(&request.prompt, request.max_tokens));
+        }
+        assert!(run.steps.iter().all(|step| step.rows <= max_rows && step.logit_rows <= 2));
+    }
+}
+
+#[test]
+fn the_next_turn_starts_where_the_texts_differ() {
+    let mut generator = toy();
+    let first = run(&mut generator, &[request(&[3, 4, 5], 4)]).completions.remove(0);
+    let mut prompt = vec![3, 4, 5];
+    prompt.extend(&first.tokens);
+    prompt.extend([8, 9]);
+    let second = run(&mut generator, &[request(&prompt, 4)]).completions.remove(0);
+    assert_eq!(second.tokens, expected(&prompt, 4));
+    // The last token that was chosen was not processed.
+    assert_eq!(second.stats.cached_tokens, 3 + 4 - 1);
+    let again = run(&mut generator, &[request(&[3, 4, 5], 4)]).completions.remove(0);
+    assert_eq!((again.stats.cached_tokens, &again.tokens), (2, &first.tokens));
+    generator.clear();
+    assert_eq!(run(&mut generator, &[request(&[3, 4, 5], 1)]).completions[0].stats.cached_tokens, 0);
+}
+
+#[test]
+fn texts_end_for_every_reason() {
+    let mut generator = toy();
+    let tokens = expected(&[1, 2], 5);
+    let stopped = Request { stop_tokens: vec![tokens[2]], ..request(&[1, 2], 5) };
+    let completion = run(&mut generator, &[stopped]).completions.remove(0);
+    assert_eq!(completion.finish, FinishReason::StopToken(tokens[2]));
+    assert_eq!(completion.tokens, tokens[..2]);
+
+    let full = run(&mut generator, &[request(&[1; CONTEXT], 5)]).completions.remove(0);
+    assert_eq!((full.finish, full.tokens.len()), (FinishReason::Context, 1));
+    let full = run(&mut generator, &[request(&[1; CONTEXT - 2], 5)]).completions.remove(0);
+    assert_eq!((full.finish, full.tokens.len()), (FinishReason::Context, 3));
+
+    let none = run(&mut generator, &[request(&[1], 0), request(&[2], 1)]);
+    assert!(none.completions[0].tokens.is_empty());
+    assert_eq!(none.completions[1].tokens, [2]);
+
+    let mut heard = Vec::new();
+    let requests = [request(&[1, 2], 5), request(&[7], 5)];
+    let run = generator.run(&requests, &mut |piece| {
+        heard.push((piece.request, piece.token.unwrap()));
+        if piece.request == 1 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    let finishes: Vec<_> =
+        run.unwrap().completions.iter().map(|done| (done.finish, done.tokens.len())).collect();
+    assert_eq!(finishes, [(FinishReason::Length, 5), (FinishReason::Cancelled, 1)]);
+    assert_eq!(heard.iter().filter(|(request, _)| *request == 0).count(), 5);
+    assert!(heard.contains(&(1, 7)));
+}
+
+#[test]
+fn impossible_requests_are_refused_before_the_first_step() {
+    let mut generator = toy();
+    let mut refuse = |request: Request| {
+        let requests = [self::request(&[1], 1), request];
+        let error = generator.run(&requests, &mut |_| panic!("nothing may be generated")).unwrap_err();
+        error.to_string()
+    };
+    assert!(refuse(request(&[], 1)).contains("request 1: the prompt is empty"));
+    assert!(refuse(request(&[1; CONTEXT + 1], 1)).contains("limits.context"));
+    let strings = Request { stop_strings: vec!["x".into()], ..request(&[1], 1) };
+    assert!(refuse(strings).contains("tokenizer"));
+    let sampling = SamplingParams { top_p: 2.0, ..Default::default() };
+    assert!(refuse(Request { sampling, ..request(&[1], 1) }).contains("top_p"));
+}
+
+#[test]
+fn idle_sequences_make_room_in_a_small_cache() {
+    let options = EngineOptions { kv_pages: Some(3), ..Default::default() };
+    let mut generator = Generator::new(toy_engine(1, &options), None);
+    for start in 1..6u32 {
+        let prompt: Vec<u32> = (start..start + 20).collect();
+        let completion = run(&mut generator, &[request(&prompt, 20)]).completions.remove(0);
+        assert_eq!(completion.tokens, expected(&prompt, 20), "prompt from {start}");
+    }
+}
+
+#[test]
+fn scores_do_not_depend_on_the_chunk() {
+    let mut engine = toy_engine(2, &EngineOptions::default());
+    let tokens: Vec<u32> = (0..CONTEXT as u32).collect();
+    for chunk in [0, 1, 3, 4, 100] {
+        let mut seen = 0;
+        score(&mut engine, &tokens, chunk, |position, logits| {
+            assert_eq!(position, seen);
+            assert_eq!(logits[toy_next(&tokens[..=position]) as usize], 1.0);
+            seen += 1;
+            Ok::<(), Infallible>(())
+        })
+        .unwrap();
+        assert_eq!((seen, engine.length(0)), (CONTEXT, 0));
+    }
+    let error = score(&mut engine, &[1], 1, |_, _| Err(std::io::Error::other("full")));
+    assert_eq!(error.unwrap_err().to_string(), "full");
+}
