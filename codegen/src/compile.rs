@@ -230,8 +230,7 @@ impl Compiled {
             move |source| PlanError::Io { path, source }
         };
         if folder.exists() && !folder.join(MANIFEST).is_file() {
-            let full = !folder.is_dir()
-                || std::fs::read_dir(folder).map_err(io(folder))?.next().is_some();
+            let full = !folder.is_dir() || std::fs::read_dir(folder).map_err(io(folder))?.next().is_some();
             if full {
                 return Err(PlanError::Invalid {
                     path: folder.to_path_buf(),

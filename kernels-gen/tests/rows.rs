@@ -262,7 +262,7 @@ fn copies_sums_and_bias() {
 #[test]
 fn head_norm_and_rope() {
     let (rows, heads) = (3usize, 2usize);
-    for (head_dim, rotary_dims) in [(64, 64), (64, 20), (128, 64), (16, 2)] {
+    for (head_dim, rotary_dims) in [(64, 64), (64, 20), (128, 64), (16, 2), (40, 40)] {
         let stride = heads * head_dim + 1;
         let mut random = Random(head_dim as u64);
         let x = random.units(rows * stride);

@@ -17,6 +17,10 @@ pub struct Rule {
     pub apply: fn(&mut Fused) -> bool,
 }
 
+/// Columns of the largest head: a norm over more than this is a norm of the row, for which a tile
+/// would have to be all of it.
+const MAX_HEAD: usize = 512;
+
 /// The rules, in the order in which they are tried.
 pub const RULES: &[Rule] = &[
     Rule {
@@ -30,7 +34,7 @@ pub const RULES: &[Rule] = &[
         apply: |fused| {
             append(
                 fused,
-                |piece, at| matches!(piece, Piece::RmsNorm { group, .. } if at.gemm && *group < at.cols),
+                |piece, at| matches!(piece, Piece::RmsNorm { group, .. } if at.gemm && *group <= MAX_HEAD),
             )
         },
     },
@@ -185,8 +189,6 @@ struct At {
     gated: bool,
     /// The chain hangs on attention whose heads are whole blocks of 32 columns.
     blocks_per_head: bool,
-    /// Columns of the part.
-    cols: usize,
 }
 
 /// Appends an operator on rows whose first piece satisfies `fits` to the chain that makes its only
@@ -212,7 +214,6 @@ fn append(fused: &mut Fused, fits: fn(&Piece, &At) -> bool) -> bool {
                 }
                 _ => false,
             },
-            cols: target_part.cols,
         };
         // Behind a quantized value nothing but its store can come.
         if target_part.pieces.contains(&Piece::Quantize) || !fits(&part.pieces[0], &at) {
