@@ -231,6 +231,9 @@ pub struct Stage {
     pub anchor: StageAnchor,
     /// Slices of its columns.
     pub parts: Vec<StagePart>,
+    /// Which stage wrote what it reads: for each buffer, how many stages back. This is the meaning
+    /// of the program that sharing buffers and ordering stages must not change.
+    pub sources: Vec<(BufferId, usize)>,
     /// What must be whole before its first tile.
     pub waits: Vec<StageWait>,
 }
@@ -469,7 +472,16 @@ impl StageProgram {
                 }
             };
             let waits: Vec<String> = stage.waits.iter().map(|wait| format!("-{}", wait.back)).collect();
-            writeln!(f, "  stage {} [{}]: {anchor}; waits [{}]", stage.name, stage.rows, waits.join(", "))?;
+            let sources: Vec<String> =
+                stage.sources.iter().map(|(id, back)| format!("{} of -{back}", buffer(id))).collect();
+            writeln!(
+                f,
+                "  stage {} [{}]: {anchor}; reads [{}]; waits [{}]",
+                stage.name,
+                stage.rows,
+                sources.join(", "),
+                waits.join(", ")
+            )?;
             for part in &stage.parts {
                 write!(f, "    ")?;
                 if let Some(weights) = &part.weights {

@@ -8,7 +8,7 @@
 //! particular one of them, so it orders nothing.
 
 use crate::schedule::{Instr, Schedule, Share};
-use crate::stages::{Extent, Items, Place, Stage, StageAt, StagePiece, StageProgram};
+use crate::stages::{BufferId, Extent, Items, Place, Stage, StageAt, StagePiece, StageProgram};
 use std::collections::HashMap;
 use std::fmt;
 
@@ -309,6 +309,9 @@ fn data(stages: &StageProgram, sequence: &[StageAt<'_>], ran: &[Vec<Ran>]) -> Re
                 let what = format!("overwrites {} while its other tiles read it", name(stages, key(*place)));
                 return Err(Violation::Data { stage: at.name(), what });
             }
+            if let Place::Buffer(buffer) = place {
+                meant(stages, sequence, at, *buffer, last_write.get(&key(*place)).copied())?;
+            }
             match last_write.get(&key(*place)) {
                 Some(writer) => ordered(stages, sequence, ran, *writer, at.number, key(*place))?,
                 None => {
@@ -339,9 +342,10 @@ fn data(stages: &StageProgram, sequence: &[StageAt<'_>], ran: &[Vec<Ran>]) -> Re
         }
         fits(stages, at)?;
     }
-    let unread = last_write.iter().filter(|(key, _)| !reads_since.contains_key(key)).find(|((place, _), _)| {
-        matches!(place, Place::Buffer(id) if *id != stages.logits)
-    });
+    let unread = last_write
+        .iter()
+        .filter(|(key, _)| !reads_since.contains_key(key))
+        .find(|((place, _), _)| matches!(place, Place::Buffer(id) if *id != stages.logits));
     match unread {
         Some((key, writer)) => Err(Violation::Data {
             stage: sequence[*writer].name(),
@@ -349,6 +353,35 @@ fn data(stages: &StageProgram, sequence: &[StageAt<'_>], ran: &[Vec<Ran>]) -> Re
         }),
         None => Ok(()),
     }
+}
+
+/// What a stage reads is what the stage wrote that it means to read.
+fn meant(
+    stages: &StageProgram,
+    sequence: &[StageAt<'_>],
+    at: &StageAt<'_>,
+    buffer: BufferId,
+    writer: Option<usize>,
+) -> Result<(), Violation> {
+    let meant: Vec<Option<usize>> = at
+        .stage
+        .sources
+        .iter()
+        .filter(|(id, _)| *id == buffer)
+        .map(|(_, back)| at.number.checked_sub(*back))
+        .collect();
+    if !meant.is_empty() && meant.iter().all(|number| *number == writer) {
+        return Ok(());
+    }
+    let of = |number: Option<usize>| number.map_or("nobody".into(), |number| sequence[number].name());
+    let meant: Vec<String> = meant.into_iter().map(of).collect();
+    let what = format!(
+        "reads {} as {} wrote it, and means that of [{}]",
+        name(stages, (Place::Buffer(buffer), None)),
+        of(writer),
+        meant.join(", ")
+    );
+    Err(Violation::Data { stage: at.name(), what })
 }
 
 /// Stored columns fit their buffers.

@@ -255,7 +255,15 @@ impl Tiler<'_> {
         self.buffers.release(&reads, &op.writes(), index);
         let rows = |value: &ValueId| fused.value(*value).ty.rows;
         let rows = op.writes().first().or(op.inputs.first()).map_or(Dim::Rows, rows);
-        Ok(Stage { name: layerless(&op.name).to_string(), rows, anchor, parts, waits: Vec::new() })
+        // An operator is a stage, so distances between operators are distances between stages.
+        let source = |value: &ValueId| {
+            let (producer, _) = fused.producer(*value).expect("a value that is read has been made");
+            (self.buffers.of(*value), index - producer)
+        };
+        let mut sources: Vec<(BufferId, usize)> = reads.iter().map(source).collect();
+        sources.dedup();
+        let name = layerless(&op.name).to_string();
+        Ok(Stage { name, rows, anchor, parts, sources, waits: Vec::new() })
     }
 
     /// Refuses chains that no kernel of the anchor can run.
