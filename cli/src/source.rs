@@ -1,5 +1,8 @@
 //! What a MODEL argument means: a plan, or something that is compiled into one on the way.
 
+// Without a compiler nothing uses what prepares a compilation.
+#![cfg_attr(not(feature = "llvm"), allow(dead_code, unused_imports))]
+
 use crate::args::TargetArgs;
 use crate::{host, ui};
 use anyhow::{Context, Result, bail};
@@ -39,11 +42,10 @@ impl Source {
             let has = |name: &str| path.join(name).is_file();
             return if has(MANIFEST) {
                 Ok(Source::Plan(path.to_path_buf()))
-            } else if has("config.json") {
-                Ok(Source::Model(Box::new(Model::of_checkpoint(path))))
             } else if has("model.yaml") {
+                // Before config.json: a model.yaml of synthetic weights has one beside it.
                 Ok(Source::Model(Box::new(Model::of_yaml(&path.join("model.yaml"))?)))
-            } else if holds_gguf(path) {
+            } else if has("config.json") || holds_gguf(path) {
                 Ok(Source::Model(Box::new(Model::of_checkpoint(path))))
             } else {
                 bail!(
