@@ -53,6 +53,12 @@ pub enum ConvertError {
         /// The weight.
         value: f32,
     },
+    /// Integer codes without a scale, or full floats with one.
+    #[error("weights cannot be quantized to {format}: codes need a scale, and plain floats have none")]
+    Unsupported {
+        /// The format.
+        format: Format,
+    },
     /// Rows and panel are not of the same kind.
     #[error("rows of {rows} x {cols} in {format} do not fit a panel of k = {k} in {panel}")]
     PanelMismatch {
@@ -67,6 +73,14 @@ pub enum ConvertError {
         /// Format of the panel.
         panel: Format,
     },
+}
+
+/// The integer nearest to `x`, ties to even, for magnitudes up to 2^22. (The addition leaves no room for
+/// a fraction; unlike a call to round, it runs in vectors everywhere.)
+#[inline]
+fn nearest_integer(x: f32) -> i32 {
+    const ROOM: f32 = 12_582_912.0; // 1.5 * 2^23
+    (x + ROOM).to_bits() as i32 - ROOM.to_bits() as i32
 }
 
 /// The value of an E2M1 code (bits 0 to 3 of `code`).
@@ -123,7 +137,7 @@ pub fn f32_to_e4m3(x: f32) -> u8 {
     let a = x.abs();
     let code = if a < 1.0 / 64.0 {
         // Units of 2^-9; 8 of them are the smallest normal number, whose code is 8.
-        (a * 512.0).round_ties_even() as u32
+        nearest_integer(a * 512.0) as u32
     } else {
         let bits = a.to_bits();
         let rounded = (bits + 0x7_ffff + ((bits >> 20) & 1)) >> 20;
@@ -506,23 +520,52 @@ impl Block<'_> {
         self.rows.clone().map(|row| (row, &self.values[row * self.stride..][self.cols.clone()]))
     }
 
-    fn extremes(&self) -> Extremes {
-        let mut range = Extremes { min: f32::INFINITY, max: f32::NEG_INFINITY };
+    /// Calls `step(lane, value)` for all values, spread over eight lanes so that the compiler may take
+    /// eight at a time.
+    #[inline]
+    fn for_each(&self, mut step: impl FnMut(usize, f32)) {
         for (_, row) in self.rows() {
-            for &v in row {
-                range.min = range.min.min(v);
-                range.max = range.max.max(v);
+            let (eights, rest) = row.as_chunks::<8>();
+            for eight in eights {
+                for (lane, &v) in eight.iter().enumerate() {
+                    step(lane, v);
+                }
+            }
+            for (lane, &v) in rest.iter().enumerate() {
+                step(lane, v);
             }
         }
-        range
     }
 
-    /// Squared error of E2M1 under `scale`.
-    fn e2m1_error(&self, scale: f32) -> f64 {
-        self.rows()
-            .flat_map(|(_, row)| row)
-            .map(|&v| f64::from(e2m1_to_f32(f32_to_e2m1(v / scale)) * scale - v).powi(2))
-            .sum()
+    fn extremes(&self) -> Extremes {
+        let (mut min, mut max) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
+        self.for_each(|lane, v| {
+            min[lane] = if v < min[lane] { v } else { min[lane] };
+            max[lane] = if v > max[lane] { v } else { max[lane] };
+        });
+        Extremes {
+            min: min.into_iter().fold(f32::INFINITY, f32::min),
+            max: max.into_iter().fold(f32::NEG_INFINITY, f32::max),
+        }
+    }
+
+    /// Squared error of E2M1 under the scale whose inverse is given, in units of that scale.
+    fn e2m1_error(&self, inverse: f32) -> f32 {
+        let mut sums = [0f32; 8];
+        self.for_each(|lane, v| {
+            let a = (v * inverse).abs();
+            // Steps of 1/2 up to 2, of 1 up to 4, of 2 up to 6.
+            let (step, steps) = if a < 2.0 {
+                (0.5, 2.0)
+            } else if a < 4.0 {
+                (1.0, 1.0)
+            } else {
+                (2.0, 0.5)
+            };
+            let rounded = (nearest_integer(a.min(8.0) * steps) as f32 * step).min(E2M1_MAX);
+            sums[lane] += (rounded - a) * (rounded - a);
+        });
+        sums.into_iter().sum()
     }
 }
 
@@ -542,8 +585,12 @@ pub fn quantize(format: Format, rows: usize, cols: usize, values: &[f32]) -> Res
         let (expected, found) = (rows * cols, values.len());
         return Err(ConvertError::PlaneSize { plane: "values", expected, found, rows, cols, format });
     }
+    let float = matches!(format.code, Code::F32 | Code::F16 | Code::Bf16);
+    if float == format.scale.is_some() && format.code != Code::E4m3 {
+        return Err(ConvertError::Unsupported { format });
+    }
     let Some(scale_type) = format.scale else {
-        encode_plain(format.code, cols, values, &mut planes.codes);
+        encode_plain(format.code, values, &mut planes.codes);
         return Ok(planes);
     };
     if let Some(at) = values.iter().position(|v| !v.is_finite()) {
@@ -559,6 +606,7 @@ pub fn quantize(format: Format, rows: usize, cols: usize, values: &[f32]) -> Res
     let block_rows = format.block_rows.max(1);
     let blocks = cols.div_ceil(block);
     let code_row = (cols * format.code.bits()).div_ceil(8);
+    let mut scratch = Vec::with_capacity(block.min(cols));
     for block_row in 0..rows.div_ceil(block_rows) {
         for b in 0..blocks {
             let part = Block {
@@ -572,11 +620,8 @@ pub fn quantize(format: Format, rows: usize, cols: usize, values: &[f32]) -> Res
             let (scale, min) =
                 choose_scale(format, scale_type, &part, planes.tensor_scale, &mut planes.scales[at..], mins);
             for (row, values) in part.rows() {
-                let codes = &mut planes.codes[row * code_row..][..code_row];
-                for (col, &value) in part.cols.clone().zip(values) {
-                    let x = if scale == 0.0 { 0.0 } else { (value - min) / scale };
-                    put_code(format, codes, col, x);
-                }
+                encode_codes(format, values, scale, min, &mut scratch);
+                put_codes(format, &scratch, part.cols.start, &mut planes.codes[row * code_row..][..code_row]);
             }
         }
     }
@@ -603,7 +648,9 @@ fn choose_scale(
     if scale_type == ScaleType::E8m0 && format.code == Code::E2m1 {
         let low = f32_to_e8m0_floor(amax).saturating_sub(2);
         let high = (low + 1).min(254);
-        let better = amax > 0.0 && block.e2m1_error(e8m0_to_f32(high)) < block.e2m1_error(e8m0_to_f32(low));
+        // An error of 1 under the higher scale is one of 2 under the lower.
+        let error = |code| block.e2m1_error(1.0 / e8m0_to_f32(code));
+        let better = amax > 0.0 && 4.0 * error(high) < error(low);
         scale_out[0] = if better { high } else { low };
         return (e8m0_to_f32(scale_out[0]), 0.0);
     }
@@ -620,33 +667,59 @@ fn choose_scale(
     (stored * tensor_scale, 0.0)
 }
 
-/// Writes the code nearest to `x` (scale and minimum taken off) for column `col` of a zeroed row.
-fn put_code(format: Format, row: &mut [u8], col: usize, x: f32) {
-    let integer = |low: i32, high: i32| {
-        ((x.round_ties_even() as i32).saturating_add(format.zero)).clamp(low, high) as u8
-    };
+/// The codes, 4 or 8 bits each, of part of a row under one scale and minimum.
+fn encode_codes(format: Format, values: &[f32], scale: f32, min: f32, out: &mut Vec<u8>) {
+    fn fill(out: &mut Vec<u8>, values: &[f32], code: impl Fn(f32) -> u8) {
+        out.clear();
+        out.extend(values.iter().map(|&v| code(v)));
+    }
+    // Without a scale every weight is the minimum.
+    let divide = |v: f32| if scale == 0.0 { 0.0 } else { (v - min) / scale };
+    let zero = format.zero as f32;
+    let integer =
+        |v: f32, low: f32, high: f32| nearest_integer(divide(v).clamp(low - zero, high - zero)) + format.zero;
     match format.code {
-        Code::F32 => row[col * 4..][..4].copy_from_slice(&x.to_le_bytes()),
-        Code::F16 => row[col * 2..][..2].copy_from_slice(&f16::from_f32(x).to_le_bytes()),
-        Code::Bf16 => row[col * 2..][..2].copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
-        Code::E4m3 => row[col] = f32_to_e4m3(x),
-        Code::I8 => row[col] = integer(1, 255),
-        Code::E2m1 => row[col / 2] |= f32_to_e2m1(x) << (4 * (col % 2)),
-        Code::U4 => row[col / 2] |= integer(0, 15) << (4 * (col % 2)),
+        Code::E2m1 => fill(out, values, |v| f32_to_e2m1(divide(v))),
+        Code::E4m3 => fill(out, values, |v| f32_to_e4m3(divide(v))),
+        Code::I8 => fill(out, values, |v| integer(v, 1.0, 255.0) as u8),
+        Code::U4 => fill(out, values, |v| integer(v, 0.0, 15.0) as u8),
+        // Plain floats have no scale: `encode_plain` does them.
+        Code::F32 | Code::F16 | Code::Bf16 => out.clear(),
+    }
+}
+
+/// Puts codes of 4 or 8 bits into a row from column `first` on; nibbles of the row are zero before.
+fn put_codes(format: Format, codes: &[u8], first: usize, row: &mut [u8]) {
+    match (format.code.bits(), first % 2) {
+        (8, _) => row[first..][..codes.len()].copy_from_slice(codes),
+        (_, 0) => {
+            for (byte, pair) in row[first / 2..].iter_mut().zip(codes.chunks(2)) {
+                *byte = pair[0] | (pair.get(1).copied().unwrap_or(0) << 4);
+            }
+        }
+        _ => {
+            for (col, code) in (first..).zip(codes) {
+                row[col / 2] |= code << (4 * (col % 2));
+            }
+        }
     }
 }
 
 /// Encodes a format without scales.
-fn encode_plain(code: Code, cols: usize, values: &[f32], out: &mut [u8]) {
-    let format = Format { code, ..Format::F32 };
-    let code_row = (cols * code.bits()).div_ceil(8);
-    if code_row == 0 {
-        return;
+fn encode_plain(code: Code, values: &[f32], out: &mut [u8]) {
+    match code {
+        Code::F32 => put_all(values, out, |v| v.to_le_bytes()),
+        Code::F16 => put_all(values, out, |v| f16::from_f32(v).to_le_bytes()),
+        Code::Bf16 => put_all(values, out, |v| bf16::from_f32(v).to_le_bytes()),
+        Code::E4m3 => put_all(values, out, |v| [f32_to_e4m3(v)]),
+        // `quantize` refuses these without a scale.
+        Code::I8 | Code::E2m1 | Code::U4 => {}
     }
-    for (row, values) in out.chunks_exact_mut(code_row).zip(values.chunks_exact(cols)) {
-        for (col, &value) in values.iter().enumerate() {
-            put_code(format, row, col, value);
-        }
+}
+
+fn put_all<const N: usize>(values: &[f32], out: &mut [u8], encode: impl Fn(f32) -> [u8; N]) {
+    for (bytes, &v) in out.as_chunks_mut::<N>().0.iter_mut().zip(values) {
+        *bytes = encode(v);
     }
 }
 

@@ -256,6 +256,11 @@ fn bad_input_is_refused() {
         let (codes, scales, mins) = (vec![0; codes], vec![0; scales], vec![0; mins]);
         assert!(PlaneView::new(Format::Q4_1, 1, 32, &codes, &scales, &mins, 1.0).is_err());
     }
+    for format in
+        [Format { scale: None, ..Format::Q8_0 }, Format { scale: Some(ScaleType::F32), ..Format::F32 }]
+    {
+        assert_eq!(quantize(format, 1, 1, &[1.0]), Err(ConvertError::Unsupported { format }));
+    }
     assert!(quantize(Format::F16, 1, 1, &[f32::INFINITY]).is_ok(), "plain floats keep infinities");
 }
 

@@ -616,7 +616,8 @@ fn bad_folders_are_refused_by_name_and_place() {
     let index = |text: &'static str| ("model.safetensors.index.json", text.as_bytes());
     let shard = ("1.safetensors", &sound[..]);
     let weights = ("model.safetensors", &sound[..]);
-    let cases: Vec<(&str, Vec<(&str, &[u8])>, &[&str])> = vec![
+    type BadFolder<'a> = (&'a str, Vec<(&'a str, &'a [u8])>, &'a [&'a str]);
+    let cases: Vec<BadFolder<'_>> = vec![
         ("nothing", vec![], &["config.json"]),
         ("no weights", vec![config], &["model.safetensors"]),
         ("bad JSON", vec![("config.json", b"{\"a\": 1,\n \"b\" 2}"), weights], &["config.json", "line 2"]),

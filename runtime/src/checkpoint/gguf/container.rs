@@ -267,7 +267,7 @@ fn span(
     if shape.contains(&0) {
         return Err(format!("the shape {shape:?} has no element"));
     }
-    if cols % elements as u64 != 0 {
+    if !cols.is_multiple_of(elements as u64) {
         return Err(format!("rows of {cols} elements do not divide into blocks of {elements}"));
     }
     let count = shape.iter().try_fold(1u64, |product, &n| product.checked_mul(n));
@@ -275,7 +275,7 @@ fn span(
     let Some(len) = len.filter(|&len| usize::try_from(len).is_ok()) else {
         return Err(format!("the shape {shape:?} overflows"));
     };
-    if offset % alignment != 0 {
+    if !offset.is_multiple_of(alignment) {
         return Err(format!("the offset {offset} is no multiple of the alignment {alignment}"));
     }
     let start = data.checked_add(offset);

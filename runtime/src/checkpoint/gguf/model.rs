@@ -165,7 +165,7 @@ impl<'a> Model<'a> {
             };
             if let Some(heads) = heads {
                 let rows = tensor.shape[0] as u64;
-                if rows % heads != 0 || (rows / heads) % 2 != 0 {
+                if !rows.is_multiple_of(heads) || !(rows / heads).is_multiple_of(2) {
                     let problem = format!("{rows} rows do not divide into {heads} heads of an even size");
                     return Err(CheckpointError::malformed(self.file.path(), &place, problem));
                 }
