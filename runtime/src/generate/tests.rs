@@ -158,3 +158,71 @@ fn scores_do_not_depend_on_the_chunk() {
     let error = score(&mut engine, &[1], 1, |_, _| Err(std::io::Error::other("full")));
     assert_eq!(error.unwrap_err().to_string(), "full");
 }
+
+/// A tokenizer whose token `n` is the n-th character from `!` on, and token 0 a control token.
+fn tokenizer() -> Arc<Tokenizer> {
+    let character = |token: usize| char::from(b'!' + token as u8).to_string();
+    let mut vocab: serde_json::Map<_, _> = (1..VOCAB).map(|n| (character(n), n.into())).collect();
+    vocab.insert("<end>".into(), 0.into());
+    let json = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+        "added_tokens": [{
+            "id": 0, "content": "<end>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true
+        }],
+        "pre_tokenizer": {
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
+        },
+        "decoder": {
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
+        },
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []
+        }
+    });
+    Arc::new(Tokenizer::from_json(json.to_string().as_bytes()).unwrap())
+}
+
+#[test]
+fn text_comes_in_pieces_and_ends_before_a_stop_string() {
+    let mut generator = Generator::new(toy_engine(1, &EngineOptions::default()), Some(tokenizer()));
+    let mut texts = |request: Request| {
+        let mut pieces = String::new();
+        let run = generator.run(&[request], &mut |piece| {
+            pieces.push_str(piece.text);
+            ControlFlow::Continue(())
+        });
+        let completion = run.unwrap().completions.remove(0);
+        assert_eq!(pieces, completion.text, "what is told is what is returned");
+        completion
+    };
+    // 3, 6, 12, 24, 48, 32, 0
+    assert_eq!(expected(&[1, 2], 7), [3, 6, 12, 24, 48, 32, 0]);
+    let plain = texts(request(&[1, 2], 7));
+    assert_eq!((plain.text.as_str(), plain.finish), ("$'-9QA", FinishReason::Length));
+    let special = texts(Request { skip_special: false, ..request(&[1, 2], 7) });
+    assert_eq!(special.text, "$'-9QA<end>");
+
+    let stops = |strings: &[&str]| Request {
+        stop_strings: strings.iter().map(|text| text.to_string()).collect(),
+        ..request(&[1, 2], 7)
+    };
+    let stopped = texts(stops(&["none", "-9"]));
+    assert_eq!((stopped.text.as_str(), stopped.finish), ("$'", FinishReason::StopString(1)));
+    assert_eq!(stopped.tokens, [3, 6, 12, 24]);
+    // The beginning of a stop string is held back until it is clear that it is none.
+    let held = texts(Request { max_tokens: 3, ..stops(&["-9"]) });
+    assert_eq!((held.text.as_str(), held.finish), ("$'-", FinishReason::Length));
+}
+
+#[test]
+fn samplers_are_told_of_prompt_and_output() {
+    // Without the penalty the toy repeats: its logits are 1 for one token and 0 for the others.
+    let sampling = SamplingParams { presence_penalty: 2.0, logprobs: true, ..SamplingParams::greedy() };
+    let request = Request { sampling, ..request(&[0, 0], 3) };
+    let completion = run(&mut toy(), &[request]).completions.remove(0);
+    // Token 0 comes first as the sum; then its logit falls below the others', of which 1 is the first.
+    assert_eq!(completion.tokens[..2], [0, 1]);
+    assert_eq!(completion.logprobs.len(), 3);
+}
