@@ -554,15 +554,13 @@ impl Block<'_> {
         let mut sums = [0f32; 8];
         self.for_each(|lane, v| {
             let a = (v * inverse).abs();
-            // Steps of 1/2 up to 2, of 1 up to 4, of 2 up to 6.
-            let (step, steps) = if a < 2.0 {
-                (0.5, 2.0)
-            } else if a < 4.0 {
-                (1.0, 1.0)
-            } else {
-                (2.0, 0.5)
-            };
-            let rounded = (nearest_integer(a.min(8.0) * steps) as f32 * step).min(E2M1_MAX);
+            // Steps of 1/2 up to 2, of 1 up to 4, of 2 up to 6: powers of two, made from the exponent.
+            // From 7 on everything becomes 6.
+            let clipped = a.min(7.0);
+            let exponent = ((clipped.to_bits() >> 23) as i32 - 127).max(0);
+            let step = f32::from_bits(((exponent + 126) << 23) as u32);
+            let per_step = f32::from_bits(((128 - exponent) << 23) as u32);
+            let rounded = (nearest_integer(clipped * per_step) as f32 * step).min(E2M1_MAX);
             sums[lane] += (rounded - a) * (rounded - a);
         });
         sums.into_iter().sum()

@@ -164,7 +164,11 @@ pub fn pack_cached(
         move |source| PackError::Cache { path, action, bytes, source }
     };
     fs::create_dir_all(cache).map_err(fault("making the folder", cache))?;
-    let temporary = Temporary(cache.join(format!("packed-{}.{}.tmp", hex(&key[..16]), std::process::id())));
+    // Neither another process nor another thread of this one may write the same file.
+    static ATTEMPT: AtomicU64 = AtomicU64::new(0);
+    let attempt = ATTEMPT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("packed-{}.{}-{attempt}.tmp", hex(&key[..16]), std::process::id());
+    let temporary = Temporary(cache.join(name));
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -177,7 +181,7 @@ pub fn pack_cached(
         .and_then(|len| usize::try_from(len).ok())
         .ok_or_else(|| fault("reserving space", &temporary.0)(io::ErrorKind::FileTooLarge.into()))?;
     reserve(&file, len as u64).map_err(fault("reserving space", &temporary.0))?;
-    // SAFETY: the file is new, has a name that carries this process's number, and its space is
+    // SAFETY: the file is new, has a name that is used once, and its space is
     // reserved, so that no write to the map can fail for want of it.
     let mut map = unsafe { MmapMut::map_mut(&file) }.map_err(fault("mapping the file", &temporary.0))?;
     fill(checkpoint, packing, &mut map[DATA_OFFSET..], progress)?;
