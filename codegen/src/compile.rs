@@ -183,7 +183,7 @@ pub fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Result<Co
             device: "cpu".into(),
             arch: target.triple.split('-').next().unwrap_or_default().to_string(),
             cpu: target.cpu.clone(),
-            features: target.features.split(',').filter(|f| f.starts_with('+')).map(String::from).collect(),
+            features: target.required_features(),
             workers,
         },
         limits,

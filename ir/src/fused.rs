@@ -190,22 +190,44 @@ pub struct Fused {
     pub applied: Vec<(&'static str, usize)>,
 }
 
+/// Who makes and who reads every value of a [`Fused`] as it was when asked for.
+#[derive(Clone, Debug)]
+pub struct Links {
+    producers: Vec<Option<(usize, usize)>>,
+    uses: Vec<usize>,
+}
+
+impl Links {
+    /// The operator and part that store a value.
+    pub fn producer(&self, value: ValueId) -> Option<(usize, usize)> {
+        self.producers[value.0 as usize]
+    }
+
+    /// How many operators read a value, each counted as often as it reads.
+    pub fn uses(&self, value: ValueId) -> usize {
+        self.uses[value.0 as usize]
+    }
+}
+
 impl Fused {
     /// A value.
     pub fn value(&self, id: ValueId) -> &Value {
         &self.values[id.0 as usize]
     }
 
-    /// The operator and part that store a value.
-    pub fn producer(&self, value: ValueId) -> Option<(usize, usize)> {
-        self.ops.iter().enumerate().find_map(|(index, op)| {
-            op.parts.iter().position(|part| part.stored() == Some(value)).map(|part| (index, part))
-        })
-    }
-
-    /// How many operators read a value, each counted as often as it reads.
-    pub fn uses(&self, value: ValueId) -> usize {
-        self.ops.iter().map(|op| op.reads().iter().filter(|v| **v == value).count()).sum()
+    /// Who makes and who reads every value, as the operators are now.
+    pub fn links(&self) -> Links {
+        let mut links = Links { producers: vec![None; self.values.len()], uses: vec![0; self.values.len()] };
+        for (index, op) in self.ops.iter().enumerate() {
+            for value in op.reads() {
+                links.uses[value.0 as usize] += 1;
+            }
+            for (part, value) in op.parts.iter().enumerate().filter_map(|(n, part)| Some((n, part.stored()?)))
+            {
+                links.producers[value.0 as usize] = Some((index, part));
+            }
+        }
+        links
     }
 
     /// Checks that values and caches are written once and before they are read, and that every

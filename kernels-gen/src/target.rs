@@ -110,6 +110,34 @@ impl Target {
     }
 }
 
+/// What every processor of a class has that LLVM may use, beside what the kernels ask about.
+const WITH_AVX2: &[&str] = &["+avx2", "+fma", "+f16c", "+bmi", "+bmi2", "+lzcnt", "+movbe", "+popcnt"];
+const WITH_AVX512: &[&str] = &["+avx512f", "+avx512bw", "+avx512cd", "+avx512dq", "+avx512vl"];
+/// What came with Ice Lake and Zen 4.
+const WITH_VBMI: &[&str] =
+    &["+avx512vbmi", "+avx512vbmi2", "+avx512ifma", "+avx512bitalg", "+avx512vpopcntdq", "+gfni", "+vaes"];
+/// Processors with VNNI that lack those.
+const WITHOUT_VBMI: &[&str] = &["cascadelake", "cooperlake"];
+
+impl Target {
+    /// The features, each with a `+`, without which code for this target may not run: those that
+    /// were listed, else those of the processor that was named.
+    pub fn required_features(&self) -> Vec<String> {
+        let listed: Vec<String> =
+            self.features.split(',').filter(|f| f.starts_with('+')).map(String::from).collect();
+        if !listed.is_empty() {
+            return listed;
+        }
+        let isa = &self.isa;
+        let vbmi = isa.vnni512 && !WITHOUT_VBMI.contains(&self.cpu.as_str());
+        let vnni = (isa.vnni512, &["+avx512vnni"] as &[&str]);
+        let vex_vnni = (isa.vnni256 && !isa.avx512, &["+avxvnni"] as &[&str]);
+        let classes = [(isa.avx2, WITH_AVX2), (isa.avx512, WITH_AVX512), vnni, (vbmi, WITH_VBMI), vex_vnni];
+        let has = classes.iter().filter(|(has, _)| *has).flat_map(|(_, features)| *features);
+        has.map(|feature| feature.to_string()).collect()
+    }
+}
+
 fn with_features(mut isa: Isa, features: &str) -> Isa {
     // AVX-512 counts when all four parts that the kernels use are there.
     let mut parts = [isa.avx512; 4];
@@ -154,6 +182,17 @@ mod tests {
         let isa = Target::parse(LINUX, "znver4", "-avx512bw").unwrap().isa;
         assert!(isa.avx2 && !isa.avx512 && !isa.vnni512);
         assert_eq!(Target::parse(LINUX, "something-new", "+avx2,+fma,+f16c").unwrap().isa, AVX2);
+    }
+
+    #[test]
+    fn a_named_processor_requires_its_features() {
+        let required = |cpu| Target::parse(LINUX, cpu, "").unwrap().required_features();
+        assert!(required("x86-64").is_empty());
+        assert!(required("haswell").contains(&"+avx2".to_string()));
+        assert!(!required("haswell").iter().any(|f| f.contains("512")));
+        assert!(required("znver4").contains(&"+avx512vbmi".to_string()));
+        assert!(!required("cascadelake").contains(&"+avx512vbmi".to_string()));
+        assert!(required("alderlake").contains(&"+avxvnni".to_string()));
     }
 
     #[test]

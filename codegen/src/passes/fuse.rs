@@ -194,11 +194,12 @@ struct At {
 /// Appends an operator on rows whose first piece satisfies `fits` to the chain that makes its only
 /// input, if nobody else reads that.
 fn append(fused: &mut Fused, fits: fn(&Piece, &At) -> bool) -> bool {
+    let links = fused.links();
     for user in 0..fused.ops.len() {
         let op = &fused.ops[user];
         let ([input], [part], Anchor::Rows) = (&op.inputs[..], &op.parts[..], &op.anchor) else { continue };
-        let Some((producer, part_of)) = fused.producer(*input) else { continue };
-        if fused.uses(*input) != 1 {
+        let Some((producer, part_of)) = links.producer(*input) else { continue };
+        if links.uses(*input) != 1 {
             continue;
         }
         let target = &fused.ops[producer];
@@ -231,11 +232,12 @@ fn append(fused: &mut Fused, fits: fn(&Piece, &At) -> bool) -> bool {
 
 /// Gate, up and their gated product become one GEMM with interleaved weights.
 fn gated_pair(fused: &mut Fused) -> bool {
+    let links = fused.links();
     for user in 0..fused.ops.len() {
         let op = &fused.ops[user];
         let ([gate, up], [Part { pieces, .. }]) = (&op.inputs[..], &op.parts[..]) else { continue };
         let [Piece::Gated(activation), sink] = &pieces[..] else { continue };
-        let (Some((gate_op, 0)), Some((up_op, 0))) = (fused.producer(*gate), fused.producer(*up)) else {
+        let (Some((gate_op, 0)), Some((up_op, 0))) = (links.producer(*gate), links.producer(*up)) else {
             continue;
         };
         let whole = |index: usize, value: ValueId| {
@@ -246,7 +248,7 @@ fn gated_pair(fused: &mut Fused) -> bool {
                 && op.parts[0].pieces[..op.parts[0].pieces.len() - 1]
                     .iter()
                     .all(|piece| matches!(piece, Piece::Bias { .. }))
-                && fused.uses(value) == 1
+                && links.uses(value) == 1
         };
         let same_format = || {
             let format = |index: usize| fused.weights[&fused.ops[index].parts[0].weights[0]].format;
@@ -290,19 +292,20 @@ fn gated_pair(fused: &mut Fused) -> bool {
 
 /// An addition whose second operand a GEMM makes for it alone becomes the end of that GEMM's chain.
 fn residual(fused: &mut Fused) -> bool {
+    let links = fused.links();
     for user in 0..fused.ops.len() {
         let op = &fused.ops[user];
         let ([input], [Part { pieces, .. }]) = (&op.inputs[..], &op.parts[..]) else { continue };
         let [Piece::Residual(residual), sink] = &pieces[..] else { continue };
         let candidates = [(*input, *residual), (*residual, *input)];
         for (made, added) in candidates {
-            let Some((producer, part)) = fused.producer(made) else { continue };
+            let Some((producer, part)) = links.producer(made) else { continue };
             let target = &fused.ops[producer];
             let plain = target.anchor == Anchor::Gemm
                 && target.parts.len() == 1
                 && target.parts[part].weights.len() == 1
                 && !target.parts[part].pieces.contains(&Piece::Quantize);
-            if !plain || made == added || fused.uses(made) != 1 {
+            if !plain || made == added || links.uses(made) != 1 {
                 continue;
             }
             let tail = [Piece::Residual(added), sink.clone()];
@@ -320,16 +323,17 @@ fn residual(fused: &mut Fused) -> bool {
 
 /// Keys and values that GEMMs make for a cache alone are written by those GEMMs.
 fn kv_write(fused: &mut Fused) -> bool {
+    let links = fused.links();
     for user in 0..fused.ops.len() {
         let op = &fused.ops[user];
         let ([keys, values], [Part { pieces, .. }, _]) = (&op.inputs[..], &op.parts[..]) else { continue };
         let [Piece::WriteKeys(cache)] = pieces[..] else { continue };
-        let (Some(of_keys), Some(of_values)) = (fused.producer(*keys), fused.producer(*values)) else {
+        let (Some(of_keys), Some(of_values)) = (links.producer(*keys), links.producer(*values)) else {
             continue;
         };
         let fits = |(index, part): (usize, usize), value: ValueId| {
             let op = &fused.ops[index];
-            op.anchor == Anchor::Gemm && op.parts[part].weights.len() == 1 && fused.uses(value) == 1
+            op.anchor == Anchor::Gemm && op.parts[part].weights.len() == 1 && links.uses(value) == 1
         };
         if !fits(of_keys, *keys) || !fits(of_values, *values) {
             continue;
@@ -350,13 +354,14 @@ fn kv_write(fused: &mut Fused) -> bool {
 /// Two GEMMs of one layer on the same input become one, its parts side by side, if nothing that the
 /// later one's parts need is made between them.
 fn siblings(fused: &mut Fused) -> bool {
+    let links = fused.links();
     for first in 0..fused.ops.len() {
         if fused.ops[first].anchor != Anchor::Gemm {
             continue;
         }
         for second in first + 1..fused.ops.len() {
             let (a, b) = (&fused.ops[first], &fused.ops[second]);
-            let independent = b.reads().iter().all(|value| match fused.producer(*value) {
+            let independent = b.reads().iter().all(|value| match links.producer(*value) {
                 Some((producer, _)) => producer < first,
                 None => false,
             });

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use tilec_ir::abi::KvLayout;
 use tilec_ir::format::{ACT_BLOCK, PanelLayout};
-use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
+use tilec_ir::fused::{Anchor, Fused, FusedOp, Links, Part, Piece, ValueId};
 use tilec_ir::graph::{Dim, Elem};
 use tilec_ir::pack::{PACK_ALIGN, PackContent, PackItem, Packing, RowSegment};
 use tilec_ir::stages::{
@@ -45,6 +45,7 @@ pub fn tile(fused: &Fused, options: &TileOptions) -> Result<StageProgram, TileEr
     let kv = kv_layout(fused)?;
     let mut tiler = Tiler {
         fused,
+        links: fused.links(),
         options,
         buffers: Buffers::new(fused, options.max_rows),
         packing: Packing::default(),
@@ -218,6 +219,7 @@ fn layerless(name: &str) -> &str {
 
 struct Tiler<'a> {
     fused: &'a Fused,
+    links: Links,
     options: &'a TileOptions,
     buffers: Buffers,
     packing: Packing,
@@ -257,7 +259,7 @@ impl Tiler<'_> {
         let rows = op.writes().first().or(op.inputs.first()).map_or(Dim::Rows, rows);
         // An operator is a stage, so distances between operators are distances between stages.
         let source = |value: &ValueId| {
-            let (producer, _) = fused.producer(*value).expect("a value that is read has been made");
+            let (producer, _) = self.links.producer(*value).expect("a value that is read has been made");
             (self.buffers.of(*value), index - producer)
         };
         let mut sources: Vec<(BufferId, usize)> = reads.iter().map(source).collect();
