@@ -122,7 +122,15 @@ pub struct ModelArgs {
     pub target: TargetArgs,
 }
 
-/// A level of the compiler, or the plan's manifest.
+/// Where a plan's weights are.
+#[derive(Clone, Debug, Default, Args)]
+pub struct WeightsArgs {
+    /// A checkpoint to read in place of the one that the plan names, which may have moved
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// A level of the compiler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum EmitLevel {
     /// Typed operators
@@ -219,6 +227,9 @@ pub struct RunArgs {
     /// The model
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// The prompt
     #[arg(short, long, value_name = "TEXT", required_unless_present = "file", conflicts_with = "file")]
     pub prompt: Option<String>,
@@ -255,6 +266,9 @@ pub struct ChatArgs {
     /// The model
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// What the model is told before the first turn
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
@@ -317,6 +331,9 @@ pub struct BenchArgs {
     /// The model
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// Tokens of the prompt; 0: no prompt
     #[arg(short, long = "pp", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u64).range(0..1 << 24))]
     pub prompt_tokens: u64,
@@ -346,6 +363,9 @@ pub struct ProfileArgs {
     /// The model
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// Tokens in the step
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1024))]
     pub rows: u64,
@@ -384,6 +404,9 @@ pub struct LogitsArgs {
     /// The model
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// Token ids, separated by commas
     #[arg(
         long,

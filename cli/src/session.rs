@@ -1,5 +1,6 @@
 //! One sequence on a loaded plan.
 
+use crate::args::WeightsArgs;
 use crate::{source, ui};
 use anyhow::Result;
 use std::ops::Deref;
@@ -15,9 +16,10 @@ const SEQUENCE: u32 = 0;
 ///
 /// # Errors
 /// When the plan or its weights cannot be read, or this machine cannot run it.
-pub fn load(folder: &Path, profile: bool) -> Result<Engine> {
+pub fn load(folder: &Path, weights: &WeightsArgs, profile: bool) -> Result<Engine> {
     let options = EngineOptions {
         cache_dir: Some(source::cache_folder()?.join("packed")),
+        checkpoint: weights.checkpoint.clone(),
         profile,
         ..EngineOptions::default()
     };
@@ -44,8 +46,8 @@ impl Session {
     ///
     /// # Errors
     /// As [`load`].
-    pub fn open(folder: &Path) -> Result<Session> {
-        Ok(Session::new(load(folder, false)?))
+    pub fn open(folder: &Path, weights: &WeightsArgs) -> Result<Session> {
+        Ok(Session::new(load(folder, weights, false)?))
     }
 
     /// An empty sequence on an engine.

@@ -20,7 +20,7 @@ use tilec_runtime::checkpoint::Checkpoint;
 #[cfg(not(feature = "llvm"))]
 pub const NO_COMPILER: &str = "this build of tilec has no compiler: it only loads plans. \
      Build it with the default features (cargo build --release, which needs LLVM 19), \
-     or compile the model elsewhere and copy the plan folder";
+     or compile the model elsewhere, copy the plan folder, and give --checkpoint";
 
 /// What lies at the path of a MODEL argument.
 pub enum Source {

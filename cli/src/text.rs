@@ -1,5 +1,7 @@
 //! Text on the way into a model and out of it: the tokenizer and the chat template of its checkpoint.
 
+use crate::args::WeightsArgs;
+use crate::source;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::path::Path;
@@ -21,8 +23,11 @@ impl Text {
     ///
     /// # Errors
     /// When the checkpoint has no tokenizer, or one that is not understood.
-    pub fn load(plan: &Plan) -> Result<Text> {
-        let checkpoint = crate::source::open_weights(&plan.weights)?;
+    pub fn load(plan: &Plan, weights: &WeightsArgs) -> Result<Text> {
+        let checkpoint = match &weights.checkpoint {
+            Some(path) => Checkpoint::open(path)?,
+            None => source::open_weights(&plan.weights)?,
+        };
         let tokenizer = tokenizer(plan, &checkpoint)?;
         let template = match checkpoint.chat_template() {
             None => None,

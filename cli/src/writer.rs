@@ -1,6 +1,6 @@
 //! Generating text for a person: what `run` and `chat` share.
 
-use crate::args::{ModelArgs, SamplingArgs};
+use crate::args::{ModelArgs, SamplingArgs, WeightsArgs};
 use crate::text::Text;
 use crate::ui::mib;
 use crate::{host, session, source};
@@ -34,11 +34,11 @@ impl Writer {
     ///
     /// # Errors
     /// When it does not compile or load, or has no tokenizer.
-    pub fn open(model: &ModelArgs) -> Result<Writer> {
+    pub fn open(model: &ModelArgs, weights: &WeightsArgs) -> Result<Writer> {
         let (folder, plan) = source::plan(&model.path, &model.target)?;
         // Before the weights are packed: a model without a tokenizer is refused at once.
-        let text = Text::load(&plan)?;
-        let engine = session::load(&folder, false)?;
+        let text = Text::load(&plan, weights)?;
+        let engine = session::load(&folder, weights, false)?;
         let generator = Generator::new(engine, Some(Arc::clone(&text.tokenizer)));
         Ok(Writer { generator, text })
     }

@@ -389,6 +389,23 @@ mod compiled {
     }
 
     #[test]
+    fn a_plan_runs_on_a_checkpoint_that_moved() {
+        let bench = Bench::new();
+        std::fs::create_dir(bench.path("here")).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(format!("{}/{file}", fixture(TINY)), bench.path("here").join(file)).unwrap();
+        }
+        bench.ok(&["compile", "here", "-o", "x.plan"]);
+        std::fs::rename(bench.path("here"), bench.path("there")).unwrap();
+        let args = ["logits", "x.plan", "--tokens", "1,2", "-o", "out.safetensors"];
+        assert!(bench.fails(&args).contains("here"));
+        bench.ok(&[&args[..], &["--checkpoint", "there"]].concat());
+        // Another model's weights do not fit.
+        let other = fixture("hf/llama-bias-mha");
+        bench.fails(&[&args[..], &["--checkpoint", &other]].concat());
+    }
+
+    #[test]
     fn bench_measures_what_was_asked() {
         let bench = Bench::new();
         let model = fixture(TINY);

@@ -31,7 +31,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
     let floor = Floor::measure(&plan, prompt, generated);
     host::reset_peak();
-    let mut session = Session::open(&folder)?;
+    let mut session = Session::open(&folder, &args.weights)?;
     let tokens = random_tokens(prompt + generated, plan.vocab);
     let progress = ui::step_progress("measuring", args.repeats + 1);
     let mut samples = Vec::new();

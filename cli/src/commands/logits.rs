@@ -67,7 +67,7 @@ fn compiled(args: &LogitsArgs, lists: &[Vec<u32>]) -> Result<Logits> {
     if rows > max_rows {
         bail!("--rows-per-step {rows}: a step of this plan has at most {max_rows} rows with logits");
     }
-    let mut session = Session::open(&folder)?;
+    let mut session = Session::open(&folder, &args.weights)?;
     let progress = ui::step_progress("computing", lists.iter().map(|list| list.len() as u64).sum());
     let mut logits = Vec::with_capacity(lists.len());
     for list in lists {
@@ -100,6 +100,9 @@ fn interpreted(args: &LogitsArgs, lists: &[Vec<u32>]) -> Result<Logits> {
             folder.display()
         ),
     };
+    if args.weights.checkpoint.is_some() {
+        bail!("--checkpoint is for plans: the interpreter reads the model that it is given");
+    }
     model.apply(&args.model.target);
     let description = model.describe()?;
     let graph = model.graph(&description)?;

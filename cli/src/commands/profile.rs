@@ -27,7 +27,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     }
     ui::note("measuring the memory bandwidth of this machine");
     let bandwidth = ceiling::read_ceiling(ceiling::FAR_BYTES, plan.target.workers, 5);
-    let mut session = Session::new(session::load(&folder, true)?);
+    let mut session = Session::new(session::load(&folder, &args.weights, true)?);
     let tokens = random_tokens(context + rows, plan.vocab);
     session.feed(&tokens[..context])?;
     // The first step warms the caches; it is the start of the clock, too.
@@ -237,6 +237,8 @@ impl Profile<'_> {
                 percent(kind.work, kind.floor).replace(" %", ""),
             ]);
         }
+        let outside = (self.step_seconds() - whole).max(0.0);
+        table.row(["(outside)".to_string(), String::new(), String::new(), String::new(), micros(outside)]);
         let sum = |part: &dyn Fn(&Kind) -> f64| kinds.iter().map(part).sum::<f64>();
         table.row([
             "total".to_string(),
@@ -250,6 +252,7 @@ impl Profile<'_> {
         format!(
             "{}\n{} row(s) behind {} positions, {} workers: {:.1} µs a step, {:.1} tokens/s.\n\
              floor: bytes at {:.1} GB/s. work and wait: mean of the workers, median of {} steps.\n\
+             outside: waking and gathering the workers; the total is without it.\n\
              of floor: work in per cent of the floor; 100 is as fast as memory.\n",
             table.text(),
             self.rows,
