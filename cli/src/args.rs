@@ -177,12 +177,12 @@ pub struct CompileArgs {
     /// Print this level to stdout; without --output no plan is written
     #[arg(long, value_name = "LEVEL", value_enum)]
     pub emit: Vec<EmitLevel>,
-    /// What to compile for
-    #[command(flatten)]
-    pub target: TargetArgs,
     /// Print the plan's manifest as JSON
     #[arg(long, conflicts_with = "emit", help_heading = "Output")]
     pub json: bool,
+    /// What to compile for
+    #[command(flatten)]
+    pub target: TargetArgs,
 }
 
 /// How tokens are chosen.
@@ -224,12 +224,6 @@ Examples:
   tilec run model.plan --raw -p 'Once upon a time' -n 100
   git diff | tilec run model.plan -f - --system 'Summarize this change.'")]
 pub struct RunArgs {
-    /// The model
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// Its weights
-    #[command(flatten)]
-    pub weights: WeightsArgs,
     /// The prompt
     #[arg(short, long, value_name = "TEXT", required_unless_present = "file", conflicts_with = "file")]
     pub prompt: Option<String>,
@@ -242,15 +236,21 @@ pub struct RunArgs {
     /// The prompt as it is, without the chat template
     #[arg(long)]
     pub raw: bool,
-    /// How tokens are chosen
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
     /// Print speed and memory to stderr at the end
     #[arg(long, help_heading = "Output")]
     pub stats: bool,
     /// Print one JSON object at the end in place of text as it comes
     #[arg(long, help_heading = "Output")]
     pub json: bool,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// How tokens are chosen
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 /// `tilec chat`.
@@ -263,21 +263,21 @@ Examples:
   tilec chat model.plan --system 'Answer in one sentence.' --temperature 0.7
   printf 'My name is Ada.\\nWhat is my name?\\n' | tilec chat model.plan")]
 pub struct ChatArgs {
-    /// The model
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// Its weights
-    #[command(flatten)]
-    pub weights: WeightsArgs,
     /// What the model is told before the first turn
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// How tokens are chosen
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
     /// Print speed and memory to stderr after every answer
     #[arg(long, help_heading = "Output")]
     pub stats: bool,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// How tokens are chosen
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 /// `tilec inspect`.
@@ -290,9 +290,6 @@ Examples:
   tilec inspect model.plan --bandwidth 40 --rows 8 --context 2048
   tilec inspect model.yaml --json")]
 pub struct InspectArgs {
-    /// The model
-    #[command(flatten)]
-    pub model: ModelArgs,
     /// Memory bandwidth in GB/s [default: measured on this machine]
     #[arg(long, value_name = "GB/s", value_parser = positive)]
     pub bandwidth: Option<f32>,
@@ -305,6 +302,9 @@ pub struct InspectArgs {
     /// Print JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 /// How `tilec bench` prints.
@@ -319,21 +319,15 @@ pub enum BenchOutput {
 /// `tilec bench`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Each repeat reads a prompt of random tokens in one go (pp), then decodes tokens one by one behind it
-(tg). One repeat before the first is not counted. The floor is the speed at which memory could deliver
-the bytes that the model must read, measured by this program first.
+Each repeat reads a prompt of random tokens in one go (pp), then decodes tokens one by one
+behind it (tg). One repeat before the first is not counted. The floor is the speed at which
+memory could deliver the bytes that must be read; this program measures memory first.
 
 Examples:
   tilec bench model.gguf
   tilec bench model.plan -p 0 -n 64 -r 10
   tilec bench model.plan --json > bench.json")]
 pub struct BenchArgs {
-    /// The model
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// Its weights
-    #[command(flatten)]
-    pub weights: WeightsArgs,
     /// Tokens of the prompt; 0: no prompt
     #[arg(short, long = "pp", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u64).range(0..1 << 24))]
     pub prompt_tokens: u64,
@@ -349,6 +343,12 @@ pub struct BenchArgs {
     /// Print JSON: --output json
     #[arg(long, help_heading = "Output")]
     pub json: bool,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 /// `tilec profile`.
@@ -360,12 +360,6 @@ Examples:
   tilec profile model.plan
   tilec profile model.plan --rows 8 --context 512 -o trace.json")]
 pub struct ProfileArgs {
-    /// The model
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// Its weights
-    #[command(flatten)]
-    pub weights: WeightsArgs,
     /// Tokens in the step
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1024))]
     pub rows: u64,
@@ -381,6 +375,12 @@ pub struct ProfileArgs {
     /// Print JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 /// What computes logits.
@@ -401,12 +401,6 @@ Examples:
   tilec logits model.plan --tokens 1,2,3 -o logits.safetensors
   tilec logits model.gguf --tokens-file lists.json --backend interpreter -o reference.safetensors")]
 pub struct LogitsArgs {
-    /// The model
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// Its weights
-    #[command(flatten)]
-    pub weights: WeightsArgs,
     /// Token ids, separated by commas
     #[arg(
         long,
@@ -428,6 +422,12 @@ pub struct LogitsArgs {
     /// The safetensors file to write
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub output: PathBuf,
+    /// Its weights
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
 }
 
 /// `tilec doctor`.
