@@ -25,7 +25,7 @@ Usage: cargo xtask TASK [OPTIONS]
   setup [STEP...]     prepare this machine; without names: rust llvm smollm2 (also: llamacpp nvrtc)
   test                set up, then formatting, lints and all tests
   demo                set up, build tilec and let SmolLM2-135M-Instruct answer
-      --prompt TEXT      what to ask                     --max-tokens N     at most so many tokens (64)
+      --prompt TEXT      what to ask                     --max-tokens N     at most so many tokens (96)
       --threads N        threads (as many as cores)
   compare-llama-cpp   tilec beside llama.cpp: speed, or with --text every token of greedy texts
       --threads N        threads of each engine (2)      --model FILE       a GGUF file (SmolLM2)
@@ -100,8 +100,8 @@ fn test(args: Args) -> Result<()> {
 
 /// From a fresh machine to an answer.
 fn demo(mut args: Args) -> Result<()> {
-    let prompt = args.text("--prompt")?.unwrap_or_else(|| "What is the capital of France?".into());
-    let max_tokens = args.number("--max-tokens", 64usize, 1)?;
+    let prompt = args.text("--prompt")?.unwrap_or_else(|| "Explain why the sky is blue in two sentences.".into());
+    let max_tokens = args.number("--max-tokens", 96usize, 1)?;
     let threads = args.number("--threads", 0usize, 1)?;
     args.finish()?;
     let mut parts = Parts::default();
