@@ -23,8 +23,10 @@ use tilec_kernels_gen::pieces::{Glu, HeadNorm, KvWrite, Rope};
 use tilec_kernels_gen::rows::{Embed, Quantize, RmsNorm};
 use tilec_kernels_gen::{KernelError, Target};
 
-/// Spins between two looks at whether another worker has given up, and two yields of the processor.
-const SPINS_PER_LOOK: u64 = 4096;
+/// Spins between two looks at whether another worker has given up, and two yields of the processor:
+/// a few microseconds. The hand-offs of an undisturbed step are shorter; a longer wait means that the
+/// worker that is waited for does not run, perhaps because this one holds its processor.
+const SPINS_PER_LOOK: u64 = 128;
 
 /// Why no code could be made.
 #[derive(Debug, thiserror::Error)]
