@@ -103,6 +103,8 @@ pub struct Description {
     pub tensors: BTreeMap<String, TensorInfo>,
     /// Where the runtime finds the weights.
     pub weights: WeightsFrom,
+    /// A tokenizer that the spec names in place of the checkpoint's.
+    pub tokenizer: Option<PathBuf>,
 }
 
 impl Model {
@@ -160,19 +162,16 @@ impl Model {
                     config: config.unwrap_or_else(|| checkpoint.config().clone()),
                     tensors: checkpoint.tensors().clone(),
                     weights: WeightsFrom::Checkpoint { path: absolute(path)? },
+                    tokenizer,
                 })
             }
             spec::Source::Synthetic { seed } => {
                 let config = config.context("synthetic weights need model.config")?;
                 let format = self.spec.precision.weights.applied_to(Format::BF16);
                 let tensors = frontends::synthetic_tensors(&config, format)?;
-                let weights = WeightsFrom::Synthetic {
-                    seed: *seed,
-                    config: config.clone(),
-                    tensors: tensors.clone(),
-                    tokenizer,
-                };
-                Ok(Description { config, tensors, weights })
+                let weights =
+                    WeightsFrom::Synthetic { seed: *seed, config: config.clone(), tensors: tensors.clone() };
+                Ok(Description { config, tensors, weights, tokenizer })
             }
         }
     }
@@ -214,6 +213,7 @@ impl Model {
             config: &model.config,
             tensors: &model.tensors,
             weights: model.weights.clone(),
+            tokenizer: model.tokenizer.clone(),
         }
     }
 
@@ -256,7 +256,7 @@ impl Model {
         let everything = serde_json::json!([
             [env!("CARGO_PKG_VERSION"), program.len(), built.as_nanos().to_string()],
             [spec.precision, spec.target, spec.limits],
-            [self.name, model.config, model.tensors, model.weights],
+            [self.name, model.config, model.tensors, model.weights, model.tokenizer],
             [host::cpu_name(), host::cpu_features(), host::physical_cores()],
         ]);
         let digest = Sha256::digest(everything.to_string());
@@ -307,7 +307,7 @@ pub fn plan(path: &Path, target: &TargetArgs) -> Result<(PathBuf, Plan)> {
 pub fn open_weights(weights: &WeightsFrom) -> Result<Checkpoint> {
     Ok(match weights {
         WeightsFrom::Checkpoint { path } => Checkpoint::open(path)?,
-        WeightsFrom::Synthetic { seed, config, tensors, .. } => {
+        WeightsFrom::Synthetic { seed, config, tensors } => {
             Checkpoint::synthetic(config.clone(), *seed, tensors.clone())
         }
     })

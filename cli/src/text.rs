@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
-use tilec_ir::plan::{Plan, WeightsFrom};
+use tilec_ir::plan::Plan;
 use tilec_runtime::chat::{ChatTemplate, Message, TemplateArgs, TokenizerConfig};
 use tilec_runtime::checkpoint::{Checkpoint, TokenizerSource};
 use tilec_runtime::tokenizer::Tokenizer;
@@ -78,11 +78,7 @@ impl Text {
 }
 
 fn tokenizer(plan: &Plan, checkpoint: &Checkpoint) -> Result<Tokenizer> {
-    let named = match &plan.weights {
-        WeightsFrom::Synthetic { tokenizer, .. } => tokenizer.as_deref(),
-        WeightsFrom::Checkpoint { .. } => None,
-    };
-    match (named, checkpoint.tokenizer_source()) {
+    match (plan.tokenizer.as_deref(), checkpoint.tokenizer_source()) {
         (Some(path), _) => from_json(path, checkpoint),
         (None, TokenizerSource::Json { path }) => from_json(path, checkpoint),
         (None, TokenizerSource::Gguf(vocab)) => Ok(Tokenizer::from_gguf((**vocab).clone())?),

@@ -439,3 +439,38 @@ mod compiled {
         assert!(trace["traceEvents"].as_array().unwrap().len() > stages.len());
     }
 }
+
+/// A limit on the size of files fails a write in the middle, as a full disk does.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_no_partial_plan() {
+    let bench = Bench::new();
+    let model = fixture("hf/llama-gqa-tied");
+    let limited = |plan: &Path| {
+        // Signal 25 is SIGXFSZ: ignored, the write returns an error in its place.
+        let script = "trap '' 25; ulimit -f 16; exec \"$0\" compile \"$1\" -o \"$2\"";
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script, env!("CARGO_BIN_EXE_tilec"), &model]).arg(plan);
+        shell.current_dir(bench.folder.path()).env("TILEC_CACHE", bench.path("cache"));
+        let output = shell.output().unwrap();
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains("kernel.ll") || stderr.contains("kernel.o"), "{stderr}");
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    };
+    let names = || {
+        let entries = std::fs::read_dir(bench.folder.path()).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.retain(|name| name != "cache");
+        names.sort();
+        names
+    };
+    limited(&bench.path("new.plan"));
+    assert_eq!(names(), Vec::<std::ffi::OsString>::new());
+    // What was there before stays as it was.
+    bench.ok(&["compile", &model, "-o", "old.plan"]);
+    let before = std::fs::read(bench.path("old.plan").join("plan.json")).unwrap();
+    limited(&bench.path("old.plan"));
+    assert_eq!(names(), ["old.plan"]);
+    assert_eq!(std::fs::read(bench.path("old.plan").join("plan.json")).unwrap(), before);
+}

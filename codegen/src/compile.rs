@@ -28,6 +28,8 @@ pub struct Input<'a> {
     pub tensors: &'a BTreeMap<String, TensorInfo>,
     /// Where the runtime will find the weights.
     pub weights: WeightsFrom,
+    /// Where it will find a tokenizer, if not in the checkpoint.
+    pub tokenizer: Option<PathBuf>,
 }
 
 /// A level that can be printed.
@@ -179,6 +181,7 @@ pub fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Result<Co
         family: frontends::family(input.config)?.to_string(),
         graph_sha256,
         weights: input.weights.clone(),
+        tokenizer: input.tokenizer.clone(),
         target: PlanTarget {
             device: "cpu".into(),
             arch: target.triple.split('-').next().unwrap_or_default().to_string(),

@@ -20,7 +20,7 @@ fn smollm2(arch: &str) -> Compiled {
     let weights = WeightsFrom::Checkpoint { path: "/nowhere".into() };
     let mut spec = ModelSpec::for_checkpoint("/nowhere");
     spec.target.arch = arch.into();
-    let input = Input { name: "smollm2", config: &config, tensors: &tensors, weights };
+    let input = Input { name: "smollm2", config: &config, tensors: &tensors, weights, tokenizer: None };
     compile(&input, &spec, 2).unwrap()
 }
 
@@ -83,7 +83,7 @@ fn the_glue_of_a_two_layer_model() {
     let weights = WeightsFrom::Checkpoint { path: "/nowhere".into() };
     let mut spec = ModelSpec::for_checkpoint("/nowhere");
     spec.target.arch = "x86-64-v3".into();
-    let input = Input { name: "llama", config: &config, tensors: &tensors, weights };
+    let input = Input { name: "llama", config: &config, tensors: &tensors, weights, tokenizer: None };
     let compiled = compile(&input, &spec, 2).unwrap();
     insta::assert_snapshot!("llama-q4_1.llvm", glue(compiled.text(Level::Llvm)));
 }

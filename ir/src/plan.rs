@@ -35,8 +35,6 @@ pub enum WeightsFrom {
         config: serde_json::Value,
         /// Shapes and formats by tensor name.
         tensors: BTreeMap<String, TensorInfo>,
-        /// Folder or file with a tokenizer, if text is wanted.
-        tokenizer: Option<PathBuf>,
     },
 }
 
@@ -97,6 +95,8 @@ pub struct Plan {
     pub graph_sha256: String,
     /// The weights.
     pub weights: WeightsFrom,
+    /// A `tokenizer.json`, or the folder of one, in place of the checkpoint's.
+    pub tokenizer: Option<PathBuf>,
     /// The machine.
     pub target: PlanTarget,
     /// Sizes.

@@ -52,6 +52,7 @@ impl Fixture {
             config: &self.config,
             tensors: &self.tensors,
             weights: WeightsFrom::Checkpoint { path: self.path.clone() },
+            tokenizer: None,
         }
     }
 

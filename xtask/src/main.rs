@@ -100,7 +100,8 @@ fn test(args: Args) -> Result<()> {
 
 /// From a fresh machine to an answer.
 fn demo(mut args: Args) -> Result<()> {
-    let prompt = args.text("--prompt")?.unwrap_or_else(|| "Explain why the sky is blue in two sentences.".into());
+    let prompt =
+        args.text("--prompt")?.unwrap_or_else(|| "Explain why the sky is blue in two sentences.".into());
     let max_tokens = args.number("--max-tokens", 96usize, 1)?;
     let threads = args.number("--threads", 0usize, 1)?;
     args.finish()?;

@@ -359,7 +359,7 @@ impl std::fmt::Debug for Engine {
 pub fn open_checkpoint(plan: &Plan, options: &EngineOptions) -> Result<Checkpoint, EngineError> {
     Ok(match (&options.checkpoint, &plan.weights) {
         (Some(path), _) | (None, WeightsFrom::Checkpoint { path }) => Checkpoint::open(path)?,
-        (None, WeightsFrom::Synthetic { seed, config, tensors, .. }) => {
+        (None, WeightsFrom::Synthetic { seed, config, tensors }) => {
             Checkpoint::synthetic(config.clone(), *seed, tensors.clone())
         }
     })

@@ -23,11 +23,11 @@ pub fn toy_plan(workers: usize) -> Plan {
         name: "toy".into(),
         family: "toy".into(),
         graph_sha256: String::new(),
+        tokenizer: None,
         weights: WeightsFrom::Synthetic {
             seed: 0,
             config: serde_json::Value::Null,
             tensors: Default::default(),
-            tokenizer: None,
         },
         target: PlanTarget {
             device: "cpu".into(),
