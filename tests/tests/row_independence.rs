@@ -1,7 +1,7 @@
 //! A row's bits do not depend on its company: the number of rows in the step, the other sequences,
 //! where the step was cut, or the number of threads.
 
-use tilec_ir::spec::{Activations, ModelSpec};
+use tilec_ir::spec::{Activations, ModelSpec, Target};
 use tilec_runtime::engine::{Engine, RowInput};
 use tilec_tests::{Fixture, load, reset};
 
@@ -130,6 +130,24 @@ fn quantized_weights_and_activations() {
     for name in ["gguf/llama-q4_0", "gguf/llama-q8_0", "gguf/llama-k", "gguf/qwen3-q4_1", "gguf/qwen3-mxfp4"]
     {
         check(name, |_| {});
+    }
+}
+
+/// With integer products even the instruction set makes no difference.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn any_instruction_set() {
+    if !std::is_x86_feature_detected!("avx2") || !std::is_x86_feature_detected!("fma") {
+        println!("not run: this processor has no AVX2 to compare with");
+        return;
+    }
+    for name in ["gguf/llama-q8_0", "gguf/qwen3-q4_1", "gguf/qwen3-mxfp4"] {
+        let fixture = Fixture::open(name);
+        let on = |arch: &str| {
+            let spec = spec(&fixture, |spec| spec.target.arch = arch.into());
+            chunked(&mut load(&fixture, &spec, 2).engine, 3, 8)
+        };
+        assert!(on("x86-64-v3") == on(Target::HOST), "{name}: AVX2 and this processor differ");
     }
 }
 
