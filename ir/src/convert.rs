@@ -796,6 +796,8 @@ fn pack_codes(layout: &PanelLayout, rows: &PlaneView<'_>, out: &mut [u8]) {
     let padding = zero_byte(format);
     let (out, tail) = out.split_at_mut(words * PANEL * 4);
     tail.fill(0);
+    // The byte of a row that holds one nibble only, whose other half is padding.
+    let half_full = (format.code.bits() == 4 && layout.k % 2 == 1).then_some(layout.k / 2);
     for lane in 0..PANEL {
         let source = if lane < rows.rows { rows.row_codes(lane) } else { &[] };
         let mut source = source.chunks_exact(TILE * 4);
@@ -803,18 +805,16 @@ fn pack_codes(layout: &PanelLayout, rows: &PlaneView<'_>, out: &mut [u8]) {
         let mut rest = [padding; TILE * 4];
         let remainder = source.remainder();
         rest[..remainder.len()].copy_from_slice(remainder);
-        if layout.k % 2 == 1
-            && format.code.bits() == 4
-            && let Some(last) = rest[..remainder.len()].last_mut()
-        {
-            *last = (*last & 0x0f) | (padding & 0xf0);
-        }
         let mut rest = Some(rest);
-        for tile in out.chunks_mut(TILE * PANEL * 4) {
+        for (number, tile) in out.chunks_mut(TILE * PANEL * 4).enumerate() {
             let mut block = [padding; TILE * 4];
             match source.next() {
                 Some(whole) => block.copy_from_slice(whole),
                 None => block = rest.take().unwrap_or(block),
+            }
+            if let Some(last) = half_full.filter(|last| last / (TILE * 4) == number) {
+                let byte = &mut block[last % (TILE * 4)];
+                *byte = (*byte & 0x0f) | (padding & 0xf0);
             }
             match format.code.bits() {
                 4 => put_lane(tile, lane, &block, panel_nibbles),

@@ -340,7 +340,9 @@ fn check_panel(format: Format, rows: usize, k: usize, seed: u64) {
 #[test]
 fn panels_hold_every_code_where_the_layout_says() {
     for (_, format) in Format::NAMED {
-        for (rows, k) in [(16, 256), (16, 576), (7, 40), (1, 1), (16, 31), (3, 130), (0, 64)] {
+        for (rows, k) in
+            [(16, 256), (16, 576), (7, 40), (1, 1), (16, 31), (3, 130), (1, 255), (2, 127), (0, 64)]
+        {
             check_panel(*format, rows, k, 11);
         }
     }
