@@ -284,7 +284,7 @@ impl Tiler<'_> {
                         _ => None,
                     };
                     match chain {
-                        [] => stored.is_some_and(|buffer| !(select && buffer.quantized)),
+                        [] => stored.is_some_and(|buffer| buffer.quantized && !select),
                         [piece] => norm(piece) && stored.is_some(),
                         _ => false,
                     }

@@ -206,7 +206,6 @@ impl<'ctx> Emitter<'_, 'ctx> {
         bias;
         copy_rows;
         add_rows;
-        gather_rows;
     }
 
     fn module(&self) -> &Module<'ctx> {

@@ -479,22 +479,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                     ],
                 );
             }
-            _ if select => {
-                let kernel = self.emitter.gather_rows()?;
-                self.code.call(
-                    kernel,
-                    &[
-                        from.into(),
-                        stride.into(),
-                        index.into(),
-                        count.into(),
-                        stride.into(),
-                        to_own.into(),
-                        to_stride.into(),
-                    ],
-                );
-            }
-            _ if target.quantized => {
+            _ => {
                 let kernel = self.emitter.quantize(&Quantize { quant: target.quant_rows() })?;
                 let code = &self.code;
                 code.call(
@@ -507,20 +492,6 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                         to.into(),
                         start.into(),
                         code.int(0).into(),
-                    ],
-                );
-            }
-            _ => {
-                let kernel = self.emitter.copy_rows()?;
-                self.code.call(
-                    kernel,
-                    &[
-                        from_own.into(),
-                        stride.into(),
-                        count.into(),
-                        stride.into(),
-                        to_own.into(),
-                        to_stride.into(),
                     ],
                 );
             }
