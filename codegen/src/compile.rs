@@ -199,6 +199,7 @@ pub fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Result<Co
         packing: stages.packing.clone(),
         costs: costs(&stages),
         code: file(OBJECT, &native.object),
+        resident: None,
         texts: texts.iter().map(|(level, text)| file(level.file(), text.as_bytes())).collect(),
     };
     plan.verify().map_err(|what| PlanError::Invalid { path: MANIFEST.into(), what })?;

@@ -1,7 +1,6 @@
 //! The cost model: what a stage must read and multiply, from its description alone.
 
-use crate::graph::Elem;
-use crate::stages::{Stage, StageAnchor, StageProgram};
+use crate::stages::{BufferElem, Stage, StageAnchor, StageProgram};
 use serde::{Deserialize, Serialize};
 
 /// What one kind of stage costs, per run of it.
@@ -76,9 +75,10 @@ pub fn costs(program: &StageProgram) -> Vec<StageCost> {
 }
 
 fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
-    let buffer_bytes = |cols: usize, elem: Elem| match elem {
-        Elem::Q8 => cols + cols.div_ceil(crate::format::ACT_BLOCK) * 8,
-        _ => cols * 4,
+    let buffer_bytes = |cols: usize, elem: BufferElem| match elem {
+        BufferElem::Q8 => cols + cols.div_ceil(crate::format::ACT_BLOCK) * 8,
+        BufferElem::F32 => cols * 4,
+        BufferElem::F16 | BufferElem::Bf16 => cols * 2,
     };
     let mut cost = StageCost {
         stage: stage.name.clone(),
@@ -94,7 +94,7 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
     for place in stage.reads().into_iter().chain(stage.writes()) {
         if let (crate::stages::Place::Buffer(id), _) = place {
             let buffer = program.buffer(id);
-            cost.activation_bytes_per_row += buffer_bytes(buffer.cols, buffer.elem()) as u64;
+            cost.activation_bytes_per_row += buffer_bytes(buffer.cols, buffer.elem) as u64;
         }
     }
     match &stage.anchor {

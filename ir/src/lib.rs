@@ -7,6 +7,7 @@ pub mod cost;
 pub mod format;
 pub mod fused;
 pub mod graph;
+pub mod launch;
 pub mod pack;
 pub mod plan;
 pub mod schedule;

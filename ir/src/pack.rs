@@ -1,7 +1,8 @@
 //! The recipe by which a plan's weights are packed: which rows of which tensors go where, in which
 //! layout. The runtime executes it against a checkpoint; nothing here reads weights.
 
-use crate::format::{PANEL, PanelLayout};
+use crate::format::{Format, PANEL, PanelLayout};
+use crate::launch::{OCTET, OCTET_BLOCK};
 use serde::{Deserialize, Serialize};
 
 /// Alignment of every item, in bytes: a cache line, and a 512-bit vector.
@@ -25,6 +26,14 @@ impl RowSegment {
     }
 }
 
+/// Columns that share a scale of block FP8.
+pub const FP8_COLUMNS: usize = 128;
+
+/// Blocks of an octet of `k` columns: a block holds 64 bytes of each of its features.
+pub const fn octet_blocks(format: Format, k: usize) -> usize {
+    k.div_ceil(OCTET_BLOCK / OCTET * 8 / format.code.bits())
+}
+
 /// What one item of the packed weights holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -41,6 +50,33 @@ pub enum PackContent {
         interleave: usize,
         /// Panels in all: the sum over the segments.
         panels: usize,
+    },
+    /// Consecutive octets of 8 features each, for the tensor cores: an octet is its blocks one behind
+    /// the other, a block [`crate::launch::OCTET_BLOCK`] bytes: 8 features times 64 bytes of
+    /// consecutive columns. K and the last octet of a segment are padded with zeros.
+    Octets {
+        /// Format of the codes: f16, bf16 or fp8, without its scales.
+        format: Format,
+        /// Columns of every feature.
+        k: usize,
+        /// Where the features come from, each segment padded up to whole octets.
+        segments: Vec<RowSegment>,
+        /// Segments whose octets alternate, as `interleave` of panels.
+        interleave: usize,
+        /// Octets in all: the sum over the segments.
+        octets: usize,
+    },
+    /// Scales of block FP8 for the features of an [`PackContent::Octets`] item, in its order:
+    /// `f32 [octets][k / 128]`. The 8 features of an octet lie in one block of 128 rows.
+    OctetScales {
+        /// Columns of every feature.
+        k: usize,
+        /// As in the octets.
+        segments: Vec<RowSegment>,
+        /// As in the octets.
+        interleave: usize,
+        /// As in the octets.
+        octets: usize,
     },
     /// A tensor's elements as float32, in row-major order.
     F32 {
@@ -71,6 +107,12 @@ impl PackContent {
                     return None;
                 }
                 layout.bytes().checked_mul(*panels)?
+            }
+            PackContent::Octets { format, k, octets, .. } => {
+                octet_blocks(*format, *k).checked_mul(OCTET_BLOCK)?.checked_mul(*octets)?
+            }
+            PackContent::OctetScales { k, octets, .. } => {
+                k.div_ceil(FP8_COLUMNS).checked_mul(4)?.checked_mul(*octets)?
             }
             PackContent::F32 { len, .. } => len.checked_mul(4)?,
             PackContent::RopeTable { inv_freq, positions, .. } => {

@@ -5,6 +5,7 @@
 
 use crate::abi::{ABI_VERSION, KvLayout};
 use crate::cost::StageCost;
+use crate::launch::LAUNCH_VERSION;
 use crate::pack::Packing;
 use crate::stages::Buffer;
 use crate::tensor::TensorInfo;
@@ -41,15 +42,16 @@ pub enum WeightsFrom {
 /// The machine that the native code is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlanTarget {
-    /// `cpu`.
+    /// `cpu` or `cuda`.
     pub device: String,
-    /// Architecture of the object file, as Rust names it (`x86_64`).
+    /// Architecture: of the object file, as Rust names it (`x86_64`); of the cubin, as NVIDIA names it
+    /// (`sm_90a`).
     pub arch: String,
-    /// LLVM's name of the processor.
+    /// LLVM's name of the processor; empty on CUDA.
     pub cpu: String,
     /// LLVM features that the code needs, each with a `+`, as the processor must report them.
     pub features: Vec<String>,
-    /// Workers: threads here.
+    /// Workers: threads on the CPU; 1 on CUDA, where the kernel takes every SM that there is.
     pub workers: usize,
 }
 
@@ -69,6 +71,18 @@ impl PlanLimits {
     pub fn pages_per_sequence(&self, kv: &KvLayout) -> usize {
         self.context.div_ceil(kv.page_tokens)
     }
+}
+
+/// How a resident kernel is launched: one block on every SM, all at once (a cooperative launch), with
+/// [`crate::launch::LaunchArgs`] as its one parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResidentPlan {
+    /// [`crate::launch::LAUNCH_VERSION`] of the kernel.
+    pub launch_version: u32,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
 }
 
 /// A file of the plan.
@@ -117,8 +131,12 @@ pub struct Plan {
     pub packing: Packing,
     /// Costs by kind of stage.
     pub costs: Vec<StageCost>,
-    /// The native code: a relocatable ELF object with [`crate::abi::ENTRY`] and no undefined symbols.
+    /// The native code. On the CPU a relocatable ELF object with [`crate::abi::ENTRY`] and no undefined
+    /// symbols; on CUDA a cubin with [`crate::launch::KERNEL`].
     pub code: PlanFile,
+    /// How the resident kernel is launched: there for CUDA, and only there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resident: Option<ResidentPlan>,
     /// The text forms.
     pub texts: Vec<PlanFile>,
 }
@@ -240,13 +258,27 @@ impl Plan {
             end = buffer.offset + buffer.bytes();
         }
         match self.buffers.get(self.logits) {
-            Some(logits) if logits.cols == self.vocab && !logits.quantized => {}
+            Some(logits) if logits.cols == self.vocab && !logits.quantized() => {}
             _ => return Err("there is no buffer of logits".into()),
         }
         for file in self.texts.iter().chain([&self.code]) {
             if file.file.is_empty() || file.file.contains(['/', '\\']) || file.file.starts_with('.') {
                 return Err(format!("{:?} is no file of the plan's folder", file.file));
             }
+        }
+        match (self.target.device.as_str(), &self.resident) {
+            ("cpu", None) => {}
+            ("cuda", Some(resident)) => {
+                if resident.launch_version != LAUNCH_VERSION {
+                    return Err(format!(
+                        "its kernel has interface {}, this version launches {LAUNCH_VERSION}",
+                        resident.launch_version
+                    ));
+                }
+                bounded("resident.threads", resident.threads as usize, 1024)?;
+                bounded("resident.shared_bytes", resident.shared_bytes as usize, 1 << 20)?;
+            }
+            (device, _) => return Err(format!("target.device {device:?} and its kernel do not fit")),
         }
         self.packing.verify().map_err(|error| error.to_string())
     }

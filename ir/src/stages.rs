@@ -8,7 +8,7 @@
 
 use crate::abi::{KvLayout, QuantRows};
 use crate::format::{PANEL, PanelLayout};
-use crate::graph::{ActivationFn, Dim, Elem, RopeSpec};
+use crate::graph::{ActivationFn, Dim, RopeSpec};
 use crate::pack::Packing;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -17,13 +17,39 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct BufferId(pub u32);
 
+/// How the elements of an activation buffer are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BufferElem {
+    /// IEEE single, `[rows][cols]`.
+    F32,
+    /// IEEE half, `[rows][cols]`.
+    F16,
+    /// bfloat16, `[rows][cols]`.
+    Bf16,
+    /// Signed bytes in blocks: [`QuantRows`].
+    Q8,
+}
+
+impl BufferElem {
+    /// The name that the text forms use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            BufferElem::F32 => "f32",
+            BufferElem::F16 => "f16",
+            BufferElem::Bf16 => "bf16",
+            BufferElem::Q8 => "q8",
+        }
+    }
+}
+
 /// An activation buffer in the arena.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Buffer {
     /// Name, for people.
     pub name: String,
-    /// `f32 [rows][cols]` if false, [`QuantRows`] if true.
-    pub quantized: bool,
+    /// Type of its elements.
+    pub elem: BufferElem,
     /// Columns.
     pub cols: usize,
     /// Rows that it is sized for.
@@ -35,10 +61,10 @@ pub struct Buffer {
 impl Buffer {
     /// Bytes of the buffer.
     pub fn bytes(&self) -> usize {
-        if self.quantized {
-            self.quant_rows().bytes()
-        } else {
-            (self.rows * self.cols * 4).next_multiple_of(64)
+        match self.elem {
+            BufferElem::Q8 => self.quant_rows().bytes(),
+            BufferElem::F32 => (self.rows * self.cols * 4).next_multiple_of(64),
+            BufferElem::F16 | BufferElem::Bf16 => (self.rows * self.cols * 2).next_multiple_of(64),
         }
     }
 
@@ -47,9 +73,9 @@ impl Buffer {
         QuantRows { k: self.cols, max_rows: self.rows }
     }
 
-    /// Element type.
-    pub fn elem(&self) -> Elem {
-        if self.quantized { Elem::Q8 } else { Elem::F32 }
+    /// Whether it holds signed bytes with scales.
+    pub fn quantized(&self) -> bool {
+        self.elem == BufferElem::Q8
     }
 }
 
@@ -423,7 +449,7 @@ impl fmt::Display for StageProgram {
                 f,
                 "  buffer {:<8} {}[{}, {}] at {:#x}",
                 buffer.name,
-                buffer.elem().name(),
+                buffer.elem.name(),
                 buffer.rows,
                 buffer.cols,
                 buffer.offset

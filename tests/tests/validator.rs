@@ -188,7 +188,7 @@ fn reused_buffers_and_forgotten_waits_are_refused() {
         for (kept, lost) in (0..buffers).flat_map(|a| (0..buffers).map(move |b| (BufferId(a), BufferId(b)))) {
             let alike = |a: BufferId, b: BufferId| {
                 let (a, b) = (good.buffer(a), good.buffer(b));
-                (a.cols, a.quantized) == (b.cols, b.quantized)
+                (a.cols, a.elem) == (b.cols, b.elem)
             };
             if kept == lost || !alike(kept, lost) {
                 continue;

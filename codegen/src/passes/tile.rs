@@ -7,7 +7,7 @@ use tilec_ir::fused::{Anchor, Fused, FusedOp, Links, Part, Piece, ValueId};
 use tilec_ir::graph::{Dim, Elem};
 use tilec_ir::pack::{PACK_ALIGN, PackContent, PackItem, Packing, RowSegment};
 use tilec_ir::stages::{
-    Body, Buffer, BufferId, Extent, Layer, PartWeights, Place, Slot, Stage, StageAnchor, StagePart,
+    Body, Buffer, BufferElem, BufferId, Extent, Layer, PartWeights, Place, Slot, Stage, StageAnchor, StagePart,
     StagePiece, StageProgram, StageWait,
 };
 
@@ -166,7 +166,7 @@ impl Buffers {
         // Each column of a residual is read and written by one tile alone, so its sum may take its
         // place if nobody reads it later.
         let inherited = in_place.filter(|old| self.last_use.get(old) == Some(&index)).map(|old| self.of(old));
-        let fits = |buffer: &Buffer| buffer.quantized == quantized && buffer.cols == info.ty.cols;
+        let fits = |buffer: &Buffer| buffer.quantized() == quantized && buffer.cols == info.ty.cols;
         let buffer = match inherited {
             Some(buffer) => buffer,
             None => {
@@ -187,8 +187,8 @@ impl Buffers {
 
     fn allocate(&mut self, name: &str, quantized: bool, cols: usize) -> BufferId {
         let id = BufferId(self.all.len() as u32);
-        let buffer =
-            Buffer { name: name.to_string(), quantized, cols, rows: self.max_rows, offset: self.end };
+        let elem = if quantized { BufferElem::Q8 } else { BufferElem::F32 };
+        let buffer = Buffer { name: name.to_string(), elem, cols, rows: self.max_rows, offset: self.end };
         self.end += buffer.bytes();
         self.all.push(buffer);
         id
@@ -284,7 +284,7 @@ impl Tiler<'_> {
                         _ => None,
                     };
                     match chain {
-                        [] => stored.is_some_and(|buffer| buffer.quantized && !select),
+                        [] => stored.is_some_and(|buffer| buffer.quantized() && !select),
                         [piece] => norm(piece) && stored.is_some(),
                         _ => false,
                     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tilec_ir::abi::{ABI_VERSION, KV_GROUP, KvLayout, KvType};
 use tilec_ir::pack::Packing;
 use tilec_ir::plan::{PLAN_VERSION, PlanFile, PlanLimits, PlanTarget};
-use tilec_ir::stages::Buffer;
+use tilec_ir::stages::{Buffer, BufferElem};
 
 pub const VOCAB: usize = 64;
 pub const CONTEXT: usize = 48;
@@ -16,7 +16,7 @@ const LAYOUT: KvLayout =
 
 /// A plan of the toy model: 2 sequences, 4 rows.
 pub fn toy_plan(workers: usize) -> Plan {
-    let logits = Buffer { name: "logits".into(), quantized: false, cols: VOCAB, rows: 4, offset: 128 };
+    let logits = Buffer { name: "logits".into(), elem: BufferElem::F32, cols: VOCAB, rows: 4, offset: 128 };
     let plan = Plan {
         plan_version: PLAN_VERSION,
         abi_version: ABI_VERSION,
@@ -46,6 +46,7 @@ pub fn toy_plan(workers: usize) -> Plan {
         packing: Packing::default(),
         costs: Vec::new(),
         code: PlanFile { file: "kernel.o".into(), sha256: String::new() },
+        resident: None,
         texts: Vec::new(),
     };
     plan.verify().unwrap();

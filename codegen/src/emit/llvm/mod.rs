@@ -108,7 +108,7 @@ fn scratch(program: &StageProgram) -> Scratch {
                 let buffer = program.buffer(*input);
                 for part in &stage.parts {
                     let weights = part.weights.expect("a gemm's part has weights");
-                    let activations = if buffer.quantized {
+                    let activations = if buffer.quantized() {
                         Activations::Int8(buffer.quant_rows())
                     } else {
                         Activations::F32 { stride: buffer.cols }

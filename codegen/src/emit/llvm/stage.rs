@@ -125,7 +125,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
         let StageAnchor::Gemm { input } = self.stage.anchor else { unreachable!("called for a gemm") };
         let stage = self.stage;
         let source = self.emitter.program.buffer(input).clone();
-        let activations = if source.quantized {
+        let activations = if source.quantized() {
             Activations::Int8(source.quant_rows())
         } else {
             Activations::F32 { stride: source.cols }
@@ -332,7 +332,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                 ],
             );
         }
-        if target.quantized {
+        if target.quantized() {
             let kernel = self.emitter.quantize(&Quantize { quant: target.quant_rows() })?;
             let to = self.buffer(buffer);
             let code = &self.code;
@@ -450,11 +450,11 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
         let source_rows = if select { from } else { from_own };
         match self.stage.parts[0].pieces.first() {
             Some(StagePiece::RmsNorm { slot, eps, .. }) => {
-                let quant_out = target.quantized.then(|| target.quant_rows());
+                let quant_out = target.quantized().then(|| target.quant_rows());
                 let norm = RmsNorm {
                     dim: source.cols,
                     eps: *eps,
-                    f32_out: !target.quantized,
+                    f32_out: !target.quantized(),
                     quant_out,
                     gathered: select,
                 };
@@ -462,7 +462,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                 let weight = self.packed(*slot);
                 let code = &self.code;
                 let (f32_to, quant_to) =
-                    if target.quantized { (code.null(), to) } else { (to_own, code.null()) };
+                    if target.quantized() { (code.null(), to) } else { (to_own, code.null()) };
                 let index = if select { index } else { code.null() };
                 code.call(
                     kernel,
@@ -517,7 +517,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
             window,
             sinks: false,
         })?;
-        let quantize = match target.quantized {
+        let quantize = match target.quantized() {
             true => Some(self.emitter.quantize(&Quantize { quant: target.quant_rows() })?),
             false => None,
         };
@@ -539,7 +539,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                 let column = code.mul(kv_head, code.size(group_cols));
                 // The kernel writes absolute rows and columns. For bytes it writes into scratch, whose
                 // address is moved back so that the first row and column land at its start.
-                let (out, stride) = if target.quantized {
+                let (out, stride) = if target.quantized() {
                     let skipped = code.add(code.mul(row_start, code.size(group_cols)), column);
                     let back = code.sub(code.int(0), code.mul(skipped, code.int(4)));
                     (code.at(self.scratch, back), group_cols)

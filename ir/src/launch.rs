@@ -1,0 +1,138 @@
+//! What the runtime hands to the resident kernel of a CUDA plan: one structure a launch, by value,
+//! and the layouts of the memory behind its addresses. Version [`LAUNCH_VERSION`] is part of every
+//! such plan.
+
+/// Raised whenever [`LaunchArgs`] or a layout behind it changes.
+pub const LAUNCH_VERSION: u32 = 1;
+
+/// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
+pub const KERNEL: &str = "tilec_resident";
+
+/// Rows that a step of the kernel has at most: the columns of one tensor-core tile. The runtime
+/// runs longer steps as several.
+pub const STEP_ROWS: usize = 8;
+
+/// Output features that one tile of streamed weights makes: the rows of an octet.
+pub const OCTET: usize = 8;
+
+/// Bytes of one block of an octet: 8 features times 64 bytes of consecutive columns, the piece that
+/// a warp loads with one 16-byte access a lane.
+pub const OCTET_BLOCK: usize = 512;
+
+/// Stop tokens that a launch can be given.
+pub const STOP_TOKENS: usize = 8;
+
+/// Words of the synchronization memory, [`SyncLayout`], in bytes. Zeroed before every launch.
+pub const SYNC_BYTES: usize = 4096;
+
+/// Words of the record that a stuck wait leaves: see [`StallRecord`].
+pub const STALL_WORDS: usize = 8;
+
+/// Times of a stage on an SM: when it began to wait, when it could start, when its work was
+/// published, in nanoseconds of the GPU's global timer.
+pub const TRACE_FIELDS: usize = 3;
+
+/// Arguments of one launch. All addresses are of device memory or of mapped host memory and valid
+/// until the kernel ends; `weights`, `kv` and `arena` are aligned to 256 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct LaunchArgs {
+    /// The packed weights, at the offsets that the plan's packing gives.
+    pub weights: u64,
+    /// The KV cache: `[layer][page][kv head]` blocks, in each the keys `[page_tokens][qk_dim]`, then
+    /// the values `[page_tokens][v_pad]`. Pages start zeroed.
+    pub kv: u64,
+    /// The activation buffers, at the offsets that the plan's buffers give.
+    pub arena: u64,
+    /// [`SYNC_BYTES`] of counters, zeroed.
+    pub sync: u64,
+    /// `f32 [logit rows][vocab]`.
+    pub logits: u64,
+    /// `u32 [rows]`: token id of each row.
+    pub tokens: u64,
+    /// `u32 [rows]`: position of each row in its sequence. Rows of a sequence are adjacent and
+    /// ascending.
+    pub positions: u64,
+    /// `u32 [rows]`: page-table row of each row.
+    pub sequences: u64,
+    /// `u32 [logit_rows]`: the rows whose logits are wanted, ascending.
+    pub logit_index: u64,
+    /// `u32 [sequences][pages_per_sequence]` page numbers.
+    pub page_table: u64,
+    /// Mapped host memory: `u32 [`[`STALL_WORDS`]`]`, zero until a wait gives up.
+    pub stall: u64,
+    /// Mapped host memory: `u32 [steps][`[`STEP_ROWS`]`]`, the tokens that were chosen, plus one;
+    /// zero until they are there. Null with `steps` of 1 if nobody wants them.
+    pub chosen: u64,
+    /// Mapped host memory: one `u32`; the launch ends after the step in which it turns non-zero.
+    pub halt: u64,
+    /// `u64 [SMs][stages of a step][`[`TRACE_FIELDS`]`]` of the last step, or null.
+    pub trace: u64,
+    /// Nanoseconds after which a wait gives up.
+    pub patience_ns: u64,
+    /// Rows, 1 to [`STEP_ROWS`].
+    pub rows: u32,
+    /// Rows whose logits are wanted, 0 to `rows`.
+    pub logit_rows: u32,
+    /// Entries of the page table per sequence.
+    pub pages_per_sequence: u32,
+    /// Pages of the KV cache in all.
+    pub kv_pages: u32,
+    /// Steps to run, at least 1. Each step after the first decodes the tokens that the one before
+    /// chose (the largest logit, the lowest id among equals), one position on; more than 1 needs
+    /// `logit_rows == rows`, and pages for all positions.
+    pub steps: u32,
+    /// Used entries of `stop_tokens`.
+    pub stop_count: u32,
+    /// The launch ends after the step in which any row chose one of these.
+    pub stop_tokens: [u32; STOP_TOKENS],
+}
+
+/// What a wait that gave up leaves in [`LaunchArgs::stall`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StallRecord {
+    /// 1 once the record is whole.
+    pub code: u32,
+    /// Number of the stage in the step.
+    pub stage: u32,
+    /// The SM (block) that waited.
+    pub sm: u32,
+    /// Who waited: see [`StallRecord::role_name`].
+    pub role: u32,
+    /// What it saw.
+    pub seen: u32,
+    /// What it waited for.
+    pub expected: u32,
+    /// Step of the launch.
+    pub step: u32,
+    /// Unused.
+    pub reserved: u32,
+}
+
+impl StallRecord {
+    /// The waiting part of the kernel, for people.
+    pub const fn role_name(&self) -> &'static str {
+        match self.role {
+            1 => "the loader, for a free slot of the ring",
+            2 => "a consumer, for weights",
+            3 => "a consumer, for the stage's inputs",
+            4 => "a consumer, for room for its sums",
+            5 => "the control warp, for the consumers",
+            6 => "the control warp, for the other SMs",
+            _ => "an unknown part",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_have_no_holes() {
+        // The kernel's structure is written by hand to the same layout.
+        assert_eq!(std::mem::size_of::<LaunchArgs>(), 15 * 8 + 6 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<StallRecord>(), STALL_WORDS * 4);
+    }
+}
