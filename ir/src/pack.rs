@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 /// Alignment of every item, in bytes: a cache line, and a 512-bit vector.
 pub const PACK_ALIGN: u64 = 64;
 
-/// Rows of one stored tensor that become features of consecutive panels.
+/// Rows of one stored tensor that become features of consecutive panels or octets.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RowSegment {
     /// Name of the tensor, as the checkpoint's `tensors()` spells it.
     pub tensor: String,
     /// First row.
     pub row_start: usize,
-    /// Number of rows; the last panel is padded with zero features if this is no multiple of 16.
+    /// Number of rows; the last panel or octet is padded with zero features if it is not filled.
     pub rows: usize,
 }
 
@@ -23,6 +23,11 @@ impl RowSegment {
     /// Panels that the rows fill.
     pub const fn panels(&self) -> usize {
         self.rows.div_ceil(PANEL)
+    }
+
+    /// Octets that the rows fill.
+    pub const fn octets(&self) -> usize {
+        self.rows.div_ceil(OCTET)
     }
 }
 
@@ -178,9 +183,9 @@ pub enum PackingError {
         /// Where the second starts.
         offset: u64,
     },
-    /// A panel item contradicts itself.
+    /// An item of panels, octets or scales contradicts itself.
     #[error("packing item {item}: {problem}")]
-    Panels {
+    Content {
         /// Index of the item.
         item: usize,
         /// What is wrong.
@@ -190,17 +195,15 @@ pub enum PackingError {
 
 impl Packing {
     /// Checks that every item is aligned, lies inside [`Packing::bytes`], shares no byte with another
-    /// and, for panels, that the segments add up.
+    /// and, for panels, octets and their scales, that the segments add up and that the format is one
+    /// which the layout can hold.
     pub fn verify(&self) -> Result<(), PackingError> {
         let mut spans = Vec::with_capacity(self.items.len());
         for (item, PackItem { offset, content }) in self.items.iter().enumerate() {
             if !offset.is_multiple_of(PACK_ALIGN) {
                 return Err(PackingError::Misaligned { item, offset: *offset });
             }
-            if let PackContent::Panels { layout, segments, interleave, panels } = content {
-                verify_panels(layout, segments, *interleave, *panels)
-                    .map_err(|problem| PackingError::Panels { item, problem })?;
-            }
+            verify_content(content).map_err(|problem| PackingError::Content { item, problem })?;
             let end = content
                 .bytes()
                 .and_then(|bytes| offset.checked_add(bytes))
@@ -221,30 +224,69 @@ impl Packing {
     }
 }
 
-fn verify_panels(
-    layout: &PanelLayout,
+fn verify_content(content: &PackContent) -> Result<(), String> {
+    match content {
+        PackContent::Panels { layout, segments, interleave, panels } => {
+            if layout.k == 0 || *layout != PanelLayout::new(layout.format, layout.k) {
+                return Err("the layout is not one that PanelLayout::new makes".into());
+            }
+            verify_segments(segments, *interleave, *panels, "panels", RowSegment::panels)
+        }
+        PackContent::Octets { format, k, segments, interleave, octets } => {
+            if ![Format::F16, Format::BF16, Format::FP8_BLOCK].contains(format) {
+                return Err(format!("octets hold f16, bf16 or fp8, not {format}"));
+            }
+            verify_octets(*k, segments, *format == Format::FP8_BLOCK)?;
+            verify_segments(segments, *interleave, *octets, "octets", RowSegment::octets)
+        }
+        PackContent::OctetScales { k, segments, interleave, octets } => {
+            verify_octets(*k, segments, true)?;
+            verify_segments(segments, *interleave, *octets, "octets", RowSegment::octets)
+        }
+        PackContent::F32 { .. } | PackContent::RopeTable { .. } => Ok(()),
+    }
+}
+
+/// What octets want beyond sound segments: columns and, where blocks of 128 rows share scales, octets
+/// that lie in one block each.
+fn verify_octets(k: usize, segments: &[RowSegment], share_scales: bool) -> Result<(), String> {
+    if k == 0 {
+        return Err("octets of no columns".into());
+    }
+    let crooked = segments.iter().find(|s| share_scales && !s.row_start.is_multiple_of(OCTET));
+    crooked.map_or(Ok(()), |RowSegment { tensor, row_start, .. }| {
+        Err(format!(
+            "row {row_start} of {tensor} starts an octet of fp8, but is no multiple of {OCTET}: the octet \
+             would have two scales"
+        ))
+    })
+}
+
+fn verify_segments(
     segments: &[RowSegment],
     interleave: usize,
-    panels: usize,
+    expected: usize,
+    units: &str,
+    count: impl Fn(&RowSegment) -> usize,
 ) -> Result<(), String> {
-    if layout.k == 0 || *layout != PanelLayout::new(layout.format, layout.k) {
-        return Err("the layout is not one that PanelLayout::new makes".into());
-    }
     if interleave == 0 || !segments.len().is_multiple_of(interleave) {
         return Err(format!("{} segments do not split into groups of {interleave}", segments.len()));
     }
-    if let Some(group) = segments.chunks(interleave).find(|g| g.iter().any(|s| s.panels() != g[0].panels())) {
-        return Err(format!("the segments interleaved with {} have unequal panel counts", group[0].tensor));
+    if let Some(group) = segments.chunks(interleave).find(|g| g.iter().any(|s| count(s) != count(&g[0]))) {
+        return Err(format!(
+            "the segments interleaved with {} have unequal numbers of {units}",
+            group[0].tensor
+        ));
     }
     let mut sum = 0usize;
     for segment in segments {
         if segment.row_start.checked_add(segment.rows).is_none() {
             return Err(format!("the rows of {} overflow", segment.tensor));
         }
-        sum = sum.checked_add(segment.panels()).ok_or("the number of panels overflows")?;
+        sum = sum.checked_add(count(segment)).ok_or_else(|| format!("the number of {units} overflows"))?;
     }
-    if sum != panels {
-        return Err(format!("the segments fill {sum} panels, the item says {panels}"));
+    if sum != expected {
+        return Err(format!("the segments fill {sum} {units}, the item says {expected}"));
     }
     Ok(())
 }
@@ -254,12 +296,13 @@ mod tests {
     use super::*;
     use crate::format::Format;
 
+    fn segments(rows: &[usize]) -> Vec<RowSegment> {
+        let segment = |(i, &rows)| RowSegment { tensor: format!("t{i}"), row_start: 0, rows };
+        rows.iter().enumerate().map(segment).collect()
+    }
+
     fn panels(offset: u64, rows: &[usize], interleave: usize, panels: usize) -> PackItem {
-        let segments = rows
-            .iter()
-            .enumerate()
-            .map(|(i, &rows)| RowSegment { tensor: format!("t{i}"), row_start: 0, rows })
-            .collect();
+        let segments = segments(rows);
         let layout = PanelLayout::new(Format::MXFP4, 64);
         PackItem { offset, content: PackContent::Panels { layout, segments, interleave, panels } }
     }
@@ -295,7 +338,112 @@ mod tests {
             [(&[16, 16][..], 1, 3), (&[16, 32], 2, 3), (&[16], 2, 1), (&[16], 0, 1), (&[usize::MAX; 2], 1, 2)]
         {
             let result = check(vec![panels(0, rows, interleave, count)], 1 << 40);
-            assert!(matches!(result, Err(Panels { item: 0, .. })), "{rows:?} {interleave}: {result:?}");
+            assert!(matches!(result, Err(Content { item: 0, .. })), "{rows:?} {interleave}: {result:?}");
         }
+    }
+
+    fn octets(format: Format, k: usize, segments: Vec<RowSegment>, interleave: usize) -> PackContent {
+        let octets = segments.iter().map(RowSegment::octets).sum();
+        PackContent::Octets { format, k, segments, interleave, octets }
+    }
+
+    fn octet_scales(k: usize, segments: Vec<RowSegment>, interleave: usize) -> PackContent {
+        let octets = segments.iter().map(RowSegment::octets).sum();
+        PackContent::OctetScales { k, segments, interleave, octets }
+    }
+
+    #[test]
+    fn octets_have_the_bytes_of_their_blocks() {
+        // (format, columns, blocks of 64 bytes a feature)
+        for (format, k, blocks) in [
+            (Format::F16, 1, 1),
+            (Format::BF16, 32, 1),
+            (Format::BF16, 33, 2),
+            (Format::BF16, 576, 18),
+            (Format::FP8_BLOCK, 64, 1),
+            (Format::FP8_BLOCK, 65, 2),
+            (Format::FP8_BLOCK, 576, 9),
+        ] {
+            assert_eq!(octet_blocks(format, k), blocks, "{format} {k}");
+            // 1 + 2 octets.
+            let content = octets(format, k, segments(&[8, 9]), 1);
+            assert_eq!(content.bytes(), Some(3 * 512 * blocks as u64), "{format} {k}");
+        }
+        for (k, scales) in [(1, 1), (128, 1), (129, 2), (576, 5)] {
+            assert_eq!(octet_scales(k, segments(&[8, 9]), 1).bytes(), Some(3 * 4 * scales), "{k}");
+        }
+    }
+
+    #[test]
+    fn sound_octets_pass_and_round_trip() {
+        let codes = octets(Format::FP8_BLOCK, 576, segments(&[16, 9, 8, 1]), 2);
+        let scales = octet_scales(576, segments(&[16, 9, 8, 1]), 2);
+        let halves =
+            octets(Format::F16, 1, vec![RowSegment { tensor: "t".into(), row_start: 3, rows: 7 }], 1);
+        let mut packing = Packing::default();
+        for content in [codes, scales, halves] {
+            let offset = packing.bytes;
+            packing.bytes = (offset + content.bytes().unwrap()).next_multiple_of(PACK_ALIGN);
+            packing.items.push(PackItem { offset, content });
+        }
+        packing.verify().unwrap();
+        let text = serde_json::to_string(&packing).unwrap();
+        assert_eq!(serde_json::from_str::<Packing>(&text).unwrap(), packing);
+    }
+
+    #[test]
+    fn octets_that_contradict_themselves_are_refused() {
+        let refused = |content: PackContent, words: &str| {
+            let error = check(vec![PackItem { offset: 0, content }], 1 << 40).unwrap_err();
+            assert!(matches!(error, PackingError::Content { item: 0, .. }), "{error}");
+            assert!(error.to_string().contains(words), "no {words:?} in {error}");
+        };
+        for (name, format) in Format::NAMED {
+            let content = octets(*format, 64, segments(&[8]), 1);
+            match *name {
+                "f16" | "bf16" | "fp8" => check(vec![PackItem { offset: 0, content }], 1 << 40).unwrap(),
+                _ => refused(content, "not "),
+            }
+        }
+        // Codes alone are not a format that a checkpoint can be converted to.
+        let bare = Format { block: 0, scale: None, ..Format::FP8_BLOCK };
+        refused(octets(bare, 64, segments(&[8]), 1), "octets hold f16, bf16 or fp8");
+
+        let both = |k: usize, rows: &[usize], interleave: usize, count: Option<usize>, words: &str| {
+            let mut contents = [
+                octets(Format::BF16, k, segments(rows), interleave),
+                octet_scales(k, segments(rows), interleave),
+            ];
+            for content in &mut contents {
+                if let (
+                    PackContent::Octets { octets, .. } | PackContent::OctetScales { octets, .. },
+                    Some(count),
+                ) = (content, count)
+                {
+                    *octets = count;
+                }
+            }
+            for content in contents {
+                refused(content, words);
+            }
+        };
+        both(0, &[8], 1, None, "no columns");
+        both(64, &[8, 9], 1, Some(2), "fill 3 octets, the item says 2");
+        both(64, &[8, 9], 2, None, "unequal numbers of octets");
+        both(64, &[8], 2, None, "groups of 2");
+        both(64, &[8], 0, None, "groups of 0");
+
+        let from = |row_start| vec![RowSegment { tensor: "q".into(), row_start, rows: 8 }];
+        refused(octets(Format::FP8_BLOCK, 64, from(12), 1), "row 12 of q starts an octet of fp8");
+        refused(octet_scales(64, from(12), 1), "no multiple of 8");
+        refused(octets(Format::BF16, 64, from(usize::MAX - 7), 1), "the rows of q overflow");
+        check(vec![PackItem { offset: 0, content: octets(Format::BF16, 64, from(12), 1) }], 1024).unwrap();
+
+        let vast = octets(Format::BF16, usize::MAX, segments(&[8]), 1);
+        let error = check(vec![PackItem { offset: 0, content: vast }], u64::MAX);
+        assert_eq!(error, Err(PackingError::Overflow { item: 0 }));
+        let vast = octet_scales(usize::MAX, segments(&[usize::MAX]), 1);
+        let error = check(vec![PackItem { offset: 0, content: vast }], u64::MAX);
+        assert_eq!(error, Err(PackingError::Overflow { item: 0 }));
     }
 }
