@@ -1,5 +1,5 @@
-//! Executes a packing recipe: reads the rows that it names from a checkpoint, lays them out as panels,
-//! and keeps the result in a file, so that the next start maps it instead of packing again.
+//! Executes a packing recipe: reads the rows that it names from a checkpoint, lays them out as panels or
+//! octets, and keeps the result in a file, so that the next start maps it instead of packing again.
 //!
 //! The file is a page of header and then the packed weights:
 //!
@@ -16,16 +16,19 @@
 use crate::checkpoint::{Checkpoint, CheckpointError, ErrorKind};
 use memmap2::{Mmap, MmapMut};
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
-use tilec_ir::convert::{dequantize, pack_panel, quantize};
-use tilec_ir::format::{PANEL, PanelLayout};
-use tilec_ir::pack::{PackContent, PackItem, Packing, PackingError, RowSegment};
+use tilec_ir::convert::{ConvertError, dequantize, pack_panel, quantize, row_format};
+use tilec_ir::format::{Code, Format, PANEL, PanelLayout};
+use tilec_ir::launch::{OCTET, OCTET_BLOCK};
+use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, octet_blocks};
 
 /// Raised whenever the layout of the file or the packing of a format changes.
 pub const PACKED_VERSION: u32 = 1;
@@ -35,7 +38,7 @@ const DATA_OFFSET: usize = 4096;
 
 const MAGIC: &[u8; 8] = b"tilecpkw";
 
-/// Bytes of panels that one job makes: large enough to hide its start, small enough to balance.
+/// Bytes of panels or octets that one job makes: large enough to hide its start, small enough to balance.
 const JOB_BYTES: usize = 1 << 20;
 
 /// Bytes that are packed before the pages of the sources are given back.
@@ -129,6 +132,11 @@ pub fn pack(
         usize::try_from(packing.bytes).map_err(|_| memory(io::Error::from(io::ErrorKind::OutOfMemory)))?;
     // Maps of no length are refused by some systems.
     let mut map = MmapMut::map_anon(len.max(1)).map_err(memory)?;
+    // Zeroing page by page would cost more than the copy. It is a hint: no system has to follow it.
+    #[cfg(target_os = "linux")]
+    if let Err(error) = map.advise(memmap2::Advice::HugePage) {
+        tracing::debug!(%error, "packing into pages of the usual size");
+    }
     fill(checkpoint, packing, &mut map[..len], progress)?;
     let map = map.make_read_only().map_err(memory)?;
     Ok(PackedWeights { map, offset: 0, len, cached: false })
@@ -273,37 +281,66 @@ fn hex(bytes: &[u8]) -> String {
 
 /// A piece of work and the bytes that it fills.
 enum Job<'a> {
-    /// Panels `first..` of every segment of one or several whole groups.
-    Panels {
-        layout: PanelLayout,
-        groups: Vec<PanelGroup<'a>>,
-        out: &'a mut [u8],
-    },
-    F32 {
-        tensor: &'a str,
-        len: usize,
-        out: &'a mut [u8],
-    },
-    RopeTable {
-        inv_freq: &'a [f32],
-        positions: usize,
-        factor: f32,
-        out: &'a mut [u8],
-    },
+    Panels { layout: PanelLayout, groups: Vec<Group<'a>>, out: &'a mut [u8] },
+    Octets { format: Format, k: usize, groups: Vec<Group<'a>>, out: &'a mut [u8] },
+    OctetScales { k: usize, groups: Vec<Group<'a>>, out: &'a mut [u8] },
+    F32 { tensor: &'a str, len: usize, out: &'a mut [u8] },
+    RopeTable { inv_freq: &'a [f32], positions: usize, factor: f32, out: &'a mut [u8] },
 }
 
-/// Panels `first..end` of each of the interleaved segments.
+/// Units (panels or octets) `first..end` of each of the interleaved segments.
 #[derive(Clone, Copy)]
-struct PanelGroup<'a> {
+struct Group<'a> {
     segments: &'a [RowSegment],
     first: usize,
     end: usize,
 }
 
-impl PanelGroup<'_> {
-    fn panels(&self) -> usize {
+impl Group<'_> {
+    fn units(&self) -> usize {
         (self.end - self.first) * self.segments.len()
     }
+}
+
+/// Splits the units of an item, `units` of each segment, into jobs of about `limit` units.
+fn split<'a>(
+    segments: &'a [RowSegment],
+    interleave: usize,
+    limit: usize,
+    units: impl Fn(&RowSegment) -> usize,
+    mut job: impl FnMut(Vec<Group<'a>>),
+) {
+    let mut pending: Vec<Group<'a>> = Vec::new();
+    for segments in segments.chunks(interleave) {
+        let (all, step) = (units(&segments[0]), (limit / interleave).max(1));
+        for first in (0..all).step_by(step) {
+            pending.push(Group { segments, first, end: all.min(first + step) });
+            if pending.iter().map(Group::units).sum::<usize>() >= limit {
+                job(std::mem::take(&mut pending));
+            }
+        }
+    }
+    if !pending.is_empty() {
+        job(pending);
+    }
+}
+
+/// Octets of a job. Those of fp8 come in whole blocks of rows, which are quantized together.
+fn octets_per_job(format: Format, k: usize, interleave: usize) -> usize {
+    let limit = (JOB_BYTES / (octet_blocks(format, k) * OCTET_BLOCK)).max(1);
+    let block = (format.block_rows / OCTET).max(1).saturating_mul(interleave);
+    limit.checked_next_multiple_of(block).unwrap_or(limit)
+}
+
+/// Cuts the first `units * unit_bytes` bytes off `rest`.
+fn take<'a>(rest: &mut &'a mut [u8], units: usize, unit_bytes: usize) -> &'a mut [u8] {
+    let (head, tail) = std::mem::take(rest).split_at_mut(units * unit_bytes);
+    *rest = tail;
+    head
+}
+
+fn count(groups: &[Group<'_>]) -> usize {
+    groups.iter().map(Group::units).sum()
 }
 
 /// Splits the recipe, which is verified, into jobs over disjoint parts of `out`.
@@ -326,35 +363,36 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
                 jobs.push(Job::RopeTable { inv_freq, positions, factor, out: own });
             }
             PackContent::Panels { layout, segments, interleave, .. } => {
-                let panel_bytes = layout.bytes();
+                let (layout, panel_bytes) = (*layout, layout.bytes());
                 let limit = (JOB_BYTES / panel_bytes).max(1);
-                let mut pending: Vec<PanelGroup<'a>> = Vec::new();
-                let mut flush = |groups: Vec<PanelGroup<'a>>| {
-                    let panels: usize = groups.iter().map(PanelGroup::panels).sum();
-                    let (head, tail) = std::mem::take(&mut own).split_at_mut(panels * panel_bytes);
-                    own = tail;
-                    jobs.push(Job::Panels { layout: *layout, groups, out: head });
-                };
-                for segments in segments.chunks(*interleave) {
-                    let step = (limit / interleave).max(1);
-                    for first in (0..segments[0].panels()).step_by(step) {
-                        let end = segments[0].panels().min(first + step);
-                        pending.push(PanelGroup { segments, first, end });
-                        if pending.iter().map(PanelGroup::panels).sum::<usize>() >= limit {
-                            flush(std::mem::take(&mut pending));
-                        }
-                    }
-                }
-                if !pending.is_empty() {
-                    flush(pending);
-                }
+                split(segments, *interleave, limit, RowSegment::panels, |groups| {
+                    let out = take(&mut own, count(&groups), panel_bytes);
+                    jobs.push(Job::Panels { layout, groups, out });
+                });
+            }
+            PackContent::Octets { format, k, segments, interleave, .. } => {
+                let (format, k) = (*format, *k);
+                let limit = octets_per_job(format, k, *interleave);
+                split(segments, *interleave, limit, RowSegment::octets, |groups| {
+                    let out = take(&mut own, count(&groups), octet_blocks(format, k) * OCTET_BLOCK);
+                    jobs.push(Job::Octets { format, k, groups, out });
+                });
+            }
+            PackContent::OctetScales { k, segments, interleave, .. } => {
+                let k = *k;
+                // What is read counts, not the few bytes that are written.
+                let limit = octets_per_job(Format::FP8_BLOCK, k, *interleave);
+                split(segments, *interleave, limit, RowSegment::octets, |groups| {
+                    let out = take(&mut own, count(&groups), k.div_ceil(FP8_COLUMNS) * 4);
+                    jobs.push(Job::OctetScales { k, groups, out });
+                });
             }
         }
     }
     jobs
 }
 
-/// Fills `out`, which is zero, with what the recipe asks for.
+/// Fills `out` with what the recipe asks for: every byte of every item. The gaps between them stay.
 fn fill(
     checkpoint: &Checkpoint,
     packing: &Packing,
@@ -406,28 +444,39 @@ fn fill(
 /// Checks the recipe against the checkpoint's shapes before any work, and says what will be converted.
 fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
     const REMEDY: &str = "compile the model again from this checkpoint";
+    // `to` is the format in which the item holds what it takes from the rows; scales are told of with
+    // their codes.
+    let check_rows = |segments: &[RowSegment], k: usize, from: fn(Format) -> Format, to: Option<Format>| {
+        let mut last = "";
+        for RowSegment { tensor, row_start, rows } in segments {
+            let info = checkpoint.tensor(tensor)?;
+            let have = info.rows().unwrap_or(0);
+            if info.cols() != k || row_start + rows > have {
+                let problem = format!(
+                    "its shape is {:?}, the plan wants rows {row_start}..{} of {k} columns",
+                    info.shape,
+                    row_start + rows,
+                );
+                return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, REMEDY));
+            }
+            if let Some(to) = to.filter(|to| tensor != last && from(info.format) != *to) {
+                let from = info.format;
+                tracing::info!(%tensor, %from, %to, "converting through float32");
+            }
+            last = tensor;
+        }
+        Ok(())
+    };
     for item in &packing.items {
         match &item.content {
             PackContent::Panels { layout, segments, .. } => {
-                let mut last = "";
-                for RowSegment { tensor, row_start, rows } in segments {
-                    let info = checkpoint.tensor(tensor)?;
-                    let have = info.rows().unwrap_or(0);
-                    if info.cols() != layout.k || row_start + rows > have {
-                        let problem = format!(
-                            "its shape is {:?}, the plan wants rows {row_start}..{} of {} columns",
-                            info.shape,
-                            row_start + rows,
-                            layout.k
-                        );
-                        return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, REMEDY).into());
-                    }
-                    if tensor != last && PanelLayout::new(info.format, layout.k) != *layout {
-                        let (from, to) = (info.format, layout.format);
-                        tracing::info!(%tensor, %from, %to, "converting through float32");
-                    }
-                    last = tensor;
-                }
+                check_rows(segments, layout.k, row_format, Some(layout.format))?;
+            }
+            PackContent::Octets { format, k, segments, .. } => {
+                check_rows(segments, *k, |format| format, Some(*format))?;
+            }
+            PackContent::OctetScales { k, segments, .. } => {
+                check_rows(segments, *k, |format| format, None)?;
             }
             PackContent::F32 { tensor, len } => {
                 let info = checkpoint.tensor(tensor)?;
@@ -458,19 +507,68 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>) -> Result<u64, PackError> {
             Ok(out.len() as u64)
         }
         Job::Panels { layout, groups, out } => {
-            let panel_bytes = layout.bytes();
-            let mut rest = &mut *out;
-            for group in groups {
-                let (own, tail) = rest.split_at_mut(group.panels() * panel_bytes);
-                rest = tail;
-                for (index, segment) in group.segments.iter().enumerate() {
-                    let panels = own.chunks_exact_mut(panel_bytes).skip(index).step_by(group.segments.len());
-                    pack_segment(checkpoint, &layout, segment, group.first, group.end, panels)?;
+            for_each_part(&groups, layout.bytes(), out, |segment, units, panels| {
+                pack_segment(checkpoint, &layout, segment, units.start, units.end, panels)
+            })?;
+            Ok(out.len() as u64)
+        }
+        Job::Octets { format: Format::FP8_BLOCK, k, groups, out } => {
+            let mut source = Fp8Source::new(checkpoint, &groups);
+            for_each_part(
+                &groups,
+                octet_blocks(Format::FP8_BLOCK, k) * OCTET_BLOCK,
+                out,
+                |part, units, octets| {
+                    for (octet, out) in units.zip(octets) {
+                        let rows = OCTET.min(part.rows - octet * OCTET);
+                        let (codes, _) = source.octet(&part.tensor, part.row_start + octet * OCTET)?;
+                        lay_octet(&codes[..rows * k], k, out);
+                    }
+                    Ok(())
+                },
+            )?;
+            Ok(out.len() as u64)
+        }
+        Job::Octets { format, k, groups, out } => {
+            for_each_part(&groups, octet_blocks(format, k) * OCTET_BLOCK, out, |part, units, octets| {
+                float_octets(checkpoint, format, part, units, octets)
+            })?;
+            Ok(out.len() as u64)
+        }
+        Job::OctetScales { k, groups, out } => {
+            let mut source = Fp8Source::new(checkpoint, &groups);
+            for_each_part(&groups, k.div_ceil(FP8_COLUMNS) * 4, out, |part, units, octets| {
+                for (octet, out) in units.zip(octets) {
+                    let (_, scales) = source.octet(&part.tensor, part.row_start + octet * OCTET)?;
+                    out.copy_from_slice(scales);
                 }
-            }
+                Ok(())
+            })?;
             Ok(out.len() as u64)
         }
     }
+}
+
+/// Calls `pack(segment, units, places)` for every segment of every group: the units of the segment and,
+/// in their order, the parts of `out` that they fill.
+fn for_each_part<'a>(
+    groups: &[Group<'a>],
+    unit_bytes: usize,
+    mut out: &mut [u8],
+    mut pack: impl FnMut(
+        &'a RowSegment,
+        Range<usize>,
+        &mut dyn Iterator<Item = &mut [u8]>,
+    ) -> Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    for group in groups {
+        let own = take(&mut out, group.units(), unit_bytes);
+        for (index, segment) in group.segments.iter().enumerate() {
+            let mut places = own.chunks_exact_mut(unit_bytes).skip(index).step_by(group.segments.len());
+            pack(segment, group.first..group.end, &mut places)?;
+        }
+    }
+    Ok(())
 }
 
 /// Packs panels `first..end` of a segment into `panels`.
@@ -499,6 +597,171 @@ fn pack_segment<'a>(
         pack_panel(layout, &view.slice(start..view.rows().min(start + PANEL)), out).map_err(fault)?;
     }
     Ok(())
+}
+
+/// Lays up to 8 rows of `row_bytes` bytes each, one behind the other in `rows`, out as an octet, `out`,
+/// all of which is written.
+fn lay_octet(rows: &[u8], row_bytes: usize, out: &mut [u8]) {
+    const PIECE: usize = OCTET_BLOCK / OCTET;
+    let mut sources: [&[u8]; OCTET] = [&[]; OCTET];
+    for (source, row) in sources.iter_mut().zip(rows.chunks_exact(row_bytes)) {
+        *source = row;
+    }
+    for block in out.as_chunks_mut::<OCTET_BLOCK>().0 {
+        for (piece, source) in block.as_chunks_mut::<PIECE>().0.iter_mut().zip(&mut sources) {
+            match source.split_first_chunk::<PIECE>() {
+                Some((head, tail)) => {
+                    *piece = *head;
+                    *source = tail;
+                }
+                // The end of a row, or none.
+                None => {
+                    let (head, padding) = piece.split_at_mut(source.len());
+                    head.copy_from_slice(source);
+                    padding.fill(0);
+                    *source = &[];
+                }
+            }
+        }
+    }
+}
+
+/// Packs octets `units` of a segment, in f16 or bf16, into `octets`: as stored, or rounded to nearest,
+/// ties to even.
+fn float_octets(
+    checkpoint: &Checkpoint,
+    format: Format,
+    segment: &RowSegment,
+    units: Range<usize>,
+    octets: &mut dyn Iterator<Item = &mut [u8]>,
+) -> Result<(), CheckpointError> {
+    let name = segment.tensor.as_str();
+    let fault = |error| checkpoint.convert_fault(name, &error);
+    let first = segment.row_start + units.start * OCTET;
+    let end = segment.row_start + segment.rows.min(units.end * OCTET);
+    let stored = checkpoint.rows(name, first..end)?;
+    let row_bytes = stored.cols * format.code.bits() / 8;
+    if stored.format == format {
+        for (rows, out) in stored.codes.chunks(OCTET * row_bytes).zip(octets) {
+            lay_octet(rows, row_bytes, out);
+        }
+        return Ok(());
+    }
+    let view = stored.view().map_err(fault)?;
+    let mut values = vec![0.0; OCTET.min(stored.rows) * stored.cols];
+    for (start, out) in (0..stored.rows).step_by(OCTET).zip(octets) {
+        let rows = OCTET.min(stored.rows - start);
+        let values = &mut values[..rows * stored.cols];
+        dequantize(&view.slice(start..start + rows), values).map_err(fault)?;
+        let converted = quantize(format, rows, stored.cols, values).map_err(fault)?;
+        if let Some(at) = not_finite(format.code, &converted.codes) {
+            let (row, col, value) = (first + start + at / stored.cols, at % stored.cols, values[at]);
+            let problem =
+                format!("the weight in row {row}, column {col} is {value}, which {format} cannot hold");
+            let remedy = "check that the checkpoint is sound, or take its weights as stored or in bf16";
+            return Err(checkpoint.fault(name, ErrorKind::Value, problem, remedy));
+        }
+        lay_octet(&converted.codes, row_bytes, out);
+    }
+    Ok(())
+}
+
+/// The first of these f16 or bf16 numbers that is infinite or NaN.
+fn not_finite(code: Code, codes: &[u8]) -> Option<usize> {
+    let exponent: u16 = if code == Code::F16 { 0x7c00 } else { 0x7f80 };
+    codes.as_chunks::<2>().0.iter().position(|bytes| u16::from_le_bytes(*bytes) & exponent == exponent)
+}
+
+/// Rows of a tensor that share scales in block FP8, in that format.
+struct Fp8Rows<'a> {
+    tensor: &'a str,
+    block: usize,
+    /// `[rows][columns]`.
+    codes: Cow<'a, [u8]>,
+    /// `f32 [octets][columns / 128]`, little endian.
+    scales: Vec<u8>,
+    cols: usize,
+}
+
+/// Reads tensors as block FP8, a block of 128 rows at a time.
+///
+/// What it gives depends on tensor and row alone, not on the segments of the recipe: that keeps codes and
+/// scales, which are items of their own, together.
+struct Fp8Source<'a> {
+    checkpoint: &'a Checkpoint,
+    /// The blocks of rows that were read last. Small segments of interleaved tensors come back to them.
+    recent: Vec<Fp8Rows<'a>>,
+    /// How many are kept.
+    limit: usize,
+}
+
+impl<'a> Fp8Source<'a> {
+    fn new(checkpoint: &'a Checkpoint, groups: &[Group<'a>]) -> Fp8Source<'a> {
+        let limit = groups.iter().map(|group| group.segments.len()).max().unwrap_or(0).max(1);
+        Fp8Source { checkpoint, recent: Vec::new(), limit }
+    }
+
+    /// Codes (of as many rows as the tensor has there, at most 8) and scales of the octet that starts
+    /// at `row`, a multiple of 8.
+    fn octet(&mut self, tensor: &'a str, row: usize) -> Result<(&[u8], &[u8]), CheckpointError> {
+        let (block, octet) = (row / FP8_ROWS, row % FP8_ROWS / OCTET);
+        let found = self.recent.iter().position(|rows| rows.block == block && rows.tensor == tensor);
+        let index = match found {
+            Some(index) => index,
+            None => {
+                if self.recent.len() == self.limit {
+                    self.recent.remove(0);
+                }
+                self.recent.push(Fp8Rows::read(self.checkpoint, tensor, block)?);
+                self.recent.len() - 1
+            }
+        };
+        let rows = &self.recent[index];
+        let scale_row = rows.cols.div_ceil(FP8_COLUMNS) * 4;
+        let codes = &rows.codes[octet * OCTET * rows.cols..];
+        Ok((&codes[..codes.len().min(OCTET * rows.cols)], &rows.scales[octet * scale_row..][..scale_row]))
+    }
+}
+
+/// Rows that share a scale of block FP8.
+const FP8_ROWS: usize = Format::FP8_BLOCK.block_rows;
+
+impl<'a> Fp8Rows<'a> {
+    /// Rows `block * 128..` of a tensor: as stored if the rows of every octet share their scales (whether
+    /// the checkpoint has them per block or per tensor), else quantized again, as
+    /// [`quantize`] would the whole tensor.
+    fn read(
+        checkpoint: &'a Checkpoint,
+        tensor: &'a str,
+        block: usize,
+    ) -> Result<Fp8Rows<'a>, CheckpointError> {
+        let have = checkpoint.tensor(tensor)?.rows().unwrap_or(0);
+        let first = block * FP8_ROWS;
+        let stored = checkpoint.rows(tensor, first..have.min(first + FP8_ROWS))?;
+        let (rows, cols) = (stored.rows, stored.cols);
+        let scale_row = cols.div_ceil(FP8_COLUMNS) * 4;
+        let same_format = stored.format == row_format(Format::FP8_BLOCK);
+        let octets = || stored.scales.chunks(OCTET * scale_row).map(|scales| scales.split_at(scale_row));
+        if same_format && octets().all(|(first, rest)| rest.chunks_exact(scale_row).all(|row| row == first)) {
+            let scales = octets().flat_map(|(first, _)| first.iter().copied()).collect();
+            return Ok(Fp8Rows { tensor, block, codes: stored.codes, scales, cols });
+        }
+        if same_format && block == 0 {
+            // A format of the same name: what `check` has seen does not tell.
+            tracing::info!(%tensor, "its rows have scales of their own: quantizing to 128 x 128 blocks");
+        }
+        let fault = |error| match error {
+            ConvertError::NotFinite { row, col, value } => {
+                checkpoint.convert_fault(tensor, &ConvertError::NotFinite { row: first + row, col, value })
+            }
+            error => checkpoint.convert_fault(tensor, &error),
+        };
+        let mut values = vec![0.0; rows * cols];
+        dequantize(&stored.view().map_err(fault)?, &mut values).map_err(fault)?;
+        let converted = quantize(Format::FP8_BLOCK, rows, cols, &values).map_err(fault)?;
+        let scales = converted.scales.repeat(rows.div_ceil(OCTET));
+        Ok(Fp8Rows { tensor, block, codes: Cow::Owned(converted.codes), scales, cols })
+    }
 }
 
 /// The angle is the float32 product of position and frequency, as reference implementations have it;

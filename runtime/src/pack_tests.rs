@@ -329,3 +329,467 @@ fn a_failure_leaves_no_file() {
     let error = pack_cached(&checkpoint, &everything(), &file, &mut |_, _| {}).unwrap_err();
     assert!(error.to_string().contains("making the folder"), "{error}");
 }
+
+// ---------------------------------------------------------------- octets
+
+/// Tensors of a checkpoint in a folder, by name: dtype, shape, bytes.
+type Stored<'a> = (&'a str, &'a str, Vec<usize>, Vec<u8>);
+
+fn folder(tensors: &[Stored<'_>]) -> (tempfile::TempDir, Checkpoint) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut header = serde_json::Map::new();
+    let mut data = Vec::new();
+    for (name, dtype, shape, bytes) in tensors {
+        let offsets = [data.len(), data.len() + bytes.len()];
+        data.extend_from_slice(bytes);
+        header.insert(
+            name.to_string(),
+            serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}),
+        );
+    }
+    let header = serde_json::to_vec(&header).unwrap();
+    let file = [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat();
+    fs::write(folder.path().join("model.safetensors"), file).unwrap();
+    fs::write(folder.path().join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    (folder, checkpoint)
+}
+
+/// Bytes without a pattern.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn octets(format: Format, k: usize, segments: Vec<RowSegment>, interleave: usize) -> PackContent {
+    let octets = segments.iter().map(RowSegment::octets).sum();
+    PackContent::Octets { format, k, segments, interleave, octets }
+}
+
+fn octet_scales(k: usize, segments: Vec<RowSegment>, interleave: usize) -> PackContent {
+    let octets = segments.iter().map(RowSegment::octets).sum();
+    PackContent::OctetScales { k, segments, interleave, octets }
+}
+
+/// Segment and octet of the segment, in the order in which an item has its octets.
+fn octet_order(segments: &[RowSegment], interleave: usize) -> Vec<(usize, usize)> {
+    let mut order = Vec::new();
+    for group in (0..segments.len()).step_by(interleave) {
+        for octet in 0..segments[group].rows.div_ceil(8) {
+            for segment in group..group + interleave {
+                order.push((segment, octet));
+            }
+        }
+    }
+    order
+}
+
+/// The octets byte by byte; `byte(tensor, row, i)` is byte `i` of a row of `row_bytes` bytes.
+fn slow_octets(
+    segments: &[RowSegment],
+    interleave: usize,
+    row_bytes: usize,
+    byte: impl Fn(&str, usize, usize) -> u8,
+) -> Vec<u8> {
+    let blocks = row_bytes.div_ceil(64);
+    let order = octet_order(segments, interleave);
+    let mut out = vec![0; order.len() * blocks * 512];
+    for (number, (segment, octet)) in order.into_iter().enumerate() {
+        let RowSegment { tensor, row_start, rows } = &segments[segment];
+        for feature in (0..8).filter(|feature| octet * 8 + feature < *rows) {
+            for i in 0..row_bytes {
+                let at = ((number * blocks + i / 64) * 8 + feature) * 64 + i % 64;
+                out[at] = byte(tensor, row_start + octet * 8 + feature, i);
+            }
+        }
+    }
+    out
+}
+
+/// Packs over poison and checks that nothing but the items is touched.
+fn packed_over_poison(checkpoint: &Checkpoint, contents: Vec<PackContent>) -> Vec<Vec<u8>> {
+    const POISON: u8 = 0xa5;
+    let packing = recipe(contents);
+    packing.verify().unwrap();
+    let mut out = vec![POISON; packing.bytes as usize];
+    fill(checkpoint, &packing, &mut out, &mut |_, _| {}).unwrap();
+    let mut found = Vec::new();
+    let mut at = 0;
+    for PackItem { offset, content } in &packing.items {
+        let (start, len) = (*offset as usize, content.bytes().unwrap() as usize);
+        assert!(out[at..start].iter().all(|b| *b == POISON), "the gap before byte {start}");
+        found.push(out[start..start + len].to_vec());
+        at = start + len;
+    }
+    assert!(out[at..].iter().all(|b| *b == POISON), "the gap at the end");
+    found
+}
+
+/// 16-bit numbers of magnitude 2^-7 to 2^8, in f16 and in bf16.
+fn halves(seed: u64, count: usize) -> [Vec<u8>; 2] {
+    let numbers = noise(seed, 2 * count);
+    let value = |b: &[u8]| (f32::from(b[0] as i8) + 0.5) * 2f32.powi(i32::from(b[1] % 9) - 7);
+    let encode = |to: fn(f32) -> [u8; 2]| numbers.chunks(2).flat_map(|b| to(value(b))).collect();
+    [encode(|v| half::f16::from_f32(v).to_le_bytes()), encode(|v| half::bf16::from_f32(v).to_le_bytes())]
+}
+
+/// What `format` holds of every row of a tensor, made one weight at a time.
+fn rounded(checkpoint: &Checkpoint, tensor: &str, format: Format) -> Vec<u8> {
+    let values = checkpoint.tensor_f32(tensor).unwrap();
+    let round = |v: f32| match format {
+        Format::F16 => half::f16::from_f32(v).to_le_bytes(),
+        _ => half::bf16::from_f32(v).to_le_bytes(),
+    };
+    values.into_iter().flat_map(round).collect()
+}
+
+#[test]
+fn sixteen_bit_octets_are_copied_as_stored() {
+    for k in [1, 31, 32, 33, 576] {
+        for rows in [1, 7, 8, 9, 41] {
+            // Any bits: what is copied is not looked at.
+            let codes =
+                ["a", "b"].map(|name| noise((k * 100 + rows) as u64 + name.len() as u64, rows * k * 2));
+            for (dtype, format) in [("F16", Format::F16), ("BF16", Format::BF16)] {
+                let stored = ["a", "b"]
+                    .map(|name| (name, dtype, vec![rows, k], codes[usize::from(name == "b")].clone()));
+                let (_folder, checkpoint) = folder(&stored);
+                for interleave in [1, 2] {
+                    let segments = vec![segment("a", 0, rows), segment("b", 0, rows)];
+                    let found = packed_over_poison(
+                        &checkpoint,
+                        vec![octets(format, k, segments.clone(), interleave)],
+                    );
+                    let expected = slow_octets(&segments, interleave, k * 2, |tensor, row, i| {
+                        codes[usize::from(tensor == "b")][row * k * 2 + i]
+                    });
+                    assert!(found[0] == expected, "{format}, {rows} rows of {k}, interleave {interleave}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn other_formats_are_rounded_to_sixteen_bits() {
+    let checkpoint = checkpoint(20);
+    for (name, stored) in Format::NAMED {
+        for format in [Format::F16, Format::BF16] {
+            let segments = vec![segment(&format!("{name}.a"), 3, 50), segment(&format!("{name}.b"), 0, 100)];
+            let found = packed_over_poison(&checkpoint, vec![octets(format, K, segments.clone(), 1)]);
+            let codes: Vec<_> = segments.iter().map(|s| rounded(&checkpoint, &s.tensor, format)).collect();
+            let expected = slow_octets(&segments, 1, K * 2, |tensor, row, i| {
+                codes[usize::from(tensor.ends_with(".b"))][row * K * 2 + i]
+            });
+            assert!(found[0] == expected, "{stored} to {format}");
+            assert!(found[0].iter().any(|b| *b != 0));
+        }
+    }
+}
+
+#[test]
+fn halves_round_to_nearest_even() {
+    let ulp = f32::EPSILON;
+    // (weight, as f16, as bf16): ties go to the even code, a hair more goes up.
+    let cases: [(f32, u16, u16); 6] = [
+        (1.0 + 4096.0 * ulp, 0x3c00, 0x3f80),
+        (1.0 + 4097.0 * ulp, 0x3c01, 0x3f80),
+        (1.0 + 3.0 * 4096.0 * ulp, 0x3c02, 0x3f80),
+        (-(1.0 + 32768.0 * ulp), 0xbc04, 0xbf80),
+        (1.0 + 3.0 * 32768.0 * ulp, 0x3c0c, 0x3f82),
+        (65519.0, 0x7bff, 0x4780),
+    ];
+    let values: Vec<u8> = cases.iter().flat_map(|(v, ..)| v.to_le_bytes()).collect();
+    let (_folder, checkpoint) = folder(&[("w", "F32", vec![1, cases.len()], values)]);
+    for (format, which) in [(Format::F16, 0), (Format::BF16, 1)] {
+        let content = octets(format, cases.len(), vec![segment("w", 0, 1)], 1);
+        let found = packed_over_poison(&checkpoint, vec![content]);
+        for (i, (value, half, brain)) in cases.iter().enumerate() {
+            let code = u16::from_le_bytes(found[0][2 * i..][..2].try_into().unwrap());
+            assert_eq!(code, [*half, *brain][which], "{value} in {format}");
+        }
+    }
+}
+
+/// Codes without NaN, and one float32 scale per block, in the formats of safetensors.
+fn fp8_tensor(
+    name: &str,
+    rows: usize,
+    k: usize,
+    per_rows: usize,
+    per_cols: usize,
+) -> [(String, Stored<'static>); 2] {
+    let seed = name.bytes().map(u64::from).sum::<u64>() + (rows * 1000 + k) as u64;
+    let codes = noise(seed, rows * k).into_iter().map(|b| if b & 0x7f == 0x7f { b ^ 1 } else { b }).collect();
+    let shape = vec![rows.div_ceil(per_rows), k.div_ceil(per_cols)];
+    let scales = (0..shape[0] * shape[1]).flat_map(|i| (0.25f32 + i as f32).to_le_bytes()).collect();
+    [
+        (name.to_string(), ("", "F8_E4M3", vec![rows, k], codes)),
+        (format!("{name}_scale_inv"), ("", "F32", shape, scales)),
+    ]
+}
+
+#[test]
+fn block_fp8_is_copied_as_stored_and_its_scales_are_repeated() {
+    for (rows, k) in [(1, 1), (7, 31), (8, 64), (9, 65), (136, 128), (300, 576)] {
+        let tensors: Vec<_> = ["a", "b"].into_iter().flat_map(|n| fp8_tensor(n, rows, k, 128, 128)).collect();
+        let stored: Vec<Stored<'_>> = tensors
+            .iter()
+            .map(|(n, (_, dtype, shape, bytes))| (n.as_str(), *dtype, shape.clone(), bytes.clone()))
+            .collect();
+        let (_folder, checkpoint) = folder(&stored);
+        let bytes = |name: &str| &stored.iter().find(|t| t.0 == name).unwrap().3;
+        // Whole tensors; and the second half of each, from a row inside a block of 128.
+        let later = rows / 16 * 8;
+        for (segments, interleave) in [
+            (vec![segment("a", 0, rows), segment("b", 0, rows)], 1),
+            (vec![segment("a", 0, rows), segment("b", 0, rows)], 2),
+            (vec![segment("b", later, rows - later), segment("a", later, rows - later)], 2),
+        ] {
+            let contents = vec![
+                octets(Format::FP8_BLOCK, k, segments.clone(), interleave),
+                octet_scales(k, segments.clone(), interleave),
+            ];
+            let found = packed_over_poison(&checkpoint, contents);
+            let expected = slow_octets(&segments, interleave, k, |tensor, row, i| bytes(tensor)[row * k + i]);
+            assert!(found[0] == expected, "codes of {rows} x {k}, interleave {interleave}");
+            let mut scales = Vec::new();
+            for (s, octet) in octet_order(&segments, interleave) {
+                let row = segments[s].row_start + octet * 8;
+                let plane = floats(bytes(&format!("{}_scale_inv", segments[s].tensor)));
+                let per_row = k.div_ceil(128);
+                scales.extend_from_slice(&plane[row / 128 * per_row..][..per_row]);
+            }
+            assert_eq!(floats(&found[1]), scales, "scales of {rows} x {k}, interleave {interleave}");
+        }
+    }
+}
+
+#[test]
+fn one_fp8_scale_of_the_tensor_is_kept() {
+    let k = 160;
+    let codes = vec![0x31; 20 * k];
+    let (_folder, checkpoint) = folder(&[
+        ("w", "F8_E4M3", vec![20, k], codes.clone()),
+        ("w_scale", "F32", vec![], 0.375f32.to_le_bytes().to_vec()),
+    ]);
+    let segments = vec![segment("w", 0, 20)];
+    let contents =
+        vec![octets(Format::FP8_BLOCK, k, segments.clone(), 1), octet_scales(k, segments.clone(), 1)];
+    let found = packed_over_poison(&checkpoint, contents);
+    assert!(found[0] == slow_octets(&segments, 1, k, |_, row, i| codes[row * k + i]));
+    assert_eq!(floats(&found[1]), [0.375; 3 * 2]);
+}
+
+/// Octets and scales of rows that are quantized while packing: those of the tensor quantized as a whole.
+fn check_quantized(
+    checkpoint: &Checkpoint,
+    tensor: &str,
+    k: usize,
+    segments: &[RowSegment],
+    interleave: usize,
+) {
+    let contents = vec![
+        octets(Format::FP8_BLOCK, k, segments.to_vec(), interleave),
+        octet_scales(k, segments.to_vec(), interleave),
+    ];
+    let found = packed_over_poison(checkpoint, contents);
+    let values = checkpoint.tensor_f32(tensor).unwrap();
+    let whole = quantize(Format::FP8_BLOCK, values.len() / k, k, &values).unwrap();
+    let expected = slow_octets(segments, interleave, k, |_, row, i| whole.codes[row * k + i]);
+    assert!(found[0] == expected, "codes of {tensor}");
+    let per_row = k.div_ceil(128);
+    let mut scales = Vec::new();
+    for (s, octet) in octet_order(segments, interleave) {
+        let row = segments[s].row_start + octet * 8;
+        scales.extend_from_slice(&whole.scales[row / 128 * per_row * 4..][..per_row * 4]);
+    }
+    assert!(found[1] == scales, "scales of {tensor}");
+}
+
+#[test]
+fn other_formats_are_quantized_to_block_fp8() {
+    let (rows, k) = (300, 160);
+    let formats = Format::NAMED.iter().map(|(n, f)| (n.to_string(), TensorInfo::new([rows, k], *f)));
+    let checkpoint = Checkpoint::synthetic(serde_json::Value::Null, 21, formats.collect());
+    for (name, _) in Format::NAMED {
+        check_quantized(&checkpoint, name, k, &[segment(name, 0, rows)], 1);
+        // Small tiles, two halves of one matrix in turn, none on a block of 128 rows.
+        let tiles: Vec<_> =
+            (0..6).flat_map(|t| [segment(name, t * 24, 24), segment(name, 144 + t * 24, 20)]).collect();
+        check_quantized(&checkpoint, name, k, &tiles, 2);
+    }
+}
+
+#[test]
+fn fp8_rows_with_scales_of_their_own_are_quantized_again() {
+    let (rows, k) = (140, 64);
+    let scales: Vec<u8> = (0..rows).flat_map(|row| (1.0 + row as f32).to_le_bytes()).collect();
+    let (_folder, checkpoint) = folder(&[
+        ("w", "F8_E4M3", vec![rows, k], noise(5, rows * k).into_iter().map(|b| b & 0x77).collect()),
+        ("w_scale", "F32", vec![rows, 1], scales),
+    ]);
+    check_quantized(&checkpoint, "w", k, &[segment("w", 0, rows)], 1);
+    check_quantized(&checkpoint, "w", k, &[segment("w", 120, 17)], 1);
+}
+
+#[test]
+fn large_octet_items_are_split_without_a_seam() {
+    let (rows, k) = (3000, 700);
+    let codes = ["a", "b"].map(|name| noise(u64::from(name.as_bytes()[0]), rows * k * 2));
+    let (_folder, checkpoint) = folder(&[
+        ("a", "BF16", vec![rows, k], codes[0].clone()),
+        ("b", "BF16", vec![rows, k], codes[1].clone()),
+    ]);
+    let segments =
+        vec![segment("a", 0, 2000), segment("b", 1, 1999), segment("b", 2000, 1000), segment("a", 1, 999)];
+    let content = octets(Format::BF16, k, segments.clone(), 2);
+    let packing = recipe(vec![content.clone()]);
+    let mut out = vec![0; packing.bytes as usize];
+    assert!(jobs(&packing, &mut out).len() > 4);
+    let found = packed_over_poison(&checkpoint, vec![content]);
+    let expected =
+        slow_octets(&segments, 2, k * 2, |tensor, row, i| codes[usize::from(tensor == "b")][row * k * 2 + i]);
+    assert!(found[0] == expected);
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn random_segments_are_packed_as_the_slow_loop_does(
+        k in 1usize..200,
+        pairs in proptest::collection::vec((0usize..20, 0usize..20, 1usize..7, 0usize..8, 0usize..8), 1..6),
+        interleave in 1usize..3,
+        seed in 0u64..1000,
+        which in 0usize..3,
+    ) {
+        // Rows 0..200 of two tensors; those of a pair fill equally many octets.
+        let [half, brain] = halves(seed, 200 * k);
+        let (_folder, checkpoint) = folder(&[
+            ("a", "F16", vec![200, k], half.clone()),
+            ("b", "BF16", vec![200, k], brain.clone()),
+        ]);
+        let format = [Format::F16, Format::BF16, Format::FP8_BLOCK][which];
+        let crooked = if which == 2 { 0 } else { seed as usize % 8 };
+        let segments: Vec<_> = pairs.iter().flat_map(|(a, b, octets, less_a, less_b)| [
+            segment("a", a * 8 + crooked.min(5), octets * 8 - less_a),
+            segment("b", b * 8, octets * 8 - less_b),
+        ]).collect();
+        let codes = ["a", "b"].map(|name| match format {
+            Format::FP8_BLOCK => {
+                let values = checkpoint.tensor_f32(name).unwrap();
+                quantize(Format::FP8_BLOCK, 200, k, &values).unwrap().codes
+            }
+            _ => rounded(&checkpoint, name, format),
+        });
+        let found = packed_over_poison(&checkpoint, vec![octets(format, k, segments.clone(), interleave)]);
+        let row_bytes = k * format.code.bits() / 8;
+        let expected = slow_octets(&segments, interleave, row_bytes, |tensor, row, i| {
+            codes[usize::from(tensor == "b")][row * row_bytes + i]
+        });
+        proptest::prop_assert!(found[0] == expected);
+    }
+}
+
+#[test]
+fn octets_that_do_not_fit_are_refused() {
+    let floats = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let mut bad = vec![1.0f32; 200 * 4];
+    bad[170 * 4 + 2] = f32::NAN;
+    let mut infinite = vec![1.0f32; 20 * 4];
+    infinite[19 * 4 + 3] = f32::INFINITY;
+    let mut large = vec![1.0f32; 20 * 4];
+    large[9 * 4 + 1] = -65520.0;
+    let mut huge = vec![1.0f32; 4];
+    huge[2] = f32::MAX;
+    let (_folder, checkpoint) = folder(&[
+        ("nan", "F32", vec![200, 4], floats(&bad)),
+        ("infinite", "F32", vec![20, 4], floats(&infinite)),
+        ("large", "F32", vec![20, 4], floats(&large)),
+        ("huge", "F32", vec![1, 4], floats(&huge)),
+        ("fp8", "F8_E4M3", vec![200, 4], vec![0x38; 800]),
+        ("fp8_scale_inv", "F32", vec![2, 1], floats(&[1.0, f32::NAN])),
+    ]);
+    let refused = |content: PackContent, words: &[&str]| {
+        let folder = tempfile::tempdir().unwrap();
+        let packing = recipe(vec![content]);
+        let message = pack(&checkpoint, &packing, &mut |_, _| {}).unwrap_err().to_string();
+        for word in words {
+            assert!(message.contains(word), "no {word:?} in {message}");
+        }
+        assert!(pack_cached(&checkpoint, &packing, folder.path(), &mut |_, _| {}).is_err());
+        assert_eq!(files(folder.path()), [] as [PathBuf; 0]);
+    };
+    let one = |tensor: &str, row_start, rows| vec![segment(tensor, row_start, rows)];
+    for format in [Format::F16, Format::BF16] {
+        refused(octets(format, 4, one("nan", 100, 100), 1), &["\"nan\"", "row 170, column 2", "NaN"]);
+        refused(octets(format, 4, one("infinite", 0, 20), 1), &["\"infinite\"", "row 19, column 3", "inf"]);
+        refused(octets(format, 4, one("huge", 0, 1), 1), &["\"huge\"", "row 0, column 2"]);
+        refused(octets(format, 4, one("nothing", 0, 8), 1), &["nothing", "no tensor"]);
+        refused(octets(format, 4, one("large", 16, 5), 1), &["large", "16..21"]);
+        refused(octets(format, 5, one("large", 0, 8), 1), &["large", "5 columns"]);
+        refused(octets(format, 4, one("fp8", 130, 8), 1), &["\"fp8\"", "row 130", "scale"]);
+    }
+    refused(
+        octets(Format::F16, 4, one("large", 0, 20), 1),
+        &["\"large\"", "row 9, column 1", "-65520", "f16"],
+    );
+    pack(&checkpoint, &recipe(vec![octets(Format::BF16, 4, one("large", 0, 20), 1)]), &mut |_, _| {})
+        .unwrap();
+    for item in [|s| octets(Format::FP8_BLOCK, 4, s, 1), |s| octet_scales(4, s, 1)] {
+        refused(item(one("nan", 160, 16)), &["\"nan\"", "row 170, column 2", "NaN"]);
+        refused(item(one("fp8", 128, 8)), &["\"fp8\"", "row 128", "scale"]);
+        refused(item(one("large", 16, 5)), &["large", "16..21"]);
+        refused(item(one("large", 4, 8)), &["row 4 of large", "compile the model again"]);
+    }
+    refused(octets(Format::Q8_0, 4, one("large", 0, 8), 1), &["not q8_0"]);
+}
+
+/// Prints how fast 16-bit weights become octets, from the page cache, beside a plain copy of the bytes:
+/// `cargo test --release -p tilec-runtime octet_speed -- --ignored --nocapture`.
+#[test]
+#[ignore = "measures; takes 2 GB of memory and 0.6 GB of disk"]
+fn octet_speed() {
+    let (rows, k) = (65536, 4096);
+    let codes = noise(1, rows * k * 2);
+    let (_folder, checkpoint) = folder(&[("w", "BF16", vec![rows, k], codes)]);
+    let packing = recipe(vec![octets(Format::BF16, k, vec![segment("w", 0, rows)], 1)]);
+    let gigabytes = packing.bytes as f64 / 1e9;
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    for _ in 0..7 {
+        let start = std::time::Instant::now();
+        let weights = packed(&checkpoint, &packing);
+        let packing_time = start.elapsed().as_secs_f64();
+        assert!(weights.as_slice()[weights.len() - 64..].iter().any(|b| *b != 0));
+        drop(weights);
+
+        let start = std::time::Instant::now();
+        let mut copy = MmapMut::map_anon(rows * k * 2).unwrap();
+        copy.advise(memmap2::Advice::HugePage).unwrap();
+        std::thread::scope(|scope| {
+            for (number, part) in copy.chunks_mut(rows / workers * k * 2).enumerate() {
+                let first = number * (rows / workers);
+                let checkpoint = &checkpoint;
+                scope.spawn(move || {
+                    let stored = checkpoint.rows("w", first..rows.min(first + rows / workers)).unwrap();
+                    part.copy_from_slice(&stored.codes);
+                });
+            }
+        });
+        let copying_time = start.elapsed().as_secs_f64();
+        assert!(copy[copy.len() - 64..].iter().any(|b| *b != 0));
+        checkpoint.release_pages();
+        println!(
+            "octets {:.2} GB/s, plain copy {:.2} GB/s ({gigabytes:.2} GB, {workers} workers)",
+            gigabytes / packing_time,
+            gigabytes / copying_time
+        );
+    }
+}

@@ -9,6 +9,7 @@ use serde_json::json;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use tilec_ir::cost::StageCost;
+use tilec_ir::format::PanelLayout;
 use tilec_ir::pack::PackContent;
 use tilec_ir::plan::{Plan, WeightsFrom};
 
@@ -40,13 +41,10 @@ pub fn run(args: &InspectArgs) -> Result<()> {
 fn load(args: &InspectArgs) -> Result<Plan> {
     match Source::find(&args.model.path)? {
         Source::Plan(_) => Ok(source::plan(&args.model.path, &args.model.target)?.1),
-        #[cfg(feature = "llvm")]
         Source::Model(mut model) => {
             model.apply(&args.model.target);
             Ok(model.compile()?.plan)
         }
-        #[cfg(not(feature = "llvm"))]
-        Source::Model(_) => bail!(source::NO_COMPILER),
     }
 }
 
@@ -56,11 +54,12 @@ pub fn parameters(plan: &Plan) -> u64 {
     let mut total = 0u64;
     for item in &plan.packing.items {
         match &item.content {
-            PackContent::Panels { layout, segments, .. } => {
+            PackContent::Panels { layout: PanelLayout { k, .. }, segments, .. }
+            | PackContent::Octets { k, segments, .. } => {
                 for segment in segments {
                     // A tied head may be packed a second time; it is the same weight.
                     if seen.insert((segment.tensor.as_str(), segment.row_start)) {
-                        total = total.saturating_add((segment.rows as u64).saturating_mul(layout.k as u64));
+                        total = total.saturating_add((segment.rows as u64).saturating_mul(*k as u64));
                     }
                 }
             }
@@ -69,7 +68,7 @@ pub fn parameters(plan: &Plan) -> u64 {
                     total = total.saturating_add(*len as u64);
                 }
             }
-            PackContent::RopeTable { .. } => {}
+            PackContent::OctetScales { .. } | PackContent::RopeTable { .. } => {}
         }
     }
     total
