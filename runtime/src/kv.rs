@@ -1,10 +1,11 @@
-//! The KV cache: its memory, and which pages belong to which sequence.
+//! The KV cache: which pages belong to which sequence, and its memory on the host.
 
 use crate::memory::{MemoryError, Region};
 use tilec_ir::abi::KvLayout;
 use tilec_ir::plan::Plan;
 
-const LIMITS: &str = "limits.sequences or limits.context";
+/// The limits that the size of the cache comes from.
+pub(crate) const KV_LIMITS: &str = "limits.sequences or limits.context";
 
 /// All pages of a plan are in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -18,11 +19,10 @@ pub struct OutOfPages {
     pub wanted: usize,
 }
 
-/// The cache of all sequences, and the page table that the native code reads.
+/// Which pages of the cache belong to which sequence, and the page table that the native code reads.
 #[derive(Debug)]
-pub struct KvCache {
-    layout: KvLayout,
-    memory: Region,
+pub struct PageTable {
+    page_tokens: usize,
     pages: usize,
     /// Pages that are free. The last is given out first, so that few pages are ever touched.
     free: Vec<u32>,
@@ -33,38 +33,42 @@ pub struct KvCache {
     pages_per_sequence: usize,
     /// Pages that each sequence holds: the first entries of its row.
     held: Vec<usize>,
+    version: u64,
 }
 
-impl KvCache {
-    /// An empty cache of a plan with `pages` pages (at most what all its sequences can use).
-    ///
-    /// # Errors
-    /// [`MemoryError`].
-    pub fn new(plan: &Plan, pages: usize) -> Result<KvCache, MemoryError> {
+impl PageTable {
+    /// An empty table of a plan with `pages` pages (at most what all its sequences can use).
+    pub fn new(plan: &Plan, pages: usize) -> PageTable {
         let pages = pages.clamp(1, plan.kv_pages());
         let sequences = plan.limits.sequences;
         let pages_per_sequence = plan.limits.pages_per_sequence(&plan.kv);
-        Ok(KvCache {
-            layout: plan.kv,
-            memory: Region::zeroed("KV cache", plan.kv.total_bytes(pages), LIMITS)?,
+        PageTable {
+            page_tokens: plan.kv.page_tokens,
             pages,
             free: (0..pages as u32).rev().collect(),
             used: vec![false; pages],
             table: vec![0; sequences * pages_per_sequence],
             pages_per_sequence,
             held: vec![0; sequences],
-        })
+            version: 1,
+        }
     }
 
-    /// Gives `sequence` the pages for its first `positions` positions. Pages that it has stay.
+    /// Gives `sequence` the pages for its first `positions` positions. Pages that it has stay. Numbers
+    /// of pages that held other keys and values before are added to `stale`: the caller zeroes them.
     ///
     /// # Errors
     /// [`OutOfPages`]; nothing changes then.
     ///
     /// # Panics
     /// If the sequence or the positions are past the plan's limits, which callers check.
-    pub fn reserve(&mut self, sequence: usize, positions: usize) -> Result<(), OutOfPages> {
-        let wanted = positions.div_ceil(self.layout.page_tokens);
+    pub fn reserve(
+        &mut self,
+        sequence: usize,
+        positions: usize,
+        stale: &mut Vec<u32>,
+    ) -> Result<(), OutOfPages> {
+        let wanted = positions.div_ceil(self.page_tokens);
         assert!(wanted <= self.pages_per_sequence, "callers check positions against the context");
         let held = self.held[sequence];
         let missing = wanted.saturating_sub(held);
@@ -73,11 +77,12 @@ impl KvCache {
         }
         for entry in held..wanted {
             let page = self.free.pop().expect("counted above");
-            // The system's pages are zero at first.
+            // Memory is zero at first.
             if std::mem::replace(&mut self.used[page as usize], true) {
-                self.clear(page as usize);
+                stale.push(page);
             }
             self.table[sequence * self.pages_per_sequence + entry] = page;
+            self.version += 1;
         }
         self.held[sequence] = held.max(wanted);
         Ok(())
@@ -85,19 +90,18 @@ impl KvCache {
 
     /// Takes all pages of `sequence` back.
     pub fn release(&mut self, sequence: usize) {
-        let row = &mut self.table[sequence * self.pages_per_sequence..][..self.held[sequence]];
-        self.free.extend(row.iter().rev());
-        row.fill(0);
-        self.held[sequence] = 0;
+        self.trim(sequence, 0);
     }
 
-    /// Zeroes a page in every layer: lanes past the context are multiplied by an exact zero, and
-    /// what another sequence left there must not become `NaN` by that.
-    fn clear(&mut self, page: usize) {
-        let bytes = self.layout.kv_heads * self.layout.block_bytes();
-        for layer in 0..self.layout.layers {
-            let offset = self.layout.block_offset(self.pages, layer, page, 0);
-            self.memory.as_mut_slice()[offset..offset + bytes].fill(0);
+    /// Takes the pages of `sequence` back that its first `positions` positions do not need.
+    pub fn trim(&mut self, sequence: usize, positions: usize) {
+        let kept = positions.div_ceil(self.page_tokens).min(self.held[sequence]);
+        let row = &mut self.table[sequence * self.pages_per_sequence..][kept..self.held[sequence]];
+        if !row.is_empty() {
+            self.free.extend(row.iter().rev());
+            row.fill(0);
+            self.held[sequence] = kept;
+            self.version += 1;
         }
     }
 
@@ -111,9 +115,9 @@ impl KvCache {
         self.free.len()
     }
 
-    /// Bytes of all pages.
-    pub fn bytes(&self) -> usize {
-        self.memory.len()
+    /// Pages that `sequence` holds.
+    pub fn held_pages(&self, sequence: usize) -> usize {
+        self.held[sequence]
     }
 
     /// The page table, `[sequences][pages_per_sequence]`.
@@ -121,14 +125,53 @@ impl KvCache {
         &self.table
     }
 
+    /// A number, never 0, that changes whenever the table does.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
     /// Entries of the page table per sequence.
     pub fn pages_per_sequence(&self) -> usize {
         self.pages_per_sequence
     }
+}
 
-    /// The memory, laid out as [`KvLayout`] says.
-    pub fn memory(&mut self) -> &mut Region {
-        &mut self.memory
+/// The memory of the cache on the host, laid out as [`KvLayout`] says.
+#[derive(Debug)]
+pub struct KvMemory {
+    layout: KvLayout,
+    region: Region,
+    pages: usize,
+}
+
+impl KvMemory {
+    /// Zeroed memory of `pages` pages.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn new(layout: KvLayout, pages: usize) -> Result<KvMemory, MemoryError> {
+        let region = Region::zeroed("KV cache", layout.total_bytes(pages), KV_LIMITS)?;
+        Ok(KvMemory { layout, region, pages })
+    }
+
+    /// Zeroes a page in every layer: lanes past the context are multiplied by an exact zero, and
+    /// what another sequence left there must not become `NaN` by that.
+    pub fn clear(&mut self, page: u32) {
+        let bytes = self.layout.kv_heads * self.layout.block_bytes();
+        for layer in 0..self.layout.layers {
+            let offset = self.layout.block_offset(self.pages, layer, page as usize, 0);
+            self.region.as_mut_slice()[offset..offset + bytes].fill(0);
+        }
+    }
+
+    /// Bytes of all pages.
+    pub fn bytes(&self) -> usize {
+        self.region.len()
+    }
+
+    /// The memory.
+    pub fn region(&mut self) -> &mut Region {
+        &mut self.region
     }
 }
 
@@ -137,46 +180,59 @@ mod tests {
     use super::*;
     use crate::engine::tests::toy_plan;
 
-    fn cache(pages: usize) -> KvCache {
+    fn plan() -> Plan {
         let mut plan = toy_plan(1);
         (plan.limits.sequences, plan.limits.context) = (3, 64);
-        KvCache::new(&plan, pages).unwrap()
+        plan
     }
 
     #[test]
     fn pages_grow_with_the_sequence_and_are_shared_by_none() {
-        let mut cache = cache(usize::MAX);
-        assert_eq!((cache.pages(), cache.pages_per_sequence()), (12, 4));
-        cache.reserve(0, 1).unwrap();
-        cache.reserve(1, 33).unwrap();
-        cache.reserve(0, 16).unwrap();
-        cache.reserve(0, 17).unwrap();
-        assert_eq!(cache.free_pages(), 12 - 5);
-        let table = cache.table();
-        let mut held = [&table[0..2], &table[4..7]].concat();
+        let mut table = PageTable::new(&plan(), usize::MAX);
+        let mut stale = Vec::new();
+        assert_eq!((table.pages(), table.pages_per_sequence()), (12, 4));
+        for (sequence, positions) in [(0, 1), (1, 33), (0, 16), (0, 17)] {
+            table.reserve(sequence, positions, &mut stale).unwrap();
+        }
+        assert_eq!(table.free_pages(), 12 - 5);
+        let entries = table.table();
+        let mut held = [&entries[0..2], &entries[4..7]].concat();
         held.sort();
         held.dedup();
-        assert_eq!(held.len(), 5, "{table:?}");
-        cache.reserve(1, 1).unwrap();
-        assert_eq!(cache.free_pages(), 12 - 5, "a shorter reservation gives nothing back");
+        assert_eq!(held.len(), 5, "{entries:?}");
+        let version = table.version();
+        table.reserve(1, 1, &mut stale).unwrap();
+        assert_eq!(table.free_pages(), 12 - 5, "a shorter reservation gives nothing back");
+        assert_eq!((table.version(), stale.len()), (version, 0));
+        table.trim(1, 17);
+        assert_eq!((table.free_pages(), table.held_pages(1)), (12 - 4, 2));
+        assert_ne!(table.version(), version);
+        assert_eq!(table.table()[6], 0);
+        table.trim(1, 64);
+        assert_eq!(table.held_pages(1), 2, "a longer one takes nothing");
     }
 
     #[test]
     fn a_page_that_comes_back_is_zero_again_and_others_are_not_touched() {
-        let mut cache = cache(2);
-        cache.reserve(0, 16).unwrap();
-        cache.reserve(1, 16).unwrap();
-        cache.memory().as_mut_slice().fill(0xff);
-        let page = cache.table()[0] as usize;
-        cache.release(0);
-        cache.reserve(2, 1).unwrap();
-        assert_eq!(cache.table()[2 * 4] as usize, page);
-        let layout = cache.layout;
+        let plan = plan();
+        let mut table = PageTable::new(&plan, 2);
+        let mut memory = KvMemory::new(plan.kv, 2).unwrap();
+        let mut stale = Vec::new();
+        table.reserve(0, 16, &mut stale).unwrap();
+        table.reserve(1, 16, &mut stale).unwrap();
+        assert!(stale.is_empty());
+        memory.region().as_mut_slice().fill(0xff);
+        let page = table.table()[0];
+        table.release(0);
+        table.reserve(2, 1, &mut stale).unwrap();
+        assert_eq!((table.table()[2 * 4], stale.as_slice()), (page, &[page][..]));
+        memory.clear(page);
+        let layout = plan.kv;
         for layer in 0..layout.layers {
             for other in 0..2 {
                 let offset = layout.block_offset(2, layer, other, 0);
-                let bytes = &cache.memory().as_slice()[offset..][..layout.kv_heads * layout.block_bytes()];
-                let expected = if other == page { 0 } else { 0xff };
+                let bytes = &memory.region().as_slice()[offset..][..layout.kv_heads * layout.block_bytes()];
+                let expected = if other == page as usize { 0 } else { 0xff };
                 assert!(bytes.iter().all(|byte| *byte == expected), "layer {layer}, page {other}");
             }
         }
@@ -184,13 +240,15 @@ mod tests {
 
     #[test]
     fn a_full_cache_refuses_and_changes_nothing() {
-        let mut cache = cache(2);
-        cache.reserve(0, 16).unwrap();
-        assert_eq!(cache.reserve(1, 48), Err(OutOfPages { pages: 2, sequence: 1, wanted: 2 }));
-        assert_eq!(cache.free_pages(), 1);
-        cache.release(0);
-        cache.release(0);
-        assert_eq!(cache.free_pages(), 2);
-        cache.reserve(1, 32).unwrap();
+        let mut table = PageTable::new(&plan(), 2);
+        let mut stale = Vec::new();
+        table.reserve(0, 16, &mut stale).unwrap();
+        let error = table.reserve(1, 48, &mut stale);
+        assert_eq!(error, Err(OutOfPages { pages: 2, sequence: 1, wanted: 2 }));
+        assert_eq!(table.free_pages(), 1);
+        table.release(0);
+        table.release(0);
+        assert_eq!(table.free_pages(), 2);
+        table.reserve(1, 32, &mut stale).unwrap();
     }
 }

@@ -25,9 +25,11 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
             plan.limits.context
         );
     }
-    ui::note("measuring the memory bandwidth of this machine");
-    let bandwidth = ceiling::read_ceiling(ceiling::FAR_BYTES, plan.target.workers, 5);
     let mut session = Session::new(session::load(&folder, &args.weights, true)?);
+    let bandwidth = session.memory_rate().unwrap_or_else(|| {
+        ui::note("measuring the memory bandwidth of this machine");
+        ceiling::read_ceiling(ceiling::FAR_BYTES, plan.target.workers, 5)
+    });
     let tokens = random_tokens(context + rows, plan.vocab);
     session.feed(&tokens[..context])?;
     // The first step warms the caches; it is the start of the clock, too.
@@ -40,12 +42,14 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         session.feed(&tokens[context..])?;
         let seconds = start.elapsed().as_secs_f64();
         let ticks = session.profile().context("the engine was loaded without a profile")?.to_vec();
-        let step = Step { workers: plan.target.workers, stages: plan.stages.len(), ticks, seconds };
+        let step = Step { workers: session.workers(), stages: plan.stages.len(), ticks, seconds };
         clock.see(start, &step);
         measured.push(step);
     }
-    let tick = clock.seconds_per_tick().context("the time-stamp counter stands still")?;
-    let profile = Profile { plan: &plan, rows, context, bandwidth, tick, steps: &measured[1..] };
+    let tick = session.tick_seconds().or_else(|| clock.seconds_per_tick());
+    let tick = tick.context("the time-stamp counter stands still")?;
+    let workers = session.workers();
+    let profile = Profile { plan: &plan, workers, rows, context, bandwidth, tick, steps: &measured[1..] };
     if let Some(path) = &args.output {
         let trace = profile.trace().to_string();
         std::fs::write(path, trace).with_context(|| format!("cannot write {}", path.display()))?;
@@ -134,6 +138,7 @@ struct Kind {
 
 struct Profile<'a> {
     plan: &'a Plan,
+    workers: usize,
     rows: usize,
     context: usize,
     bandwidth: f64,
@@ -257,7 +262,7 @@ impl Profile<'_> {
             table.text(),
             self.rows,
             self.context,
-            self.plan.target.workers,
+            self.workers,
             self.step_seconds() * 1e6,
             self.rows as f64 / self.step_seconds(),
             self.bandwidth / 1e9,
@@ -277,7 +282,7 @@ impl Profile<'_> {
         });
         json!({
             "model": self.plan.name,
-            "workers": self.plan.target.workers,
+            "workers": self.workers,
             "rows": self.rows,
             "context": self.context,
             "bandwidth_bytes_per_s": self.bandwidth,

@@ -1,10 +1,12 @@
 //! What can go wrong on loading and running a plan.
 
 use crate::checkpoint::CheckpointError;
+use crate::cuda::CudaError;
 use crate::kv::OutOfPages;
 use crate::memory::MemoryError;
 use crate::native::NativeError;
 use crate::pack::PackError;
+use std::time::Duration;
 use tilec_ir::plan::PlanError;
 
 /// Why a plan cannot be loaded.
@@ -25,6 +27,15 @@ pub enum EngineError {
     /// Memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The GPU.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// A GPU that says nothing.
+    #[error("the GPU has not copied the weights in {:.0} s: look at nvidia-smi", after.as_secs_f64())]
+    Silent {
+        /// How long.
+        after: Duration,
+    },
     /// Weights that are not the plan's.
     #[error("the packed weights have {have} bytes, the plan needs {need} on a boundary of 64")]
     Weights {
@@ -140,4 +151,74 @@ pub enum StepError {
         /// Which.
         worker: usize,
     },
+    /// Decoding in one launch without a kernel for it.
+    #[error(
+        "this plan's code runs one step at a time; compile it with target.device cuda to decode in one launch"
+    )]
+    NotResident,
+    /// No steps, or too many.
+    #[error("{steps} steps in a launch: there can be 1 to {max}")]
+    Steps {
+        /// Steps that were asked for.
+        steps: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// A sequence that would decode twice.
+    #[error("row {row}: sequence {sequence} has a row already, and decodes one token at a time")]
+    Twice {
+        /// The row.
+        row: usize,
+        /// Its sequence.
+        sequence: u32,
+    },
+    /// A part of a resident kernel waited too long for another.
+    #[error(
+        "on SM {sm}, {who} gave up waiting in stage {stage} of step {step}: it saw {seen} and waited for {expected}; \
+         if another program uses this GPU, end it; load the plan again to go on"
+    )]
+    Stuck {
+        /// Name of the stage.
+        stage: String,
+        /// Step of the launch.
+        step: u32,
+        /// The SM.
+        sm: u32,
+        /// The part of the kernel that waited, and for what.
+        who: &'static str,
+        /// What it saw.
+        seen: u32,
+        /// What it waited for.
+        expected: u32,
+    },
+    /// Nothing was heard of a kernel.
+    #[error(
+        "the GPU has not answered for {:.1} s, and the kernel cannot be ended from here: another program may \
+         keep the GPU busy; end this process, look at nvidia-smi, and start again", after.as_secs_f64()
+    )]
+    Silent {
+        /// How long.
+        after: Duration,
+    },
+    /// A kernel that ended without having done its work.
+    #[error("the kernel ended {problem}; the plan's code is at fault: compile the model again")]
+    Kernel {
+        /// What is missing.
+        problem: String,
+    },
+    /// The GPU.
+    #[error(transparent)]
+    Cuda(Box<CudaError>),
+    /// An engine that cannot go on.
+    #[error("this engine stopped working before ({reason}): load the plan again")]
+    Poisoned {
+        /// The error that it stopped with.
+        reason: String,
+    },
+}
+
+impl From<CudaError> for StepError {
+    fn from(error: CudaError) -> StepError {
+        StepError::Cuda(Box::new(error))
+    }
 }

@@ -2,9 +2,10 @@
 //!
 //! A step takes rows (a token at a position of a sequence) of any mix of sequences, prompts and
 //! decoding alike, writes their keys and values into the cache, and returns the logits of the rows
-//! that are asked for. One native function does the work; every worker thread calls it, and inside
-//! of it they meet at counters.
+//! that are asked for. Here is what does not depend on the machine: which rows may come next, and which
+//! pages they need. The work itself is done by one of two back ends, as the plan says.
 
+mod cpu;
 mod error;
 mod team;
 #[cfg(test)]
@@ -13,19 +14,24 @@ pub(crate) mod tests;
 pub use error::{EngineError, StepError};
 
 use crate::checkpoint::Checkpoint;
-use crate::kv::KvCache;
-use crate::memory::{Breakdown, Region};
+use crate::cuda::{self, CudaEngine};
+use crate::kv::PageTable;
+use crate::memory::Breakdown;
 use crate::native::{Entry, NativeCode};
 use crate::pack::{PackedWeights, pack, pack_cached};
+use cpu::CpuEngine;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use team::{Panicked, Team};
-use tilec_ir::abi::{COUNTER_STRIDE, StepArgs};
+use std::time::Duration;
 use tilec_ir::plan::{Plan, WeightsFrom};
 
 /// Spins after which a wait of a worker for the others gives up, by default: of the order of ten
 /// seconds, so that a busy machine is no error, and a fault is one soon enough.
 pub const SPIN_LIMIT: u64 = 1 << 29;
+
+/// Time after which a wait of a resident kernel gives up, by default: a thousand times what a step of a
+/// large model takes.
+pub const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Ticks of a stage on a worker: start, end of its waits, end.
 pub const PROFILE_FIELDS: usize = 3;
@@ -46,8 +52,12 @@ pub struct EngineOptions {
     pub pin: bool,
     /// Whether steps record when every stage ran: see [`Engine::profile`].
     pub profile: bool,
-    /// Spins after which a wait gives up.
+    /// Spins after which a wait of a worker on the processor gives up.
     pub spin_limit: u64,
+    /// Number of the GPU, for plans that run on one.
+    pub device: usize,
+    /// Time after which a wait on a GPU gives up.
+    pub patience: Duration,
 }
 
 impl Default for EngineOptions {
@@ -59,6 +69,8 @@ impl Default for EngineOptions {
             pin: false,
             profile: false,
             spin_limit: SPIN_LIMIT,
+            device: 0,
+            patience: PATIENCE,
         }
     }
 }
@@ -77,31 +89,26 @@ pub struct RowInput {
 /// A loaded plan with its weights, memory and threads.
 pub struct Engine {
     plan: Plan,
-    weights: Weights,
-    entry: Entry,
-    /// Keeps what `entry` points at.
-    code: Option<NativeCode>,
-    kv: KvCache,
-    arena: Region,
-    scratch: Region,
-    /// A counter for every stage, then the abort record on a line of its own.
-    counters: Region,
-    /// `[workers][stages][PROFILE_FIELDS]` of `u64`.
-    profile: Option<Region>,
-    team: Team,
-    spin_limit: u64,
+    pages: PageTable,
+    /// Pages that a step has to zero first.
+    stale: Vec<u32>,
     /// Positions of every sequence whose keys and values are in the cache.
     lengths: Vec<usize>,
     /// Number of the last step that a sequence had rows in.
     seen: Vec<u64>,
     steps: u64,
-    /// Columns of the rows, as the native code takes them.
-    columns: [Vec<u32>; 3],
+    back: Back,
+}
+
+/// What does the work.
+enum Back {
+    Cpu(Box<CpuEngine>),
+    Cuda(Box<CudaEngine>),
 }
 
 impl Engine {
     /// Loads a plan: reads and packs its weights (or finds them in the cache), loads its code, and
-    /// starts its threads. `progress(done, total)` is told of bytes packed.
+    /// starts its threads or opens its GPU. `progress(done, total)` is told of bytes packed and copied.
     ///
     /// # Errors
     /// [`EngineError`], with the file or the limit that is the cause.
@@ -112,25 +119,27 @@ impl Engine {
     ) -> Result<Engine, EngineError> {
         let plan = Plan::load(folder)?;
         // What is quickly known to fail comes before hours of packing.
+        if plan.resident.is_some() {
+            let gpu = cuda::Gpu::open(options.device, folder, &plan)?;
+            let mut engine = Engine::on_device(plan, Box::new(gpu), options)?;
+            if let Back::Cuda(back) = &mut engine.back {
+                back.load_weights(&engine.plan, options, progress)?;
+            }
+            return Ok(engine);
+        }
         let code = NativeCode::load(folder, &plan.code, &plan.target)?;
         let entry = code.entry().expect("a loaded plan has its entry: `load` checks");
         let checkpoint = open_checkpoint(&plan, options)?;
-        let weights = match &options.cache_dir {
-            Some(cache) => pack_cached(&checkpoint, &plan.packing, cache, progress)?,
-            None => pack(&checkpoint, &plan.packing, progress)?,
-        };
-        tracing::debug!(bytes = weights.len(), cached = weights.from_cache(), "weights are there");
+        let weights = packed_weights(&checkpoint, &plan, options, progress)?;
         // SAFETY: the code came with the plan, under its checksum, and stays loaded beside it.
-        let mut engine = unsafe { Engine::with_entry(plan, Box::new(weights), entry, options) }?;
-        engine.code = Some(code);
-        Ok(engine)
+        unsafe { Engine::on_threads(plan, Box::new(weights), entry, Some(code), options) }
     }
 
     /// An engine on a function in place of a plan's native code.
     ///
     /// # Safety
-    /// `entry` must do what the plan and [`StepArgs`] promise: touch only the memory that they
-    /// describe, and return on every worker.
+    /// `entry` must do what the plan and [`tilec_ir::abi::StepArgs`] promise: touch only the memory that
+    /// they describe, and return on every worker.
     ///
     /// # Errors
     /// [`EngineError`] if weights are too few or not aligned, or memory or threads cannot be had.
@@ -140,46 +149,46 @@ impl Engine {
         entry: Entry,
         options: &EngineOptions,
     ) -> Result<Engine, EngineError> {
-        let bytes = (*weights).as_ref();
-        if (bytes.len() as u64) < plan.packing.bytes || !bytes.as_ptr().addr().is_multiple_of(64) {
-            return Err(EngineError::Weights { have: bytes.len() as u64, need: plan.packing.bytes });
-        }
-        let stages = plan.stages.len();
-        let workers = plan.target.workers;
-        let kv_pages = options.kv_pages.unwrap_or(usize::MAX);
-        let kv = KvCache::new(&plan, kv_pages)?;
-        let arena = Region::zeroed("activations", Some(plan.arena_bytes()), "limits.rows")?;
-        let scratch = workers.checked_mul(plan.scratch_bytes);
-        let scratch = Region::zeroed("scratch of the workers", scratch, "target.threads or limits.rows")?;
-        let counters = Region::zeroed("counters", Some((stages + 1) * COUNTER_STRIDE), "target.threads")?;
-        let profile = if options.profile {
-            let bytes = workers.checked_mul(stages).and_then(|n| n.checked_mul(PROFILE_FIELDS * 8));
-            Some(Region::zeroed("profile", bytes, "target.threads")?)
-        } else {
-            None
-        };
-        if std::thread::available_parallelism().is_ok_and(|processors| processors.get() < workers) {
-            tracing::warn!(workers, "the plan has more workers than this process has processors: slow");
-        }
-        let team =
-            Team::new(workers, options.pin).map_err(|source| EngineError::Threads { workers, source })?;
-        Ok(Engine {
-            entry,
-            code: None,
-            kv,
-            arena,
-            scratch,
-            counters,
-            profile,
-            team,
-            spin_limit: options.spin_limit,
+        // SAFETY: the caller's promise.
+        unsafe { Engine::on_threads(plan, weights, entry, None, options) }
+    }
+
+    /// # Safety
+    /// See [`Engine::with_entry`].
+    unsafe fn on_threads(
+        plan: Plan,
+        weights: Weights,
+        entry: Entry,
+        code: Option<NativeCode>,
+        options: &EngineOptions,
+    ) -> Result<Engine, EngineError> {
+        let pages = PageTable::new(&plan, options.kv_pages.unwrap_or(usize::MAX));
+        // SAFETY: the caller's promise.
+        let back = unsafe { CpuEngine::new(&plan, weights, entry, code, pages.pages(), options) }?;
+        Ok(Engine::new(plan, pages, Back::Cpu(Box::new(back))))
+    }
+
+    /// An engine on a device with the plan's kernel; the weights are still to come.
+    pub(crate) fn on_device(
+        plan: Plan,
+        device: Box<dyn cuda::Device>,
+        options: &EngineOptions,
+    ) -> Result<Engine, EngineError> {
+        let pages = PageTable::new(&plan, options.kv_pages.unwrap_or(usize::MAX));
+        let back = CudaEngine::new(&plan, device, pages.pages(), options)?;
+        Ok(Engine::new(plan, pages, Back::Cuda(Box::new(back))))
+    }
+
+    fn new(plan: Plan, pages: PageTable, back: Back) -> Engine {
+        Engine {
+            pages,
+            stale: Vec::new(),
             lengths: vec![0; plan.limits.sequences],
             seen: vec![0; plan.limits.sequences],
             steps: 0,
-            columns: Default::default(),
-            weights,
+            back,
             plan,
-        })
+        }
     }
 
     /// Runs one step on `rows` and returns the logits `[logit_rows][vocab]` of the rows whose
@@ -192,69 +201,92 @@ impl Engine {
     /// [`StepError`]. A step that was refused has no effect; one that failed leaves the sequences
     /// at the lengths before it.
     pub fn step(&mut self, rows: &[RowInput], logit_rows: &[u32]) -> Result<&[f32], StepError> {
-        self.steps += 1;
         self.check(rows, logit_rows)?;
-        for row in rows {
-            self.kv.reserve(row.sequence as usize, row.position as usize + 1)?;
-        }
-        let [tokens, positions, sequences] = &mut self.columns;
-        tokens.clear();
-        tokens.extend(rows.iter().map(|row| row.token));
-        positions.clear();
-        positions.extend(rows.iter().map(|row| row.position));
-        sequences.clear();
-        sequences.extend(rows.iter().map(|row| row.sequence));
-
-        self.counters.as_mut_slice().fill(0);
-        let stages = self.plan.stages.len();
-        let counters = self.counters.as_mut_ptr();
-        let abort = counters.wrapping_add(stages * COUNTER_STRIDE).cast::<u32>();
-        let args = Shared(StepArgs {
-            rows: rows.len() as u32,
-            logit_rows: logit_rows.len() as u32,
-            pages_per_sequence: self.kv.pages_per_sequence() as u32,
-            kv_pages: self.kv.pages() as u32,
-            tokens: tokens.as_ptr(),
-            positions: positions.as_ptr(),
-            sequences: sequences.as_ptr(),
-            logit_index: logit_rows.as_ptr(),
-            page_table: self.kv.table().as_ptr(),
-            weights: (*self.weights).as_ref().as_ptr(),
-            kv: self.kv.memory().as_mut_ptr(),
-            arena: self.arena.as_mut_ptr(),
-            scratch: self.scratch.as_mut_ptr(),
-            counters,
-            abort,
-            profile: self.profile.as_mut().map_or(std::ptr::null_mut(), |map| map.as_mut_ptr().cast()),
-            spin_limit: self.spin_limit,
-            yield_now,
-        });
-        let entry = self.entry;
-        let job = |worker: usize| {
-            // SAFETY: the pointers are to memory of this engine, of the sizes that the plan says,
-            // that nothing else uses until all workers have returned; the rows were checked against
-            // the plan's limits, and their pages are there. `with_entry` answers for the function.
-            unsafe { entry(args.get(), worker as u32) }
+        self.reserve(rows.iter().map(|row| (row.sequence as usize, row.position as usize + 1)))?;
+        let logits = match &mut self.back {
+            Back::Cpu(back) => back.step(&self.plan, &self.pages, rows, logit_rows)?,
+            Back::Cuda(back) => back.step(&self.plan, &self.pages, rows, logit_rows)?,
         };
-        self.team.run(&job).map_err(|Panicked(worker)| StepError::Panicked { worker })?;
-
-        // SAFETY: a line of the region, aligned; workers write it as these atomics do.
-        let abort: &[AtomicU32; 4] = unsafe { &*abort.cast() };
-        let [code, stage, worker, seen] = abort.each_ref().map(|word| word.load(Ordering::Acquire));
-        if code != 0 {
-            let name = self.plan.stages.get(stage as usize);
-            let stage = name.map_or_else(|| format!("number {stage}"), Clone::clone);
-            return Err(StepError::Stalled { stage, worker, seen, code });
-        }
         for row in rows {
             self.lengths[row.sequence as usize] = row.position as usize + 1;
         }
-        let logits = self.plan.buffers[self.plan.logits].offset;
-        let bytes = logit_rows.len() * self.plan.vocab * 4;
-        Ok(bytemuck::cast_slice(&self.arena.as_slice()[logits..logits + bytes]))
+        Ok(logits)
+    }
+
+    /// Whether this engine has [`Engine::decode`]: its plan has a resident kernel.
+    pub fn is_resident(&self) -> bool {
+        matches!(self.back, Back::Cuda(_))
+    }
+
+    /// Decodes up to `steps` tokens of each row's sequence in one launch, greedily: the largest logit,
+    /// the lowest id among equals. Every row is the last token of a sequence of its own; each step goes
+    /// on with the tokens that the one before chose, one position on.
+    ///
+    /// `on_token(step, row, token)` is told of every token as soon as it is there, step by step, rows in
+    /// their order. All ends after the step in which a token is one of `stop_tokens` or the callback
+    /// breaks. Returns how many steps that were: so many tokens of each row were told of, and each
+    /// sequence is at its row's position plus so many. The token that was chosen last is not processed.
+    ///
+    /// # Errors
+    /// [`StepError`]; as with [`Engine::step`], sequences are at their old lengths then.
+    pub fn decode(
+        &mut self,
+        rows: &[RowInput],
+        steps: usize,
+        stop_tokens: &[u32],
+        on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
+    ) -> Result<usize, StepError> {
+        if !self.is_resident() {
+            return Err(StepError::NotResident);
+        }
+        let most = cuda::DECODE_ROWS.min(self.plan.limits.max_rows);
+        if rows.len() > most {
+            return Err(StepError::Rows { rows: rows.len(), max: most });
+        }
+        if !(1..=cuda::DECODE_STEPS).contains(&steps) {
+            return Err(StepError::Steps { steps, max: cuda::DECODE_STEPS });
+        }
+        self.check(rows, &[])?;
+        let context = self.plan.limits.context;
+        for (row, input) in rows.iter().enumerate() {
+            if rows[..row].iter().any(|other| other.sequence == input.sequence) {
+                return Err(StepError::Twice { row, sequence: input.sequence });
+            }
+            if input.position as usize + steps > context {
+                let position = input.position + steps as u32 - 1;
+                return Err(StepError::Context { row, position, context });
+            }
+        }
+        self.reserve(rows.iter().map(|row| (row.sequence as usize, row.position as usize + steps)))?;
+        let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
+        let done = back.decode(&self.plan, &self.pages, rows, steps, stop_tokens, on_token);
+        for row in rows {
+            let sequence = row.sequence as usize;
+            if let Ok(done) = done {
+                self.lengths[sequence] = row.position as usize + done;
+            }
+            // Pages for steps that did not run are for others.
+            self.pages.trim(sequence, self.lengths[sequence]);
+        }
+        done
+    }
+
+    /// Gives sequences pages for so many positions.
+    fn reserve(&mut self, wanted: impl Iterator<Item = (usize, usize)>) -> Result<(), StepError> {
+        self.stale.clear();
+        let mut wanted = wanted;
+        let reserved = wanted
+            .try_for_each(|(sequence, positions)| self.pages.reserve(sequence, positions, &mut self.stale));
+        // Also if there were too few: those that were given out stay where they are.
+        match &mut self.back {
+            Back::Cpu(back) => back.clear(&self.stale),
+            Back::Cuda(back) => back.clear(&self.plan, &self.stale)?,
+        }
+        Ok(reserved?)
     }
 
     fn check(&mut self, rows: &[RowInput], logit_rows: &[u32]) -> Result<(), StepError> {
+        self.steps += 1;
         let limits = &self.plan.limits;
         if rows.is_empty() || rows.len() > limits.max_rows {
             return Err(StepError::Rows { rows: rows.len(), max: limits.max_rows });
@@ -301,7 +333,7 @@ impl Engine {
     pub fn reset(&mut self, sequence: usize) {
         if let Some(length) = self.lengths.get_mut(sequence) {
             *length = 0;
-            self.kv.release(sequence);
+            self.pages.release(sequence);
         }
     }
 
@@ -316,8 +348,8 @@ impl Engine {
     }
 
     /// The KV cache's pages.
-    pub fn kv(&self) -> &KvCache {
-        &self.kv
+    pub fn kv(&self) -> &PageTable {
+        &self.pages
     }
 
     /// Logits of how many rows a step can return.
@@ -325,23 +357,52 @@ impl Engine {
         self.plan.buffers[self.plan.logits].rows
     }
 
-    /// What the memory is for.
+    /// What the memory is for: the GPU's, for plans that run on one.
     pub fn memory(&self) -> Breakdown {
-        let (pages, free) = (self.kv.pages() as u64, self.kv.free_pages() as u64);
-        Breakdown {
-            weights: (*self.weights).as_ref().len() as u64,
-            kv: self.kv.bytes() as u64,
-            kv_used: self.kv.bytes() as u64 / pages * (pages - free),
-            arena: self.arena.len() as u64,
-            scratch: self.scratch.len() as u64,
-            code: self.code.as_ref().map_or(0, |code| code.bytes() as u64),
-        }
+        let (pages, free) = (self.pages.pages() as u64, self.pages.free_pages() as u64);
+        let memory = match &self.back {
+            Back::Cpu(back) => back.memory(),
+            Back::Cuda(back) => back.memory(),
+        };
+        Breakdown { kv_used: memory.kv / pages * (pages - free), ..memory }
     }
 
     /// Times of the last step if [`EngineOptions::profile`] was set: `[workers][stages]
-    /// [start, wait end, end]` in ticks of the processor's time-stamp counter.
+    /// [start, wait end, end]`, in ticks of the processor's time-stamp counter, or of a length that
+    /// [`Engine::tick_seconds`] says. A stage in which a worker had no part is zero.
+    ///
+    /// A step of a resident kernel that ran in several launches has the times of the last one.
     pub fn profile(&self) -> Option<&[u64]> {
-        self.profile.as_ref().map(|region| bytemuck::cast_slice(region.as_slice()))
+        match &self.back {
+            Back::Cpu(back) => back.profile(),
+            Back::Cuda(back) => back.profile(),
+        }
+    }
+
+    /// Workers that run a step: threads, or SMs of the GPU.
+    pub fn workers(&self) -> usize {
+        match &self.back {
+            Back::Cpu(_) => self.plan.target.workers,
+            Back::Cuda(back) => back.blocks(),
+        }
+    }
+
+    /// Seconds of a tick of [`Engine::profile`], if they are known.
+    pub fn tick_seconds(&self) -> Option<f64> {
+        match &self.back {
+            Back::Cpu(_) => None,
+            // The GPU's clock counts nanoseconds.
+            Back::Cuda(_) => Some(1e-9),
+        }
+    }
+
+    /// Bytes per second that the GPU's memory can deliver at best, by its clock and width, if that is
+    /// known.
+    pub fn memory_rate(&self) -> Option<f64> {
+        match &self.back {
+            Back::Cpu(_) => None,
+            Back::Cuda(back) => back.memory_rate(),
+        }
     }
 }
 
@@ -365,25 +426,23 @@ pub fn open_checkpoint(plan: &Plan, options: &EngineOptions) -> Result<Checkpoin
     })
 }
 
+/// The packed weights, from the cache if there is one.
+pub(crate) fn packed_weights(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    options: &EngineOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<PackedWeights, EngineError> {
+    let weights = match &options.cache_dir {
+        Some(cache) => pack_cached(checkpoint, &plan.packing, cache, progress)?,
+        None => pack(checkpoint, &plan.packing, progress)?,
+    };
+    tracing::debug!(bytes = weights.len(), cached = weights.from_cache(), "weights are there");
+    Ok(weights)
+}
+
 impl AsRef<[u8]> for PackedWeights {
     fn as_ref(&self) -> &[u8] {
         self.as_slice()
     }
-}
-
-/// Arguments that all workers see.
-struct Shared(StepArgs);
-
-// SAFETY: workers share the structure itself only for reading; what its pointers lead to is shared
-// as the schedule says, with counters between writers and readers.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    fn get(&self) -> *const StepArgs {
-        &self.0
-    }
-}
-
-extern "C" fn yield_now() {
-    std::thread::yield_now();
 }

@@ -2,9 +2,9 @@
 //! remembers in the cache's pages.
 
 use super::*;
-use std::sync::atomic::fence;
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::time::{Duration, Instant};
-use tilec_ir::abi::{ABI_VERSION, KV_GROUP, KvLayout, KvType};
+use tilec_ir::abi::{ABI_VERSION, KV_GROUP, KvLayout, KvType, StepArgs};
 use tilec_ir::pack::Packing;
 use tilec_ir::plan::{PLAN_VERSION, PlanFile, PlanLimits, PlanTarget};
 use tilec_ir::stages::{Buffer, BufferElem};

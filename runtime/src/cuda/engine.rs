@@ -1,0 +1,583 @@
+//! The engine's work on a GPU: launches of the plan's resident kernel.
+//!
+//! What a launch needs is queued at once (rows, zeroed counters, the kernel, a copy of the logits), and
+//! the host waits for the queue, asleep most of the time. A kernel cannot be ended from outside: one
+//! that waits for too long ends itself and says where; if not even that is heard of, the engine gives
+//! up, and leaves its memory to the system.
+
+use super::device::{Device, HostMemory, Memory};
+use super::error::CudaError;
+use super::{DECODE_STEPS, weights};
+use crate::engine::{EngineError, EngineOptions, RowInput, StepError};
+use crate::kv::{KV_LIMITS, PageTable};
+use crate::memory::Breakdown;
+use std::ops::{ControlFlow, Range};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+use tilec_ir::launch::{
+    LaunchArgs, STALL_WORDS, STEP_ROWS, STOP_TOKENS, SYNC_BYTES, StallRecord, TRACE_FIELDS,
+};
+use tilec_ir::plan::Plan;
+
+/// How much longer than the kernel itself the host waits before it gives up.
+const MARGIN: Duration = Duration::from_millis(500);
+
+/// How long the host looks for the end of a short launch without sleeping: waking up takes about as long
+/// as a tenth of a step.
+const WATCH: Duration = Duration::from_millis(1);
+
+/// How long it sleeps between two looks.
+const NAP: Duration = Duration::from_micros(20);
+
+// The inputs of a pass, in words: four columns of rows, then the number of the pass, from 1.
+const TOKENS: usize = 0;
+const POSITIONS: usize = STEP_ROWS;
+const SEQUENCES: usize = 2 * STEP_ROWS;
+const LOGIT_INDEX: usize = 3 * STEP_ROWS;
+const PASS_NUMBER: usize = 4 * STEP_ROWS;
+/// Words from one pass to the next.
+const PASS_WORDS: usize = 64;
+
+// What host and kernel tell each other while it runs, in words, each on a cache line of its own: the
+// record of a wait that gave up, the word that ends a launch, and the number of the last pass that is
+// done.
+const STALL: usize = 0;
+const HALT: usize = 32;
+const DONE: usize = 64;
+const MAIL_WORDS: usize = 96;
+
+/// The kernel's `f32` and `u32`.
+const WORD: usize = 4;
+
+/// Weights, memory and kernel of a plan on a GPU.
+pub struct CudaEngine {
+    weights: Memory,
+    kv: Memory,
+    arena: Memory,
+    sync: Memory,
+    logits: Memory,
+    inputs: Memory,
+    table: Memory,
+    trace: Option<Memory>,
+    inputs_host: HostMemory,
+    table_host: HostMemory,
+    logits_host: HostMemory,
+    trace_host: Option<HostMemory>,
+    /// `u32 [DECODE_STEPS][STEP_ROWS]`, the tokens of a launch, plus one.
+    chosen: HostMemory,
+    mail: HostMemory,
+    /// [`PageTable::version`] of the table on the device.
+    table_version: u64,
+    pages: usize,
+    patience: Duration,
+    /// Why this engine cannot go on.
+    poisoned: Option<String>,
+    /// Last: everything above was made by it.
+    device: Box<dyn Device>,
+}
+
+/// How a wait for the device ended, if not well.
+enum Trouble {
+    /// The device says so.
+    Failed(CudaError),
+    /// Nothing happened for so long.
+    Silent(Duration),
+}
+
+impl CudaEngine {
+    /// Takes the memory of a plan with `pages` pages of KV cache. The weights are zero.
+    ///
+    /// # Errors
+    /// [`CudaError`], with what the memory is for.
+    pub fn new(
+        plan: &Plan,
+        device: Box<dyn Device>,
+        pages: usize,
+        options: &EngineOptions,
+    ) -> Result<CudaEngine, EngineError> {
+        const ROWS: &str = "limits.rows";
+        let sized = |what, lower, bytes: Option<usize>| device.allocate(what, bytes, lower);
+        let logit_rows = plan.buffers[plan.logits].rows;
+        let row_bytes = plan.vocab.checked_mul(WORD);
+        let logits_bytes = row_bytes.and_then(|bytes| bytes.checked_mul(logit_rows));
+        let logits_bytes = logits_bytes.ok_or(CudaError::Overflow { what: "logits", lower: ROWS })?;
+        let inputs_bytes = plan.limits.max_rows.div_ceil(STEP_ROWS) * PASS_WORDS * WORD;
+        let table_bytes = plan.limits.sequences.checked_mul(plan.limits.pages_per_sequence(&plan.kv));
+        let table_bytes = table_bytes.and_then(|entries| entries.checked_mul(WORD));
+        let table_bytes = table_bytes.ok_or(CudaError::Overflow { what: "page table", lower: KV_LIMITS })?;
+        let trace_bytes = device.blocks().checked_mul(plan.stages.len() * TRACE_FIELDS * 8);
+        let trace_bytes = trace_bytes.filter(|_| options.profile);
+
+        // The largest first, so that what is short of memory is named for what it is.
+        let weights_bytes = usize::try_from(plan.packing.bytes).ok();
+        let weights = sized("weights", "precision.weights", weights_bytes)?;
+        let kv = sized("KV cache", KV_LIMITS, plan.kv.total_bytes(pages))?;
+        let trace = trace_bytes.map(|bytes| sized("profile", ROWS, Some(bytes))).transpose()?;
+        let mut engine = CudaEngine {
+            weights,
+            kv,
+            arena: sized("activations", ROWS, Some(plan.arena_bytes()))?,
+            sync: sized("counters", ROWS, Some(SYNC_BYTES))?,
+            logits: sized("logits", ROWS, row_bytes.and_then(|bytes| bytes.checked_mul(STEP_ROWS)))?,
+            inputs: sized("rows", ROWS, Some(inputs_bytes))?,
+            table: sized("page table", KV_LIMITS, Some(table_bytes))?,
+            trace,
+            inputs_host: device.allocate_host(inputs_bytes)?,
+            table_host: device.allocate_host(table_bytes)?,
+            logits_host: device.allocate_host(logits_bytes)?,
+            trace_host: trace_bytes.map(|bytes| device.allocate_host(bytes)).transpose()?,
+            chosen: device.allocate_host(DECODE_STEPS * STEP_ROWS * WORD)?,
+            mail: device.allocate_host(MAIL_WORDS * WORD)?,
+            table_version: 0,
+            pages,
+            patience: options.patience,
+            poisoned: None,
+            device,
+        };
+        for memory in [&engine.weights, &engine.kv, &engine.arena] {
+            // SAFETY: all of memory that stays as long as the device.
+            unsafe { engine.device.zero(memory.address(), memory.bytes()) }?;
+        }
+        Ok(engine)
+    }
+
+    /// Fills the weights.
+    ///
+    /// # Errors
+    /// [`EngineError`] if they cannot be read, packed or copied.
+    pub fn load_weights(
+        &mut self,
+        plan: &Plan,
+        options: &EngineOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), EngineError> {
+        weights::load(&mut *self.device, &self.weights, plan, options, progress)
+    }
+
+    /// Zeroes pages of the KV cache before whatever is queued next.
+    ///
+    /// # Errors
+    /// [`StepError`].
+    pub fn clear(&mut self, plan: &Plan, pages: &[u32]) -> Result<(), StepError> {
+        if pages.is_empty() {
+            return Ok(());
+        }
+        self.ready()?;
+        let bytes = plan.kv.kv_heads * plan.kv.block_bytes();
+        for page in pages {
+            for layer in 0..plan.kv.layers {
+                let offset = plan.kv.block_offset(self.pages, layer, *page as usize, 0);
+                // SAFETY: a page of the cache, which stays as long as the device.
+                let zeroed = unsafe { self.device.zero(self.kv.address() + offset as u64, bytes) };
+                zeroed.map_err(|error| self.fail(plan, Trouble::Failed(error)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a step that was checked and has its pages, in passes of [`STEP_ROWS`] rows; returns the
+    /// logits `[logit_rows][vocab]`.
+    ///
+    /// # Errors
+    /// [`StepError`]; after one of these the engine does nothing more.
+    pub fn step(
+        &mut self,
+        plan: &Plan,
+        pages: &PageTable,
+        rows: &[RowInput],
+        logit_rows: &[u32],
+    ) -> Result<&[f32], StepError> {
+        self.ready()?;
+        let passes = split(rows.len(), logit_rows);
+        for (number, (range, wanted)) in passes.iter().enumerate() {
+            let start = range.start as u32;
+            let wanted = logit_rows[wanted.clone()].iter().map(|row| row - start);
+            self.write_rows(number, &rows[range.clone()], wanted);
+        }
+        let result = self.queue_step(plan, pages, &passes).map_err(Trouble::Failed).and_then(|()| {
+            let mail = self.mail.words();
+            let done = &mail[DONE];
+            wait(&mut *self.device, self.patience + MARGIN, WATCH, &mut || {
+                u64::from(done.load(Ordering::Relaxed))
+            })
+        });
+        self.finish(plan, result)?;
+        let bytes = logit_rows.len() * plan.vocab * WORD;
+        // SAFETY: nothing is queued any more.
+        Ok(bytemuck::cast_slice(unsafe { self.logits_host.slice(0..bytes) }))
+    }
+
+    fn queue_step(
+        &mut self,
+        plan: &Plan,
+        pages: &PageTable,
+        passes: &[(Range<usize>, Range<usize>)],
+    ) -> Result<(), CudaError> {
+        self.queue_inputs(pages, passes.len())?;
+        for (number, (rows, wanted)) in passes.iter().enumerate() {
+            let args = self.args(pages, number, rows.len(), wanted.len());
+            self.queue_launch(&args)?;
+            let row_bytes = plan.vocab * WORD;
+            let done = self.inputs.address() + ((number * PASS_WORDS + PASS_NUMBER) * WORD) as u64;
+            let device = &mut *self.device;
+            // SAFETY: as many rows as the step's logits have room for, which was checked; then one word
+            // of the inputs. Nobody touches either on the host until all is done, but for the word,
+            // which is an atomic.
+            unsafe {
+                if !wanted.is_empty() {
+                    let to = wanted.start * row_bytes..wanted.end * row_bytes;
+                    device.copy_out(&self.logits_host, to, self.logits.address())?;
+                }
+                device.copy_out(&self.mail, DONE * WORD..(DONE + 1) * WORD, done)?;
+            }
+        }
+        self.queue_trace()
+    }
+
+    /// Decodes in one launch: see [`crate::engine::Engine::decode`]. The rows were checked and have
+    /// pages for all steps.
+    ///
+    /// # Errors
+    /// [`StepError`]; after one of these the engine does nothing more.
+    pub fn decode(
+        &mut self,
+        plan: &Plan,
+        pages: &PageTable,
+        rows: &[RowInput],
+        steps: usize,
+        stop_tokens: &[u32],
+        on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
+    ) -> Result<usize, StepError> {
+        self.ready()?;
+        self.write_rows(0, rows, 0..rows.len() as u32);
+        for word in &self.chosen.words()[..steps * STEP_ROWS] {
+            word.store(0, Ordering::Relaxed);
+        }
+        let mut args = self.args(pages, 0, rows.len(), rows.len());
+        args.steps = steps as u32;
+        args.chosen = self.chosen.address();
+        // The kernel knows some of the tokens that end a text; this side looks for all of them.
+        for (to, token) in args.stop_tokens.iter_mut().zip(stop_tokens) {
+            *to = *token;
+        }
+        args.stop_count = stop_tokens.len().min(STOP_TOKENS) as u32;
+
+        let mut told = Told { steps: 0, ended: false, bad: None };
+        let queued = self
+            .queue_inputs(pages, 1)
+            .and_then(|()| self.queue_launch(&args))
+            .and_then(|()| self.queue_trace());
+        let result = queued.map_err(Trouble::Failed).and_then(|()| {
+            let (chosen, halt) = (self.chosen.words(), &self.mail.words()[HALT]);
+            wait(&mut *self.device, self.patience + MARGIN, Duration::ZERO, &mut || {
+                told.look(chosen, rows.len(), steps, plan.vocab, stop_tokens, on_token);
+                if told.ended {
+                    halt.store(1, Ordering::Release);
+                }
+                told.steps as u64
+            })
+        });
+        self.finish(plan, result)?;
+        let problem = match told.bad {
+            Some((step, row, token)) => {
+                format!("with token {token} for row {row} of step {step}, which is none of {}", plan.vocab)
+            }
+            None if told.steps == 0 => "without having chosen a token".to_string(),
+            None => return Ok(told.steps),
+        };
+        let error = StepError::Kernel { problem };
+        self.poisoned = Some(error.to_string());
+        Err(error)
+    }
+
+    /// Writes rows, and the numbers of those whose logits are wanted, for a pass.
+    fn write_rows(&mut self, pass: usize, rows: &[RowInput], wanted: impl Iterator<Item = u32>) {
+        let words = &self.inputs_host.words()[pass * PASS_WORDS..][..PASS_WORDS];
+        let set = |at: usize, value: u32| words[at].store(value, Ordering::Relaxed);
+        for (at, row) in rows.iter().enumerate() {
+            set(TOKENS + at, row.token);
+            set(POSITIONS + at, row.position);
+            set(SEQUENCES + at, row.sequence);
+        }
+        wanted.enumerate().for_each(|(at, row)| set(LOGIT_INDEX + at, row));
+        set(PASS_NUMBER, pass as u32 + 1);
+    }
+
+    /// Queues copies of the rows of so many passes, and of the page table if it changed; clears the mail.
+    fn queue_inputs(&mut self, pages: &PageTable, passes: usize) -> Result<(), CudaError> {
+        self.mail.words().iter().for_each(|word| word.store(0, Ordering::Release));
+        if self.table_version != pages.version() {
+            for (word, page) in self.table_host.words().iter().zip(pages.table()) {
+                word.store(*page, Ordering::Relaxed);
+            }
+            let bytes = self.table_host.bytes();
+            // SAFETY: the tables are equally long; this one stays as it is until the step is done.
+            unsafe { self.device.copy_in(self.table.address(), &self.table_host, 0..bytes) }?;
+            self.table_version = pages.version();
+        }
+        let bytes = passes * PASS_WORDS * WORD;
+        // SAFETY: both have room for all passes of the plan's largest step; as above.
+        unsafe { self.device.copy_in(self.inputs.address(), &self.inputs_host, 0..bytes) }
+    }
+
+    fn queue_launch(&mut self, args: &LaunchArgs) -> Result<(), CudaError> {
+        let trace = self.trace.as_ref().map(|trace| (trace.address(), trace.bytes()));
+        // SAFETY: the counters and the trace are this long. The arguments lead to memory of this engine,
+        // of the sizes that the plan and `LaunchArgs` say; it stays until the kernel has ended, because
+        // every step waits for that, or is leaked.
+        unsafe {
+            self.device.zero(self.sync.address(), SYNC_BYTES)?;
+            if let Some((address, bytes)) = trace {
+                self.device.zero(address, bytes)?;
+            }
+            self.device.launch(args)
+        }
+    }
+
+    fn queue_trace(&mut self) -> Result<(), CudaError> {
+        if let (Some(trace), Some(host)) = (&self.trace, &self.trace_host) {
+            // SAFETY: both are equally long; nobody looks before all is done.
+            unsafe { self.device.copy_out(host, 0..trace.bytes(), trace.address()) }?;
+        }
+        Ok(())
+    }
+
+    /// The arguments of a launch of one step.
+    fn args(&self, pages: &PageTable, pass: usize, rows: usize, logit_rows: usize) -> LaunchArgs {
+        let input = |word: usize| self.inputs.address() + ((pass * PASS_WORDS + word) * WORD) as u64;
+        let mail = |word: usize| self.mail.address() + (word * WORD) as u64;
+        LaunchArgs {
+            weights: self.weights.address(),
+            kv: self.kv.address(),
+            arena: self.arena.address(),
+            sync: self.sync.address(),
+            logits: self.logits.address(),
+            tokens: input(TOKENS),
+            positions: input(POSITIONS),
+            sequences: input(SEQUENCES),
+            logit_index: input(LOGIT_INDEX),
+            page_table: self.table.address(),
+            stall: mail(STALL),
+            chosen: 0,
+            halt: mail(HALT),
+            trace: self.trace.as_ref().map_or(0, Memory::address),
+            patience_ns: u64::try_from(self.patience.as_nanos()).unwrap_or(u64::MAX),
+            rows: rows as u32,
+            logit_rows: logit_rows as u32,
+            pages_per_sequence: pages.pages_per_sequence() as u32,
+            kv_pages: self.pages as u32,
+            steps: 1,
+            stop_count: 0,
+            stop_tokens: [0; STOP_TOKENS],
+        }
+    }
+
+    fn ready(&self) -> Result<(), StepError> {
+        match &self.poisoned {
+            Some(reason) => Err(StepError::Poisoned { reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Looks whether a wait of the kernel gave up, and at how the host's own wait ended.
+    fn finish(&mut self, plan: &Plan, result: Result<(), Trouble>) -> Result<(), StepError> {
+        match result {
+            Ok(()) if self.stall().code == 0 => Ok(()),
+            // The kernel ended well, and yet says that it is stuck.
+            Ok(()) => Err(self.fail(plan, Trouble::Silent(Duration::ZERO))),
+            Err(trouble) => Err(self.fail(plan, trouble)),
+        }
+    }
+
+    fn stall(&self) -> StallRecord {
+        let words = &self.mail.words()[STALL..STALL + STALL_WORDS];
+        // The code is written last.
+        let code = words[0].load(Ordering::Acquire);
+        let word = |at: usize| words[at].load(Ordering::Relaxed);
+        StallRecord {
+            code,
+            stage: word(1),
+            sm: word(2),
+            role: word(3),
+            seen: word(4),
+            expected: word(5),
+            step: word(6),
+            reserved: word(7),
+        }
+    }
+
+    /// Ends the use of this engine with the error that says most.
+    fn fail(&mut self, plan: &Plan, trouble: Trouble) -> StepError {
+        let record = self.stall();
+        if let Trouble::Silent(after) = trouble
+            && !after.is_zero()
+        {
+            // Whether the kernel still looks at this is unknown: its memory must stay.
+            self.mail.words()[HALT].store(1, Ordering::Release);
+            self.device.abandon();
+        }
+        let error = match trouble {
+            _ if record.code != 0 => {
+                let name = plan.stages.get(record.stage as usize);
+                StepError::Stuck {
+                    stage: name.map_or_else(|| format!("number {}", record.stage), Clone::clone),
+                    step: record.step,
+                    sm: record.sm,
+                    who: record.role_name(),
+                    seen: record.seen,
+                    expected: record.expected,
+                }
+            }
+            Trouble::Failed(error) => error.into(),
+            Trouble::Silent(after) => StepError::Silent { after },
+        };
+        self.poisoned = Some(error.to_string());
+        error
+    }
+
+    /// Times of the last step, in nanoseconds.
+    pub fn profile(&self) -> Option<&[u64]> {
+        let host = self.trace_host.as_ref().filter(|_| self.poisoned.is_none())?;
+        // SAFETY: every step waits for what it queued, or fails for good.
+        Some(bytemuck::cast_slice(unsafe { host.slice(0..host.bytes()) }))
+    }
+
+    /// What the GPU's memory is for, but for the pages that are in use.
+    pub fn memory(&self) -> Breakdown {
+        let bytes = |memory: &Memory| memory.bytes() as u64;
+        let small = [&self.sync, &self.logits, &self.inputs, &self.table].map(bytes);
+        Breakdown {
+            weights: bytes(&self.weights),
+            kv: bytes(&self.kv),
+            kv_used: 0,
+            arena: bytes(&self.arena),
+            scratch: small.iter().sum::<u64>() + self.trace.as_ref().map_or(0, bytes),
+            code: self.device.code_bytes() as u64,
+        }
+    }
+
+    /// Blocks of a launch.
+    pub fn blocks(&self) -> usize {
+        self.device.blocks()
+    }
+
+    /// Bytes per second of the memory at best.
+    pub fn memory_rate(&self) -> Option<f64> {
+        self.device.memory_rate().map(|rate| rate as f64)
+    }
+}
+
+impl Drop for CudaEngine {
+    fn drop(&mut self) {
+        if self.poisoned.is_none() {
+            return;
+        }
+        // Whatever a failed step left in the queue goes first; if it does not, nothing may be freed.
+        let quiet = wait(&mut *self.device, MARGIN, Duration::ZERO, &mut || 0);
+        if matches!(quiet, Err(Trouble::Silent(_))) {
+            self.device.abandon();
+        }
+    }
+}
+
+/// The passes of a step: which rows, and which of the wanted rows of logits, each has.
+fn split(rows: usize, logit_rows: &[u32]) -> Vec<(Range<usize>, Range<usize>)> {
+    let mut wanted = 0;
+    (0..rows)
+        .step_by(STEP_ROWS)
+        .map(|start| {
+            let end = rows.min(start + STEP_ROWS);
+            let first = wanted;
+            wanted += logit_rows[first..].iter().take_while(|row| (**row as usize) < end).count();
+            (start..end, first..wanted)
+        })
+        .collect()
+}
+
+/// How far the tokens of a launch were told of.
+struct Told {
+    steps: usize,
+    /// Whether a token ended the launch.
+    ended: bool,
+    /// A token that is none: step, row, token.
+    bad: Option<(usize, usize, u32)>,
+}
+
+impl Told {
+    /// Tells of the steps whose tokens are all there.
+    fn look(
+        &mut self,
+        chosen: &[AtomicU32],
+        rows: usize,
+        steps: usize,
+        vocab: usize,
+        stop_tokens: &[u32],
+        on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
+    ) {
+        while self.steps < steps && !self.ended {
+            let words = &chosen[self.steps * STEP_ROWS..][..rows];
+            let mut tokens = [0; STEP_ROWS];
+            for (token, word) in tokens.iter_mut().zip(words) {
+                match word.load(Ordering::Acquire) {
+                    0 => return,
+                    word => *token = word - 1,
+                }
+            }
+            for (row, token) in tokens[..rows].iter().copied().enumerate() {
+                if token as usize >= vocab {
+                    self.bad = Some((self.steps, row, token));
+                    self.ended = true;
+                    return;
+                }
+                let flow = on_token(self.steps, row, token);
+                self.ended |= flow.is_break() || stop_tokens.contains(&token);
+            }
+            self.steps += 1;
+        }
+    }
+}
+
+/// Waits until the device is done, and looks at `progress` all the while, once more at the end. Gives up
+/// if that stays the same for `limit`. Does not sleep for the first `watch`.
+fn wait(
+    device: &mut dyn Device,
+    limit: Duration,
+    watch: Duration,
+    progress: &mut dyn FnMut() -> u64,
+) -> Result<(), Trouble> {
+    let start = Instant::now();
+    let (mut last, mut seen) = (start, progress());
+    loop {
+        let idle = device.idle().map_err(Trouble::Failed)?;
+        let now = progress();
+        if idle {
+            return Ok(());
+        }
+        let time = Instant::now();
+        if now != seen {
+            (last, seen) = (time, now);
+        } else if time - last > limit {
+            return Err(Trouble::Silent(time - last));
+        }
+        if time - start < watch {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(NAP);
+        }
+    }
+}
+
+/// Waits for copies; see [`wait`].
+///
+/// # Errors
+/// What the device says, or that it says nothing.
+pub(super) fn wait_for_copies(device: &mut dyn Device) -> Result<(), EngineError> {
+    match wait(device, Duration::from_secs(30), Duration::ZERO, &mut || 0) {
+        Ok(()) => Ok(()),
+        Err(Trouble::Failed(error)) => Err(error.into()),
+        Err(Trouble::Silent(after)) => {
+            device.abandon();
+            Err(EngineError::Silent { after })
+        }
+    }
+}

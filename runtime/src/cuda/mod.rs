@@ -1,0 +1,26 @@
+//! The CUDA backend: the driver, the plan's resident kernel on a GPU, and its memory.
+//!
+//! Nothing of CUDA is needed to build this or to run plans for the processor: the driver is loaded when
+//! a plan for a GPU is.
+
+mod device;
+mod driver;
+mod engine;
+mod error;
+#[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
+mod tests;
+mod weights;
+
+pub use driver::{DeviceInfo, devices, runs_on};
+pub use error::CudaError;
+
+pub(crate) use device::{Device, Gpu};
+pub(crate) use engine::CudaEngine;
+
+/// Rows that [`crate::engine::Engine::decode`] takes at most.
+pub(crate) const DECODE_ROWS: usize = tilec_ir::launch::STEP_ROWS;
+
+/// Steps of a launch at most: what the memory for the chosen tokens is made for.
+pub(crate) const DECODE_STEPS: usize = 1024;

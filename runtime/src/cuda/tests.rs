@@ -1,0 +1,344 @@
+//! The engine on a device in software.
+
+use super::fake::*;
+use crate::engine::tests::{CONTEXT, VOCAB, toy_engine_on, toy_next, toy_plan};
+use crate::engine::{Engine, EngineError, EngineOptions, PROFILE_FIELDS, RowInput, StepError};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+fn rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
+    (start..).zip(tokens).map(|(position, token)| RowInput { token: *token, position, sequence }).collect()
+}
+
+fn best(logits: &[f32]) -> Vec<u32> {
+    let best = |row: &[f32]| row.iter().position(|logit| *logit == 1.0).unwrap() as u32;
+    logits.chunks_exact(VOCAB).map(best).collect()
+}
+
+fn decode(
+    engine: &mut Engine,
+    rows: &[RowInput],
+    steps: usize,
+    stops: &[u32],
+) -> Result<Vec<Vec<u32>>, StepError> {
+    let mut told = vec![Vec::new(); rows.len()];
+    let done = engine.decode(rows, steps, stops, &mut |step, row, token| {
+        assert_eq!(told[row].len(), step);
+        told[row].push(token);
+        ControlFlow::Continue(())
+    })?;
+    assert!(told.iter().all(|tokens| tokens.len() == done));
+    Ok(told)
+}
+
+/// What the toy says after `tokens`, and after that, so many times.
+fn expected(tokens: &[u32], count: usize) -> Vec<u32> {
+    let mut all = tokens.to_vec();
+    (0..count).for_each(|_| all.push(toy_next(&all)));
+    all.split_off(tokens.len())
+}
+
+#[test]
+fn long_steps_run_in_passes_and_give_what_the_processor_gives() {
+    let (mut engine, seen) = fake_engine(&EngineOptions::default());
+    let mut plan = toy_plan(1);
+    (plan.limits, plan.buffers[0].rows) = (engine.plan().limits, 20);
+    let mut cpu = toy_engine_on(plan, &EngineOptions::default());
+    let prompt: Vec<u32> = (0..11).map(|n| n * 7 % VOCAB as u32).collect();
+    let steps = [
+        ([rows(1, 0, &prompt), rows(0, 0, &prompt[..9])].concat(), vec![0, 7, 8, 10, 19]),
+        ([rows(0, 9, &[1, 2]), rows(1, 11, &[3]), rows(2, 0, &[5])].concat(), vec![1, 2, 3]),
+        // Going back forgets what came after.
+        (rows(1, 4, &[60, 61]), vec![0, 1]),
+        (rows(2, 1, &[1; 20]), vec![]),
+    ];
+    for (rows, wanted) in &steps {
+        let logits = engine.step(rows, wanted).unwrap();
+        assert_eq!(logits, cpu.step(rows, wanted).unwrap());
+        assert_eq!(logits.len(), wanted.len() * VOCAB);
+    }
+    assert_eq!([0, 1, 2].map(|n| engine.length(n)), [0, 1, 2].map(|n| cpu.length(n)));
+    let shape: Vec<_> =
+        seen.launches.lock().unwrap().iter().map(|args| (args.rows, args.logit_rows)).collect();
+    assert_eq!(shape, [(8, 2), (8, 2), (4, 1), (4, 3), (2, 2), (8, 0), (8, 0), (4, 0)]);
+}
+
+#[test]
+fn the_arguments_lead_to_what_the_kernel_needs() {
+    let options = EngineOptions { patience: Duration::from_millis(700), ..Default::default() };
+    let (mut engine, seen) = fake_engine(&options);
+    engine.step(&rows(0, 0, &[1; 17]), &[16]).unwrap();
+    engine.step(&rows(0, 17, &[1]), &[0]).unwrap();
+    let copies = seen.copies_in.load(Ordering::Relaxed);
+    engine.step(&rows(0, 18, &[1]), &[0]).unwrap();
+    assert_eq!(seen.copies_in.load(Ordering::Relaxed) - copies, 1, "the page table did not change");
+    let launches = seen.launches.lock().unwrap();
+    for args in launches.iter() {
+        for address in [args.weights, args.kv, args.arena] {
+            assert_eq!(address % 256, 0);
+        }
+        assert_eq!((args.pages_per_sequence, args.kv_pages, args.steps), (3, 9, 1));
+        assert_eq!((args.chosen, args.trace, args.stop_count), (0, 0, 0));
+        assert_eq!(args.patience_ns, 700_000_000);
+        assert_eq!((args.halt - args.stall, args.halt % 4), (128, 0));
+    }
+    // Every pass has inputs of its own: they are queued together.
+    assert_eq!(
+        (launches[1].tokens - launches[0].tokens, launches[2].tokens - launches[1].tokens),
+        (256, 256)
+    );
+}
+
+#[test]
+fn bad_steps_are_refused_as_on_the_processor() {
+    let (mut engine, seen) = fake_engine(&EngineOptions::default());
+    let row = |token, position, sequence| RowInput { token, position, sequence };
+    assert_eq!(engine.step(&[], &[]).unwrap_err(), StepError::Rows { rows: 0, max: 20 });
+    assert_eq!(
+        engine.step(&[row(64, 0, 0)], &[]).unwrap_err(),
+        StepError::Token { row: 0, token: 64, vocab: VOCAB }
+    );
+    assert_eq!(
+        engine.step(&[row(0, 1, 0)], &[]).unwrap_err(),
+        StepError::Order { row: 0, position: 1, expected: 0 }
+    );
+    let mut cases = vec![
+        (vec![row(0, 0, 0); 9], 1, StepError::Rows { rows: 9, max: 8 }),
+        (vec![], 1, StepError::Rows { rows: 0, max: 20 }),
+        (vec![row(0, 0, 0)], 0, StepError::Steps { steps: 0, max: 1024 }),
+        (vec![row(0, 0, 0)], 1025, StepError::Steps { steps: 1025, max: 1024 }),
+        (rows(0, 0, &[1, 2]), 1, StepError::Twice { row: 1, sequence: 0 }),
+        (vec![row(0, 0, 3)], 1, StepError::Sequence { row: 0, sequence: 3, sequences: 3 }),
+    ];
+    let position = CONTEXT as u32;
+    cases.push((vec![row(0, 0, 0)], CONTEXT + 1, StepError::Context { row: 0, position, context: CONTEXT }));
+    for (rows, steps, expected) in cases {
+        let error = engine.decode(&rows, steps, &[], &mut |_, _, _| panic!("nothing was decoded"));
+        assert_eq!(error.unwrap_err(), expected);
+    }
+    assert_eq!(engine.kv().free_pages(), 9);
+    assert!(seen.launches.lock().unwrap().is_empty());
+    let mut cpu = crate::engine::tests::toy_engine(1, &EngineOptions::default());
+    let error = cpu.decode(&[row(0, 0, 0)], 1, &[], &mut |_, _, _| ControlFlow::Continue(())).unwrap_err();
+    assert_eq!(error, StepError::NotResident);
+    assert!(!cpu.is_resident() && engine.is_resident());
+}
+
+#[test]
+fn one_launch_decodes_many_steps_of_several_sequences() {
+    let (mut engine, seen) = fake_engine(&EngineOptions::default());
+    engine.step(&[rows(0, 0, &[1, 2]), rows(2, 0, &[5; 15])].concat(), &[]).unwrap();
+    let last = [rows(2, 15, &[9]), rows(0, 2, &[3]), rows(1, 0, &[4])].concat();
+    let told = decode(&mut engine, &last, 20, &[]).unwrap();
+    let histories: [Vec<u32>; 3] = [[vec![5; 15], vec![9]].concat(), vec![1, 2, 3], vec![4]];
+    for (told, history) in told.iter().zip(&histories) {
+        assert_eq!(told, &expected(history, 20));
+    }
+    assert_eq!([0, 1, 2].map(|n| engine.length(n)), [22, 20, 35]);
+    assert_eq!(engine.kv().free_pages(), 9 - 2 - 2 - 3);
+    // Three passes of the prompts, and one launch.
+    assert_eq!(seen.launches.lock().unwrap().len(), 3 + 1);
+    // The last token of each was not processed; steps and launches go on from it alike.
+    let mut history = [&histories[1][..], &told[1]].concat();
+    let next = best(engine.step(&rows(0, 22, &history[22..]), &[0]).unwrap());
+    history.extend(&next);
+    assert_eq!(next, [toy_next(&history[..23])]);
+    let told = decode(&mut engine, &rows(0, 23, &next), 2, &[]).unwrap();
+    assert_eq!(told[0], expected(&history, 2));
+}
+
+#[test]
+fn a_launch_ends_with_the_step_of_a_stop_token() {
+    let tokens = expected(&[1, 2], 6);
+    assert_eq!(tokens, [3, 6, 12, 24, 48, 32]);
+    // The kernel knows 8; the ninth is found by the host.
+    let many = [50, 51, 52, 53, 54, 55, 56, 57, 12];
+    for stops in [&[12][..], &many] {
+        let (mut engine, seen) = fake_engine(&EngineOptions::default());
+        engine.step(&rows(0, 0, &[1]), &[]).unwrap();
+        let told = decode(&mut engine, &rows(0, 1, &[2]), 40, stops).unwrap();
+        assert_eq!(told[0], tokens[..3]);
+        assert_eq!((engine.length(0), engine.kv().free_pages()), (4, 8));
+        let count = seen.launches.lock().unwrap()[1].stop_count as usize;
+        assert_eq!(count, stops.len().min(8));
+    }
+}
+
+#[test]
+fn a_callback_ends_a_launch_and_later_tokens_are_forgotten() {
+    let (mut engine, _) = fake_engine(&EngineOptions::default());
+    engine.step(&rows(1, 0, &[1]), &[]).unwrap();
+    let start = Instant::now();
+    let last = [rows(1, 1, &[2]), rows(0, 0, &[7])].concat();
+    let mut told = Vec::new();
+    let done = engine.decode(&last, 40, &[], &mut |step, row, token| {
+        told.push((step, row, token));
+        if step == 4 && row == 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    assert_eq!(done, Ok(5));
+    // The other row's token of the same step is told of as well.
+    let (one, other) = (expected(&[1, 2], 5), expected(&[7], 5));
+    let all: Vec<_> = (0..5).flat_map(|step| [(step, 0, one[step]), (step, 1, other[step])]).collect();
+    assert_eq!(told, all);
+    assert!(start.elapsed() < Duration::from_millis(40), "the kernel went on: {:?}", start.elapsed());
+    assert_eq!((engine.length(1), engine.length(0)), (6, 5));
+    assert_eq!(engine.kv().free_pages(), 7);
+    // From an earlier place, with another token, as if nothing had been behind it.
+    let told = decode(&mut engine, &rows(1, 3, &[40]), 3, &[]).unwrap();
+    assert_eq!(told[0], expected(&[1, 2, 3, 40], 3));
+}
+
+#[test]
+fn a_full_cache_refuses_a_launch_and_goes_on() {
+    let options = EngineOptions { kv_pages: Some(3), ..Default::default() };
+    let (mut engine, _) = fake_engine(&options);
+    engine.step(&[rows(0, 0, &[1]), rows(1, 0, &[2])].concat(), &[]).unwrap();
+    let error = decode(&mut engine, &rows(0, 1, &[3]), 40, &[]).unwrap_err();
+    assert!(error.to_string().contains("KV cache is full"), "{error}");
+    assert_eq!((engine.length(0), engine.kv().free_pages()), (1, 1));
+    assert_eq!(decode(&mut engine, &rows(0, 1, &[3]), 20, &[]).unwrap()[0], expected(&[1, 3], 20));
+}
+
+#[test]
+fn pages_come_back_zeroed() {
+    // The toy's kernel checks it.
+    let options = EngineOptions { kv_pages: Some(2), ..Default::default() };
+    let (mut engine, _) = fake_engine(&options);
+    for round in 1..5 {
+        for sequence in 0..3 {
+            engine.step(&rows(sequence, 0, &[0, round]), &[]).unwrap();
+            let told = decode(&mut engine, &rows(sequence, 2, &[1]), 30, &[]).unwrap();
+            assert_eq!(told[0], expected(&[0, round, 1], 30));
+            engine.reset(sequence as usize);
+        }
+    }
+}
+
+#[test]
+fn a_stuck_wait_is_an_error_that_says_where_and_ends_the_engine() {
+    // Stage 1 is "sum".
+    let record = [1, 1, 77, 6, 3, 4, 9, 0];
+    let stuck = || StepError::Stuck {
+        stage: "sum".into(),
+        step: 9,
+        sm: 77,
+        who: "the control warp, for the other SMs",
+        seen: 3,
+        expected: 4,
+    };
+    for decodes in [false, true] {
+        let (mut engine, seen) = fake_engine_on(cuda_plan(), stuck_kernel(record), &EngineOptions::default());
+        let error = match decodes {
+            false => engine.step(&rows(0, 0, &[1; 20]), &[19]).map(|_| ()).unwrap_err(),
+            true => decode(&mut engine, &rows(0, 0, &[1]), 30, &[]).map(|_| ()).unwrap_err(),
+        };
+        assert_eq!(error, stuck());
+        let text = error.to_string();
+        assert!(text.contains("on SM 77") && text.contains("in stage sum of step 9: it saw 3"), "{text}");
+        assert_eq!((engine.length(0), engine.profile()), (0, None));
+        let error = engine.step(&rows(0, 0, &[1]), &[]).unwrap_err().to_string();
+        assert!(
+            error.contains("stopped working before (on SM 77") && error.contains("load the plan"),
+            "{error}"
+        );
+        drop(engine);
+        assert_eq!(seen.held.load(Ordering::Relaxed), 0, "everything is freed");
+    }
+}
+
+#[test]
+fn a_kernel_that_fails_without_a_record_is_the_drivers_error() {
+    let (mut engine, _) = fake_engine_on(cuda_plan(), Arc::new(|_| Err(trap())), &EngineOptions::default());
+    let error = decode(&mut engine, &rows(0, 0, &[1]), 3, &[]).unwrap_err();
+    assert_eq!(error, StepError::Cuda(Box::new(trap())));
+    assert!(matches!(engine.step(&rows(0, 0, &[1]), &[]), Err(StepError::Poisoned { .. })));
+}
+
+#[test]
+fn a_kernel_that_says_nothing_is_given_up() {
+    let release = Arc::new(AtomicBool::new(false));
+    let kernel: FakeKernel = {
+        let release = Arc::clone(&release);
+        Arc::new(move |_| {
+            while !release.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        })
+    };
+    let options = EngineOptions { patience: Duration::from_millis(50), ..Default::default() };
+    let (mut engine, seen) = fake_engine_on(cuda_plan(), kernel, &options);
+    let start = Instant::now();
+    let error = engine.step(&rows(0, 0, &[1]), &[0]).unwrap_err();
+    assert!(matches!(error, StepError::Silent { .. }), "{error:?}");
+    assert!(error.to_string().contains("nvidia-smi"), "{error}");
+    assert!(matches!(engine.step(&rows(0, 0, &[1]), &[]), Err(StepError::Poisoned { .. })));
+    drop(engine);
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert!(seen.held.load(Ordering::Relaxed) > 0, "the kernel may still use the memory");
+    release.store(true, Ordering::Relaxed);
+}
+
+#[test]
+fn a_kernel_that_does_not_do_its_work_is_at_fault() {
+    let (mut engine, _) = fake_engine_on(cuda_plan(), Arc::new(|_| Ok(())), &EngineOptions::default());
+    let error = decode(&mut engine, &rows(0, 0, &[1]), 3, &[]).unwrap_err().to_string();
+    assert!(error.contains("without having chosen a token"), "{error}");
+    let kernel: FakeKernel = Arc::new(|args| {
+        // SAFETY: the memory of the chosen tokens.
+        unsafe { *(args.chosen as *mut u32) = VOCAB as u32 + 1 };
+        Ok(())
+    });
+    let (mut engine, _) = fake_engine_on(cuda_plan(), kernel, &EngineOptions::default());
+    let error = decode(&mut engine, &rows(0, 0, &[1]), 3, &[]).unwrap_err().to_string();
+    assert!(error.contains("with token 64 for row 0 of step 0, which is none of 64"), "{error}");
+    assert_eq!(engine.length(0), 0);
+}
+
+#[test]
+fn the_profile_has_a_record_for_every_sm_and_stage() {
+    let options = EngineOptions { profile: true, ..Default::default() };
+    let (mut engine, _) = fake_engine(&options);
+    engine.step(&rows(0, 0, &[1; 9]), &[]).unwrap();
+    assert_eq!(
+        (engine.workers(), engine.tick_seconds(), engine.memory_rate()),
+        (BLOCKS, Some(1e-9), Some(1e6))
+    );
+    let profile = engine.profile().unwrap();
+    let expected: Vec<u64> =
+        (0..BLOCKS as u64).flat_map(|sm| [0, 0, 0, sm * 10 + 1, sm * 10 + 2, sm * 10 + 3]).collect();
+    assert_eq!((profile, PROFILE_FIELDS), (&expected[..], 3));
+    assert!(fake_engine(&EngineOptions::default()).0.profile().is_none());
+}
+
+#[test]
+fn memory_that_is_not_there_is_named() {
+    let plan = cuda_plan();
+    let kv = plan.kv.total_bytes(9).unwrap() as u64;
+    for (limit, what) in [(10, "weights"), (kv, "KV cache"), (kv + 400, "activations")] {
+        let mut plan = plan.clone();
+        plan.packing.bytes = 320;
+        let device = FakeDevice::new(toy_kernel(plan.kv));
+        let seen = device.seen();
+        seen.limit.store(limit, Ordering::Relaxed);
+        let error = Engine::on_device(plan, Box::new(device), &EngineOptions::default()).unwrap_err();
+        assert!(matches!(error, EngineError::Cuda(_)));
+        let text = error.to_string();
+        assert!(
+            text.contains(&format!("no GPU memory for the {what}")) && text.contains("are free"),
+            "{text}"
+        );
+        assert_eq!(seen.held.load(Ordering::Relaxed), 0);
+    }
+    let (mut engine, seen) = fake_engine(&EngineOptions::default());
+    engine.step(&rows(0, 0, &[1]), &[]).unwrap();
+    let memory = engine.memory();
+    assert_eq!((memory.kv, memory.kv_used, memory.code), (kv, kv / 9, 100));
+    let sum = memory.weights + memory.kv + memory.arena + memory.scratch;
+    // Memory of nothing is a byte here.
+    assert_eq!(sum + 1, seen.held.load(Ordering::Relaxed));
+    drop(engine);
+    assert_eq!(seen.held.load(Ordering::Relaxed), 0);
+}
