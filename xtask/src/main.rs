@@ -85,6 +85,7 @@ fn test(args: Args) -> Result<()> {
     parts.run("set-up: rust", setup::rust_components)?;
     parts.run("set-up: LLVM 19", setup::llvm)?;
     let model = parts.run("set-up: SmolLM2", setup::smollm2)?;
+    let nvrtc = parts.run("set-up: NVRTC", setup::nvrtc)?;
     parts.run("formatting", || shell::run(shell::cargo().args(["fmt", "--all", "--check"])))?;
     parts.run("lints", || {
         let clippy = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
@@ -92,7 +93,9 @@ fn test(args: Args) -> Result<()> {
     })?;
     // Last, so that its closing lines are the last to be seen.
     parts.run("tests", || {
-        shell::run(shell::cargo().args(["test", "--workspace"]).env("TILEC_SMOLLM2_GGUF", &model))
+        let mut test = shell::cargo();
+        test.args(["test", "--workspace"]).env("TILEC_SMOLLM2_GGUF", &model).env("TILEC_NVRTC", &nvrtc);
+        shell::run(&mut test)
     })?;
     eprintln!("all checks passed in {:.0} s", start.elapsed().as_secs_f64());
     Ok(())

@@ -37,7 +37,7 @@ const LLAMA_CPP_PACKAGE: &str = "@node-llama-cpp/linux-x64@3.22.1";
 const LLAMA_CPP_IN_PACKAGE: &str = "package/bins/linux-x64";
 
 /// NVIDIA's run-time compiler and the headers it reads.
-const NVRTC_PACKAGES: [&str; 2] = ["nvidia-cuda-nvrtc==13.0.*", "nvidia-cuda-runtime==13.0.*"];
+const NVRTC_PACKAGES: [&str; 2] = ["nvidia-cuda-nvrtc==13.0.88", "nvidia-cuda-runtime==13.0.96"];
 
 /// The names of the steps that `cargo xtask setup` knows.
 pub const STEPS: [&str; 5] = ["rust", "llvm", "smollm2", "llamacpp", "nvrtc"];
