@@ -5,6 +5,9 @@
 //! the same whatever runs with it. What a sequence leaves in the cache stays until its place is
 //! needed: a prompt that begins like it (the next turn of a chat) is only processed from where it
 //! differs.
+//!
+//! On an engine with a resident kernel, sequences that all decode greedily do so many steps at a time,
+//! and the text streams while the kernel runs.
 
 mod score;
 mod stats;
@@ -23,6 +26,9 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
+
+/// Steps of a launch that decodes, at most: a launch costs about a tenth of a step.
+const LAUNCH_STEPS: usize = 64;
 
 /// What to generate.
 #[derive(Clone, Debug)]
@@ -231,6 +237,12 @@ impl Generator {
                 break;
             }
 
+            if let Some(groups) = self.decoding(&active, requests) {
+                for group in &groups {
+                    steps.extend(self.decode(group, requests, &mut active, &mut done, news)?);
+                }
+                continue;
+            }
             let mut batch = Batch::default();
             self.fill(&mut batch, &active, turn);
             if batch.left_out {
@@ -322,6 +334,107 @@ impl Generator {
         })
     }
 
+    /// The active sequences in groups of as many as a launch decodes, if all of them decode and the kernel
+    /// can choose their tokens.
+    fn decoding(&self, active: &[Option<Active>], requests: &[Request]) -> Option<Vec<Vec<usize>>> {
+        if !self.engine.is_resident() {
+            return None;
+        }
+        let sequences = (0..active.len()).filter(|sequence| active[*sequence].is_some());
+        let sequences: Vec<usize> = sequences.collect();
+        let decodes = |sequence: &usize| {
+            active[*sequence].as_ref().is_some_and(|current| {
+                current.tokens.len() == self.history[*sequence].len() + 1
+                    && requests[current.request].sampling.is_argmax()
+            })
+        };
+        let rows = self.engine.max_decode_rows();
+        sequences.iter().all(decodes).then(|| sequences.chunks(rows).map(<[usize]>::to_vec).collect())
+    }
+
+    /// Decodes a group of sequences in one launch, until the first of them ends.
+    fn decode(
+        &mut self,
+        group: &[usize],
+        requests: &[Request],
+        active: &mut [Option<Active>],
+        done: &mut [Option<Completion>],
+        news: &mut dyn FnMut(Piece<'_>) -> ControlFlow<()>,
+    ) -> Result<Vec<StepTime>, StepError> {
+        let limits = self.engine.plan().limits;
+        let mut rows = Vec::with_capacity(group.len());
+        let mut stops = Vec::new();
+        let mut steps = LAUNCH_STEPS;
+        for &sequence in group {
+            let current = active[sequence].as_ref().expect("groups are made of active sequences");
+            let request = &requests[current.request];
+            let position = current.tokens.len() - 1;
+            rows.push(RowInput {
+                token: current.tokens[position],
+                position: position as u32,
+                sequence: sequence as u32,
+            });
+            stops.extend(&request.stop_tokens);
+            // An active sequence has a token to choose and a position for the last one: both are above 0.
+            let left = request.max_tokens - (current.tokens.len() - current.prompt);
+            steps = steps.min(left).min(limits.context - position);
+        }
+        stops.sort_unstable();
+        stops.dedup();
+
+        let page = self.engine.plan().kv.page_tokens;
+        let missing = |engine: &Engine, steps: usize| {
+            let missing = |row: &RowInput| {
+                let wanted = (row.position as usize + steps).div_ceil(page);
+                wanted.saturating_sub(engine.kv().held_pages(row.sequence as usize))
+            };
+            rows.iter().map(missing).sum::<usize>()
+        };
+        if missing(&self.engine, steps) > self.engine.kv().free_pages() {
+            self.forget_idle(active);
+        }
+        while steps > 1 && missing(&self.engine, steps) > self.engine.kv().free_pages() {
+            steps /= 2;
+        }
+
+        let mut chosen = vec![Vec::new(); rows.len()];
+        let mut times = Vec::new();
+        let (mut before, mut there) = (Instant::now(), Instant::now());
+        let last = rows.len() - 1;
+        self.engine.decode(&rows, steps, &stops, &mut |_, row, token| {
+            if row == 0 {
+                there = Instant::now();
+            }
+            chosen[row].push(token);
+            let place = &mut active[group[row]];
+            let current = place.as_mut().expect("the launch ends with the step of the first that ends");
+            let mut flow = ControlFlow::Continue(());
+            if let Some(finish) =
+                current.accept(token, None, &requests[current.request], limits.context, news)
+            {
+                let current = place.take().expect("as above");
+                let request = current.request;
+                done[request] = Some(current.complete(finish, news));
+                flow = ControlFlow::Break(());
+            }
+            if row == last {
+                let now = Instant::now();
+                let (rows, logit_rows) = (last + 1, last + 1);
+                times.push(StepTime { rows, logit_rows, step: there - before, sampling: now - there });
+                before = now;
+            }
+            flow
+        })?;
+        for (row, chosen) in rows.iter().zip(&chosen) {
+            let history = &mut self.history[row.sequence as usize];
+            history.truncate(row.position as usize);
+            history.push(row.token);
+            // The token that was chosen last was not processed.
+            history.extend(&chosen[..chosen.len() - 1]);
+        }
+        Ok(times)
+    }
+
     /// The rows of the next step: sequences that decode first, then prompts as far as there is room.
     fn fill(&self, batch: &mut Batch, active: &[Option<Active>], turn: usize) {
         let max_rows = self.engine.plan().limits.max_rows;
@@ -359,14 +472,19 @@ impl Generator {
         let page = self.engine.plan().kv.page_tokens;
         // More than a step can need: every row on a page of its own.
         if free < batch.rows.len().div_ceil(page) + active.len() {
-            for (sequence, history) in self.history.iter_mut().enumerate() {
-                if active[sequence].is_none() && !history.is_empty() {
-                    history.clear();
-                    self.engine.reset(sequence);
-                }
-            }
+            self.forget_idle(active);
         }
         self.engine.step(&batch.rows, &batch.logit_rows)
+    }
+
+    /// Forgets what sequences that are not active have in the cache.
+    fn forget_idle(&mut self, active: &[Option<Active>]) {
+        for (sequence, history) in self.history.iter_mut().enumerate() {
+            if active[sequence].is_none() && !history.is_empty() {
+                history.clear();
+                self.engine.reset(sequence);
+            }
+        }
     }
 }
 
@@ -399,7 +517,18 @@ impl Active {
         let number = self.request;
         let choice = self.sampler.sample(logits, self.tokens.len() as u64);
         let choice = choice.map_err(|source| GenerateError::Sampling { request: number, source })?;
-        let token = choice.token;
+        Ok(self.accept(choice.token, choice.logprob, request, context, news))
+    }
+
+    /// Takes the token that was chosen; says why the text ends if it does.
+    fn accept(
+        &mut self,
+        token: u32,
+        logprob: Option<f32>,
+        request: &Request,
+        context: usize,
+        news: &mut dyn FnMut(Piece<'_>) -> ControlFlow<()>,
+    ) -> Option<FinishReason> {
         let now = Instant::now();
         match self.last {
             None => self.stats.first_token = now - self.admitted,
@@ -408,15 +537,15 @@ impl Active {
         self.last = Some(now);
         self.stats.generated_tokens += 1;
         if request.stop_tokens.contains(&token) {
-            return Ok(Some(FinishReason::StopToken(token)));
+            return Some(FinishReason::StopToken(token));
         }
         self.sampler.accept(token);
         self.tokens.push(token);
-        self.logprobs.extend(choice.logprob);
+        self.logprobs.extend(logprob);
         let emit = self.decoder.as_mut().map(|decoder| decoder.push(token)).unwrap_or_default();
         self.text.push_str(&emit.text);
-        let flow = news(Piece { request: number, token: Some(token), text: &emit.text });
-        Ok(if let Some(stop) = emit.stop {
+        let flow = news(Piece { request: self.request, token: Some(token), text: &emit.text });
+        if let Some(stop) = emit.stop {
             Some(FinishReason::StopString(stop))
         } else if flow.is_break() {
             Some(FinishReason::Cancelled)
@@ -427,7 +556,7 @@ impl Active {
             Some(FinishReason::Context)
         } else {
             None
-        })
+        }
     }
 
     fn complete(

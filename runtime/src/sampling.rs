@@ -81,6 +81,12 @@ impl SamplingParams {
         self.temperature == 0.0
     }
 
+    /// Whether the largest logit is the choice and nothing else is asked of the logits, so that whoever
+    /// computes them can choose.
+    pub fn is_argmax(&self) -> bool {
+        self.is_greedy() && !self.adjusts_logits() && !self.logprobs
+    }
+
     fn adjusts_logits(&self) -> bool {
         self.repetition_penalty != 1.0 || self.counts_output() || !self.logit_bias.is_empty()
     }

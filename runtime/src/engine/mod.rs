@@ -218,6 +218,11 @@ impl Engine {
         matches!(self.back, Back::Cuda(_))
     }
 
+    /// Rows that [`Engine::decode`] takes.
+    pub fn max_decode_rows(&self) -> usize {
+        cuda::DECODE_ROWS.min(self.plan.limits.max_rows)
+    }
+
     /// Decodes up to `steps` tokens of each row's sequence in one launch, greedily: the largest logit,
     /// the lowest id among equals. Every row is the last token of a sequence of its own; each step goes
     /// on with the tokens that the one before chose, one position on.
@@ -239,7 +244,7 @@ impl Engine {
         if !self.is_resident() {
             return Err(StepError::NotResident);
         }
-        let most = cuda::DECODE_ROWS.min(self.plan.limits.max_rows);
+        let most = self.max_decode_rows();
         if rows.len() > most {
             return Err(StepError::Rows { rows: rows.len(), max: most });
         }

@@ -226,3 +226,108 @@ fn samplers_are_told_of_prompt_and_output() {
     assert_eq!(completion.tokens[..2], [0, 1]);
     assert_eq!(completion.logprobs.len(), 3);
 }
+
+/// Completions, and the pieces of each request, on an engine.
+fn texts_of(engine: Engine, requests: &[Request]) -> (Vec<Completion>, Vec<Vec<(Option<u32>, String)>>, Run) {
+    let mut generator = Generator::new(engine, Some(tokenizer()));
+    let mut pieces = vec![Vec::new(); requests.len()];
+    let mut run = generator
+        .run(requests, &mut |piece| {
+            pieces[piece.request].push((piece.token, piece.text.to_string()));
+            let cancelled = requests[piece.request].max_tokens == 7 && pieces[piece.request].len() == 5;
+            if cancelled { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .unwrap();
+    (std::mem::take(&mut run.completions), pieces, run)
+}
+
+#[test]
+fn a_resident_kernel_gives_the_same_texts_in_fewer_launches() {
+    use crate::cuda::fake::{cuda_plan, fake_engine_on, toy_kernel};
+    let prompt = |seed: u32, len: u32| (0..len).map(|at| (at * 7 + seed) % VOCAB as u32).collect::<Vec<_>>();
+    let greedy: Vec<Request> = vec![
+        request(&prompt(1, 11), 20),
+        Request { stop_tokens: vec![24], ..request(&[1, 2], 30) },
+        Request { stop_strings: vec!["-9".into()], ..request(&[1, 2], 30) },
+        // Cancelled by the callback.
+        request(&prompt(9, 3), 7),
+        request(&[1; CONTEXT - 2], 30),
+        request(&[1; CONTEXT], 30),
+        request(&[1], 0),
+        Request {
+            skip_special: false,
+            stop_tokens: (0..20).map(|n| 63 - n).collect(),
+            ..request(&[1, 2], 40)
+        },
+        request(&prompt(30, 20), 1),
+    ];
+    let sampled = Request { sampling: SamplingParams { seed: 4, ..Default::default() }, ..request(&[5], 9) };
+    let with_sampled: Vec<Request> = [&greedy[..4], &[sampled]].concat();
+    for (requests, kv_pages) in
+        [(&greedy, None), (&greedy, Some(4)), (&with_sampled, None), (&with_sampled, Some(3))]
+    {
+        for sequences in [1, 3, 10] {
+            let mut plan = cuda_plan();
+            plan.limits.sequences = sequences;
+            let mut cpu_plan = toy_plan(1);
+            (cpu_plan.limits, cpu_plan.buffers[0].rows) = (plan.limits, 20);
+            // The cache must hold what runs together.
+            let kv_pages = kv_pages.map(|pages: usize| pages.max(sequences * 3).min(pages * sequences));
+            let options = EngineOptions { kv_pages, ..Default::default() };
+            let (expected, expected_pieces, cpu) = texts_of(toy_engine_on(cpu_plan, &options), requests);
+            let (engine, seen) = fake_engine_on(plan.clone(), toy_kernel(plan.kv), &options);
+            let (completions, pieces, run) = texts_of(engine, requests);
+            assert_eq!(pieces, expected_pieces);
+            for (found, expected) in completions.iter().zip(&expected) {
+                assert_eq!(
+                    (&found.tokens, &found.text, found.finish, found.stats.generated_tokens),
+                    (&expected.tokens, &expected.text, expected.finish, expected.stats.generated_tokens)
+                );
+                assert_eq!(found.stats.cached_tokens, expected.stats.cached_tokens);
+            }
+            let launches = seen.launches.lock().unwrap();
+            if requests.len() == greedy.len() && sequences == 1 {
+                assert!(launches.len() * 2 < cpu.steps.len(), "{} {}", launches.len(), cpu.steps.len());
+                assert!(launches.iter().any(|args| args.steps > 16));
+                assert_eq!(run.steps.len(), cpu.steps.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_resident_kernel_goes_on_where_the_last_text_ended() {
+    use crate::cuda::fake::fake_engine;
+    let (engine, seen) = fake_engine(&EngineOptions::default());
+    let mut generator = Generator::new(engine, None);
+    let stop = expected(&[3, 4, 5], 4)[3];
+    let first = Request { stop_tokens: vec![stop], ..request(&[3, 4, 5], 30) };
+    let first = run(&mut generator, &[first]).completions.remove(0);
+    assert_eq!((first.finish, first.tokens.len()), (FinishReason::StopToken(stop), 3));
+    let prompt = [&[3, 4, 5][..], &first.tokens, &[stop, 8]].concat();
+    let second = run(&mut generator, &[request(&prompt, 30)]).completions.remove(0);
+    assert_eq!(second.tokens, expected(&prompt, 30));
+    // The stop token was chosen, but not processed.
+    assert_eq!(second.stats.cached_tokens, 6);
+    // The prompt, its first token, then a launch of many; twice.
+    let steps: Vec<u32> = seen.launches.lock().unwrap().iter().map(|args| args.steps).collect();
+    assert_eq!(steps, [1, 29, 1, 29]);
+}
+
+#[test]
+fn a_small_cache_makes_launches_shorter() {
+    use crate::cuda::fake::fake_engine;
+    let options = EngineOptions { kv_pages: Some(3), ..Default::default() };
+    let (engine, _) = fake_engine(&options);
+    let mut generator = Generator::new(engine, None);
+    for start in 1..6u32 {
+        let prompt: Vec<u32> = (start..start + 20).collect();
+        let completion = run(&mut generator, &[request(&prompt, 27)]).completions.remove(0);
+        assert_eq!(completion.tokens, expected(&prompt, 27), "prompt from {start}");
+    }
+    let requests = [request(&[1], 15), request(&[2], 31)];
+    let completions = run(&mut generator, &requests).completions;
+    for (request, completion) in requests.iter().zip(&completions) {
+        assert_eq!(completion.tokens, expected(&request.prompt, request.max_tokens));
+    }
+}
