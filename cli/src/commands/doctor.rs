@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use tilec_codegen::nvrtc::{Nvrtc, NvrtcError, REMEDY};
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -56,7 +57,7 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
         cache(),
         gpu(),
         library("CUDA driver", "libcuda.so.1", "install the NVIDIA driver"),
-        library("NVRTC", "libnvrtc.so", "install the CUDA toolkit, or pip install nvidia-cuda-nvrtc"),
+        nvrtc(),
     ];
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -190,6 +191,23 @@ fn library(name: &'static str, file: &str, remedy: &str) -> Check {
     }
 }
 
+/// Loads the compiler of CUDA text: a file of the right name may still be of no use.
+fn nvrtc() -> Check {
+    const NAME: &str = "NVRTC";
+    match Nvrtc::find() {
+        Ok(nvrtc) => Check::ok(NAME, format!("{}, {}", nvrtc.version(), nvrtc.path().display())),
+        Err(NvrtcError::Missing { tried }) => {
+            let found = if tried.is_empty() { "not found".into() } else { tried.join("; ") };
+            Check::note(NAME, found, format!("only needed to compile for GPUs: {REMEDY}"))
+        }
+        // Somebody asked for this one.
+        Err(NvrtcError::Unusable { path, reason }) => {
+            Check::fail(NAME, format!("{}: {reason}", path.display()), REMEDY)
+        }
+        Err(error) => Check::fail(NAME, error.to_string(), REMEDY),
+    }
+}
+
 /// Where a shared library whose name starts with `file` lies, without loading it.
 fn find_library(file: &str) -> Option<PathBuf> {
     let listed = |name: &str| std::env::var_os(name).unwrap_or_default();
@@ -224,11 +242,11 @@ mod tests {
     #[test]
     fn libraries_are_found_with_their_version() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(in_folder(folder.path(), "libnvrtc.so"), None);
-        let path = folder.path().join("libnvrtc.so.13");
+        assert_eq!(in_folder(folder.path(), "libcuda.so.1"), None);
+        let path = folder.path().join("libcuda.so.1.2");
         std::fs::write(&path, b"").unwrap();
-        std::fs::write(folder.path().join("libnvrtc-builtins.so.13"), b"").unwrap();
-        assert_eq!(in_folder(folder.path(), "libnvrtc.so"), Some(path));
-        assert_eq!(in_folder(&folder.path().join("missing"), "libnvrtc.so"), None);
+        std::fs::write(folder.path().join("libcudart.so.13"), b"").unwrap();
+        assert_eq!(in_folder(folder.path(), "libcuda.so.1"), Some(path));
+        assert_eq!(in_folder(&folder.path().join("missing"), "libcuda.so.1"), None);
     }
 }

@@ -72,6 +72,8 @@ impl Search {
         }
         let names: &[&str] = if self.ask_loader { &LOADER_NAMES } else { &[] };
         let by_loader = names.iter().find_map(|name| attempt(Path::new(name)));
+        // That the loader knows no such name is the rule, and not worth a line.
+        tried.retain(|line| !LOADER_NAMES.iter().any(|name| line.contains(&format!(" {name}: cannot open"))));
         by_loader.ok_or(NvrtcError::Missing { tried })
     }
 }

@@ -255,6 +255,12 @@ fn a_missing_library_gives_the_remedy() {
     let error = locate::Search::default().find().err().expect("nothing to look at").to_string();
     assert!(error.contains(REMEDY), "{error}");
 
+    // Neither is a name that the loader does not know worth a line.
+    let search = locate::Search { ask_loader: true, ..locate::Search::default() };
+    if let Err(error) = search.find() {
+        assert!(!error.to_string().contains("No such file"), "{error}");
+    }
+
     // One that is no library is passed over, and named.
     let folder = tempfile::tempdir().unwrap();
     let broken = folder.path().join("libnvrtc.so.13");
