@@ -1,7 +1,7 @@
 //! What the engine needs of a GPU: memory, copies, and a kernel that is launched. Tests have a device
 //! in software.
 
-use super::driver::{Context, DeviceMemory, Kernel, PinnedMemory, Stream, runs_on};
+use super::driver::{Context, DeviceInfo, DeviceMemory, Kernel, PinnedMemory, Stream, runs_on};
 use super::error::CudaError;
 use sha2::{Digest, Sha256};
 use std::any::Any;
@@ -217,8 +217,7 @@ impl Gpu {
             return Err(fault(format!("its SHA-256 is {found}, the plan says {}", plan.code.sha256)));
         }
         let context = Context::open(number)?;
-        let info = context.info();
-        fits(&plan.target.arch, info.capability, &info.name)?;
+        fits(&plan.target.arch, context.info())?;
         let stream = Stream::new(&context)?;
         // SAFETY: the file is the one that the compiler wrote: its sum is the plan's.
         let kernel =
@@ -227,16 +226,17 @@ impl Gpu {
     }
 }
 
-/// Checks that code for `arch` runs on a GPU of this compute capability.
-fn fits(arch: &str, capability: (u32, u32), device: &str) -> Result<(), CudaError> {
-    if runs_on(arch, capability) == Some(true) {
+/// Checks that code for `arch` runs on a GPU.
+fn fits(arch: &str, gpu: &DeviceInfo) -> Result<(), CudaError> {
+    if runs_on(arch, gpu.capability) == Some(true) {
         return Ok(());
     }
-    let (major, minor) = capability;
-    // From 9.0 on the tensor cores need code for exactly this GPU.
-    let suffix = if major >= 9 { "a" } else { "" };
-    let wanted = format!("sm_{major}{minor}{suffix}");
-    Err(CudaError::Arch { arch: arch.into(), device: device.into(), capability, wanted })
+    Err(CudaError::Arch {
+        arch: arch.into(),
+        device: gpu.name.clone(),
+        capability: gpu.capability,
+        wanted: gpu.arch(),
+    })
 }
 
 impl Device for Gpu {
@@ -310,12 +310,37 @@ mod tests {
 
     #[test]
     fn a_plan_for_another_gpu_says_what_to_compile_for() {
-        fits("sm_90a", (9, 0), "H200").unwrap();
-        let text = fits("sm_90a", (10, 0), "B200").unwrap_err().to_string();
+        let gpu = |name: &str, capability| DeviceInfo {
+            number: 0,
+            name: name.into(),
+            sms: 1,
+            capability,
+            memory: 0,
+            shared_bytes: 0,
+            cooperative: true,
+            memory_rate: None,
+            driver: (13, 0),
+        };
+        fits("sm_90a", &gpu("H200", (9, 0))).unwrap();
+        let text = fits("sm_90a", &gpu("B200", (10, 0))).unwrap_err().to_string();
         assert!(text.contains("kernel is for sm_90a, B200 has compute capability 10.0"), "{text}");
         assert!(text.contains("target.arch to sm_100a"), "{text}");
-        let text = fits("sm_90a", (8, 9), "L4").unwrap_err().to_string();
+        let text = fits("sm_90a", &gpu("L4", (8, 9))).unwrap_err().to_string();
         assert!(text.contains("target.arch to sm_89 in"), "{text}");
-        fits("nonsense", (8, 9), "L4").unwrap_err();
+        fits("nonsense", &gpu("L4", (8, 9))).unwrap_err();
+    }
+
+    #[test]
+    fn a_kernel_that_is_damaged_or_missing_is_refused_before_the_driver_is_asked() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut plan = crate::cuda::fake::cuda_plan();
+        let refused = |plan: &Plan| Gpu::open(0, folder.path(), plan).map(|_| ()).unwrap_err().to_string();
+        let text = refused(&plan);
+        assert!(text.contains("kernel.o") && text.contains("compile the model again"), "{text}");
+        std::fs::write(folder.path().join(&plan.code.file), b"cubin").unwrap();
+        plan.code.sha256 = "00".into();
+        assert!(refused(&plan).contains("the plan says 00"), "{}", refused(&plan));
+        plan.resident = None;
+        assert!(refused(&plan).contains("no resident kernel"), "{}", refused(&plan));
     }
 }

@@ -3,8 +3,10 @@
 //! Every function makes the context current on its thread first, so that any thread may call it.
 
 use super::error::CudaError;
+use crate::memory::Size;
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::{CStr, CString, c_int, c_void};
+use std::fmt;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::OnceLock;
@@ -135,6 +137,23 @@ pub struct DeviceInfo {
     pub memory_rate: Option<u64>,
     /// CUDA version of the driver: major and minor.
     pub driver: (u32, u32),
+}
+
+impl DeviceInfo {
+    /// The architecture to compile for, as NVIDIA names it: `sm_90a`.
+    pub fn arch(&self) -> String {
+        let (major, minor) = self.capability;
+        // From 9.0 on the tensor cores need code for exactly this GPU.
+        format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" })
+    }
+}
+
+impl fmt::Display for DeviceInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, arch, sms) = (&self.name, self.arch(), self.sms);
+        let (major, minor) = self.driver;
+        write!(f, "{name} ({arch}, {sms} SMs, {}), driver for CUDA {major}.{minor}", Size(self.memory))
+    }
 }
 
 /// All GPUs that the driver shows, by their numbers.
@@ -644,6 +663,25 @@ mod tests {
         assert_eq!(devices(), Err(CudaError::NoDriver));
         let text = Context::open(0).unwrap_err().to_string();
         assert!(text.contains("libcuda.so.1") && text.contains("target.device cpu"), "{text}");
+    }
+
+    #[test]
+    fn a_gpu_reads_well() {
+        let mut gpu = DeviceInfo {
+            number: 0,
+            name: "NVIDIA H200".into(),
+            sms: 132,
+            capability: (9, 0),
+            memory: 150 << 30,
+            shared_bytes: 232_448,
+            cooperative: true,
+            memory_rate: None,
+            driver: (13, 0),
+        };
+        assert_eq!(gpu.to_string(), "NVIDIA H200 (sm_90a, 132 SMs, 150.00 GiB), driver for CUDA 13.0");
+        assert_eq!(runs_on(&gpu.arch(), gpu.capability), Some(true));
+        gpu.capability = (8, 9);
+        assert_eq!(gpu.arch(), "sm_89");
     }
 
     #[test]

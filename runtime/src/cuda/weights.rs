@@ -5,7 +5,7 @@ use super::device::{Device, HostMemory, Memory};
 use super::engine::wait_for_copies;
 use crate::checkpoint::Checkpoint;
 use crate::engine::{EngineError, EngineOptions, open_checkpoint, packed_weights};
-use crate::pack::pack;
+use crate::pack::{PackError, PackedWeights, pack};
 use std::collections::BTreeMap;
 use tilec_ir::format::Format;
 use tilec_ir::launch::{OCTET, OCTET_BLOCK};
@@ -27,9 +27,9 @@ const BLOCK: usize = 64 << 20;
 
 /// Fills `weights` as the plan's packing says. `progress(done, total)` is told of bytes packed and copied.
 ///
-/// Synthetic weights of more than 2 GiB would take minutes to make: of their 16-bit matrices only 64 MiB
-/// for every number of columns are made, of the same distribution, and repeated all over from varying
-/// places. They are as good for measuring, but they are not the weights that the same plan has on the
+/// Synthetic weights of more than 2 GiB would take minutes to make: of their octets only 64 MiB for every
+/// format and number of columns are made, of the same distribution, and repeated all over from varying
+/// places (and so are the scales of block FP8, which are much alike). They are as good for measuring, but they are not the weights that the same plan has on the
 /// processor.
 ///
 /// # Errors
@@ -132,19 +132,17 @@ fn fill(
     block: usize,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), EngineError> {
-    packing.verify().map_err(crate::pack::PackError::from)?;
+    packing.verify().map_err(PackError::from)?;
     let total = packing.bytes;
-    // Items by format and columns that are repeated; the others are packed as usual, one behind the other.
-    let mut repeated: BTreeMap<(bool, usize), Vec<(u64, u64)>> = BTreeMap::new();
+    // Items by kind and columns that are repeated; the others are packed as usual, one behind the other.
+    let mut repeated: BTreeMap<(Kind, usize), Vec<(u64, u64)>> = BTreeMap::new();
     let mut usual = Packing::default();
     let mut places = Vec::new();
     for item in &packing.items {
         // Verified above.
         let bytes = item.content.bytes().unwrap_or(0);
         match repeatable(&item.content) {
-            Some((format, k)) => {
-                repeated.entry((format == Format::BF16, k)).or_default().push((item.offset, bytes));
-            }
+            Some(kind) => repeated.entry(kind).or_default().push((item.offset, bytes)),
             None => {
                 let offset = usual.bytes;
                 usual.items.push(PackItem { offset, content: item.content.clone() });
@@ -163,9 +161,8 @@ fn fill(
         progress(done, total);
     }
     drop(host);
-    for ((bf16, k), items) in repeated {
-        let format = if bf16 { Format::BF16 } else { Format::F16 };
-        let host = random_octets(format, k, seed, block)?;
+    for ((kind, k), items) in repeated {
+        let host = random_item(kind, k, seed, block)?;
         let source = device.allocate("block of weights", Some(host.len()), "model.synthetic")?;
         staging.upload(device, source.address(), host.as_slice(), &mut |_| ())?;
         let mut number = 0u64;
@@ -188,36 +185,58 @@ fn fill(
     Ok(())
 }
 
-/// Format and columns of an item that may be repeated: 16-bit octets without padding, which would have to
-/// be zero.
-fn repeatable(content: &PackContent) -> Option<(Format, usize)> {
-    match content {
-        PackContent::Octets { format, k, segments, .. }
-            if (*format == Format::BF16 || *format == Format::F16)
-                && (k * OCTET * 2).is_multiple_of(OCTET_BLOCK)
-                && segments.iter().all(|segment| segment.rows.is_multiple_of(OCTET)) =>
-        {
-            Some((*format, *k))
+/// What is repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    F16,
+    Bf16,
+    Fp8,
+    Fp8Scales,
+}
+
+impl Kind {
+    fn format(self) -> Format {
+        match self {
+            Kind::F16 => Format::F16,
+            Kind::Bf16 => Format::BF16,
+            Kind::Fp8 | Kind::Fp8Scales => Format::FP8_BLOCK,
         }
+    }
+}
+
+/// Kind and columns of an item that may be repeated: octets without padding, which would have to be zero,
+/// and scales.
+fn repeatable(content: &PackContent) -> Option<(Kind, usize)> {
+    let whole = |segments: &[RowSegment]| segments.iter().all(|segment| segment.rows.is_multiple_of(OCTET));
+    match content {
+        PackContent::Octets { format, k, segments, .. } => {
+            let kind =
+                [Kind::F16, Kind::Bf16, Kind::Fp8].into_iter().find(|kind| kind.format() == *format)?;
+            let bits = k.checked_mul(OCTET * format.code.bits())?;
+            (bits.is_multiple_of(OCTET_BLOCK * 8) && whole(segments)).then_some((kind, *k))
+        }
+        PackContent::OctetScales { k, segments, .. } => whole(segments).then_some((Kind::Fp8Scales, *k)),
         _ => None,
     }
 }
 
-/// About `bytes` of octets of synthetic weights, at least one.
-fn random_octets(
-    format: Format,
-    k: usize,
-    seed: u64,
-    bytes: usize,
-) -> Result<crate::pack::PackedWeights, EngineError> {
+/// An item of a kind, of about as many features as `bytes` of codes hold.
+fn random_item(kind: Kind, k: usize, seed: u64, bytes: usize) -> Result<PackedWeights, EngineError> {
+    let format = kind.format();
+    let block_octets = format.block_rows.div_ceil(OCTET);
     let octet = octet_blocks(format, k) * OCTET_BLOCK;
-    let octets = (bytes / octet).max(1);
+    let octets = (bytes / octet).max(1).next_multiple_of(block_octets);
     let rows = octets * OCTET;
     let name = format!("block of {k} columns");
     let tensors = BTreeMap::from([(name.clone(), TensorInfo::new([rows, k], format))]);
     let segments = vec![RowSegment { tensor: name, row_start: 0, rows }];
-    let content = PackContent::Octets { format, k, segments, interleave: 1, octets };
-    let packing = Packing { items: vec![PackItem { offset: 0, content }], bytes: (octets * octet) as u64 };
+    let content = match kind {
+        Kind::Fp8Scales => PackContent::OctetScales { k, segments, interleave: 1, octets },
+        _ => PackContent::Octets { format, k, segments, interleave: 1, octets },
+    };
+    // Of a plan that was verified: `k` is a matrix's, and `bytes` small.
+    let bytes = content.bytes().unwrap_or(0);
+    let packing = Packing { items: vec![PackItem { offset: 0, content }], bytes };
     let checkpoint = Checkpoint::synthetic(serde_json::Value::Null, seed, tensors);
     Ok(pack(&checkpoint, &packing, &mut |_, _| ())?)
 }
@@ -226,7 +245,7 @@ fn random_octets(
 /// another place each time, a whole number of [`OCTET_BLOCK`]s.
 fn source_range(number: u64, block: u64, left: u64) -> (u64, u64) {
     let unit = OCTET_BLOCK as u64;
-    let units = block / unit;
+    let units = (block / unit).max(1);
     // A prime stride visits many places; half of the block keeps the copies long.
     let from = (number.wrapping_mul(7919) % units.div_ceil(2)) * unit;
     (from, left.min(block - from))
@@ -269,6 +288,7 @@ mod tests {
             ("b".to_string(), TensorInfo::new([200, 64], Format::BF16)),
             ("c".to_string(), TensorInfo::new([12, 64], Format::BF16)),
             ("d".to_string(), TensorInfo::new([16, 32], Format::F16)),
+            ("e".to_string(), TensorInfo::new([512, 192], Format::FP8_BLOCK)),
             ("norm".to_string(), TensorInfo::new([70], Format::F32)),
         ]);
         let checkpoint = Checkpoint::synthetic(serde_json::Value::Null, 3, tensors);
@@ -292,6 +312,11 @@ mod tests {
         add(PackContent::F32 { tensor: "norm".into(), len: 70 });
         add(octets(Format::BF16, 64, &[("c", 12)]));
         add(octets(Format::F16, 32, &[("d", 16)]));
+        let fp8 = octets(Format::FP8_BLOCK, 192, &[("e", 512)]);
+        if let PackContent::Octets { k, segments, interleave, octets, .. } = fp8.clone() {
+            add(PackContent::OctetScales { k, segments, interleave, octets });
+        }
+        add(fp8);
         (checkpoint, packing)
     }
 
@@ -318,14 +343,16 @@ mod tests {
             let range = item.offset as usize..(item.offset + item.content.bytes().unwrap()) as usize;
             assert!(found[at..range.start].iter().all(|byte| *byte == 0), "the gap before {range:?}");
             at = range.end;
-            let Some((format, k)) = repeatable(&item.content) else {
+            let Some((kind, k)) = repeatable(&item.content) else {
                 assert!(found[range.clone()] == usual.as_slice()[range], "{:?}", item.content);
                 continue;
             };
-            let source = random_octets(format, k, 3, block).unwrap();
-            let blocks: HashSet<&[u8]> = source.as_slice().chunks(OCTET_BLOCK).collect();
+            let source = random_item(kind, k, 3, block).unwrap();
+            // Scales are words, of a block that is shorter than the item.
+            let unit = if kind == Kind::Fp8Scales { 4 } else { OCTET_BLOCK };
+            let blocks: HashSet<&[u8]> = source.as_slice().chunks(unit).collect();
             let mut seen = HashSet::new();
-            for piece in found[range].chunks(OCTET_BLOCK) {
+            for piece in found[range].chunks(unit) {
                 assert!(blocks.contains(piece), "a block of the source, whole");
                 seen.insert(piece);
             }
@@ -335,7 +362,7 @@ mod tests {
         // The one with a padded octet is not repeated.
         let repeats: Vec<bool> =
             packing.items.iter().map(|item| repeatable(&item.content).is_some()).collect();
-        assert_eq!(repeats, [true, false, false, true]);
+        assert_eq!(repeats, [true, false, false, true, true, true]);
     }
 
     #[test]

@@ -227,8 +227,11 @@ fn samplers_are_told_of_prompt_and_output() {
     assert_eq!(completion.logprobs.len(), 3);
 }
 
+/// Token and text of every piece of a request.
+type Pieces = Vec<(Option<u32>, String)>;
+
 /// Completions, and the pieces of each request, on an engine.
-fn texts_of(engine: Engine, requests: &[Request]) -> (Vec<Completion>, Vec<Vec<(Option<u32>, String)>>, Run) {
+fn texts_of(engine: Engine, requests: &[Request]) -> (Vec<Completion>, Vec<Pieces>, Run) {
     let mut generator = Generator::new(engine, Some(tokenizer()));
     let mut pieces = vec![Vec::new(); requests.len()];
     let mut run = generator
