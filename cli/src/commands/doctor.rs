@@ -7,6 +7,7 @@ use serde::Serialize;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use tilec_codegen::nvrtc::{Nvrtc, NvrtcError, REMEDY};
+use tilec_runtime::cuda::{self, CudaError};
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -175,13 +176,20 @@ fn cache() -> Check {
 }
 
 fn gpu() -> Check {
-    let gpus = std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, Iterator::count);
-    let version = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
-    if gpus == 0 {
-        return Check::note("NVIDIA GPU", "none", "models run on the processor");
+    const NAME: &str = "NVIDIA GPU";
+    match cuda::devices() {
+        Ok(gpus) if gpus.is_empty() => Check::note(NAME, "none", "models run on the processor"),
+        Ok(gpus) => Check::ok(NAME, gpus.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")),
+        Err(CudaError::NoDriver) => {
+            let there = std::fs::read_dir("/proc/driver/nvidia/gpus").map_or(0, Iterator::count);
+            if there == 0 {
+                return Check::note(NAME, "none", "models run on the processor");
+            }
+            let remedy = "install the driver's libraries, or pass them through to the container";
+            Check::note(NAME, format!("{there}, but no libcuda.so.1 to use them"), remedy)
+        }
+        Err(error) => Check::note(NAME, error.to_string(), "models run on the processor"),
     }
-    let driver = version.lines().next().unwrap_or("driver of unknown version").trim().to_string();
-    Check::note("NVIDIA GPU", format!("{gpus}; {driver}"), "not used: plans run on the processor")
 }
 
 fn library(name: &'static str, file: &str, remedy: &str) -> Check {
