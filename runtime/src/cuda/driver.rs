@@ -666,6 +666,42 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs a GPU"]
+    fn bytes_travel_to_a_gpu_and_back() {
+        let bytes = 3 << 20;
+        let context = Context::open(0).unwrap();
+        println!("{}, {:?}", context.info(), context.info());
+        let stream = Stream::new(&context).unwrap();
+        let one = DeviceMemory::new(&context, "test", bytes, "nothing").unwrap();
+        let other = DeviceMemory::new(&context, "test", bytes, "nothing").unwrap();
+        let from = PinnedMemory::new(&context, bytes).unwrap();
+        let to = PinnedMemory::new(&context, bytes).unwrap();
+        let pattern: Vec<u8> = (0..bytes).map(|at| (at * 31 % 251) as u8).collect();
+        // SAFETY: all ranges are inside of memory that stays until the stream is idle, and the host looks
+        // only then.
+        let found = unsafe {
+            std::ptr::copy_nonoverlapping(pattern.as_ptr(), from.host().as_ptr(), bytes);
+            stream.copy_in(one.address(), from.host().as_ptr(), bytes).unwrap();
+            stream.copy_within(other.address() + 512, one.address(), bytes - 512).unwrap();
+            stream.zero(other.address(), 512).unwrap();
+            stream.copy_out(to.host().as_ptr(), other.address(), bytes).unwrap();
+            while !stream.idle().unwrap() {
+                std::thread::yield_now();
+            }
+            std::slice::from_raw_parts(to.host().as_ptr(), bytes)
+        };
+        assert!(found[..512].iter().all(|byte| *byte == 0));
+        assert!(found[512..] == pattern[..bytes - 512]);
+        let (free, total) = context.memory().unwrap();
+        let error = DeviceMemory::new(&context, "KV cache", total as usize, "limits.context").unwrap_err();
+        assert!(free < total && error.to_string().contains("no GPU memory for the KV cache"), "{error}");
+        // SAFETY: no cubin at all; the driver reads its magic number and refuses.
+        let error = unsafe { Kernel::load(&context, &[0; 4096], "none", 32, 0) }.unwrap_err();
+        assert!(error.to_string().contains("cuModuleLoadData failed"), "{error}");
+        assert!(matches!(Context::open(99), Err(CudaError::NoDevice { device: 99, .. })));
+    }
+
+    #[test]
     fn a_gpu_reads_well() {
         let mut gpu = DeviceInfo {
             number: 0,
