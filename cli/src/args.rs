@@ -143,9 +143,12 @@ pub enum EmitLevel {
     Schedule,
     /// LLVM IR before optimization
     Llvm,
+    /// Stages of the resident kernel (device: cuda)
+    Resident,
+    /// CUDA C++ of the resident kernel (device: cuda)
+    Cuda,
 }
 
-#[cfg(feature = "llvm")]
 impl EmitLevel {
     /// The compiler's level.
     pub fn level(self) -> tilec_codegen::compile::Level {
@@ -156,6 +159,8 @@ impl EmitLevel {
             EmitLevel::Stages => Level::Stages,
             EmitLevel::Schedule => Level::Schedule,
             EmitLevel::Llvm => Level::Llvm,
+            EmitLevel::Resident => Level::Resident,
+            EmitLevel::Cuda => Level::Cuda,
         }
     }
 }

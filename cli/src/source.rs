@@ -1,7 +1,6 @@
 //! What a MODEL argument means: a plan, or something that is compiled into one on the way.
 
 // Without a compiler nothing uses what prepares a compilation.
-#![cfg_attr(not(feature = "llvm"), allow(dead_code, unused_imports))]
 
 use crate::args::TargetArgs;
 use crate::{host, ui};
@@ -15,12 +14,6 @@ use tilec_ir::plan::{MANIFEST, Plan, WeightsFrom};
 use tilec_ir::spec::{self, ModelSpec};
 use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::checkpoint::Checkpoint;
-
-/// What a build without LLVM says when it is asked to compile.
-#[cfg(not(feature = "llvm"))]
-pub const NO_COMPILER: &str = "this build of tilec has no compiler: it only loads plans. \
-     Build it with the default features (cargo build --release, which needs LLVM 19), \
-     or compile the model elsewhere, copy the plan folder, and give --checkpoint";
 
 /// What lies at the path of a MODEL argument.
 pub enum Source {
@@ -180,33 +173,33 @@ impl Model {
     ///
     /// # Errors
     /// When the checkpoint cannot be read or the model does not compile.
-    #[cfg(feature = "llvm")]
     pub fn compile(&self) -> Result<tilec_codegen::compile::Compiled> {
         self.compile_described(&self.describe()?)
     }
 
-    #[cfg(feature = "llvm")]
     fn compile_described(&self, model: &Description) -> Result<tilec_codegen::compile::Compiled> {
         let start = std::time::Instant::now();
-        let compiled =
-            tilec_codegen::compile::compile(&self.input(model), &self.spec, host::physical_cores())
-                .with_context(|| format!("cannot compile {}", self.name))?;
+        let compiled = tilec_codegen::compile::compile(&self.input(model), &self.spec, &self.host())
+            .with_context(|| format!("cannot compile {}", self.name))?;
         tracing::info!("compiled {} in {:.2} s", self.name, start.elapsed().as_secs_f64());
         Ok(compiled)
+    }
+
+    fn host(&self) -> tilec_codegen::compile::Host {
+        let cubins = cache_folder().ok().map(|folder| folder.join("cubins"));
+        tilec_codegen::compile::Host { threads: host::physical_cores(), cubins }
     }
 
     /// The graph, with the precision that the spec asks for.
     ///
     /// # Errors
     /// When the frontend or the precision pass refuses the model.
-    #[cfg(feature = "llvm")]
     pub fn graph(&self, model: &Description) -> Result<tilec_ir::graph::Graph> {
         let input = self.input(model);
         tilec_codegen::compile::graph(&input, &self.spec)
             .with_context(|| format!("cannot compile {}", self.name))
     }
 
-    #[cfg(feature = "llvm")]
     fn input<'a>(&'a self, model: &'a Description) -> tilec_codegen::compile::Input<'a> {
         tilec_codegen::compile::Input {
             name: &self.name,
@@ -218,13 +211,6 @@ impl Model {
     }
 
     /// The folder of this model's plan in the cache; compiled if it is not there.
-    #[cfg(not(feature = "llvm"))]
-    fn cached_plan(&self) -> Result<PathBuf> {
-        bail!(NO_COMPILER)
-    }
-
-    /// The folder of this model's plan in the cache; compiled if it is not there.
-    #[cfg(feature = "llvm")]
     fn cached_plan(&self) -> Result<PathBuf> {
         let description = self.describe()?;
         let folder = cache_folder()?.join("plans").join(format!("{}-{}", self.name, self.key(&description)?));
@@ -246,7 +232,6 @@ impl Model {
     }
 
     /// Names everything that a plan follows from, the compiler included.
-    #[cfg(feature = "llvm")]
     fn key(&self, model: &Description) -> Result<String> {
         use sha2::{Digest, Sha256};
         let program = std::env::current_exe().and_then(std::fs::metadata);

@@ -2,7 +2,7 @@
 #![cfg(feature = "llvm")]
 
 use serde_json::json;
-use tilec_codegen::compile::{Compiled, Input, Level, compile};
+use tilec_codegen::compile::{Compiled, Host, Input, Level, compile};
 use tilec_codegen::frontends;
 use tilec_ir::format::Format;
 use tilec_ir::plan::WeightsFrom;
@@ -21,7 +21,7 @@ fn smollm2(arch: &str) -> Compiled {
     let mut spec = ModelSpec::for_checkpoint("/nowhere");
     spec.target.arch = arch.into();
     let input = Input { name: "smollm2", config: &config, tensors: &tensors, weights, tokenizer: None };
-    compile(&input, &spec, 2).unwrap()
+    compile(&input, &spec, &Host { threads: 2, cubins: None }).unwrap()
 }
 
 /// Symbols of an ELF object that are not defined in it, read from its text form of names: a defined
@@ -84,6 +84,6 @@ fn the_glue_of_a_two_layer_model() {
     let mut spec = ModelSpec::for_checkpoint("/nowhere");
     spec.target.arch = "x86-64-v3".into();
     let input = Input { name: "llama", config: &config, tensors: &tensors, weights, tokenizer: None };
-    let compiled = compile(&input, &spec, 2).unwrap();
+    let compiled = compile(&input, &spec, &Host { threads: 2, cubins: None }).unwrap();
     insta::assert_snapshot!("llama-q4_1.llvm", glue(compiled.text(Level::Llvm)));
 }

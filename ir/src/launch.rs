@@ -22,8 +22,8 @@ pub const OCTET_BLOCK: usize = 512;
 /// Stop tokens that a launch can be given.
 pub const STOP_TOKENS: usize = 8;
 
-/// Words of the synchronization memory, [`SyncLayout`], in bytes. Zeroed before every launch.
-pub const SYNC_BYTES: usize = 4096;
+/// Bytes of the synchronization memory: the counters that SMs meet at. Zeroed before every launch.
+pub const SYNC_BYTES: usize = 8192;
 
 /// Words of the record that a stuck wait leaves: see [`StallRecord`].
 pub const STALL_WORDS: usize = 8;

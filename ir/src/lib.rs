@@ -10,6 +10,7 @@ pub mod graph;
 pub mod launch;
 pub mod pack;
 pub mod plan;
+pub mod resident;
 pub mod schedule;
 pub mod spec;
 pub mod stages;

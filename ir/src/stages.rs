@@ -468,7 +468,7 @@ impl fmt::Display for StageProgram {
 }
 
 /// `0..=3, 5` for the numbers 0, 1, 2, 3 and 5.
-fn ranges(numbers: &[usize]) -> String {
+pub(crate) fn ranges(numbers: &[usize]) -> String {
     let mut parts: Vec<(usize, usize)> = Vec::new();
     for &number in numbers {
         match parts.last_mut() {

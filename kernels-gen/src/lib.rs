@@ -3,6 +3,7 @@
 //! emits the code.
 
 pub mod attention;
+pub mod cuda;
 pub mod error;
 pub mod gemm;
 #[cfg(feature = "llvm")]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use tilec_codegen::compile::{Input, compile};
+use tilec_codegen::compile::{Host, Input, compile};
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::spec::ModelSpec;
 use tilec_ir::tensor::TensorInfo;
@@ -77,7 +77,7 @@ pub struct Loaded {
 pub fn load(fixture: &Fixture, spec: &ModelSpec, threads: usize) -> Loaded {
     let folder = tempfile::tempdir().unwrap();
     let plan = folder.path().join("plan");
-    compile(&fixture.input(), spec, threads).unwrap().write(&plan).unwrap();
+    compile(&fixture.input(), spec, &Host { threads, cubins: None }).unwrap().write(&plan).unwrap();
     let options = EngineOptions { cache_dir: Some(folder.path().join("cache")), ..EngineOptions::default() };
     let engine = Engine::load(&plan, &options, &mut |_, _| {}).unwrap();
     Loaded { engine, _folder: folder }

@@ -2,7 +2,10 @@
 
 use crate::args::CompileArgs;
 use crate::source::{Model, Source};
+use crate::ui;
 use anyhow::{Result, bail};
+use std::io::Write;
+use std::path::PathBuf;
 
 /// Compiles a model and writes its plan, or prints levels of it.
 pub fn run(args: &CompileArgs) -> Result<()> {
@@ -14,17 +17,7 @@ pub fn run(args: &CompileArgs) -> Result<()> {
     }
 }
 
-#[cfg(not(feature = "llvm"))]
-fn compile(_: &CompileArgs, _: Model) -> Result<()> {
-    bail!(crate::source::NO_COMPILER)
-}
-
-#[cfg(feature = "llvm")]
 fn compile(args: &CompileArgs, mut model: Model) -> Result<()> {
-    use crate::ui;
-    use std::io::Write;
-    use std::path::PathBuf;
-
     model.apply(&args.target);
     let compiled = model.compile()?;
     let mut out = std::io::stdout().lock();
@@ -42,7 +35,7 @@ fn compile(args: &CompileArgs, mut model: Model) -> Result<()> {
         ui::note(format!(
             "compiled {} for {} ({} workers): {} of weights, {} stages -> {}",
             plan.name,
-            plan.target.cpu,
+            if plan.resident.is_some() { &plan.target.arch } else { &plan.target.cpu },
             plan.target.workers,
             ui::mib(plan.packing.bytes),
             plan.stages.len(),

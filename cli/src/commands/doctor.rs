@@ -145,7 +145,11 @@ fn compiler() -> Check {
     }
     #[cfg(not(feature = "llvm"))]
     {
-        Check::note("compiler", "not part of this build: it only loads plans", source::NO_COMPILER)
+        Check::note(
+            "compiler",
+            "for GPUs only: LLVM is not part of this build",
+            "build with the default features (cargo build --release, which needs LLVM 19) to compile for the CPU",
+        )
     }
 }
 

@@ -83,12 +83,6 @@ fn compiled(args: &LogitsArgs, lists: &[Vec<u32>]) -> Result<Logits> {
     Ok((plan.vocab, logits))
 }
 
-#[cfg(not(feature = "llvm"))]
-fn interpreted(_: &LogitsArgs, _: &[Vec<u32>]) -> Result<Logits> {
-    bail!(source::NO_COMPILER)
-}
-
-#[cfg(feature = "llvm")]
 fn interpreted(args: &LogitsArgs, lists: &[Vec<u32>]) -> Result<Logits> {
     use crate::source::Source;
     use tilec_ir::graph::interp::{Interpreter, Row};
@@ -133,13 +127,11 @@ fn interpreted(args: &LogitsArgs, lists: &[Vec<u32>]) -> Result<Logits> {
 }
 
 /// The checkpoint's weights as the kernels see them: converted where the precision pass says so.
-#[cfg(feature = "llvm")]
 struct Weights<'g> {
     checkpoint: tilec_runtime::checkpoint::Checkpoint,
     graph: &'g tilec_ir::graph::Graph,
 }
 
-#[cfg(feature = "llvm")]
 impl tilec_ir::graph::interp::WeightSource for Weights<'_> {
     fn tensor(&self, name: &str) -> Result<std::borrow::Cow<'_, [f32]>, String> {
         use tilec_ir::convert::{dequantize, quantize};

@@ -1,4 +1,5 @@
-//! Emission: a scheduled program becomes code, one backend a folder.
+//! Emission: a program becomes code, one backend a file or folder.
 
+pub mod cuda;
 #[cfg(feature = "llvm")]
 pub mod llvm;

@@ -2,5 +2,6 @@
 
 pub mod fuse;
 pub mod precision;
+pub mod resident;
 pub mod schedule;
 pub mod tile;

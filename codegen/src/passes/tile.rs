@@ -7,8 +7,8 @@ use tilec_ir::fused::{Anchor, Fused, FusedOp, Links, Part, Piece, ValueId};
 use tilec_ir::graph::{Dim, Elem};
 use tilec_ir::pack::{PACK_ALIGN, PackContent, PackItem, Packing, RowSegment};
 use tilec_ir::stages::{
-    Body, Buffer, BufferElem, BufferId, Extent, Layer, PartWeights, Place, Slot, Stage, StageAnchor, StagePart,
-    StagePiece, StageProgram, StageWait,
+    Body, Buffer, BufferElem, BufferId, Extent, Layer, PartWeights, Place, Slot, Stage, StageAnchor,
+    StagePart, StagePiece, StageProgram, StageWait,
 };
 
 /// Least columns of a tile: below this a tile's fixed costs show, far above it the shares of few
@@ -115,7 +115,7 @@ fn error(op: &FusedOp, what: String) -> TileError {
     TileError { op: op.name.clone(), what }
 }
 
-fn kv_layout(fused: &Fused) -> Result<KvLayout, TileError> {
+pub(super) fn kv_layout(fused: &Fused) -> Result<KvLayout, TileError> {
     let fail = |what: String| TileError { op: fused.name.clone(), what };
     let Some(first) = fused.caches.first() else { return Err(fail("has no KV cache".into())) };
     if let Some(number) = fused.caches.iter().position(|cache| cache != first) {
@@ -208,7 +208,7 @@ impl Buffers {
 }
 
 /// `l12.attn_norm` without its layer.
-fn layerless(name: &str) -> &str {
+pub(super) fn layerless(name: &str) -> &str {
     match name.split_once('.') {
         Some((layer, rest)) if layer.starts_with('l') && layer[1..].chars().all(|c| c.is_ascii_digit()) => {
             rest

@@ -1,21 +1,22 @@
 //! From a description of a model to a plan: the passes in order, and the folder that they end in.
 
-use crate::emit::llvm::{EmitError, emit};
+#[cfg(feature = "llvm")]
+mod cpu;
+mod cuda;
+
+use crate::emit::cuda::CudaError;
 use crate::frontends;
-use crate::passes::{fuse, precision, schedule, tile};
+use crate::nvrtc::NvrtcError;
+use crate::passes::{precision, tile};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use tilec_ir::abi::ABI_VERSION;
-use tilec_ir::cost::costs;
 use tilec_ir::graph::{Graph, GraphError, verify};
-use tilec_ir::plan::{
-    MANIFEST, PLAN_VERSION, Plan, PlanError, PlanFile, PlanLimits, PlanTarget, WeightsFrom,
-};
+use tilec_ir::plan::{MANIFEST, Plan, PlanError, PlanFile, PlanLimits, WeightsFrom};
 use tilec_ir::spec::{Device, ModelSpec, SpecError};
 use tilec_ir::tensor::TensorInfo;
-use tilec_ir::validate::{Violation, validate};
-use tilec_kernels_gen::{KernelError, Target};
+use tilec_ir::validate::Violation;
+use tilec_kernels_gen::KernelError;
 
 /// What a compilation reads, beside the spec.
 #[derive(Clone, Debug)]
@@ -32,6 +33,15 @@ pub struct Input<'a> {
     pub tokenizer: Option<PathBuf>,
 }
 
+/// What the machine that compiles brings along.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// Workers of a plan for the CPU where the spec leaves their number open.
+    pub threads: usize,
+    /// Where compiled GPU kernels are kept; `None` compiles every time.
+    pub cubins: Option<PathBuf>,
+}
+
 /// A level that can be printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
@@ -45,11 +55,23 @@ pub enum Level {
     Schedule,
     /// LLVM IR before optimization.
     Llvm,
+    /// Stages of the resident kernel.
+    Resident,
+    /// CUDA C++ of the resident kernel.
+    Cuda,
 }
 
 impl Level {
     /// All levels in the order that they are made.
-    pub const ALL: [Level; 5] = [Level::Graph, Level::Fused, Level::Stages, Level::Schedule, Level::Llvm];
+    pub const ALL: [Level; 7] = [
+        Level::Graph,
+        Level::Fused,
+        Level::Stages,
+        Level::Schedule,
+        Level::Llvm,
+        Level::Resident,
+        Level::Cuda,
+    ];
 
     /// The name that `--emit` takes.
     pub const fn name(self) -> &'static str {
@@ -59,6 +81,8 @@ impl Level {
             Level::Stages => "stages",
             Level::Schedule => "schedule",
             Level::Llvm => "llvm",
+            Level::Resident => "resident",
+            Level::Cuda => "cuda",
         }
     }
 
@@ -70,12 +94,11 @@ impl Level {
             Level::Stages => "stages.txt",
             Level::Schedule => "schedule.txt",
             Level::Llvm => "kernel.ll",
+            Level::Resident => "resident.txt",
+            Level::Cuda => "kernel.cu",
         }
     }
 }
-
-/// Name of the native code in the plan's folder.
-const OBJECT: &str = "kernel.o";
 
 /// Why a model does not compile.
 #[derive(Debug, thiserror::Error)]
@@ -102,11 +125,28 @@ pub enum CompileError {
     #[error(transparent)]
     Target(#[from] KernelError),
     /// No code could be made.
+    #[cfg(feature = "llvm")]
     #[error(transparent)]
-    Emit(#[from] EmitError),
-    /// A device without a backend.
-    #[error("target.device is {0}, for which there is no backend; use cpu")]
-    Device(&'static str),
+    Emit(#[from] crate::emit::llvm::EmitError),
+    /// The model has no resident kernel.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// The kernel could not be compiled.
+    #[error(transparent)]
+    Nvrtc(#[from] NvrtcError),
+    /// The compiler for the CPU was left out of this build.
+    #[error(
+        "target.device is cpu, but this tilec was built without LLVM; build it with the feature `llvm`, or set target.device to cuda"
+    )]
+    WithoutLlvm,
+    /// Something that only another device has.
+    #[error("target.{key} has no meaning on {device}; remove it")]
+    Meaningless {
+        /// The key in the spec.
+        key: &'static str,
+        /// The device.
+        device: &'static str,
+    },
     /// A file of the plan could not be written.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -140,77 +180,40 @@ fn first(result: Result<(), Vec<GraphError>>) -> Result<(), GraphError> {
     result.map_err(|mut errors| errors.swap_remove(0))
 }
 
-/// Compiles a model for the processor that `spec.target.arch` names, with `threads` workers where the
-/// spec leaves that open.
+/// Compiles a model for the device that `spec.target` names.
 ///
 /// # Errors
 /// [`CompileError`].
-pub fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Result<Compiled, CompileError> {
-    if spec.target.device != Device::Cpu {
-        return Err(CompileError::Device("cuda"));
+pub fn compile(input: &Input<'_>, spec: &ModelSpec, host: &Host) -> Result<Compiled, CompileError> {
+    match spec.target.device {
+        #[cfg(feature = "llvm")]
+        Device::Cpu => cpu::compile(input, spec, host.threads),
+        #[cfg(not(feature = "llvm"))]
+        Device::Cpu => Err(CompileError::WithoutLlvm),
+        Device::Cuda => cuda::compile(input, spec, host.cubins.as_deref()),
     }
-    let graph = graph(input, spec)?;
-    let limits = PlanLimits {
+}
+
+fn limits(input: &Input<'_>, spec: &ModelSpec) -> Result<PlanLimits, CompileError> {
+    Ok(PlanLimits {
         max_rows: spec.limits.rows,
         sequences: spec.limits.sequences,
         context: spec.limits.context(frontends::max_context(input.config)?)?,
-    };
-    let workers = spec.target.threads.unwrap_or(threads);
-    let fused = fuse::fuse(&graph)?;
-    let stages =
-        tile::tile(&fused, &tile::TileOptions { max_rows: limits.max_rows, context: limits.context })?;
-    let schedule = schedule::schedule(&stages, workers);
-    validate(&stages, &schedule).map_err(CompileError::Schedule)?;
-    let target = target(&spec.target.arch)?;
-    let native = emit(&stages, &schedule, &target)?;
-
-    let graph_text = graph.to_string();
-    let graph_sha256 = sha256(graph_text.as_bytes());
-    let texts = vec![
-        (Level::Graph, graph_text),
-        (Level::Fused, fused.to_string()),
-        (Level::Stages, stages.to_string()),
-        (Level::Schedule, schedule.text(&stages)),
-        (Level::Llvm, native.text),
-    ];
-    let file = |name: &str, bytes: &[u8]| PlanFile { file: name.to_string(), sha256: sha256(bytes) };
-    let plan = Plan {
-        plan_version: PLAN_VERSION,
-        abi_version: ABI_VERSION,
-        name: input.name.to_string(),
-        family: frontends::family(input.config)?.to_string(),
-        graph_sha256,
-        weights: input.weights.clone(),
-        tokenizer: input.tokenizer.clone(),
-        target: PlanTarget {
-            device: "cpu".into(),
-            arch: target.triple.split('-').next().unwrap_or_default().to_string(),
-            cpu: target.cpu.clone(),
-            features: target.required_features(),
-            workers,
-        },
-        limits,
-        vocab: stages.vocab,
-        buffers: stages.buffers.clone(),
-        logits: stages.logits.0 as usize,
-        scratch_bytes: native.scratch_bytes,
-        stages: stages.sequence().iter().map(|at| at.name()).collect(),
-        kv: stages.kv,
-        packing: stages.packing.clone(),
-        costs: costs(&stages),
-        code: file(OBJECT, &native.object),
-        resident: None,
-        texts: texts.iter().map(|(level, text)| file(level.file(), text.as_bytes())).collect(),
-    };
-    plan.verify().map_err(|what| PlanError::Invalid { path: MANIFEST.into(), what })?;
-    Ok(Compiled { plan, texts, object: native.object })
+    })
 }
 
-/// The target of an architecture name: `host`, or one of LLVM's processor names for this machine's
-/// architecture.
-fn target(arch: &str) -> Result<Target, KernelError> {
-    let host = tilec_kernels_gen::llvm::host_target()?;
-    if arch == tilec_ir::spec::Target::HOST { Ok(host) } else { Target::parse(&host.triple, arch, "") }
+fn plan_file(name: &str, bytes: &[u8]) -> PlanFile {
+    PlanFile { file: name.to_string(), sha256: sha256(bytes) }
+}
+
+fn level_files(texts: &[(Level, String)]) -> Vec<PlanFile> {
+    texts.iter().map(|(level, text)| plan_file(level.file(), text.as_bytes())).collect()
+}
+
+/// A plan that every reader accepts.
+fn verified(plan: Plan) -> Result<Plan, CompileError> {
+    plan.verify().map_err(|what| PlanError::Invalid { path: MANIFEST.into(), what })?;
+    Ok(plan)
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -276,7 +279,7 @@ impl Compiled {
         for (level, text) in &self.texts {
             write(level.file(), text.as_bytes())?;
         }
-        write(OBJECT, &self.object)?;
+        write(&self.plan.code.file, &self.object)?;
         write(MANIFEST, self.plan.to_json().as_bytes())
     }
 }

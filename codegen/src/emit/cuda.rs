@@ -1,0 +1,654 @@
+//! The text of a resident kernel: the device code of `kernels-gen/cuda`, a structure of constants and
+//! an epilogue for every stage, and for each role the order of its work in a step.
+
+use std::fmt::Write as _;
+use tilec_ir::abi::KvType;
+use tilec_ir::format::Format;
+use tilec_ir::graph::ActivationFn;
+use tilec_ir::launch::{KERNEL, SYNC_BYTES};
+use tilec_ir::resident::{Attention, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Stage};
+use tilec_ir::stages::{BufferElem, BufferId, Slot};
+use tilec_kernels_gen::cuda::{
+    ATTENTION, BASE, BLOCK, GEMM, Header, SLOT_BYTES, STEP, SharedLayout, SharedNeeds,
+};
+
+use crate::nvrtc::Arch;
+
+/// Bytes a second that the floors in comments assume: what one H200 reads.
+const FLOOR_BYTES_PER_SECOND: f64 = 4.59e12;
+
+/// Columns of an input beyond which a consumer's registers do not hold its share of the row.
+const MAX_K: usize = 12288;
+
+/// The text of a kernel, and what launching it takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaText {
+    /// CUDA C++, complete: no header is included.
+    pub text: String,
+    /// Use of shared memory.
+    pub shared: SharedLayout,
+}
+
+/// Why a program has no kernel.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CudaError {
+    /// A row is too long.
+    #[error("stage {stage} reads rows of {k} columns; the kernel keeps at most {MAX_K} in registers")]
+    Columns {
+        /// The stage.
+        stage: String,
+        /// Columns of its input.
+        k: usize,
+    },
+    /// Shared memory is too small.
+    #[error(
+        "{arch} has {available} bytes of shared memory for a block, too little for a ring beside norms of {norm_columns} columns and heads of {heads}"
+    )]
+    Shared {
+        /// The architecture.
+        arch: &'static str,
+        /// Its bytes.
+        available: usize,
+        /// Columns of the widest norm.
+        norm_columns: usize,
+        /// Columns of a head.
+        heads: usize,
+    },
+    /// Too many heads.
+    #[error("{kv_heads} KV heads; the kernel counts at most {max}")]
+    Heads {
+        /// KV heads.
+        kv_heads: usize,
+        /// The most.
+        max: usize,
+    },
+}
+
+/// Shared memory that a block may have, in bytes.
+const fn shared_available(arch: Arch) -> usize {
+    match arch {
+        Arch::Sm80 => 163 << 10,
+        Arch::Sm89 | Arch::Sm120a => 99 << 10,
+        Arch::Sm90a | Arch::Sm100a => 227 << 10,
+    }
+}
+
+/// Emits the kernel of a program for an architecture. The same program makes the same text.
+///
+/// # Errors
+/// [`CudaError`].
+pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError> {
+    let needs = needs(program);
+    let available = shared_available(arch);
+    let shared = needs.layout(available).ok_or(CudaError::Shared {
+        arch: arch.name(),
+        available,
+        norm_columns: needs.norm_columns,
+        heads: needs.qk,
+    })?;
+    let max = (SYNC_BYTES - 512) / 4 / tilec_ir::launch::STEP_ROWS;
+    if program.kv.kv_heads > max {
+        return Err(CudaError::Heads { kv_heads: program.kv.kv_heads, max });
+    }
+    for (name, _, stage) in program.sequence() {
+        if let Kind::Gemm(gemm) = &stage.kind
+            && gemm.k > MAX_K
+        {
+            return Err(CudaError::Columns { stage: name, k: gemm.k });
+        }
+    }
+    let mut out = Writer { text: String::new(), program };
+    out.head(&shared);
+    out.tables();
+    out.header(&ATTENTION);
+    out.header(&GEMM);
+    out.header(&STEP);
+    for (prefix, stages) in out.lists() {
+        for stage in stages {
+            out.stage(&prefix, stage);
+        }
+    }
+    out.roles();
+    out.kernel(&shared);
+    Ok(CudaText { text: out.text, shared })
+}
+
+fn needs(program: &ResidentProgram) -> SharedNeeds {
+    let mut needs =
+        SharedNeeds { operands: 1, group: 1, qk: program.kv.qk_dim, v: program.kv.v_dim, norm_columns: 0 };
+    for (_, _, stage) in program.sequence() {
+        match &stage.kind {
+            Kind::Gemm(gemm) => {
+                needs.operands = needs.operands.max(gemm.operands);
+                if gemm.norm.is_some() {
+                    needs.norm_columns = needs.norm_columns.max(gemm.k);
+                }
+            }
+            Kind::Attention(attention) => {
+                needs.group = needs.group.max(attention.heads / program.kv.kv_heads)
+            }
+            Kind::Embed { .. } => {}
+        }
+    }
+    needs
+}
+
+struct Writer<'p> {
+    text: String,
+    program: &'p ResidentProgram,
+}
+
+/// A line of the text; `writeln!` to a string cannot fail.
+macro_rules! line {
+    ($out:expr) => { $out.text.push('\n') };
+    ($out:expr, $($arg:tt)*) => {{ let _ = writeln!($out.text, $($arg)*); }};
+}
+
+impl<'p> Writer<'p> {
+    /// The lists of stages with the prefix of their names.
+    fn lists(&self) -> Vec<(String, &'p [Stage])> {
+        let program = self.program;
+        let bodies =
+            program.bodies.iter().enumerate().map(|(n, body)| (format!("Layer{n}"), body.as_slice()));
+        let before = [(String::new(), program.before.as_slice())];
+        let after = [(String::new(), program.after.as_slice())];
+        before.into_iter().chain(bodies).chain(after).collect()
+    }
+
+    fn header(&mut self, header: &Header) {
+        line!(self, "\n// ==== {} {}\n", header.name, "=".repeat(88 - header.name.len()));
+        self.text.push_str(header.text);
+    }
+
+    fn head(&mut self, shared: &SharedLayout) {
+        let program = self.program;
+        let bytes: u64 = program.costs().iter().map(|cost| cost.weight_bytes * cost.runs as u64).sum();
+        line!(
+            self,
+            "// {}: a decoding step of {} layers as one resident kernel.",
+            program.name,
+            program.layers.len()
+        );
+        line!(
+            self,
+            "// Streams {} of weights a step: {:.1} us at {:.2} TB/s.",
+            size(bytes),
+            micros(bytes),
+            FLOOR_BYTES_PER_SECOND / 1e12
+        );
+        self.header(&BASE);
+        line!(self, "\n// Sizes of this kernel.");
+        line!(self, "constexpr u32 SLOT_BYTES = {SLOT_BYTES};");
+        line!(self, "constexpr u32 RING_SLOTS = {};", shared.slots);
+        line!(self, "constexpr u32 FIXED_BYTES = {};", shared.fixed);
+        line!(self, "constexpr u32 GAIN_BYTES = {};", shared.gain);
+        line!(self, "constexpr u32 SCRATCH_BYTES = {};", shared.scratch);
+        line!(self, "constexpr u32 LAYERS = {};", program.layers.len());
+        line!(self, "constexpr u32 STAGES = {};  // of a step", program.sequence().len());
+        self.header(&BLOCK);
+    }
+
+    /// What differs from layer to layer: offsets of weights, caches, the first norm's gains.
+    fn tables(&mut self) {
+        let program = self.program;
+        line!(
+            self,
+            "\n// ==== {} {}\n",
+            program.name,
+            "=".repeat(88_usize.saturating_sub(program.name.len()))
+        );
+        let columns = program.layers.iter().map(|layer| layer.offsets.len()).max().unwrap_or(0).max(1);
+        line!(self, "// Byte offsets of each layer's weights, in the order of its stages.");
+        line!(self, "__constant__ u64 LAYER_OFFSETS[LAYERS][{columns}] = {{");
+        for layer in &program.layers {
+            let offsets: Vec<String> = layer.offsets.iter().map(|at| format!("{at:#x}")).collect();
+            line!(self, "  {{{}}},", offsets.join(", "));
+        }
+        line!(self, "}};");
+        let list = |values: Vec<u64>| values.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+        let caches = list(program.layers.iter().map(|layer| layer.cache as u64).collect());
+        line!(self, "__constant__ u32 LAYER_CACHE[LAYERS] = {{{caches}}};");
+        if program.bodies.len() > 1 {
+            let bodies = list(program.layers.iter().map(|layer| layer.body as u64).collect());
+            line!(self, "__constant__ u32 LAYER_BODY[LAYERS] = {{{bodies}}};");
+        }
+        let gain = |stages: &[Stage], offsets: &[u64]| match stages.first().map(|stage| &stage.kind) {
+            Some(Kind::Gemm(Gemm { norm: Some(Norm { gain, .. }), .. })) => match gain {
+                Slot::Fixed(at) => *at,
+                Slot::Layer(n) => offsets[*n],
+            },
+            _ => 0,
+        };
+        let mut gains: Vec<u64> =
+            program.layers.iter().map(|layer| gain(&program.bodies[layer.body], &layer.offsets)).collect();
+        gains.push(gain(&program.after, &[]));
+        line!(self, "// Gains of the norm that each layer begins with, and the head.");
+        line!(self, "__constant__ u64 FIRST_GAIN[LAYERS + 1] = {{{}}};", list(gains));
+    }
+
+    fn stage(&mut self, prefix: &str, stage: &Stage) {
+        line!(self);
+        let name = type_name(prefix, &stage.name);
+        match &stage.kind {
+            Kind::Embed { table, format, vocab, k, output } => {
+                line!(self, "// {}: a row of {vocab} x {k} {format} for each token.", stage.name);
+                line!(self, "struct {name} {{");
+                line!(self, "  using Weights = {};", weights_type(*format));
+                line!(
+                    self,
+                    "  static constexpr u32 K = {k}, BLOCKS = {};",
+                    tilec_ir::pack::octet_blocks(*format, *k)
+                );
+                let table = self.weight(*table);
+                self.function("const u8*", "table", "const Block& b", &format!("return {table};"));
+                let out = self.buffer(*output);
+                self.function("float*", "out", "const Block& b", &format!("return {out};"));
+                line!(self, "}};");
+            }
+            Kind::Gemm(gemm) => self.gemm(&name, &stage.name, gemm),
+            Kind::Attention(attention) => self.attention(&name, &stage.name, attention),
+        }
+    }
+
+    fn function(&mut self, result: &str, name: &str, arguments: &str, body: &str) {
+        line!(self, "  __device__ __forceinline__ static {result} {name}({arguments}) {{ {body} }}");
+    }
+
+    fn gemm(&mut self, name: &str, stage: &str, gemm: &Gemm) {
+        let bytes = gemm.weight_bytes() as u64;
+        let pair = if gemm.operands == 2 { "2 x " } else { "" };
+        line!(
+            self,
+            "// {stage}: {pair}{} x {} {}, {}, {:.2} us.",
+            gemm.cols,
+            gemm.k,
+            gemm.format,
+            size(bytes),
+            micros(bytes)
+        );
+        line!(self, "struct {name} {{");
+        line!(self, "  using Weights = {};", weights_type(gemm.format));
+        line!(
+            self,
+            "  static constexpr u32 K = {}, BLOCKS = {}, COLS = {};",
+            gemm.k,
+            gemm.blocks(),
+            gemm.cols
+        );
+        line!(self, "  static constexpr u32 OPERANDS = {}, TILES = {};", gemm.operands, gemm.tiles());
+        let half = self.program.buffer(gemm.input).elem != BufferElem::F32;
+        let logits = gemm.epilogue == Epilogue::Logits;
+        line!(
+            self,
+            "  static constexpr bool NORM = {}, HALF_INPUT = {half}, ROW_SCALE = {}, LOGITS = {logits};",
+            gemm.norm.is_some(),
+            gemm.format == Format::F16
+        );
+        line!(self, "  static constexpr float EPS = {};", float(gemm.norm.map_or(0.0, |norm| norm.eps)));
+        let weights = self.weight(gemm.weights);
+        self.function("const u8*", "weights", "const Block& b", &format!("return {weights};"));
+        let input = self.buffer(gemm.input);
+        let elem = if half { "u16" } else { "float" };
+        self.function(&format!("const {elem}*"), "input", "const Block& b", &format!("return {input};"));
+        self.epilogue(gemm);
+        line!(self, "}};");
+    }
+
+    /// The epilogue's pieces, composed: what it loads ahead, then bias, gate, residual and store.
+    fn epilogue(&mut self, gemm: &Gemm) {
+        let mut carried = Vec::new();
+        let mut before = Vec::new();
+        let mut body = Vec::new();
+        let operands = gemm.operands;
+        if let Some(bias) = gemm.bias {
+            carried.push(format!("float2 bias[{operands}];"));
+            let bias = self.weight(bias);
+            before.push(format!("const float* bias = reinterpret_cast<const float*>({bias}) + feature;"));
+            for operand in 0..operands {
+                let at = operand * gemm.cols;
+                before
+                    .push(format!("carry.bias[{operand}] = *reinterpret_cast<const float2*>(bias + {at});"));
+                body.push(format!(
+                    "v[{operand}].x += carry.bias[{operand}].x; v[{operand}].y += carry.bias[{operand}].y;"
+                ));
+            }
+        }
+        let cols = gemm.cols;
+        let out = format!("{} + row * {cols}u + feature", self.buffer(gemm.output));
+        let store = match self.program.buffer(gemm.output).elem {
+            BufferElem::Bf16 => format!("*reinterpret_cast<u32*>({out}) = Bf16::pack(v[0].x, v[0].y);"),
+            BufferElem::F16 => format!("*reinterpret_cast<u32*>({out}) = F16::pack(v[0].x, v[0].y);"),
+            _ => format!("*reinterpret_cast<float2*>({out}) = v[0];"),
+        };
+        match gemm.epilogue {
+            Epilogue::Store => body.push(store),
+            Epilogue::Gated(ActivationFn::Silu) => {
+                body.push("v[0].x = silu(v[0].x) * v[1].x; v[0].y = silu(v[0].y) * v[1].y;".into());
+                body.push(store);
+            }
+            Epilogue::Residual => {
+                carried.push("float2 residual;".into());
+                before.push(format!("carry.residual = *reinterpret_cast<const float2*>({out});"));
+                body.push("v[0].x += carry.residual.x; v[0].y += carry.residual.y;".into());
+                body.push(store);
+            }
+            Epilogue::Logits => {
+                body.push(format!("float* to = b.args.logits + (u64)row * {cols} + feature;"));
+                body.push("to[0] = v[0].x; offer(b, feature, v[0].x);".into());
+                let second = "to[1] = v[0].y; offer(b, feature + 1, v[0].y);";
+                body.push(if cols.is_multiple_of(8) {
+                    second.into()
+                } else {
+                    format!("if (feature + 1 < {cols}) {{ {second} }}")
+                });
+            }
+        }
+        let guard =
+            if cols.is_multiple_of(8) { String::new() } else { format!("if (feature >= {cols}) return; ") };
+        line!(self, "  struct Carry {{ {} }};", carried.join(" "));
+        self.function(
+            "void",
+            "before",
+            "const Control& b, u32 row, u32 feature, Carry& carry",
+            &format!("{guard}{}", before.join(" ")),
+        );
+        line!(
+            self,
+            "  __device__ __forceinline__ static void finish(Control& b, u32 row, u32 feature, float2 (&v)[{operands}], const Carry& carry) {{"
+        );
+        if !guard.is_empty() {
+            line!(self, "    {}", guard.trim());
+        }
+        for statement in body {
+            line!(self, "    {statement}");
+        }
+        line!(self, "  }}");
+    }
+
+    fn attention(&mut self, name: &str, stage: &str, attention: &Attention) {
+        let kv = &self.program.kv;
+        line!(
+            self,
+            "// {stage}: {} query heads over {} KV heads of {} and {} columns; {} B of cache a position.",
+            attention.heads,
+            kv.kv_heads,
+            kv.qk_dim,
+            kv.v_dim,
+            kv.kv_heads * (kv.qk_dim + kv.v_dim) * kv.kv_type.bytes()
+        );
+        line!(self, "struct {name} {{");
+        let half = if kv.kv_type == KvType::Bf16 { "Bf16" } else { "F16" };
+        let (out_type, out_elem) = match self.program.buffer(attention.output).elem {
+            BufferElem::Bf16 => ("Bf16", "u16"),
+            BufferElem::F16 => ("F16", "u16"),
+            _ => ("F32", "float"),
+        };
+        line!(self, "  using Kv = {half};");
+        line!(self, "  using Out = {out_type};");
+        line!(
+            self,
+            "  static constexpr u32 HEADS = {}, KV_HEADS = {}, QK = {}, V = {}, WINDOW = {};",
+            attention.heads,
+            kv.kv_heads,
+            kv.qk_dim,
+            kv.v_dim,
+            attention.window.unwrap_or(0)
+        );
+        line!(self, "  static constexpr float SCALE = {};", float(attention.scale));
+        let eps = attention.q_norm.or(attention.k_norm).map_or(0.0, |norm| norm.eps);
+        line!(
+            self,
+            "  static constexpr bool Q_NORM = {}, K_NORM = {};",
+            attention.q_norm.is_some(),
+            attention.k_norm.is_some()
+        );
+        line!(self, "  static constexpr float EPS = {};", float(eps));
+        let (dims, positions) = attention.rope.map_or((0, 0), |rope| (rope.dims, rope.positions));
+        line!(
+            self,
+            "  static constexpr u32 ROPE = {dims}, POSITIONS = {positions}, PAGE_TOKENS = {}, V_PAD = {}, MAX_CHUNKS = {};",
+            kv.page_tokens,
+            kv.v_pad(),
+            self.program.max_chunks()
+        );
+        let floats = |slot: Option<Slot>| match slot {
+            Some(slot) => format!("return reinterpret_cast<const float*>({});", self.weight(slot)),
+            None => "return nullptr;".into(),
+        };
+        let gains = [
+            ("q_gain", floats(attention.q_norm.map(|norm| norm.gain))),
+            ("k_gain", floats(attention.k_norm.map(|norm| norm.gain))),
+            ("rope", floats(attention.rope.map(|rope| rope.table))),
+        ];
+        for (function, body) in gains {
+            self.function("const float*", function, "const Block& b", &body);
+        }
+        let (input, out, parts) =
+            (self.buffer(attention.input), self.buffer(attention.output), self.buffer(attention.parts));
+        self.function("const float*", "input", "const Block& b", &format!("return {input};"));
+        self.function(&format!("{out_elem}*"), "out", "const Block& b", &format!("return {out};"));
+        self.function("float*", "parts", "const Block& b", &format!("return {parts};"));
+        line!(self, "}};");
+        debug_assert_eq!(CHUNK, 128, "attention.cuh says so too");
+    }
+
+    /// The work of each role in a step.
+    fn roles(&mut self) {
+        line!(self, "\n// ---- The step, as each role sees it {}", "-".repeat(63));
+        self.role(
+            "bool load_step(Loader& b)",
+            |_, name, stage, _| match &stage.kind {
+                Kind::Gemm(_) => vec![format!("if (!stream<{name}>(b, {name}::weights(b))) return false;")],
+                _ => vec!["b.next_stage();".into()],
+            },
+            "return true;",
+        );
+        self.role(
+            "void consume_step(Consumer& b)",
+            |_, name, stage, _| match &stage.kind {
+                Kind::Embed { .. } => vec![format!("embed<{name}>(b);")],
+                Kind::Gemm(_) => vec![format!("multiply<{name}>(b);")],
+                Kind::Attention(_) => vec![format!("attend<{name}>(b, LAYER_CACHE[b.layer]);")],
+            },
+            "",
+        );
+        self.role(
+            "void control_step(Control& b)",
+            |writer, name, stage, next| {
+                let mut lines = match &stage.kind {
+                    Kind::Embed { .. } => Vec::new(), // opened by the step's beginning
+                    Kind::Gemm(gemm) => {
+                        let mut lines = vec![format!("finish<{name}>(b);")];
+                        if gemm.epilogue == Epilogue::Logits {
+                            lines.push("offer_best(b);".into());
+                        }
+                        lines
+                    }
+                    Kind::Attention(_) => vec!["b.open_stage();".into()],
+                };
+                lines.push(match next {
+                    Next::Stage(Kind::Gemm(Gemm { norm: Some(norm), k, .. })) => {
+                        format!("b.cross({}, {});", writer.weight(norm.gain), k * 4)
+                    }
+                    Next::FirstOfLayer(number, k) if k > 0 => {
+                        format!("b.cross(b.args.weights + FIRST_GAIN[{number}], {});", k * 4)
+                    }
+                    _ => "b.cross();".into(),
+                });
+                lines
+            },
+            "",
+        );
+    }
+
+    fn role(
+        &mut self,
+        signature: &str,
+        lines: impl Fn(&Writer<'p>, &str, &Stage, Next<'p>) -> Vec<String>,
+        end: &str,
+    ) {
+        let program = self.program;
+        line!(self, "\n__device__ __forceinline__ {signature} {{");
+        // Columns of the norm that a list begins with; 0 if it begins with something else.
+        let first = |stages: &[Stage]| match stages.first().map(|stage| &stage.kind) {
+            Some(Kind::Gemm(gemm)) if gemm.norm.is_some() => gemm.k,
+            _ => 0,
+        };
+        let layer_k = program.bodies.first().map_or(0, |body| first(body));
+        let emit =
+            |writer: &mut Writer<'p>, prefix: &str, stages: &'p [Stage], indent: &str, behind: Next<'p>| {
+                for (number, stage) in stages.iter().enumerate() {
+                    let next = stages.get(number + 1).map_or(behind, |stage| Next::Stage(&stage.kind));
+                    for text in lines(writer, &type_name(prefix, &stage.name), stage, next) {
+                        line!(writer, "{indent}{text}");
+                    }
+                }
+            };
+        let before = if program.layers.is_empty() { Next::End } else { Next::FirstOfLayer("0", layer_k) };
+        emit(self, "", &program.before, "  ", before);
+        line!(self, "  for (b.layer = 0; b.layer < LAYERS; ++b.layer) {{");
+        let behind = Next::FirstOfLayer("b.layer + 1", layer_k);
+        if let [body] = &program.bodies[..] {
+            emit(self, "Layer0", body, "    ", behind);
+        } else {
+            line!(self, "    switch (LAYER_BODY[b.layer]) {{");
+            for (number, body) in program.bodies.iter().enumerate() {
+                line!(self, "    case {number}:");
+                emit(self, &format!("Layer{number}"), body, "      ", behind);
+                line!(self, "      break;");
+            }
+            line!(self, "    }}");
+        }
+        line!(self, "  }}");
+        emit(self, "", &program.after, "  ", Next::End);
+        if !end.is_empty() {
+            line!(self, "  {end}");
+        }
+        line!(self, "}}");
+    }
+
+    fn kernel(&mut self, shared: &SharedLayout) {
+        debug_assert!(shared.bytes() > 0);
+        let spaces: Vec<String> = self
+            .lists()
+            .iter()
+            .flat_map(|(prefix, stages)| stages.iter().map(move |stage| (prefix, stage)))
+            .filter(|(_, stage)| matches!(stage.kind, Kind::Attention(_)))
+            .map(|(prefix, stage)| type_name(prefix, &stage.name))
+            .collect();
+        line!(self);
+        for name in spaces {
+            line!(self, "static_assert(sizeof(AttentionSpace<{name}>) <= SCRATCH_BYTES);");
+        }
+        let _ = write!(
+            self.text,
+            r#"static_assert(sizeof(Shared) <= FIXED_BYTES);
+
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __grid_constant__ LaunchArgs args) {{
+  extern __shared__ __align__(128) u8 memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  u8* const gain = memory + FIXED_BYTES;
+  u8* const scratch = gain + GAIN_BYTES;
+  u8* const ring = scratch + SCRATCH_BYTES;
+  if (threadIdx.x == 0) {{
+    for (u32 i = 0; i < RING_SLOTS; ++i) {{
+      barrier_init(&shared.full[i], FULL_ARRIVALS);
+      barrier_init(&shared.empty[i], CONSUMERS);
+    }}
+    barrier_init(&shared.ready, 1);
+    barrier_init(&shared.done, CONSUMERS);
+    for (u32 i = 0; i < SUM_BUFFERS; ++i) {{
+      barrier_init(&shared.sums_full[i], CONSUMERS);
+      barrier_init(&shared.sums_empty[i], 1);
+    }}
+    shared.steps = args.steps;
+    shared.stage = shared.loader_stage = 0;
+    barriers_visible();
+  }}
+  __syncthreads();
+  const Block block = {{args, shared, ring, gain, scratch, 0, 0, blockIdx.x}};
+  if (warp_id() < CONSUMERS) {{
+    registers_up<CONSUMER_REGISTERS>();
+    Consumer b(block);
+    // Control opens the first stage of a step when it knows whether there is one.
+    for (b.wait_inputs(); b.step < *(volatile u32*)&shared.steps; b.wait_inputs()) {{
+      consume_step(b);
+      b.next_step();
+    }}
+  }} else {{
+    registers_down<OTHER_REGISTERS>();
+    if (warp_id() == LOADER) {{
+      Loader b(block);
+      while (b.step < *(volatile u32*)&shared.steps && load_step(b)) b.next_step();
+      b.drain();
+    }} else if (warp_id() == CONTROL) {{
+      Control b(block);
+      take_rows(b);
+      for (b.open_step(); b.step < *(volatile u32*)&shared.steps; b.open_step()) {{
+        control_step(b);
+        choose(b);
+      }}
+    }}
+  }}
+}}
+"#
+        );
+    }
+
+    /// The address of packed weights.
+    fn weight(&self, slot: Slot) -> String {
+        match slot {
+            Slot::Fixed(at) => format!("b.args.weights + {at:#x}"),
+            Slot::Layer(n) => format!("b.args.weights + LAYER_OFFSETS[b.layer][{n}]"),
+        }
+    }
+
+    /// The address of a buffer, typed.
+    fn buffer(&self, id: BufferId) -> String {
+        let buffer = self.program.buffer(id);
+        let elem = if buffer.elem == BufferElem::F32 { "float" } else { "u16" };
+        format!("reinterpret_cast<{elem}*>(b.args.arena + {:#x} /* {} */)", buffer.offset, buffer.name)
+    }
+}
+
+/// What a stage's crossing leads to.
+#[derive(Clone, Copy)]
+enum Next<'p> {
+    Stage(&'p Kind),
+    /// The first stage of the layer of this number (an expression), or of what follows the layers;
+    /// columns of its norm.
+    FirstOfLayer(&'static str, usize),
+    End,
+}
+
+/// `q+k+v` behind the prefix `Layer0`: `Layer0QKV`.
+fn type_name(prefix: &str, name: &str) -> String {
+    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    let upper = |word: &str| {
+        let mut chars = word.chars();
+        chars.next().map_or(String::new(), |first| first.to_ascii_uppercase().to_string() + chars.as_str())
+    };
+    let name: String = words.map(upper).collect();
+    format!("{prefix}{name}")
+}
+
+fn weights_type(format: Format) -> &'static str {
+    if format == Format::BF16 { "Bf16" } else { "F16" }
+}
+
+/// A float literal that reads back as the same number.
+fn float(value: f32) -> String {
+    format!("{value:e}f").replace("e0f", ".0f").replace(".0.0f", ".0f")
+}
+
+fn micros(bytes: u64) -> f64 {
+    bytes as f64 / FLOOR_BYTES_PER_SECOND * 1e6
+}
+
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.2} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}

@@ -1,0 +1,487 @@
+//! Fused operators become the stages of one resident kernel: norms move in front of the products
+//! that read them, the norms and rotations of heads into attention, and weights are laid out in octets.
+
+use std::collections::HashMap;
+use tilec_ir::abi::{KvLayout, KvType};
+use tilec_ir::format::Format;
+use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
+use tilec_ir::launch::{OCTET, STEP_ROWS};
+use tilec_ir::pack::{PACK_ALIGN, PackContent, PackItem, Packing, RowSegment};
+use tilec_ir::resident::{Attention, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Rope, Stage};
+use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Slot};
+
+use super::tile::{TileError, kv_layout, layerless};
+
+/// Weights start on lines of this many bytes: an L2 line pair, and more than a bulk copy needs.
+const WEIGHT_ALIGN: u64 = 256;
+
+/// The format that a matrix has in the kernel: what the tensor cores multiply. Formats without
+/// tensor-core products of their own are widened to halves, which hold all their digits but those
+/// of a float32.
+pub const fn kernel_format(format: Format) -> Format {
+    match format.code {
+        tilec_ir::format::Code::Bf16 => Format::BF16,
+        _ => Format::F16,
+    }
+}
+
+/// Makes the resident program of a model with at most `context` positions.
+///
+/// # Errors
+/// An operator that no stage can run, or sizes that do not fit the tensor cores.
+pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileError> {
+    let kv = kv_layout(fused)?;
+    let whole = |what: String| TileError { op: fused.name.clone(), what };
+    if kv.kv_type == KvType::F32 {
+        return Err(whole(
+            "a CUDA plan keeps keys and values in halves: set precision.kv_cache to f16 or bf16".into(),
+        ));
+    }
+    if !kv.qk_dim.is_multiple_of(8) || !kv.v_dim.is_multiple_of(8) || kv.qk_dim.max(kv.v_dim) > 256 {
+        return Err(whole(format!(
+            "heads of {} and {} columns; the kernel has heads of 8 to 256 columns in steps of 8",
+            kv.qk_dim, kv.v_dim
+        )));
+    }
+    let mut lowering = Lowering {
+        fused,
+        context,
+        kv,
+        buffers: Vec::new(),
+        of_value: HashMap::new(),
+        normed: HashMap::new(),
+        heads: HashMap::new(),
+        packing: Packing::default(),
+        packed: HashMap::new(),
+    };
+    let mut program = ResidentProgram {
+        name: fused.name.clone(),
+        vocab: 0,
+        context,
+        buffers: Vec::new(),
+        kv,
+        packing: Packing::default(),
+        ropes: fused.ropes.iter().map(|(name, spec)| (name.clone(), spec.clone())).collect(),
+        before: Vec::new(),
+        bodies: Vec::new(),
+        layers: Vec::new(),
+        after: Vec::new(),
+    };
+    let mut at = 0;
+    while at < fused.ops.len() {
+        let layer = fused.ops[at].layer;
+        let end = at + fused.ops[at..].iter().take_while(|op| op.layer == layer).count();
+        let mut stages = Vec::new();
+        let mut offsets = layer.is_some().then(Vec::new);
+        let mut cache = 0;
+        for op in &fused.ops[at..end] {
+            if let Anchor::Attention { cache: number, .. } = op.anchor {
+                cache = number;
+            }
+            stages.extend(lowering.stage(op, &mut offsets)?);
+        }
+        match (layer, offsets) {
+            (Some(number), Some(offsets)) => {
+                if number != program.layers.len() || !program.after.is_empty() {
+                    return Err(error(&fused.ops[at], format!("layer {number} is out of order")));
+                }
+                let known = program.bodies.iter().position(|other| *other == stages);
+                let body = known.unwrap_or_else(|| {
+                    program.bodies.push(stages);
+                    program.bodies.len() - 1
+                });
+                program.layers.push(Layer { body, offsets, cache });
+            }
+            _ if program.layers.is_empty() => program.before.extend(stages),
+            _ => program.after.extend(stages),
+        }
+        at = end;
+    }
+    let Some(vocab) = program.after.iter().find_map(|stage| match &stage.kind {
+        Kind::Gemm(gemm) if gemm.epilogue == Epilogue::Logits => Some(gemm.cols),
+        _ => None,
+    }) else {
+        return Err(whole("has no logits".into()));
+    };
+    program.vocab = vocab;
+    program.buffers = lowering.buffers;
+    program.packing = lowering.packing;
+    program.verify().map_err(|defect| whole(defect.to_string()))?;
+    Ok(program)
+}
+
+fn error(op: &FusedOp, what: impl Into<String>) -> TileError {
+    TileError { op: op.name.clone(), what: what.into() }
+}
+
+/// A norm that waits for the product in front of which it is recomputed.
+#[derive(Clone)]
+struct Normed {
+    source: ValueId,
+    gain: String,
+    len: usize,
+    eps: f32,
+    select: bool,
+}
+
+/// What the parts of a product of queries, keys and values leave to attention.
+#[derive(Clone)]
+struct Heads {
+    qkv: BufferId,
+    q: HeadChain,
+    k: HeadChain,
+}
+
+/// Norm and rotation of heads.
+#[derive(Clone, Default)]
+struct HeadChain {
+    norm: Option<(String, f32)>,
+    rope: Option<String>,
+}
+
+struct Lowering<'a> {
+    fused: &'a Fused,
+    context: usize,
+    kv: KvLayout,
+    buffers: Vec<Buffer>,
+    of_value: HashMap<ValueId, BufferId>,
+    normed: HashMap<ValueId, Normed>,
+    heads: HashMap<ValueId, Heads>,
+    packing: Packing,
+    /// Offsets of what is packed already, by description: a tied head is packed once.
+    packed: HashMap<String, u64>,
+}
+
+impl Lowering<'_> {
+    /// The stage of an operator; none for a norm, which the next product takes along.
+    fn stage(&mut self, op: &FusedOp, offsets: &mut Option<Vec<u64>>) -> Result<Option<Stage>, TileError> {
+        let input = || match op.inputs[..] {
+            [value] => Ok(value),
+            _ => Err(error(op, format!("reads {} values, a stage reads one", op.inputs.len()))),
+        };
+        let kind = match &op.anchor {
+            Anchor::Embed { weight } => Some(self.embed(op, weight)?),
+            Anchor::Rows => {
+                self.rows(op, input()?)?;
+                None
+            }
+            Anchor::Gemm => Some(self.gemm(op, input()?, offsets)?),
+            Anchor::Attention { heads, scale, window, .. } => {
+                Some(self.attention(op, input()?, *heads, *scale, *window, offsets)?)
+            }
+        };
+        Ok(kind.map(|kind| Stage { name: layerless(&op.name).to_string(), kind }))
+    }
+
+    fn embed(&mut self, op: &FusedOp, weight: &str) -> Result<Kind, TileError> {
+        let [Part { pieces, cols, .. }] = &op.parts[..] else { return Err(error(op, "has several parts")) };
+        let [Piece::Store(value)] = pieces[..] else {
+            return Err(error(op, "no kernel embeds with more pieces"));
+        };
+        let info = &self.fused.weights[weight];
+        let format = kernel_format(info.format);
+        let table = Slot::Fixed(self.octets(format, &[weight.to_string()], 1)?);
+        let output = self.buffer("x", BufferElem::F32, *cols);
+        self.of_value.insert(value, output);
+        Ok(Kind::Embed { table, format, vocab: info.shape[0], k: *cols, output })
+    }
+
+    fn rows(&mut self, op: &FusedOp, source: ValueId) -> Result<(), TileError> {
+        let [part] = &op.parts[..] else { return Err(error(op, "has several parts")) };
+        let (select, chain) = match &part.pieces[..] {
+            [Piece::SelectRows, chain @ ..] => (true, chain),
+            chain => (false, chain),
+        };
+        match chain {
+            [Piece::RmsNorm { weight, group, eps }, Piece::Store(value)] if *group == part.cols => {
+                let normed = Normed { source, gain: weight.clone(), len: *group, eps: *eps, select };
+                self.normed.insert(*value, normed);
+                Ok(())
+            }
+            _ => Err(error(op, "the kernel has no stage for these pieces on rows")),
+        }
+    }
+
+    fn gemm(
+        &mut self,
+        op: &FusedOp,
+        input: ValueId,
+        offsets: &mut Option<Vec<u64>>,
+    ) -> Result<Kind, TileError> {
+        let normed = self.normed.get(&input).cloned();
+        let source = normed.as_ref().map_or(input, |normed| normed.source);
+        let Some(&input) = self.of_value.get(&source) else {
+            return Err(error(op, "reads a value that has no buffer"));
+        };
+        let names: Vec<String> = op.parts.iter().flat_map(|part| part.weights.clone()).collect();
+        let first = &self.fused.weights[&names[0]];
+        let (format, k) = (kernel_format(first.format), first.shape[1]);
+        if names.iter().any(|name| kernel_format(self.fused.weights[name].format) != format) {
+            return Err(error(op, "its weights are in different formats"));
+        }
+        if !k.is_multiple_of(8) {
+            return Err(error(op, format!("rows of {k} columns; the kernel multiplies multiples of 8")));
+        }
+        let norm = match normed.as_ref() {
+            Some(normed) => {
+                let content = PackContent::F32 { tensor: normed.gain.clone(), len: normed.len };
+                Some(Norm { gain: self.slot(content, offsets), eps: normed.eps })
+            }
+            None => None,
+        };
+        let operands = op.parts.iter().map(|part| part.weights.len()).max().unwrap_or(1);
+        let cols: usize = op.parts.iter().map(|part| part.cols).sum();
+        let bias = self.bias(op, cols, offsets)?;
+        let (epilogue, output) = self.sinks(op, source, cols)?;
+        let at = self.octets(format, &names, operands)?;
+        let weights = match offsets {
+            Some(offsets) => {
+                offsets.push(at);
+                Slot::Layer(offsets.len() - 1)
+            }
+            None => Slot::Fixed(at),
+        };
+        let select = normed.is_some_and(|normed| normed.select);
+        Ok(Kind::Gemm(Gemm {
+            input,
+            norm,
+            select,
+            weights,
+            format,
+            k,
+            operands,
+            bias,
+            epilogue,
+            output,
+            cols,
+        }))
+    }
+
+    /// What becomes of the sums of a product, and where they go.
+    fn sinks(
+        &mut self,
+        op: &FusedOp,
+        source: ValueId,
+        cols: usize,
+    ) -> Result<(Epilogue, BufferId), TileError> {
+        let refuse = || error(op, format!("the kernel has no epilogue for {:?}", op.parts));
+        let chain = |part: &Part| -> Vec<Piece> {
+            part.pieces.iter().filter(|piece| !matches!(piece, Piece::Bias { .. })).cloned().collect()
+        };
+        if let [part] = &op.parts[..] {
+            return match &chain(part)[..] {
+                [Piece::Logits(_)] => Ok((Epilogue::Logits, self.of_value[&source])),
+                [Piece::Residual(old), Piece::Store(new)] => {
+                    let last = self.fused.ops.iter().rposition(|other| other.reads().contains(old));
+                    if last.is_none_or(|last| self.fused.ops[last].name != op.name) {
+                        return Err(error(op, "its residual is read again after the sum"));
+                    }
+                    let buffer = self.of_value[old];
+                    self.of_value.insert(*new, buffer);
+                    Ok((Epilogue::Residual, buffer))
+                }
+                [Piece::Gated(activation), Piece::Store(new)] => {
+                    let buffer = self.half_buffer("act", *new, cols);
+                    Ok((Epilogue::Gated(*activation), buffer))
+                }
+                [Piece::Store(new)] => {
+                    let buffer = self.half_buffer(layerless(&op.name), *new, cols);
+                    Ok((Epilogue::Store, buffer))
+                }
+                _ => Err(refuse()),
+            };
+        }
+        let [q, k, v] = &op.parts[..] else { return Err(refuse()) };
+        let (q, k, v) = (chain(q), chain(k), chain(v));
+        let (Some(Piece::Store(queries)), Some(Piece::WriteKeys(_)), [Piece::WriteValues(_)]) =
+            (q.last(), k.last(), &v[..])
+        else {
+            return Err(refuse());
+        };
+        let heads = |pieces: &[Piece]| -> Result<HeadChain, TileError> {
+            let mut chain = HeadChain::default();
+            for piece in &pieces[..pieces.len() - 1] {
+                match piece {
+                    Piece::RmsNorm { weight, group, eps }
+                        if *group == self.kv.qk_dim && chain.rope.is_none() =>
+                    {
+                        chain.norm = Some((weight.clone(), *eps));
+                    }
+                    Piece::Rope { rope, head_dim } if *head_dim == self.kv.qk_dim => {
+                        chain.rope = Some(rope.clone())
+                    }
+                    _ => return Err(refuse()),
+                }
+            }
+            Ok(chain)
+        };
+        let (q, k) = (heads(&q)?, heads(&k)?);
+        if q.rope != k.rope {
+            return Err(error(op, "queries and keys are rotated differently"));
+        }
+        let qkv = self.buffer("qkv", BufferElem::F32, cols);
+        self.heads.insert(*queries, Heads { qkv, q, k });
+        Ok((Epilogue::Store, qkv))
+    }
+
+    fn attention(
+        &mut self,
+        op: &FusedOp,
+        queries: ValueId,
+        heads: usize,
+        scale: f32,
+        window: Option<usize>,
+        offsets: &mut Option<Vec<u64>>,
+    ) -> Result<Kind, TileError> {
+        let Some(Heads { qkv, q, k }) = self.heads.get(&queries).cloned() else {
+            return Err(error(op, "its queries do not come from one product with keys and values"));
+        };
+        let [Part { pieces, .. }] = &op.parts[..] else { return Err(error(op, "has several parts")) };
+        let [Piece::Store(value)] = pieces[..] else { return Err(error(op, "has more pieces than a sink")) };
+        let mut norm = |chain: &HeadChain| {
+            chain.norm.as_ref().map(|(weight, eps)| {
+                let content = PackContent::F32 { tensor: weight.clone(), len: self.kv.qk_dim };
+                Norm { gain: self.slot(content, offsets), eps: *eps }
+            })
+        };
+        let (q_norm, k_norm) = (norm(&q), norm(&k));
+        if let (Some(q), Some(k)) = (q_norm, k_norm)
+            && q.eps != k.eps
+        {
+            return Err(error(op, "queries and keys are normed with different eps"));
+        }
+        let rope = q.rope.map(|name| {
+            let spec = &self.fused.ropes[&name];
+            let content = PackContent::RopeTable {
+                inv_freq: spec.inv_freq(),
+                positions: self.context,
+                attention_factor: spec.attention_factor(),
+            };
+            Rope {
+                table: Slot::Fixed(self.pack(content, PACK_ALIGN)),
+                positions: self.context,
+                dims: spec.dims,
+            }
+        });
+        let output = self.half_buffer("attn", value, heads * self.kv.v_dim);
+        let parts =
+            self.buffer("parts", BufferElem::F32, heads * self.context.div_ceil(CHUNK) * (self.kv.v_dim + 2));
+        Ok(Kind::Attention(Attention {
+            input: qkv,
+            output,
+            parts,
+            heads,
+            q_norm,
+            k_norm,
+            rope,
+            scale,
+            window,
+        }))
+    }
+
+    /// A buffer for a value that a product reads as it is: in the half type of that product, or in
+    /// f32 where the product scales its rows.
+    fn half_buffer(&mut self, name: &str, value: ValueId, cols: usize) -> BufferId {
+        let reader = self.fused.ops.iter().find(|op| op.inputs.contains(&value));
+        let weight = reader.and_then(|op| op.parts.first()?.weights.first());
+        let elem = match weight.map(|name| kernel_format(self.fused.weights[name].format)) {
+            Some(Format::BF16) => BufferElem::Bf16,
+            _ => BufferElem::F32,
+        };
+        let buffer = self.buffer(name, elem, cols);
+        self.of_value.insert(value, buffer);
+        buffer
+    }
+
+    /// The buffer of this name and shape. Every stage waits for all of the one before, and no stage
+    /// of a layer reads what another layer's stage of this name wrote, so layers share buffers.
+    fn buffer(&mut self, name: &str, elem: BufferElem, cols: usize) -> BufferId {
+        let same = |buffer: &Buffer| buffer.name == name && buffer.elem == elem && buffer.cols == cols;
+        if let Some(known) = self.buffers.iter().position(same) {
+            return BufferId(known as u32);
+        }
+        let end = self.buffers.last().map_or(0, |last| last.offset + last.bytes());
+        let offset = end.next_multiple_of(WEIGHT_ALIGN as usize);
+        self.buffers.push(Buffer { name: name.to_string(), elem, cols, rows: STEP_ROWS, offset });
+        BufferId(self.buffers.len() as u32 - 1)
+    }
+
+    /// Biases of the parts, one behind the other; parts without one have zeros.
+    fn bias(
+        &mut self,
+        op: &FusedOp,
+        cols: usize,
+        offsets: &mut Option<Vec<u64>>,
+    ) -> Result<Option<Slot>, TileError> {
+        let mut found = Vec::new();
+        let mut start = 0;
+        for part in &op.parts {
+            for piece in &part.pieces {
+                if let Piece::Bias { weight, operand } = piece {
+                    found.push((operand * cols + start, weight.clone(), part.cols));
+                }
+            }
+            start += part.cols;
+        }
+        if found.is_empty() {
+            return Ok(None);
+        }
+        let base = self.packing.bytes.next_multiple_of(WEIGHT_ALIGN);
+        let operands = op.parts.iter().map(|part| part.weights.len()).max().unwrap_or(1);
+        for (at, tensor, len) in found {
+            let offset = base + at as u64 * 4;
+            if !offset.is_multiple_of(PACK_ALIGN) {
+                return Err(error(op, format!("the bias {tensor} does not start on a whole line")));
+            }
+            self.packing.items.push(PackItem { offset, content: PackContent::F32 { tensor, len } });
+        }
+        self.packing.bytes = base + (operands * cols * 4) as u64;
+        Ok(Some(match offsets {
+            Some(offsets) => {
+                offsets.push(base);
+                Slot::Layer(offsets.len() - 1)
+            }
+            None => Slot::Fixed(base),
+        }))
+    }
+
+    fn octets(&mut self, format: Format, weights: &[String], interleave: usize) -> Result<u64, TileError> {
+        let segments: Vec<RowSegment> = weights
+            .iter()
+            .map(|name| RowSegment {
+                tensor: name.clone(),
+                row_start: 0,
+                rows: self.fused.weights[name].shape[0],
+            })
+            .collect();
+        let octets = segments.iter().map(|segment| segment.rows.div_ceil(OCTET)).sum();
+        if let Some(odd) = segments.iter().rev().skip(1).find(|segment| !segment.rows.is_multiple_of(OCTET)) {
+            let what = format!("{} rows are not whole octets", odd.rows);
+            return Err(TileError { op: odd.tensor.clone(), what });
+        }
+        let k = self.fused.weights[&weights[0]].shape[1];
+        Ok(self.pack(PackContent::Octets { format, k, segments, interleave, octets }, WEIGHT_ALIGN))
+    }
+
+    fn slot(&mut self, content: PackContent, offsets: &mut Option<Vec<u64>>) -> Slot {
+        let at = self.pack(content, PACK_ALIGN);
+        match offsets {
+            Some(offsets) => {
+                offsets.push(at);
+                Slot::Layer(offsets.len() - 1)
+            }
+            None => Slot::Fixed(at),
+        }
+    }
+
+    fn pack(&mut self, content: PackContent, align: u64) -> u64 {
+        let key = serde_json::to_string(&content).expect("a packing item is plain data");
+        let packing = &mut self.packing;
+        *self.packed.entry(key).or_insert_with(|| {
+            let offset = packing.bytes.next_multiple_of(align);
+            packing.bytes = offset + content.bytes().expect("a declared weight fits in memory");
+            packing.items.push(PackItem { offset, content });
+            offset
+        })
+    }
+}

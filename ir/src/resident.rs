@@ -1,0 +1,441 @@
+//! The resident program: a step as the stages of one GPU kernel.
+//!
+//! It says what [`crate::stages`] says for threads, in the terms of a kernel whose weights stream
+//! through every operator boundary: norms are recomputed in front of the product that reads them,
+//! heads are normed, rotated and cached inside attention, and every stage ends with a crossing of
+//! the chip, behind which all of its results are visible to all SMs.
+
+use crate::abi::KvLayout;
+use crate::cost::StageCost;
+use crate::format::Format;
+use crate::graph::{ActivationFn, RopeSpec};
+use crate::launch::{OCTET, OCTET_BLOCK, STEP_ROWS};
+use crate::pack::{Packing, octet_blocks};
+use crate::stages::{Buffer, BufferElem, BufferId, Layer, Slot};
+use std::fmt;
+
+/// Positions of the context that one attention item covers.
+pub const CHUNK: usize = 128;
+
+/// A norm whose gains are `f32` in the packed weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// The gains.
+    pub gain: Slot,
+    /// Added to the mean of squares.
+    pub eps: f32,
+}
+
+/// A rotary embedding of heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rope {
+    /// Table of cosines, then of sines.
+    pub table: Slot,
+    /// Positions of the table.
+    pub positions: usize,
+    /// Leading columns of a head that are rotated.
+    pub dims: usize,
+}
+
+/// What becomes of a tile's sums.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Epilogue {
+    /// Stored.
+    Store,
+    /// `activation(operand 0) * operand 1`, stored.
+    Gated(ActivationFn),
+    /// Added to what the buffer holds.
+    Residual,
+    /// The logits; the largest of each row is kept.
+    Logits,
+}
+
+/// Rows times streamed weights.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gemm {
+    /// What it reads.
+    pub input: BufferId,
+    /// The norm in front of it.
+    pub norm: Option<Norm>,
+    /// Only the rows whose logits are wanted.
+    pub select: bool,
+    /// Octets of the weights: see [`crate::pack::PackContent::Octets`].
+    pub weights: Slot,
+    /// Format of the weights.
+    pub format: Format,
+    /// Columns of the input.
+    pub k: usize,
+    /// Features of one operand.
+    pub cols: usize,
+    /// Octets of a tile: 1, or 2 for a gated pair.
+    pub operands: usize,
+    /// `f32 [operands][cols]`.
+    pub bias: Option<Slot>,
+    /// What becomes of the sums.
+    pub epilogue: Epilogue,
+    /// Where they go; the logits have a place of their own.
+    pub output: BufferId,
+}
+
+impl Gemm {
+    /// Tiles: one octet of each operand.
+    pub const fn tiles(&self) -> usize {
+        self.cols.div_ceil(OCTET)
+    }
+
+    /// Blocks of an octet.
+    pub const fn blocks(&self) -> usize {
+        octet_blocks(self.format, self.k)
+    }
+
+    /// Bytes that the stage streams.
+    pub const fn weight_bytes(&self) -> usize {
+        self.tiles() * self.operands * self.blocks() * OCTET_BLOCK
+    }
+}
+
+/// Attention over the layer's cache, from raw queries, keys and values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attention {
+    /// `[rows][heads * qk + kv_heads * qk + kv_heads * v]`, f32.
+    pub input: BufferId,
+    /// `[rows][heads * v]`.
+    pub output: BufferId,
+    /// Room for the parts of rows with more than one chunk.
+    pub parts: BufferId,
+    /// Query heads.
+    pub heads: usize,
+    /// Norm of each query head.
+    pub q_norm: Option<Norm>,
+    /// Norm of each key.
+    pub k_norm: Option<Norm>,
+    /// Rotary embedding of queries and keys.
+    pub rope: Option<Rope>,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Positions that a row sees, itself included.
+    pub window: Option<usize>,
+}
+
+/// What a stage does.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Kind {
+    /// Rows of a packed table by token id.
+    Embed {
+        /// The table's octets.
+        table: Slot,
+        /// Their format.
+        format: Format,
+        /// Rows of the table.
+        vocab: usize,
+        /// Columns.
+        k: usize,
+        /// Where they go, f32.
+        output: BufferId,
+    },
+    /// See [`Gemm`].
+    Gemm(Gemm),
+    /// See [`Attention`].
+    Attention(Attention),
+}
+
+/// One stage.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stage {
+    /// Name without the layer.
+    pub name: String,
+    /// What it does.
+    pub kind: Kind,
+}
+
+/// A whole step.
+#[derive(Clone, Debug)]
+pub struct ResidentProgram {
+    /// Name of the model.
+    pub name: String,
+    /// Columns of the logits.
+    pub vocab: usize,
+    /// Positions of a sequence.
+    pub context: usize,
+    /// The arena's buffers, for [`STEP_ROWS`] rows each.
+    pub buffers: Vec<Buffer>,
+    /// The KV cache.
+    pub kv: KvLayout,
+    /// Recipe of the packed weights.
+    pub packing: Packing,
+    /// Rotary embeddings, for people.
+    pub ropes: Vec<(String, RopeSpec)>,
+    /// The embedding.
+    pub before: Vec<Stage>,
+    /// Kinds of layers.
+    pub bodies: Vec<Vec<Stage>>,
+    /// The layers in order.
+    pub layers: Vec<Layer>,
+    /// The head.
+    pub after: Vec<Stage>,
+}
+
+/// Why a resident program must not run.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("stage {stage}: {what}")]
+pub struct Defect {
+    /// Name with the layer.
+    pub stage: String,
+    /// What does not hold.
+    pub what: String,
+}
+
+impl ResidentProgram {
+    /// A buffer.
+    pub fn buffer(&self, id: BufferId) -> &Buffer {
+        &self.buffers[id.0 as usize]
+    }
+
+    /// Chunks that a sequence has at most.
+    pub const fn max_chunks(&self) -> usize {
+        self.context.div_ceil(CHUNK)
+    }
+
+    /// The unrolled sequence, with names.
+    pub fn sequence(&self) -> Vec<(String, Option<usize>, &Stage)> {
+        let before = self.before.iter().map(|stage| (stage.name.clone(), None, stage));
+        let layers = self.layers.iter().enumerate().flat_map(|(number, layer)| {
+            self.bodies[layer.body]
+                .iter()
+                .map(move |stage| (format!("l{number}.{}", stage.name), Some(number), stage))
+        });
+        let after = self.after.iter().map(|stage| (stage.name.clone(), None, stage));
+        before.chain(layers).chain(after).collect()
+    }
+
+    /// Checks that the program may run on any number of SMs.
+    ///
+    /// Every stage waits for all of the one before, so only three things can go wrong: a stage reads
+    /// what no stage has written; it writes in place what its other tiles, or other SMs, still read
+    /// whole; or its parts do not fit each other.
+    ///
+    /// # Errors
+    /// The first [`Defect`].
+    pub fn verify(&self) -> Result<(), Defect> {
+        let mut written = vec![false; self.buffers.len()];
+        for (name, layer, stage) in self.sequence() {
+            let fail = |what: String| Err(Defect { stage: name.clone(), what });
+            let slots = |slot: Slot| match (slot, layer) {
+                (Slot::Fixed(at), _) => at < self.packing.bytes,
+                (Slot::Layer(n), Some(layer)) => {
+                    self.layers[layer].offsets.get(n).is_some_and(|at| *at < self.packing.bytes)
+                }
+                (Slot::Layer(_), None) => false,
+            };
+            let (reads, writes, weights) = match &stage.kind {
+                Kind::Embed { table, output, k, .. } => {
+                    if self.buffer(*output).cols != *k {
+                        return fail(format!("{k} columns do not fit {}", self.buffer(*output).name));
+                    }
+                    (None, *output, vec![*table])
+                }
+                Kind::Gemm(gemm) => {
+                    if self.buffer(gemm.input).cols != gemm.k {
+                        return fail(format!(
+                            "{} columns do not fit {}",
+                            gemm.k,
+                            self.buffer(gemm.input).name
+                        ));
+                    }
+                    let logits = gemm.epilogue == Epilogue::Logits;
+                    if !logits && self.buffer(gemm.output).cols != gemm.cols {
+                        return fail(format!(
+                            "{} features do not fit {}",
+                            gemm.cols,
+                            self.buffer(gemm.output).name
+                        ));
+                    }
+                    if !logits && !gemm.cols.is_multiple_of(OCTET) {
+                        return fail(format!("{} features are not whole octets", gemm.cols));
+                    }
+                    if gemm.epilogue == Epilogue::Residual && !written[gemm.output.0 as usize] {
+                        return fail(format!(
+                            "adds to {} before it is written",
+                            self.buffer(gemm.output).name
+                        ));
+                    }
+                    if matches!(gemm.epilogue, Epilogue::Gated(_)) != (gemm.operands == 2) {
+                        return fail("a gate has two operands".into());
+                    }
+                    let slots = [Some(gemm.weights), gemm.bias, gemm.norm.map(|norm| norm.gain)];
+                    (Some(gemm.input), gemm.output, slots.into_iter().flatten().collect())
+                }
+                Kind::Attention(attention) => {
+                    let qk = (attention.heads + self.kv.kv_heads) * self.kv.qk_dim;
+                    if self.buffer(attention.input).cols != qk + self.kv.kv_heads * self.kv.v_dim
+                        || self.buffer(attention.output).cols != attention.heads * self.kv.v_dim
+                        || !attention.heads.is_multiple_of(self.kv.kv_heads)
+                    {
+                        return fail("heads and buffers do not fit".into());
+                    }
+                    let norms = [attention.q_norm, attention.k_norm].into_iter().flatten();
+                    let mut slots: Vec<Slot> = norms.map(|norm| norm.gain).collect();
+                    slots.extend(attention.rope.map(|rope| rope.table));
+                    (Some(attention.input), attention.output, slots)
+                }
+            };
+            if let Some(bad) = weights.into_iter().find(|slot| !slots(*slot)) {
+                return fail(format!("weights at {bad} are not packed"));
+            }
+            if let Some(read) = reads {
+                if !written[read.0 as usize] {
+                    return fail(format!("reads {} before it is written", self.buffer(read).name));
+                }
+                let stored = !matches!(&stage.kind, Kind::Gemm(gemm) if gemm.epilogue == Epilogue::Logits);
+                if stored && read == writes {
+                    return fail(format!("writes {} while other SMs read it", self.buffer(read).name));
+                }
+            }
+            written[writes.0 as usize] = true;
+        }
+        Ok(())
+    }
+
+    /// Costs by kind of stage, those of a body with as many runs as it has layers.
+    pub fn costs(&self) -> Vec<StageCost> {
+        let bodies =
+            self.bodies.iter().enumerate().map(|(number, body)| {
+                (body, self.layers.iter().filter(|layer| layer.body == number).count())
+            });
+        let all = [(&self.before, 1)].into_iter().chain(bodies).chain([(&self.after, 1)]);
+        all.flat_map(|(stages, runs)| stages.iter().map(move |stage| self.cost(stage, runs))).collect()
+    }
+
+    fn cost(&self, stage: &Stage, runs: usize) -> StageCost {
+        let row = |id: BufferId| {
+            let buffer = self.buffer(id);
+            (buffer.cols * if buffer.elem == BufferElem::F32 { 4 } else { 2 }) as u64
+        };
+        let mut cost = StageCost {
+            stage: stage.name.clone(),
+            anchor: String::new(),
+            runs,
+            weight_bytes: 0,
+            macs_per_row: 0,
+            kv_bytes_per_position: 0,
+            kv_macs_per_position: 0,
+            activation_bytes_per_row: 0,
+            logit_rows_only: false,
+        };
+        match &stage.kind {
+            Kind::Embed { format, k, output, .. } => {
+                cost.anchor = "embed".into();
+                cost.activation_bytes_per_row = format.stored_bytes(1, *k) as u64 + row(*output);
+            }
+            Kind::Gemm(gemm) => {
+                cost.anchor = format!("gemm {}", gemm.format);
+                cost.weight_bytes = gemm.weight_bytes() as u64;
+                cost.macs_per_row = (gemm.k * gemm.cols * gemm.operands) as u64;
+                cost.activation_bytes_per_row = row(gemm.input)
+                    + if gemm.epilogue == Epilogue::Logits { gemm.cols as u64 * 4 } else { row(gemm.output) };
+                cost.logit_rows_only = gemm.select;
+            }
+            Kind::Attention(attention) => {
+                let each = self.kv.qk_dim + self.kv.v_dim;
+                cost.anchor = "attention".into();
+                cost.kv_bytes_per_position = (self.kv.kv_heads * each * self.kv.kv_type.bytes()) as u64;
+                cost.kv_macs_per_position = (attention.heads * each) as u64;
+                cost.activation_bytes_per_row = row(attention.input) + row(attention.output);
+            }
+        }
+        cost
+    }
+
+    /// Text of a stage: what it does, in one or two lines.
+    fn stage_text(&self, stage: &Stage) -> String {
+        let name = |id: &BufferId| self.buffer(*id).name.as_str();
+        let norm = |what: &str, norm: &Option<Norm>| match norm {
+            Some(norm) => format!("{what} {} eps={:e} -> ", norm.gain, norm.eps),
+            None => String::new(),
+        };
+        match &stage.kind {
+            Kind::Embed { table, format, vocab, k, output } => {
+                format!("embed {format} {vocab}x{k} {table} -> {}", name(output))
+            }
+            Kind::Gemm(gemm) => {
+                let select = if gemm.select { "selected rows of " } else { "" };
+                let pair = if gemm.operands == 2 { " pair" } else { "" };
+                let bias = gemm.bias.map_or(String::new(), |slot| format!(" -> bias {slot}"));
+                let end = match gemm.epilogue {
+                    Epilogue::Store => format!("store {}", name(&gemm.output)),
+                    Epilogue::Gated(ActivationFn::Silu) => {
+                        format!("silu_gate -> store {}", name(&gemm.output))
+                    }
+                    Epilogue::Residual => format!("add to {}", name(&gemm.output)),
+                    Epilogue::Logits => "logits".into(),
+                };
+                format!(
+                    "{select}{} -> {}gemm {} {}x{}{pair} {} in {} tiles, {} B{bias} -> {end}",
+                    name(&gemm.input),
+                    norm("rms_norm", &gemm.norm),
+                    gemm.format,
+                    gemm.cols,
+                    gemm.k,
+                    gemm.weights,
+                    gemm.tiles(),
+                    gemm.weight_bytes()
+                )
+            }
+            Kind::Attention(attention) => {
+                let rope = attention
+                    .rope
+                    .map_or(String::new(), |rope| format!("rope {} dims={} -> ", rope.table, rope.dims));
+                let window = attention.window.map_or(String::new(), |window| format!(" window={window}"));
+                format!(
+                    "{} -> {}{}{rope}cache -> attention heads={} scale={}{window} -> {}",
+                    name(&attention.input),
+                    norm("q_norm", &attention.q_norm),
+                    norm("k_norm", &attention.k_norm),
+                    attention.heads,
+                    attention.scale,
+                    name(&attention.output)
+                )
+            }
+        }
+    }
+}
+
+impl fmt::Display for ResidentProgram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "resident {:?} rows={STEP_ROWS} {{", self.name)?;
+        let kv = &self.kv;
+        writeln!(
+            f,
+            "  kv {} layers={} kv_heads={} qk_dim={} v_dim={} page_tokens={}",
+            kv.kv_type.name(),
+            kv.layers,
+            kv.kv_heads,
+            kv.qk_dim,
+            kv.v_dim,
+            kv.page_tokens
+        )?;
+        for buffer in &self.buffers {
+            let (elem, rows) = (buffer.elem.name(), buffer.rows);
+            writeln!(
+                f,
+                "  buffer {:<8} {elem}[{rows}, {}] at {:#x}",
+                buffer.name, buffer.cols, buffer.offset
+            )?;
+        }
+        writeln!(f, "  packed {} bytes in {} items", self.packing.bytes, self.packing.items.len())?;
+        let list = |f: &mut fmt::Formatter<'_>, title: &str, stages: &[Stage]| -> fmt::Result {
+            writeln!(f, "\n  # {title}")?;
+            stages
+                .iter()
+                .try_for_each(|stage| writeln!(f, "  stage {}: {}", stage.name, self.stage_text(stage)))
+        };
+        list(f, "before the layers", &self.before)?;
+        for (number, body) in self.bodies.iter().enumerate() {
+            let layers: Vec<usize> =
+                (0..self.layers.len()).filter(|layer| self.layers[*layer].body == number).collect();
+            list(f, &format!("layers {}", crate::stages::ranges(&layers)), body)?;
+        }
+        list(f, "after the layers", &self.after)?;
+        writeln!(f, "}}")
+    }
+}

@@ -1,0 +1,289 @@
+// A block: its warps' roles, its shared memory, the waits between them, and the wait for other SMs.
+//
+//   consumers  8 warps: multiply tiles of weights from the ring, attend, copy embeddings
+//   loader     1 warp:  streams the SM's weights into the ring, in the order of the step, never
+//                       waiting for activations
+//   control    1 warp:  adds up the consumers' partial sums, runs the epilogues, publishes the
+//                       results, and waits for the other SMs
+//   idle       2 warps: fill up the control's warpgroup
+//
+// Every stage ends with a crossing: each SM adds one to `Sync::arrived` when all that it makes in the
+// stage is written, and starts the next stage when all SMs have. The stream of weights does not stop
+// at a crossing: the loader goes on until the ring is full.
+//
+// The generated text defines SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory.
+
+constexpr u32 CONSUMERS = 8;
+constexpr u32 LOADER = 8;
+constexpr u32 CONTROL = 9;
+constexpr u32 BLOCK_THREADS = 384;
+constexpr u32 CONSUMER_THREADS = CONSUMERS * LANES;
+constexpr u32 CONSUMER_REGISTERS = 216;
+constexpr u32 OTHER_REGISTERS = 80;
+constexpr u32 SLOT_BLOCKS = SLOT_BYTES / OCTET_BLOCK;         // blocks of an octet in a slot
+constexpr u32 WARP_BLOCKS = SLOT_BLOCKS / CONSUMERS;          // of which each consumer takes these
+constexpr u32 SUM_BUFFERS = 2;
+
+#if __CUDA_ARCH__ >= 900
+constexpr u32 FULL_ARRIVALS = 1;      // the loader's announcement; the bytes are counted beside it
+#else
+constexpr u32 FULL_ARRIVALS = LANES;  // every lane's last cp.async
+#endif
+
+// Sums of a tile by the warps that share its columns: a pair of neighbouring features of a row a lane.
+typedef float2 WarpSums[CONSUMERS][LANES];
+
+struct Shared {
+  u64 full[RING_SLOTS];         // weights are in the slot
+  u64 empty[RING_SLOTS];        // all consumers have read it
+  u64 ready;                    // the stage's inputs are there
+  u64 done;                     // the consumers have finished the stage
+  u64 sums_full[SUM_BUFFERS];
+  u64 sums_empty[SUM_BUFFERS];
+  u32 stage;                    // that control is in, of the step
+  u32 loader_stage;
+  u32 token[STEP_ROWS];
+  u32 position[STEP_ROWS];
+  u32 sequence[STEP_ROWS];
+  u32 first_row[STEP_ROWS];     // first row of the step that is of the row's sequence
+  u32 logit_row[STEP_ROWS];
+  u32 steps;                    // steps of this launch, lowered by control when it ends early
+  u32 last_split;               // attention: whether this SM's chunk of a row was the last to finish
+  float row_sums[2][CONSUMERS][STEP_ROWS];
+};
+
+struct Block {
+  const LaunchArgs& args;
+  Shared& shared;
+  u8* ring;     // RING_SLOTS x SLOT_BYTES
+  u8* gain;     // weights of the stage's norm, f32
+  u8* scratch;  // sums of tiles, or the attention's work space
+  u32 step;     // number of the step in the launch
+  u32 layer;
+  u32 rotation; // first tile of the next stage that belongs to this SM
+
+  __device__ __forceinline__ void next_step() { ++step; }
+
+  __device__ __forceinline__ Sync& sync() const { return *reinterpret_cast<Sync*>(args.sync); }
+  __device__ __forceinline__ WarpSums* sums(u32 buffer, u32 operands) const {
+    return reinterpret_cast<WarpSums*>(scratch) + buffer * operands;
+  }
+
+  // Tiles of a stage are dealt out round robin, and the next stage goes on where this one stopped, so
+  // that every SM streams the same number of tiles, give or take one, over the whole step.
+  __device__ __forceinline__ u32 first_tile() const { return rotation; }
+  __device__ __forceinline__ void pass_tiles(u32 tiles) {
+    rotation += gridDim.x - tiles % gridDim.x;
+    if (rotation >= gridDim.x) rotation -= gridDim.x;
+  }
+};
+
+enum Role : u32 {
+  LOADER_SLOT = 1, CONSUMER_WEIGHTS = 2, CONSUMER_INPUTS = 3, CONSUMER_SUMS = 4, CONTROL_CONSUMERS = 5, CONTROL_SMS = 6
+};
+
+// Leaves a record of who waited for what in the host's memory and ends the launch. The first SM that
+// gives up writes it; the others wait long enough for it to get there. Not a call: a kernel with calls
+// cannot share out its registers.
+__device__ __forceinline__ void stall(const Block& b, u32 role, u32 seen, u32 expected) {
+  const LaunchArgs& args = b.args;
+  const volatile Shared& shared = b.shared;
+  u32* claim = &reinterpret_cast<Sync*>(args.sync)->pad0[0];
+  if (atomicExch(claim, 1u) == 0) {
+    store_host(args.stall + 1, role == LOADER_SLOT ? shared.loader_stage : shared.stage);
+    store_host(args.stall + 2, blockIdx.x);
+    store_host(args.stall + 3, role);
+    store_host(args.stall + 4, seen);
+    store_host(args.stall + 5, expected);
+    store_host(args.stall + 6, b.step);
+    store_host(args.stall + 0, 1u);
+    __threadfence_system();
+  } else {
+    for (u64 start = global_timer(); global_timer() - start < 1000000;) {}
+  }
+  asm volatile("trap;");
+}
+
+// Waits until the phase of this parity is over.
+__device__ __forceinline__ void barrier_wait(const Block& b, u64* barrier, u32 parity, Role role) {
+  if (barrier_try(barrier, parity)) return;
+  u64 start = global_timer();
+  for (u32 tries = 1; !barrier_try(barrier, parity); ++tries) {
+    if (tries % 256 == 0 && global_timer() - start > b.args.patience_ns) {
+      stall(b, role, parity ^ 1, parity);
+    }
+  }
+}
+
+// All consumer warps, and no other.
+__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMER_THREADS) : "memory"); }
+
+// ---- The loader ------------------------------------------------------------------------------
+
+struct Loader : Block {
+  __device__ __forceinline__ explicit Loader(const Block& b) : Block(b) {}
+  u32 slot = 0;
+  u32 parity = 1;   // a fresh barrier counts as if the phase before its first were over
+  u32 issued = 0;   // slots filled so far, up to RING_SLOTS
+
+  __device__ __forceinline__ void next_stage() {
+    if (lane_id() == 0) ++shared.loader_stage;
+  }
+  __device__ __forceinline__ void next_step() {
+    ++step;
+    if (lane_id() == 0) shared.loader_stage = 0;
+  }
+
+  // False if the launch ended while waiting: nobody will empty the slot any more.
+  __device__ __forceinline__ bool wait_empty() {
+    if (barrier_try(&shared.empty[slot], parity)) return true;
+    u64 start = global_timer();
+    for (u32 tries = 1; !barrier_try(&shared.empty[slot], parity); ++tries) {
+      if (tries % 64 == 0) {
+        if (step >= *(volatile u32*)&shared.steps) return false;
+        if (global_timer() - start > args.patience_ns) stall(*this, LOADER_SLOT, slot, parity);
+      }
+    }
+    return true;
+  }
+
+  // Streams one piece of at most SLOT_BYTES.
+  __device__ __forceinline__ bool piece(const u8* from, u32 bytes) {
+    if (!wait_empty()) return false;
+#if __CUDA_ARCH__ >= 900
+    if (lane_id() == 0) {
+      barrier_arrive_expect(&shared.full[slot], bytes);
+      bulk_copy(ring + slot * SLOT_BYTES, from, bytes, &shared.full[slot]);
+    }
+#else
+    for (u32 at = lane_id() * 16; at < bytes; at += LANES * 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(ring + slot * SLOT_BYTES + at)), "l"(from + at) : "memory");
+    }
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&shared.full[slot])) : "memory");
+#endif
+    if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
+    if (issued < RING_SLOTS) ++issued;
+    return true;
+  }
+
+  // Waits for the copies that nobody will read, so that none writes into memory that is no longer ours.
+  __device__ __forceinline__ void drain() {
+    u32 s = slot, p = parity;
+    for (u32 n = 0; n < issued; ++n) {
+      if (s == 0) { s = RING_SLOTS; p ^= 1; }
+      --s;
+      // The slot was filled in the loader's phase `p`; its barrier's phase has the other parity.
+      barrier_wait(*this, &shared.full[s], p ^ 1, CONSUMER_WEIGHTS);
+    }
+  }
+};
+
+// ---- The consumers ---------------------------------------------------------------------------
+
+struct Consumer : Block {
+  __device__ __forceinline__ explicit Consumer(const Block& b) : Block(b) {}
+  u32 slot = 0;
+  u32 parity = 0;
+  u32 sum_buffer = 0;
+  u32 sum_parity = 1;
+  u32 ready_parity = 0;
+
+  __device__ __forceinline__ void wait_inputs() {
+    barrier_wait(*this, &shared.ready, ready_parity, CONSUMER_INPUTS);
+    ready_parity ^= 1;
+  }
+  __device__ __forceinline__ const u8* wait_slot() {
+    barrier_wait(*this, &shared.full[slot], parity, CONSUMER_WEIGHTS);
+    return ring + slot * SLOT_BYTES;
+  }
+  __device__ __forceinline__ void release_slot() {
+    __syncwarp();  // all lanes have read
+    if (lane_id() == 0) barrier_arrive(&shared.empty[slot]);
+    if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
+  }
+  // All that this warp reads and writes in the stage is read and written.
+  __device__ __forceinline__ void finish_stage() {
+    __syncwarp();
+    if (lane_id() == 0) barrier_arrive(&shared.done);
+  }
+};
+
+// ---- Control ---------------------------------------------------------------------------------
+
+struct Control : Block {
+  __device__ __forceinline__ explicit Control(const Block& b) : Block(b) {}
+  u32 done_parity = 0;
+  u32 sum_buffer = 0;
+  u32 sum_parity = 0;
+  u32 crossings = 0;       // of this launch
+  float best = 0;          // the largest logit that this lane has seen in this step, of its row
+  u32 best_id = ~0u;       // and its token; none yet
+
+  // Nanoseconds at which this SM began to wait for a stage, could start it, and had its part written.
+  __device__ __forceinline__ u64* trace_row() const {
+    return args.trace + ((u64)blockIdx.x * STAGES + shared.stage) * 3;
+  }
+
+  // Lets the consumers start a stage.
+  __device__ __forceinline__ void open_stage() {
+    __syncwarp();  // lane 0 acquired for all lanes
+    if (lane_id() == 0) barrier_arrive(&shared.ready);
+  }
+
+  // The beginning of a step: its tokens lie in shared memory, or there is no such step.
+  __device__ __forceinline__ void open_step() {
+    if (lane_id() == 0) {
+      shared.stage = 0;
+      if (args.trace) trace_row()[0] = trace_row()[1] = global_timer();
+    }
+    open_stage();
+  }
+
+  // What this SM makes in the stage is written: says so, and waits for the other SMs. Lane 0 releases
+  // what all lanes wrote (ordered by __syncwarp) and what the consumers wrote (ordered by `done`).
+  // `next_gain`: weights of the norm that the next stage begins with, fetched meanwhile; the consumers
+  // have finished with the last ones.
+  __device__ __forceinline__ void cross(const u8* next_gain = nullptr, u32 gain_bytes = 0) {
+    barrier_wait(*this, &shared.done, done_parity, CONTROL_CONSUMERS);
+    done_parity ^= 1;
+    __syncwarp();
+    ++crossings;
+    const u32 lane = lane_id();
+    if (lane == 0) add_release(&sync().arrived, 1);
+    if (gain_bytes > 0) {
+#if __CUDA_ARCH__ >= 900
+      if (lane == 0) {
+        // Counted on `ready` beside the arrival that opens the stage.
+        barrier_expect(&shared.ready, gain_bytes);
+        bulk_copy(gain, next_gain, gain_bytes, &shared.ready);
+      }
+#else
+      for (u32 at = lane * 16; at < gain_bytes; at += LANES * 16) {
+        *reinterpret_cast<uint4*>(gain + at) = *reinterpret_cast<const uint4*>(next_gain + at);
+      }
+#endif
+    }
+    if (lane == 0) {
+      const u32 expected = crossings * gridDim.x;
+      const u64 finished = args.trace ? global_timer() : 0;
+      u32 seen = load_acquire(&sync().arrived);
+      if ((int)(seen - expected) < 0) {
+        u64 start = global_timer();
+        for (u32 tries = 1; (int)((seen = load_acquire(&sync().arrived)) - expected) < 0; ++tries) {
+          if (tries % 256 == 0 && global_timer() - start > args.patience_ns) {
+            stall(*this, CONTROL_SMS, seen, expected);
+          }
+        }
+      }
+      if (args.trace) {
+        trace_row()[2] = finished;
+        if (shared.stage + 1 < STAGES) {
+          trace_row()[3] = finished;          // the next stage's row follows
+          trace_row()[4] = global_timer();
+        }
+      }
+      ++shared.stage;
+    }
+    __syncwarp();
+  }
+};

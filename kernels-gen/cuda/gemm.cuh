@@ -1,0 +1,224 @@
+// Rows times streamed weights: y[row][feature] = sum over columns of x[row][column] w[feature][column].
+//
+// A tile is an octet of features over all columns (one octet an operand: gate and up make a pair).
+// Its blocks of 512 bytes pass through the ring; consumer w takes blocks w, w + 8, w + 16, ... and
+// keeps the activations of just these columns in registers for the whole stage, so that a block costs
+// one 16-byte load a lane and its tensor-core products, and nothing is read twice.
+//
+// The order of every sum is fixed by the shape alone: four chains a warp (block i of a slot goes to
+// chain i), the chains in order, then the warps in order. A row's bits depend on no other row.
+//
+// A stage S says:
+//   Weights              Bf16, F16
+//   K, BLOCKS, COLS      columns of x, blocks of an octet, features of one operand
+//   OPERANDS, TILES      octets of a tile, tiles of the stage
+//   Input                F32, or the half type of the products
+//   NORM, EPS            whether x is normed first (gains lie in Block::gain)
+//   LOGITS               whether its rows are those whose logits are wanted
+//   input(block)         x, [rows][K]
+//   Carry, before(), finish()  the epilogue: what to load ahead, and what to do with a pair of results
+
+__device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
+
+// Tiles through the ring. False if the launch ended.
+template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* weights) {
+  constexpr u32 OCTET_BYTES = S::BLOCKS * OCTET_BLOCK;
+  for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) {
+    const u8* from = weights + (u64)tile * (S::OPERANDS * OCTET_BYTES);
+    for (u32 operand = 0; operand < S::OPERANDS; ++operand, from += OCTET_BYTES) {
+      for (u32 at = 0; at < OCTET_BYTES; at += SLOT_BYTES) {
+        if (!b.piece(from + at, OCTET_BYTES - at < SLOT_BYTES ? OCTET_BYTES - at : SLOT_BYTES)) return false;
+      }
+    }
+  }
+  b.pass_tiles(S::TILES);
+  b.next_stage();
+  return true;
+}
+
+// The activations of a warp's columns, as the tensor cores take them. Lane 4r + q holds row r and the
+// columns 8q to 8q + 7 of each of its blocks: the piece of a weight block that it loads as well.
+template <class S> struct Activations {
+  static constexpr u32 COUNT = (S::BLOCKS + CONSUMERS - 1) / CONSUMERS;
+  u32 pair[COUNT][4];
+  float scale;  // of the row: the products are multiplied by it
+};
+
+__device__ __forceinline__ float largest(float m, float4 v) {
+  return fmaxf(fmaxf(fmaxf(m, fabsf(v.x)), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+}
+__device__ __forceinline__ float squares(float s, float4 v) {
+  return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, s))));
+}
+__device__ __forceinline__ float4 scaled(float4 v, float s) { return make_float4(v.x * s, v.y * s, v.z * s, v.w * s); }
+__device__ __forceinline__ float4 times(float4 v, float4 w) { return make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w); }
+
+// Halves reach only to 65504: rows are scaled by a power of two, which changes no digit, so that the
+// largest value is between 128 and 256. 0 and infinity keep the scale 1.
+__device__ __forceinline__ float row_scale(Bf16, float) { return 1.f; }
+__device__ __forceinline__ float row_scale(F16, float amax) {
+  if (!(amax > 1e-30f) || amax > 1e30f) return 1.f;
+  u32 exponent = __float_as_uint(amax) & 0x7f800000u;
+  return __uint_as_float(exponent - (7u << 23));
+}
+
+template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a) {
+  using W = typename S::Weights;
+  const u32 lane = anew(lane_id()), warp = anew(warp_id());
+  const u32 row = lane / 4, quarter = lane % 4;
+  const u32 rows = S::LOGITS ? b.args.logit_rows : b.args.rows;
+  const bool active = row < rows;
+  const u32 source = S::LOGITS ? b.shared.logit_row[row] : row;
+  const u32 column = warp * 32 + quarter * 8;  // of block `warp`; blocks are 8 apart
+  constexpr u32 COUNT = Activations<S>::COUNT;
+  auto inside = [&](u32 i) { return active && (i * CONSUMERS + CONSUMERS <= S::K / 32 || column + i * 256 < S::K); };
+
+  if constexpr (S::HALF_INPUT) {
+    const u16* x = S::input(b) + (u64)source * S::K + column;
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) {
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (inside(i)) v = load4(reinterpret_cast<const u32*>(x + i * 256));
+      a.pair[i][0] = v.x; a.pair[i][1] = v.y; a.pair[i][2] = v.z; a.pair[i][3] = v.w;
+    }
+    a.scale = 1.f;
+  } else {
+    const float* x = S::input(b) + (u64)source * S::K + column;
+    const float* gain = reinterpret_cast<const float*>(b.gain) + column;
+    // Long rows do not fit in registers beside their halves: they are read again from L2.
+    constexpr bool KEEP = COUNT <= 16;
+    float4 kept[KEEP ? COUNT : 1][2];
+    float sum = 0.f, amax = 0.f;
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) {
+      float4 v[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
+      if (inside(i)) { v[0] = load4(x + i * 256); v[1] = load4(x + i * 256 + 4); }
+      if constexpr (KEEP) { kept[i][0] = v[0]; kept[i][1] = v[1]; }
+#pragma unroll
+      for (u32 h = 0; h < 2; ++h) {
+        if constexpr (S::NORM) {
+          sum = squares(sum, v[h]);
+          if (S::ROW_SCALE && inside(i)) v[h] = times(v[h], *reinterpret_cast<const float4*>(gain + i * 256 + h * 4));
+        }
+        if constexpr (S::ROW_SCALE) amax = largest(amax, v[h]);
+      }
+    }
+    // The row over its 4 lanes, then over the 8 warps.
+    sum += __shfl_xor_sync(~0u, sum, 1); sum += __shfl_xor_sync(~0u, sum, 2);
+    amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1)); amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
+    if (quarter == 0) { b.shared.row_sums[0][warp][row] = sum; b.shared.row_sums[1][warp][row] = amax; }
+    consumers_sync();
+    sum = 0.f; amax = 0.f;
+#pragma unroll
+    for (u32 w = 0; w < CONSUMERS; ++w) {
+      sum += b.shared.row_sums[0][w][row];
+      amax = fmaxf(amax, b.shared.row_sums[1][w][row]);
+    }
+    const float rms = S::NORM ? 1.f / sqrtf(sum / (float)S::K + S::EPS) : 1.f;
+    a.scale = S::ROW_SCALE ? row_scale(W(), amax * rms) : 1.f;
+    const float to_half = 1.f / a.scale;  // a power of two: exact
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) {
+#pragma unroll
+      for (u32 h = 0; h < 2; ++h) {
+        float4 v = make_float4(0, 0, 0, 0);
+        if constexpr (KEEP) v = kept[i][h];
+        else if (inside(i)) v = load4(x + i * 256 + h * 4);
+        if (S::NORM && inside(i)) v = times(scaled(v, rms), *reinterpret_cast<const float4*>(gain + i * 256 + h * 4));
+        if (S::ROW_SCALE) v = scaled(v, to_half);
+        a.pair[i][2 * h] = W::pack(v.x, v.y);
+        a.pair[i][2 * h + 1] = W::pack(v.z, v.w);
+      }
+    }
+  }
+}
+
+// The chains of a warp, in order. Rows 8 to 15 of the tensor-core tile are empty.
+__device__ __forceinline__ float2 chains_total(const float (&sums)[WARP_BLOCKS][4]) {
+  float2 total = make_float2(sums[0][0], sums[0][1]);
+#pragma unroll
+  for (u32 i = 1; i < WARP_BLOCKS; ++i) { total.x += sums[i][0]; total.y += sums[i][1]; }
+  return total;
+}
+
+template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
+  using W = typename S::Weights;
+  constexpr u32 SLOTS = (S::BLOCKS + SLOT_BLOCKS - 1) / SLOT_BLOCKS;
+  b.wait_inputs();
+  const u32 thread = anew(threadIdx.x), warp = thread / LANES;
+  Activations<S> a;
+  // An SM without a tile has no use for the rows; the branch is the same in all consumers.
+  if (b.first_tile() < S::TILES) load_inputs<S>(b, a);
+  for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) {
+    float2 results[S::OPERANDS];
+#pragma unroll
+    for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+      float sums[WARP_BLOCKS][4] = {};
+#pragma unroll
+      for (u32 s = 0; s < SLOTS; ++s) {
+        const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + thread;
+        uint4 w[WARP_BLOCKS];
+#pragma unroll
+        for (u32 i = 0; i < WARP_BLOCKS; ++i) {
+          w[i] = make_uint4(0, 0, 0, 0);
+          if (s * SLOT_BLOCKS + i * CONSUMERS + CONSUMERS <= S::BLOCKS || s * SLOT_BLOCKS + i * CONSUMERS + warp < S::BLOCKS) {
+            w[i] = from[i * CONSUMER_THREADS];
+          }
+        }
+#pragma unroll
+        for (u32 i = 0; i < WARP_BLOCKS; ++i) {
+          const u32 block = s * WARP_BLOCKS + i;
+          if (block < Activations<S>::COUNT) {
+            mma(W(), sums[i], a.pair[block][0], a.pair[block][1], w[i].x, w[i].y);
+            mma(W(), sums[i], a.pair[block][2], a.pair[block][3], w[i].z, w[i].w);
+          }
+        }
+        b.release_slot();
+      }
+      float2 total = chains_total(sums);
+      if constexpr (S::ROW_SCALE) { total.x *= a.scale; total.y *= a.scale; }
+      results[operand] = total;
+    }
+    barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
+    WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
+#pragma unroll
+    for (u32 operand = 0; operand < S::OPERANDS; ++operand) sums[operand][warp][thread % LANES] = results[operand];
+    __syncwarp();
+    if (lane_id() == 0) barrier_arrive(&b.shared.sums_full[b.sum_buffer]);
+    if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
+  }
+  b.pass_tiles(S::TILES);
+  b.finish_stage();
+}
+
+// Adds up the warps' sums of each tile and runs the epilogue on them. Lane 4r + q has row r and the
+// features 2q and 2q + 1 of the octet.
+template <class S> __device__ __forceinline__ void finish(Control& b) {
+  b.open_stage();
+  const u32 lane = anew(lane_id());
+  const u32 row = lane / 4;
+  const bool active = row < (S::LOGITS ? b.args.logit_rows : b.args.rows);
+  for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) {
+    const u32 feature = tile * OCTET + 2 * (lane % 4);
+    typename S::Carry carry = {};
+    if (active) S::before(b, row, feature, carry);
+    barrier_wait(b, &b.shared.sums_full[b.sum_buffer], b.sum_parity, CONTROL_CONSUMERS);
+    const WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
+    float2 v[S::OPERANDS];
+#pragma unroll
+    for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+      v[operand] = sums[operand][0][lane];
+#pragma unroll
+      for (u32 w = 1; w < CONSUMERS; ++w) {
+        const float2 more = sums[operand][w][lane];
+        v[operand].x += more.x;
+        v[operand].y += more.y;
+      }
+    }
+    __syncwarp();  // all lanes have read
+    if (lane_id() == 0) barrier_arrive(&b.shared.sums_empty[b.sum_buffer]);
+    if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
+    if (active) S::finish(b, row, feature, v, carry);
+  }
+  b.pass_tiles(S::TILES);
+}

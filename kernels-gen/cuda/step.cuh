@@ -1,0 +1,77 @@
+// The beginning and the end of a step: which tokens, and what comes of the logits.
+
+// Rows of the packed embedding table by token id, to f32. A stage E says: BLOCKS, K, Weights, table(b),
+// out(b) [rows][K].
+template <class E> __device__ __forceinline__ void embed(Consumer& b) {
+  const u32 lane = lane_id();
+  for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.args.rows * E::BLOCKS; n += gridDim.x * CONSUMERS) {
+    const u32 row = n / E::BLOCKS, block = n % E::BLOCKS, token = b.shared.token[row], column = block * 32 + lane;
+    const u8* from = E::table(b) + ((u64)(token / OCTET) * E::BLOCKS + block) * OCTET_BLOCK + token % OCTET * 64;
+    if (column < E::K) E::out(b)[(u64)row * E::K + column] = widen<typename E::Weights>(reinterpret_cast<const u16*>(from)[lane]);
+  }
+  b.finish_stage();
+}
+
+// Floats as unsigned integers in the same order.
+__device__ __forceinline__ u32 ordered(float v) {
+  const u32 bits = __float_as_uint(v);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The largest logit of each row, the lowest token among equals.
+__device__ __forceinline__ void offer(Control& b, u32 token, float logit) {
+  if (b.best_id == ~0u || logit > b.best) { b.best = logit; b.best_id = token; }
+}
+
+// Before the head's crossing: this SM's best of each row joins the others'.
+__device__ __forceinline__ void offer_best(Control& b) {
+  u64 key = b.best_id == ~0u ? 0 : (u64)ordered(b.best) << 32 | (u32)~b.best_id;
+  for (u32 x = 1; x <= 2; x *= 2) {
+    const u64 other = __shfl_xor_sync(~0u, key, x);
+    key = other > key ? other : key;
+  }
+  if (lane_id() % 4 == 0 && key != 0) max_relaxed(&b.sync().best[b.step % 3][lane_id() / 4], key);
+  if (lane_id() == 0 && blockIdx.x == 0 && load_host(b.args.halt) != 0) b.sync().halted = 1;
+  b.best_id = ~0u;
+}
+
+// Behind the head's crossing: every SM takes the same tokens and comes to the same end.
+__device__ __forceinline__ void choose(Control& b) {
+  const u32 row = lane_id();
+  bool stop = false;
+  if (row < b.args.logit_rows) {
+    const u32 token = ~(u32)load_relaxed(&b.sync().best[b.step % 3][row]);
+    for (u32 i = 0; i < b.args.stop_count; ++i) stop |= token == b.args.stop_tokens[i];
+    if (blockIdx.x == 0) {
+      if (b.args.chosen) store_host(b.args.chosen + b.step * STEP_ROWS + row, token + 1);
+      // Two steps on, this cell is used again; until then every SM has passed more crossings.
+      b.sync().best[(b.step + 2) % 3][row] = 0;
+    }
+    if (b.args.steps > 1) { b.shared.token[row] = token; b.shared.position[row] += 1; }
+  }
+  const bool halted = *(volatile u32*)&b.sync().halted != 0;
+  if (__any_sync(~0u, stop) || halted) {
+    if (lane_id() == 0) *(volatile u32*)&b.shared.steps = b.step + 1;
+  }
+  b.next_step();
+  __syncwarp();
+}
+
+// The launch's rows, into shared memory.
+__device__ __forceinline__ void take_rows(Control& b) {
+  const u32 row = lane_id();
+  if (row < STEP_ROWS) {
+    const bool used = row < b.args.rows;
+    b.shared.token[row] = used ? b.args.tokens[row] : 0;
+    b.shared.position[row] = used ? b.args.positions[row] : 0;
+    b.shared.sequence[row] = used ? b.args.sequences[row] : ~0u;
+    b.shared.logit_row[row] = row < b.args.logit_rows ? b.args.logit_index[row] : 0;
+  }
+  __syncwarp();
+  if (row < STEP_ROWS) {
+    u32 first = row;
+    while (first > 0 && b.shared.sequence[first - 1] == b.shared.sequence[row]) --first;
+    b.shared.first_row[row] = first;
+  }
+  __syncwarp();
+}
