@@ -58,6 +58,8 @@ pub enum Command {
     Logits(LogitsArgs),
     /// Check this machine and this build
     Doctor(DoctorArgs),
+    /// Check the kernels of this machine's GPU with small random models
+    Selftest(SelftestArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -438,6 +440,40 @@ pub struct LogitsArgs {
 /// `tilec doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// `tilec selftest`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Small random models are compiled, run on the GPU, and compared: with the logits of the interpreter,
+and bit for bit with themselves, alone and beside others, step by step and many steps in a launch,
+again and again. This needs NVRTC.
+
+Examples:
+  tilec selftest --quick
+  tilec selftest --seed 7 --only 'qwen3 bf16' --repeats 1000")]
+pub struct SelftestArgs {
+    /// A quarter of the models, and a tenth of the repeats
+    #[arg(long)]
+    pub quick: bool,
+    /// Start of the random numbers: other seeds are other models
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Repeats of a decoding that must have the same bits each time [default: 200; quick: 20]
+    #[arg(long, value_name = "N", value_parser = count(1_000_000))]
+    pub repeats: Option<u64>,
+    /// Only cases with this text in their names
+    #[arg(long, value_name = "TEXT")]
+    pub only: Option<String>,
+    /// Number of the GPU
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub device: u64,
+    /// Keep checkpoints and plans in this folder
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub keep: Option<PathBuf>,
     /// Print JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,

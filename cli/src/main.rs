@@ -46,6 +46,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Profile(args) => commands::profile::run(args),
         Command::Logits(args) => commands::logits::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
+        Command::Selftest(args) => commands::selftest::run(args),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "tilec", &mut std::io::stdout());
             Ok(())

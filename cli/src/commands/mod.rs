@@ -8,3 +8,4 @@ pub mod inspect;
 pub mod logits;
 pub mod profile;
 pub mod run;
+pub mod selftest;

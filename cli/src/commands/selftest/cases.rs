@@ -1,0 +1,264 @@
+//! Random models: configurations of the known families, and weights that leave no part without effect.
+
+use anyhow::{Context, Result, ensure};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use tilec_codegen::frontends;
+use tilec_ir::abi::KvType;
+use tilec_ir::convert::quantize;
+use tilec_ir::format::Format;
+use tilec_ir::spec::{self, ModelSpec};
+
+/// Positions that every sequence of a case can have.
+pub const CONTEXT: usize = 384;
+
+/// Rows that a step of a case can have, so that a whole prompt is one step.
+pub const ROWS: usize = 320;
+
+/// Sequences of a case: as many as a pass has rows.
+pub const SEQUENCES: usize = tilec_ir::launch::STEP_ROWS;
+
+/// Deviation of the scores of attention. At 1 many positions weigh the same, and the average of their
+/// values all but vanishes behind the residual.
+pub const SHARPNESS: f64 = 1.5;
+
+/// Gain of the last feed-forward layer's norm in loud models: its activations are then far beyond what
+/// a float16 holds.
+const LOUD: f32 = 300.0;
+
+/// Numbers from a seed: splitmix64.
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// The numbers of `seed` for the purpose `stream`.
+    pub fn new(seed: u64, stream: u64) -> Random {
+        let mut seeded = Random(seed);
+        Random(seeded.next() ^ Random(stream).next())
+    }
+
+    /// Any number.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// A number below `end`, which is not 0.
+    pub fn below(&mut self, end: usize) -> usize {
+        ((u128::from(self.next()) * end as u128) >> 64) as usize
+    }
+
+    /// One of `all`, of which there is at least one.
+    pub fn pick<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len())]
+    }
+
+    /// Whether something happens that happens once in `n`.
+    pub fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    /// Mean 0, deviation 1: the sum of four uniform numbers, near enough to normal.
+    fn normal(&mut self) -> f32 {
+        let bits = self.next();
+        let sum = (0..4).map(|i| ((bits >> (16 * i)) & 0xffff) as i32).sum::<i32>() - 2 * 0xffff;
+        sum as f32 * (3f32.sqrt() / 65536.0)
+    }
+}
+
+/// A small model.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// What it is, for people: also what `--only` looks at.
+    pub name: String,
+    /// Start of its random numbers.
+    pub seed: u64,
+    /// Its config.json.
+    pub config: Value,
+    /// How its matrices are stored.
+    pub stored: Format,
+    /// Elements of its KV cache.
+    pub kv: KvType,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Token ids.
+    pub vocab: usize,
+    /// Multiplications of a row in all matrices.
+    pub products: usize,
+    /// Factor on the gains of the last feed-forward layer's norm.
+    loud: f32,
+}
+
+impl Case {
+    /// Case `number` of the models that `seed` makes. Families, formats and heads of a KV head take
+    /// turns; all else is random.
+    pub fn new(seed: u64, number: usize) -> Case {
+        let mut random = Random::new(seed, number as u64);
+        let qwen = !number.is_multiple_of(2);
+        // A float32 matrix is rounded to float16 on packing.
+        let stored = match number % 8 {
+            0 | 1 | 4 | 5 => Format::BF16,
+            6 => Format::F32,
+            _ => Format::F16,
+        };
+        let group = [1, 2, 3, 4, 8][number % 5];
+        let head_dim = random.pick(&[16, 24, 32, 40, 64, 72, 80, 96, 120, 128]);
+        let kv_heads = random.pick(&[1, 2, 3, 4]).min((1536 / (group * head_dim)).max(1));
+        let heads = group * kv_heads;
+        let hidden = random.pick(&[64, 72, 128, 200, 256, 328, 576, 768, 1024]);
+        let intermediate = random.pick(&[64, 72, 200, 256, 1000, 1536, 3000]);
+        let vocab = random.pick(&[161, 512, 1000, 1003, 2048, 4099]);
+        let layers = 1 + random.below(3);
+        let kv = random.pick(&[KvType::F16, KvType::Bf16]);
+        let tied = random.one_in(2);
+        // Biases of several products lie one behind the other, each on a whole line of 16.
+        let whole = |cols: usize| cols.is_multiple_of(16);
+        let attention_bias = random.one_in(2) && whole(heads * head_dim) && whole(kv_heads * head_dim);
+        let mlp_bias = random.one_in(2) && !qwen && whole(intermediate);
+        let window = (qwen && random.one_in(2)).then(|| random.pick(&[5, 64, 128, 200]));
+        let first_window = random.below(2);
+        let theta = random.pick(&[10_000.0, 1_000_000.0]);
+        let loud = stored != Format::BF16 && random.one_in(2);
+
+        let mut config = json!({
+            "architectures": [if qwen { "Qwen3ForCausalLM" } else { "LlamaForCausalLM" }],
+            "model_type": if qwen { "qwen3" } else { "llama" },
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "vocab_size": vocab,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": theta,
+            "max_position_embeddings": CONTEXT,
+            "tie_word_embeddings": tied,
+            "attention_bias": attention_bias,
+            "bos_token_id": null,
+            "eos_token_id": null,
+        });
+        if mlp_bias {
+            config["mlp_bias"] = true.into();
+        }
+        if let Some(window) = window {
+            config["use_sliding_window"] = true.into();
+            config["sliding_window"] = window.into();
+            config["max_window_layers"] = first_window.into();
+        }
+        let products =
+            layers * hidden * (2 * (heads + kv_heads) * head_dim + 3 * intermediate) + vocab * hidden;
+        let mut name = format!(
+            "{number} {} {} kv-{} {hidden}x{intermediate} {heads}/{kv_heads}x{head_dim} L{layers} v{vocab}",
+            config["model_type"].as_str().unwrap_or_default(),
+            stored.name().unwrap_or_default(),
+            kv.name(),
+        );
+        for (part, there) in
+            [("tied", tied), ("bias", attention_bias), ("mlp-bias", mlp_bias), ("loud", loud)]
+        {
+            if there {
+                name.push(' ');
+                name.push_str(part);
+            }
+        }
+        if let Some(window) = window {
+            name.push_str(&format!(" w{window}+{first_window}"));
+        }
+        Case {
+            name,
+            seed: random.next(),
+            config,
+            stored,
+            kv,
+            layers,
+            vocab,
+            products,
+            loud: if loud { LOUD } else { 1.0 },
+        }
+    }
+
+    /// Whether the products' inputs are bfloat16; else they are float16.
+    pub fn multiplies_bf16(&self) -> bool {
+        self.stored == Format::BF16
+    }
+
+    /// Random tokens, a list for each purpose `stream`.
+    pub fn tokens(&self, stream: u64, count: usize) -> Vec<u32> {
+        let mut random = Random::new(self.seed, stream);
+        (0..count).map(|_| random.below(self.vocab) as u32).collect()
+    }
+
+    /// What to compile, with the checkpoint in `folder`, for a GPU of this architecture.
+    pub fn spec(&self, folder: PathBuf, arch: &str) -> ModelSpec {
+        let mut spec = ModelSpec::for_checkpoint(folder);
+        spec.precision.kv_cache = Some(self.kv);
+        spec.precision.activations = spec::Activations::F32;
+        spec.target.device = spec::Device::Cuda;
+        spec.target.arch = arch.into();
+        spec.limits = spec::Limits { sequences: SEQUENCES, context: Some(CONTEXT), rows: ROWS };
+        spec
+    }
+
+    /// Mean and deviation of a tensor's values.
+    fn distribution(&self, name: &str, shape: &[usize]) -> (f32, f32) {
+        let of = |part: &str| name.contains(part);
+        let cols = shape.last().copied().unwrap_or(1).max(1) as f32;
+        let qk_norm = self.config["model_type"] == "qwen3";
+        let last = format!("layers.{}.post_attention_layernorm", self.layers - 1);
+        let sharp = SHARPNESS as f32;
+        match shape.len() {
+            // Either the norm of the queries or their matrix makes attention sharp.
+            1 if of("q_norm") => (sharp, 0.3 * sharp),
+            1 if of(&last) => (self.loud, 0.3 * self.loud),
+            1 if of("norm") => (1.0, 0.3),
+            1 => (0.0, 0.3),
+            _ if of("q_proj") && !qk_norm => (0.0, sharp / cols.sqrt()),
+            // What attention and the feed-forward layer add is then about as large as the residual.
+            _ if of("o_proj") || of("down_proj") => (0.0, 2.0 / cols.sqrt()),
+            // A head that is this matrix, too, would otherwise repeat its input for ever.
+            _ if of("embed_tokens") && self.config["tie_word_embeddings"] != true => (0.0, 1.0),
+            _ => (0.0, 1.0 / cols.sqrt()),
+        }
+    }
+
+    /// Writes the checkpoint: matrices as [`Case::stored`], all else as float32.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let path = folder.join("config.json");
+        std::fs::write(&path, format!("{:#}\n", self.config))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        let mut parts: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+        for (number, (name, shape)) in frontends::expected_tensors(&self.config)?.into_iter().enumerate() {
+            let (mean, deviation) = self.distribution(&name, &shape);
+            let mut random = Random::new(self.seed, 1000 + number as u64);
+            let count: usize = shape.iter().product();
+            let values: Vec<f32> = (0..count).map(|_| mean + deviation * random.normal()).collect();
+            let format = if shape.len() == 1 { Format::F32 } else { self.stored };
+            let cols = shape.last().copied().unwrap_or(1);
+            let dtype = match format {
+                Format::BF16 => Dtype::BF16,
+                Format::F16 => Dtype::F16,
+                _ => Dtype::F32,
+            };
+            let codes = quantize(format, count / cols, cols, &values)?.codes;
+            ensure!(codes.len() == count * dtype.bitsize() / 8, "{name}: the codes are not plain");
+            parts.push((name, dtype, shape, codes));
+        }
+        let views = parts.iter().map(|(name, dtype, shape, bytes)| {
+            TensorView::new(*dtype, shape.clone(), bytes).map(|view| (name.as_str(), view))
+        });
+        let views = views.collect::<Result<Vec<_>, _>>().context("cannot lay the weights out")?;
+        let path = folder.join("model.safetensors");
+        safetensors::serialize_to_file(views, None, &path)
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+}

@@ -1,0 +1,456 @@
+//! What is checked of a case on the GPU.
+
+use super::cases::{CONTEXT, Case, SEQUENCES};
+use super::compare::{deviation, finite, same_bits};
+use super::prepare::Prepared;
+use std::ops::ControlFlow;
+use tilec_runtime::engine::{Engine, RowInput, StepError};
+
+/// Tokens that each sequence decodes in a check.
+const DECODED: usize = 24;
+
+/// Positions of the sequences that share a step, the row of that step included: chunks of attention end
+/// at 128.
+const LENGTHS: [usize; SEQUENCES] = [1, 127, 128, 129, 300, 2, 257, 64];
+
+/// Sizes of the steps that a prompt is cut into: whole passes, and less and more.
+const CUTS: [usize; 9] = [1, 7, 8, 9, 3, 16, 5, 17, 31];
+
+/// A check and how it came out.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Outcome {
+    /// Name of the case.
+    pub case: String,
+    /// Rows that were compared.
+    pub rows: usize,
+    /// What was looked at.
+    pub what: &'static str,
+    /// Largest relative deviation, where a reference was compared with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<f64>,
+    /// What the deviation may be; none where bits have to be equal.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bound: Option<f64>,
+    /// What is wrong; `None`: nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// Why a check did not come to its end.
+#[derive(Debug)]
+pub enum Stop {
+    /// The numbers are wrong.
+    Wrong(String),
+    /// The engine refused or failed.
+    Engine(StepError),
+}
+
+impl From<String> for Stop {
+    fn from(what: String) -> Stop {
+        Stop::Wrong(what)
+    }
+}
+
+impl From<StepError> for Stop {
+    fn from(error: StepError) -> Stop {
+        Stop::Engine(error)
+    }
+}
+
+impl std::fmt::Display for Stop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Stop::Wrong(what) => f.write_str(what),
+            Stop::Engine(error) => error.fmt(f),
+        }
+    }
+}
+
+/// How the checks of a case ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// The next case can be run.
+    GoOn,
+    /// The GPU or its driver is in a state that this process cannot end.
+    GiveUp,
+}
+
+/// Runs all checks of a case. A check whose engine failed ends the case: the engine does nothing more.
+pub fn run(
+    case: &Case,
+    prepared: &Prepared,
+    engine: &mut Engine,
+    repeats: usize,
+    outcomes: &mut Vec<Outcome>,
+) -> After {
+    let mut bench = Bench { case, prepared, engine, alone: Vec::new() };
+    type Check = fn(&mut Bench<'_>, usize) -> Checked;
+    let checks: [(&'static str, Check); 8] = [
+        ("prompt against the interpreter", |bench, _| bench.prompt()),
+        ("prompt row by row, same bits", |bench, _| bench.cut(&[1])),
+        ("prompt in odd steps, same bits", |bench, _| bench.cut(&CUTS)),
+        ("sequences alone", |bench, _| bench.alone()),
+        ("in company at any place, same bits", |bench, _| bench.company()),
+        ("decoding in one launch, same tokens", |bench, _| bench.decode()),
+        ("stop tokens and breaks", |bench, _| bench.stops()),
+        ("repeats, same bits", |bench, repeats| bench.repeats(repeats)),
+    ];
+    for (what, check) in checks {
+        let result = check(&mut bench, repeats);
+        let (measured, stop) = match result {
+            Ok(measured) => (measured, None),
+            Err((measured, stop)) => (measured, Some(stop)),
+        };
+        outcomes.push(Outcome {
+            case: case.name.clone(),
+            rows: measured.rows,
+            what,
+            error: measured.error,
+            bound: measured.error.map(|_| prepared.bound),
+            problem: stop.as_ref().map(Stop::to_string),
+        });
+        match stop {
+            Some(Stop::Engine(StepError::Silent { .. } | StepError::Cuda(_))) => return After::GiveUp,
+            Some(Stop::Engine(_)) => return After::GoOn,
+            _ => {}
+        }
+    }
+    After::GoOn
+}
+
+/// What a check looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Measured {
+    rows: usize,
+    error: Option<f64>,
+}
+
+type Checked = Result<Measured, (Measured, Stop)>;
+
+/// A case on an engine.
+struct Bench<'a> {
+    case: &'a Case,
+    prepared: &'a Prepared,
+    engine: &'a mut Engine,
+    /// Logits of the last row of each of [`LENGTHS`], run alone.
+    alone: Vec<f32>,
+}
+
+/// Ends a check early with what it has looked at so far.
+fn ended(rows: usize) -> impl Fn(Stop) -> (Measured, Stop) {
+    move |stop| (Measured { rows, error: None }, stop)
+}
+
+impl Bench<'_> {
+    /// A step whose rows all want logits.
+    fn step(&mut self, rows: &[RowInput]) -> Result<Vec<f32>, Stop> {
+        let wanted: Vec<u32> = (0..rows.len() as u32).collect();
+        let logits = self.engine.step(rows, &wanted)?.to_vec();
+        finite("a step's logits", &logits, self.case.vocab)?;
+        Ok(logits)
+    }
+
+    /// Runs the prompt in steps of these sizes, over and over, in sequence 0; all logits.
+    fn feed(&mut self, sizes: &[usize]) -> Result<Vec<f32>, Stop> {
+        self.engine.reset(0);
+        let rows = sequence_rows(0, 0, &self.prepared.prompt);
+        let mut logits = Vec::with_capacity(rows.len() * self.case.vocab);
+        let (mut rest, mut sizes) = (&rows[..], sizes.iter().cycle());
+        while !rest.is_empty() {
+            let (step, after) = rest.split_at(rest.len().min(*sizes.next().unwrap_or(&1)));
+            logits.extend(self.step(step)?);
+            rest = after;
+        }
+        Ok(logits)
+    }
+
+    fn prompt(&mut self) -> Checked {
+        let rows = self.prepared.prompt.len();
+        let logits = self.feed(&[rows]).map_err(ended(rows))?;
+        let found = deviation(&logits, &self.prepared.reference, self.case.vocab);
+        let found = found.map_err(|what| ended(rows)(Stop::Wrong(what)))?;
+        let measured = Measured { rows, error: Some(found.error) };
+        if found.error <= self.prepared.bound {
+            return Ok(measured);
+        }
+        let what = format!("row {} is off by {:.2e} of its size", found.row, found.error);
+        Err((measured, Stop::Wrong(what)))
+    }
+
+    fn cut(&mut self, sizes: &[usize]) -> Checked {
+        let rows = self.prepared.prompt.len();
+        let check = |bench: &mut Self| -> Result<(), Stop> {
+            let whole = bench.feed(&[rows])?;
+            let cut = bench.feed(sizes)?;
+            Ok(same_bits(&cut, &whole, bench.case.vocab)?)
+        };
+        check(self).map_err(ended(rows))?;
+        Ok(Measured { rows, error: None })
+    }
+
+    /// The last row of each of [`LENGTHS`]: token, position, sequence.
+    fn last_rows(&self) -> Vec<RowInput> {
+        let last = |(sequence, length): (usize, &usize)| {
+            let tokens = self.tokens(sequence);
+            RowInput { token: tokens[length - 1], position: (length - 1) as u32, sequence: sequence as u32 }
+        };
+        LENGTHS.iter().enumerate().map(last).collect()
+    }
+
+    /// The tokens of one of the sequences that share steps.
+    fn tokens(&self, sequence: usize) -> Vec<u32> {
+        self.case.tokens(100 + sequence as u64, CONTEXT)
+    }
+
+    /// Fills the sequences up to their last rows, and runs each of these alone.
+    fn alone(&mut self) -> Checked {
+        let rows = LENGTHS.len();
+        let check = |bench: &mut Self| -> Result<(), Stop> {
+            bench.alone.clear();
+            for (sequence, length) in LENGTHS.iter().enumerate() {
+                bench.engine.reset(sequence);
+                if *length > 1 {
+                    let tokens = &bench.tokens(sequence)[..length - 1];
+                    bench.engine.step(&sequence_rows(sequence as u32, 0, tokens), &[])?;
+                }
+            }
+            for row in bench.last_rows() {
+                let logits = bench.step(&[row])?;
+                bench.alone.extend(logits);
+            }
+            Ok(())
+        };
+        check(self).map_err(ended(rows))?;
+        Ok(Measured { rows, error: None })
+    }
+
+    /// The last rows in steps with others, at every place of a pass, and behind rows of a prompt.
+    fn company(&mut self) -> Checked {
+        let vocab = self.case.vocab;
+        let last = self.last_rows();
+        let mut orders: Vec<Vec<usize>> =
+            (0..SEQUENCES).map(|by| (0..SEQUENCES).map(|place| (place + by) % SEQUENCES).collect()).collect();
+        orders.push((0..SEQUENCES).rev().collect());
+        orders.push(vec![4, 1]);
+        orders.push(vec![3, 0, 6]);
+        let mut rows = 0;
+        for order in &orders {
+            let step: Vec<RowInput> = order.iter().map(|sequence| last[*sequence]).collect();
+            rows += step.len();
+            let wanted: Vec<f32> =
+                order.iter().flat_map(|n| &self.alone[n * vocab..][..vocab]).copied().collect();
+            let check = |bench: &mut Self| -> Result<(), Stop> {
+                let found = bench.step(&step)?;
+                same_bits(&found, &wanted, vocab)
+                    .map_err(|what| Stop::Wrong(format!("sequences {order:?} in one step: {what}")))
+            };
+            check(self).map_err(ended(rows))?;
+        }
+        // Rows of a prompt that end inside of a pass move the others to a later one: sequence 5 begins
+        // anew, with more and more rows.
+        let others = [4, 0, 3, 2, 1, 7, 6];
+        for before in [2, 7, 13] {
+            let tokens = self.tokens(5);
+            let mut step = sequence_rows(5, 0, &tokens[..before]);
+            step.extend(others.iter().map(|sequence| last[*sequence]));
+            rows += step.len();
+            let wanted: Vec<f32> =
+                others.iter().flat_map(|n| &self.alone[n * vocab..][..vocab]).copied().collect();
+            let check = |bench: &mut Self| -> Result<(), Stop> {
+                let found = bench.step(&step)?;
+                let (prompt, found) = found.split_at(before * vocab);
+                // Its second row is the one that was run alone.
+                let n = 5 * vocab;
+                same_bits(&prompt[vocab..2 * vocab], &bench.alone[n..n + vocab], vocab)
+                    .and_then(|()| same_bits(found, &wanted, vocab))
+                    .map_err(|what| Stop::Wrong(format!("{before} rows of a prompt before others: {what}")))
+            };
+            check(self).map_err(ended(rows))?;
+        }
+        // As before for the checks that follow: sequence 5 has two positions.
+        self.engine.reset(5);
+        let tokens = self.tokens(5);
+        self.engine
+            .step(&sequence_rows(5, 0, &tokens[..LENGTHS[5]]), &[])
+            .map_err(|error| ended(rows)(error.into()))?;
+        Ok(Measured { rows, error: None })
+    }
+
+    /// The tokens that each of the rows' sequences decodes step by step, the largest logit each time,
+    /// `[steps][rows]`.
+    fn stepwise(&mut self, rows: &[RowInput], steps: usize) -> Result<Vec<Vec<u32>>, Stop> {
+        let mut rows = rows.to_vec();
+        let mut chosen = Vec::new();
+        for _ in 0..steps {
+            let logits = self.step(&rows)?;
+            let tokens: Vec<u32> = logits.chunks_exact(self.case.vocab).map(largest).collect();
+            for (row, token) in rows.iter_mut().zip(&tokens) {
+                (row.token, row.position) = (*token, row.position + 1);
+            }
+            chosen.push(tokens);
+        }
+        Ok(chosen)
+    }
+
+    /// The tokens of a launch, `[steps][rows]`, with the number of steps that the engine says it ran.
+    /// The callback breaks in the step `until`.
+    fn launch(
+        &mut self,
+        rows: &[RowInput],
+        steps: usize,
+        stop_tokens: &[u32],
+        until: Option<usize>,
+    ) -> Result<Vec<Vec<u32>>, Stop> {
+        let mut chosen: Vec<Vec<u32>> = Vec::new();
+        let mut misplaced = None;
+        let done = self.engine.decode(rows, steps, stop_tokens, &mut |step, row, token| {
+            if row == 0 {
+                chosen.push(Vec::new());
+            }
+            match chosen.last_mut() {
+                Some(of_step) if of_step.len() == row => of_step.push(token),
+                _ => misplaced = Some((step, row)),
+            }
+            match until {
+                Some(until) if until == step => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            }
+        })?;
+        if let Some((step, row)) = misplaced {
+            return Err(Stop::Wrong(format!("row {row} of step {step} was told of out of order")));
+        }
+        if done != chosen.len() || chosen.iter().any(|tokens| tokens.len() != rows.len()) {
+            let told: usize = chosen.iter().map(Vec::len).sum();
+            return Err(Stop::Wrong(format!("{done} steps of {} rows, {told} tokens told of", rows.len())));
+        }
+        for row in rows {
+            let (length, wanted) = (self.engine.length(row.sequence as usize), row.position as usize + done);
+            if length != wanted {
+                return Err(Stop::Wrong(format!("a sequence has {length} positions in place of {wanted}")));
+            }
+        }
+        Ok(chosen)
+    }
+
+    fn decode(&mut self) -> Checked {
+        let last = self.last_rows();
+        let mut rows = 0;
+        for picked in [vec![0], vec![4], vec![3, 1, 6], (0..SEQUENCES).collect()] {
+            let step: Vec<RowInput> = picked.iter().map(|sequence| last[*sequence]).collect();
+            rows += DECODED * step.len();
+            let check = |bench: &mut Self| -> Result<(), Stop> {
+                let wanted = bench.stepwise(&step, DECODED)?;
+                let found = bench.launch(&step, DECODED, &[], None)?;
+                Ok(same_tokens(&found, &wanted).map_err(|what| format!("sequences {picked:?}: {what}"))?)
+            };
+            check(self).map_err(ended(rows))?;
+        }
+        Ok(Measured { rows, error: None })
+    }
+
+    fn stops(&mut self) -> Checked {
+        let last = self.last_rows();
+        let step = [last[4], last[0], last[3]];
+        let rows = 3 * DECODED * step.len();
+        let check = |bench: &mut Self| -> Result<(), Stop> {
+            let all = bench.launch(&step, DECODED, &[], None)?;
+            // The token that appears last for the first time, in any row.
+            let flat: Vec<(usize, u32)> =
+                all.iter().enumerate().flat_map(|(step, row)| row.iter().map(move |t| (step, *t))).collect();
+            let firsts = flat
+                .iter()
+                .enumerate()
+                .filter(|(at, (_, token))| flat[..*at].iter().all(|(_, t)| t != token));
+            let Some((end, token)) = firsts.map(|(_, first)| *first).max() else {
+                return Err(Stop::Wrong("no tokens".into()));
+            };
+            let found = bench.launch(&step, DECODED, &[token], None)?;
+            same_tokens(&found, &all[..=end]).map_err(|what| format!("with stop token {token}: {what}"))?;
+            // Stop tokens beyond those that the kernel knows are the host's to look for; more steps may
+            // have run, but are not told of.
+            let vocab = bench.case.vocab as u32;
+            let mut many: Vec<u32> =
+                (0..vocab).filter(|t| flat.iter().all(|(_, other)| other != t)).take(12).collect();
+            many.push(token);
+            let found = bench.launch(&step, DECODED, &many, None)?;
+            same_tokens(&found, &all[..=end]).map_err(|what| format!("with 13 stop tokens: {what}"))?;
+            let found = bench.launch(&step, DECODED, &[], Some(3))?;
+            same_tokens(&found, &all[..=3]).map_err(|what| format!("broken off in step 3: {what}"))?;
+            // What was broken off goes on as if nothing had been.
+            let on: Vec<RowInput> = step
+                .iter()
+                .zip(&all[3])
+                .map(|(row, token)| RowInput { token: *token, position: row.position + 4, ..*row })
+                .collect();
+            let found = bench.launch(&on, DECODED - 4, &[], None)?;
+            same_tokens(&found, &all[4..]).map_err(|what| format!("after a break: {what}"))?;
+            Ok(())
+        };
+        check(self).map_err(ended(rows))?;
+        Ok(Measured { rows, error: None })
+    }
+
+    /// All sequences decode, then a step's logits tell whether keys, values and all else are the same.
+    fn repeats(&mut self, repeats: usize) -> Checked {
+        let step = self.last_rows();
+        let mut rows = 0;
+        let mut first: Option<(Vec<Vec<u32>>, Vec<f32>)> = None;
+        for repeat in 0..repeats {
+            rows += step.len() * (DECODED + 1);
+            let mut check = |bench: &mut Self| -> Result<(), Stop> {
+                let tokens = bench.launch(&step, DECODED, &[], None)?;
+                let next: Vec<RowInput> = step
+                    .iter()
+                    .zip(tokens.last().into_iter().flatten())
+                    .map(|(row, token)| RowInput {
+                        token: *token,
+                        position: row.position + DECODED as u32,
+                        ..*row
+                    })
+                    .collect();
+                let logits = bench.step(&next)?;
+                match &first {
+                    None => first = Some((tokens, logits)),
+                    Some((first_tokens, first_logits)) => {
+                        same_tokens(&tokens, first_tokens)
+                            .and_then(|()| same_bits(&logits, first_logits, bench.case.vocab))
+                            .map_err(|what| format!("repeat {repeat}: {what}"))?;
+                    }
+                }
+                Ok(())
+            };
+            check(self).map_err(ended(rows))?;
+        }
+        Ok(Measured { rows, error: None })
+    }
+}
+
+/// Rows of a sequence from a position on.
+fn sequence_rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
+    let row = |(position, token): (u32, &u32)| RowInput { token: *token, position, sequence };
+    (start..).zip(tokens).map(row).collect()
+}
+
+/// The largest logit's token, the lowest among equals. The logits are finite.
+fn largest(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (token, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = token;
+        }
+    }
+    best as u32
+}
+
+/// Whether the same tokens were chosen, `[steps][rows]`.
+fn same_tokens(found: &[Vec<u32>], wanted: &[Vec<u32>]) -> Result<(), String> {
+    for (step, (found, wanted)) in found.iter().zip(wanted).enumerate() {
+        if found != wanted {
+            return Err(format!("step {step} chose {found:?} where there was {wanted:?}"));
+        }
+    }
+    match found.len() == wanted.len() {
+        true => Ok(()),
+        false => Err(format!("{} steps ran in place of {}", found.len(), wanted.len())),
+    }
+}

@@ -1,0 +1,89 @@
+//! Comparisons of logits `[rows][cols]`: with a reference, and bit for bit. Neither takes NaN or
+//! infinity for a number.
+
+/// The row that is farthest from its reference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Deviation {
+    /// Number of the row.
+    pub row: usize,
+    /// Root of the mean square of the differences, relative to that of the reference.
+    pub error: f64,
+}
+
+/// The largest deviation of a row, `rms(found - wanted) / rms(wanted)`.
+///
+/// # Errors
+/// In words: if sizes differ or there are no rows, a value is not finite, or a row of the reference is
+/// zero, so that nothing can be told from it.
+pub fn deviation(found: &[f32], wanted: &[f32], cols: usize) -> Result<Deviation, String> {
+    shapes(found, wanted, cols)?;
+    finite("the result", found, cols)?;
+    finite("the reference", wanted, cols)?;
+    let mut worst = Deviation { row: 0, error: -1.0 };
+    for (row, (found, wanted)) in found.chunks_exact(cols).zip(wanted.chunks_exact(cols)).enumerate() {
+        let square = |x: f64| x * x;
+        let size: f64 = wanted.iter().map(|x| square(f64::from(*x))).sum();
+        let off: f64 = found.iter().zip(wanted).map(|(x, y)| square(f64::from(*x) - f64::from(*y))).sum();
+        if size == 0.0 {
+            return Err(format!("row {row} of the reference is zero"));
+        }
+        let error = (off / size).sqrt();
+        if error > worst.error {
+            worst = Deviation { row, error };
+        }
+    }
+    Ok(worst)
+}
+
+/// Whether two results have the same bits.
+///
+/// # Errors
+/// In words: the first place where they differ, and how many rows do; or as [`deviation`].
+pub fn same_bits(found: &[f32], wanted: &[f32], cols: usize) -> Result<(), String> {
+    shapes(found, wanted, cols)?;
+    finite("the result", found, cols)?;
+    let total = found.len() / cols;
+    let rows = found.chunks_exact(cols).zip(wanted.chunks_exact(cols)).enumerate();
+    let differs = |(x, y): (&f32, &f32)| x.to_bits() != y.to_bits();
+    let mut first = None;
+    let mut count = 0;
+    for (row, (found, wanted)) in rows {
+        if let Some(col) = found.iter().zip(wanted).position(differs) {
+            count += 1;
+            first.get_or_insert((row, col, found[col], wanted[col]));
+        }
+    }
+    match first {
+        None => Ok(()),
+        Some((row, col, found, wanted)) => Err(format!(
+            "{count} of {total} rows differ, first row {row} in column {col}: {found:e} where there was {wanted:e}"
+        )),
+    }
+}
+
+/// The place of the first value that is NaN or infinite.
+///
+/// # Errors
+/// In words.
+pub fn finite(what: &str, values: &[f32], cols: usize) -> Result<(), String> {
+    match values.iter().position(|x| !x.is_finite()) {
+        None => Ok(()),
+        Some(at) => {
+            let bad = values.iter().filter(|x| !x.is_finite()).count();
+            Err(format!(
+                "{what} has {} in row {}, column {}, and {bad} values of {} that are not finite",
+                values[at],
+                at / cols,
+                at % cols,
+                values.len()
+            ))
+        }
+    }
+}
+
+fn shapes(found: &[f32], wanted: &[f32], cols: usize) -> Result<(), String> {
+    if cols == 0 || found.is_empty() || !found.len().is_multiple_of(cols) || found.len() != wanted.len() {
+        return Err(format!("{} values where there should be {}, rows of {cols}", found.len(), wanted.len()));
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! `tilec selftest`: whole small models on the GPU, against the interpreter and against themselves.
+
+mod cases;
+mod checks;
+mod compare;
+mod prepare;
+#[cfg(test)]
+mod tests;
+
+use crate::args::SelftestArgs;
+use crate::ui::{self, Align, Table};
+use anyhow::{Context, Result, bail};
+use cases::Case;
+use checks::{After, Outcome};
+use prepare::{Prepared, prepare};
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::Instant;
+use tilec_codegen::nvrtc::{Arch, Nvrtc};
+use tilec_runtime::cuda::{self, DeviceInfo};
+use tilec_runtime::engine::{Engine, EngineOptions};
+
+/// Cases of a whole run, and of a quick one. Ten have all families, formats and groups of heads.
+const CASES: [usize; 2] = [40, 10];
+
+/// Repeats of the check for races, whole and quick.
+const REPEATS: [u64; 2] = [200, 20];
+
+/// Checks the GPU: fails if anything is not as it should be.
+pub fn run(args: &SelftestArgs) -> Result<()> {
+    let gpu = find_gpu(args.device as usize)?;
+    let arch = arch_for(&gpu)?;
+    let nvrtc = Nvrtc::find()?;
+    ui::note(format!("{gpu}; NVRTC {} for {arch}", nvrtc.version()));
+    let quick = usize::from(args.quick);
+    let repeats = args.repeats.unwrap_or(REPEATS[quick]) as usize;
+    let mut cases: Vec<Case> = (0..CASES[quick]).map(|number| Case::new(args.seed, number)).collect();
+    if let Some(only) = &args.only {
+        cases.retain(|case| case.name.contains(only.as_str()));
+        if cases.is_empty() {
+            bail!("no case has {only:?} in its name; without --only all are listed");
+        }
+    }
+
+    let start = Instant::now();
+    let outcomes = match &args.keep {
+        Some(folder) => all(&cases, folder, arch, args.device as usize, repeats)?,
+        None => {
+            let folder = tempfile::tempdir().context("cannot make a temporary folder; set TMPDIR")?;
+            all(&cases, folder.path(), arch, args.device as usize, repeats)?
+        }
+    };
+    print(args, &gpu, arch, &outcomes)?;
+    let failed = outcomes.iter().filter(|outcome| outcome.problem.is_some()).count();
+    ui::note(format!(
+        "{} checks of {} cases in {:.0} s",
+        outcomes.len(),
+        cases.len(),
+        start.elapsed().as_secs_f64()
+    ));
+    match failed {
+        0 => Ok(()),
+        1 => bail!("a check failed"),
+        failed => bail!("{failed} checks failed"),
+    }
+}
+
+/// The GPU to check.
+fn find_gpu(number: usize) -> Result<DeviceInfo> {
+    let mut gpus = cuda::devices()?;
+    match gpus.len() {
+        0 => bail!("selftest checks NVIDIA GPUs, and the driver shows none: look at nvidia-smi"),
+        count if number >= count => bail!("--device {number}: the driver shows {count} GPUs, from 0"),
+        _ => Ok(gpus.swap_remove(number)),
+    }
+}
+
+/// The best architecture that code can be made for and this GPU runs.
+fn arch_for(gpu: &DeviceInfo) -> Result<Arch> {
+    let runs = |arch: &&Arch| cuda::runs_on(arch.name(), gpu.capability) == Some(true);
+    let found = Arch::ALL.iter().rev().find(runs).copied();
+    found.with_context(|| {
+        let known: Vec<&str> = Arch::ALL.iter().map(|arch| arch.name()).collect();
+        format!("no kernel can be compiled for {gpu}: there are {}", known.join(", "))
+    })
+}
+
+/// Runs all cases. They are prepared by as many threads as there are cores, and run one after the other.
+fn all(cases: &[Case], folder: &Path, arch: Arch, device: usize, repeats: usize) -> Result<Vec<Outcome>> {
+    let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(cases.len());
+    let mut outcomes = Vec::new();
+    std::thread::scope(|scope| {
+        let (send, receive) = mpsc::channel::<(usize, Result<Prepared>)>();
+        for _ in 0..threads {
+            let (send, next, over) = (send.clone(), &next, &over);
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(case) = cases.get(number) else { return };
+                    let prepared = prepare(case, &folder.join(format!("case{number}")), arch.name());
+                    if send.send((number, prepared)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(send);
+        for (count, (number, prepared)) in receive.iter().enumerate() {
+            let case = &cases[number];
+            ui::note(format!("{} of {}: {}", count + 1, cases.len(), case.name));
+            let first = outcomes.len();
+            let after = one(case, prepared, device, repeats, &mut outcomes);
+            for outcome in &outcomes[first..] {
+                if let Some(problem) = &outcome.problem {
+                    ui::note(format!("  FAIL {}: {problem}", outcome.what));
+                }
+            }
+            if after == After::GiveUp {
+                over.store(true, Ordering::Relaxed);
+                ui::note("the GPU cannot be used any more by this process: the other cases are left out");
+                break;
+            }
+        }
+        Ok(())
+    })
+    .map(|()| outcomes)
+}
+
+/// Loads a case and checks it.
+fn one(
+    case: &Case,
+    prepared: Result<Prepared>,
+    device: usize,
+    repeats: usize,
+    outcomes: &mut Vec<Outcome>,
+) -> After {
+    let mut failed = |what, error: &anyhow::Error| {
+        outcomes.push(Outcome {
+            case: case.name.clone(),
+            rows: 0,
+            what,
+            error: None,
+            bound: None,
+            problem: Some(format!("{error:#}")),
+        });
+        After::GoOn
+    };
+    let prepared = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => return failed("compilation", &error),
+    };
+    let options = EngineOptions { device, ..EngineOptions::default() };
+    match Engine::load(&prepared.plan, &options, &mut |_, _| {}) {
+        Ok(mut engine) => checks::run(case, &prepared, &mut engine, repeats, outcomes),
+        Err(error) => failed("loading", &error.into()),
+    }
+}
+
+fn print(args: &SelftestArgs, gpu: &DeviceInfo, arch: Arch, outcomes: &[Outcome]) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let report = serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "gpu": gpu.to_string(),
+            "arch": arch.name(),
+            "seed": args.seed,
+            "checks": outcomes,
+        });
+        writeln!(out, "{report:#}")?;
+        return Ok(());
+    }
+    let columns = [
+        ("case", Align::Left),
+        ("rows", Align::Right),
+        ("what", Align::Left),
+        ("error", Align::Right),
+        ("bound", Align::Right),
+        ("verdict", Align::Left),
+    ];
+    let mut table = Table::new(&columns);
+    let number = |value: Option<f64>| value.map(|value| format!("{value:.1e}")).unwrap_or_default();
+    for outcome in outcomes {
+        table.row([
+            outcome.case.clone(),
+            outcome.rows.to_string(),
+            outcome.what.to_string(),
+            number(outcome.error),
+            number(outcome.bound),
+            outcome.problem.as_ref().map_or_else(|| "ok".into(), |problem| format!("FAIL: {problem}")),
+        ]);
+    }
+    write!(out, "{}", table.text())?;
+    Ok(())
+}

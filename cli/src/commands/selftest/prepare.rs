@@ -1,0 +1,113 @@
+//! What a case needs before a GPU runs it: a checkpoint, a plan, and the logits that there should be.
+
+use super::cases::{Case, SHARPNESS};
+use crate::source;
+use anyhow::{Context, Result};
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+use tilec_codegen::compile::{self, Host, Input};
+use tilec_codegen::passes::resident::kernel_format;
+use tilec_ir::abi::KvType;
+use tilec_ir::convert::{dequantize, quantize};
+use tilec_ir::graph::Graph;
+use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
+use tilec_ir::plan::WeightsFrom;
+use tilec_runtime::checkpoint::Checkpoint;
+
+/// Multiplications that a reference may take: seconds on one core.
+const REFERENCE_PRODUCTS: usize = 1_200_000_000;
+
+/// Rows of a reference: more than two passes, so that one is not full, up to three chunks of context.
+const REFERENCE_ROWS: std::ops::RangeInclusive<usize> = 21..=300;
+
+/// Purpose of the prompt's random numbers.
+const PROMPT: u64 = 1;
+
+/// A case that can be run.
+pub struct Prepared {
+    /// The folder of its plan.
+    pub plan: PathBuf,
+    /// The prompt.
+    pub prompt: Vec<u32>,
+    /// Logits behind each token of the prompt, `[prompt][vocab]`, by the interpreter.
+    pub reference: Vec<f32>,
+    /// How far the kernel's logits may be from the reference: see [`bound`].
+    pub bound: f64,
+}
+
+/// Writes the case's checkpoint and its plan into `folder`, and computes the reference.
+///
+/// # Errors
+/// When a file cannot be written, the model does not compile, or the interpreter refuses it.
+pub fn prepare(case: &Case, folder: &Path, arch: &str) -> Result<Prepared> {
+    let path = folder.join("checkpoint");
+    case.write(&path)?;
+    let checkpoint = Checkpoint::open(&path)?;
+    let spec = case.spec(path.clone(), arch);
+    let input = Input {
+        name: "selftest",
+        config: &case.config,
+        tensors: checkpoint.tensors(),
+        weights: WeightsFrom::Checkpoint { path: std::path::absolute(&path)? },
+        tokenizer: None,
+    };
+    let cubins = source::cache_folder().ok().map(|folder| folder.join("cubins"));
+    let compiled = compile::compile(&input, &spec, &Host { threads: 1, cubins })?;
+    let plan = folder.join("plan");
+    compiled.write(&plan)?;
+    let graph = compile::graph(&input, &spec)?;
+    let rows =
+        (REFERENCE_PRODUCTS / case.products.max(1)).clamp(*REFERENCE_ROWS.start(), *REFERENCE_ROWS.end());
+    let prompt = case.tokens(PROMPT, rows);
+    let reference = reference(&graph, &checkpoint, &prompt)?;
+    Ok(Prepared { plan, prompt, reference, bound: bound(case) })
+}
+
+/// The logits behind each token of a prompt, float32 activations, weights as the kernel has them.
+fn reference(graph: &Graph, checkpoint: &Checkpoint, prompt: &[u32]) -> Result<Vec<f32>> {
+    let weights = KernelWeights { checkpoint, graph };
+    let mut interpreter = Interpreter::new(graph, &weights).context("the interpreter refuses the model")?;
+    let row = |(position, token): (usize, &u32)| Row { token: *token, position, sequence: 0 };
+    let rows: Vec<Row> = prompt.iter().enumerate().map(row).collect();
+    let wanted: Vec<usize> = (0..rows.len()).collect();
+    Ok(interpreter.step(&rows, &wanted)?)
+}
+
+/// The checkpoint's weights, rounded to the type that the tensor cores multiply.
+struct KernelWeights<'a> {
+    checkpoint: &'a Checkpoint,
+    graph: &'a Graph,
+}
+
+impl WeightSource for KernelWeights<'_> {
+    fn tensor(&self, name: &str) -> Result<Cow<'_, [f32]>, String> {
+        let mut values = self.checkpoint.tensor_f32(name).map_err(|error| error.to_string())?;
+        if let Some(weight) = self.graph.weights.get(name).filter(|weight| weight.shape.len() == 2) {
+            let format = kernel_format(weight.format);
+            let planes = quantize(format, weight.shape[0], weight.shape[1], &values);
+            let planes = planes.map_err(|error| error.to_string())?;
+            dequantize(&planes.view(), &mut values).map_err(|error| error.to_string())?;
+        }
+        Ok(values.into())
+    }
+}
+
+/// How far a row of logits may be from the reference, relative to its size.
+///
+/// Every input of a product is rounded to a half: an error of `h` = 2^-9 (bfloat16) or 2^-12 (float16)
+/// of its size, the root of the mean square of a rounding; keys and values are rounded once more, `k`.
+/// Random errors of inputs go through a product unchanged in relative size, and add up as squares: in a
+/// layer those of the four products (qkv, o, gate and up, down) and of the values, and those of the
+/// scores, which have an absolute deviation of `s` = [`SHARPNESS`] times that of the query's and the
+/// key's inputs and of the rounded key; then those of the head. So the variance is
+/// `h^2 (4 L + 1) + L (k^2 + s^2 (2 h^2 + k^2))`, and twice its root is what is allowed: 2.3 % with
+/// three layers of bfloat16, 0.3 % with float16. (That every part is as large as the whole residual is
+/// too much by half, and leaves room for a row that is worse than the mean.)
+pub fn bound(case: &Case) -> f64 {
+    let rounding = |bf16: bool| if bf16 { 2f64.powi(-9) } else { 2f64.powi(-12) };
+    let h2 = rounding(case.multiplies_bf16()).powi(2);
+    let k2 = rounding(case.kv == KvType::Bf16).powi(2);
+    let layers = case.layers as f64;
+    let scores = SHARPNESS.powi(2) * (2.0 * h2 + k2);
+    2.0 * (h2 * (4.0 * layers + 1.0) + layers * (k2 + scores)).sqrt()
+}
