@@ -330,9 +330,13 @@ Each repeat reads a prompt of random tokens in one go (pp), then decodes tokens 
 behind it (tg). One repeat before the first is not counted. The floor is the speed at which
 memory could deliver the bytes that must be read; this program measures memory first.
 
+On a GPU, steps of --rows sequences behind --context positions are measured, -n of them in one
+launch; half of them lie before that position and half behind it. What is in the cache is random.
+
 Examples:
   tilec bench model.gguf
   tilec bench model.plan -p 0 -n 64 -r 10
+  tilec bench gpu.plan --rows 1,8,32 --context 512,4096 --block 8
   tilec bench model.plan --json > bench.json")]
 pub struct BenchArgs {
     /// Tokens of the prompt; 0: no prompt
@@ -341,9 +345,18 @@ pub struct BenchArgs {
     /// Tokens to decode; 0: none
     #[arg(short = 'n', long = "tg", value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u64).range(0..1 << 24))]
     pub generated_tokens: u64,
-    /// Repeats that are counted
-    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = count(10_000))]
-    pub repeats: u64,
+    /// Repeats that are counted [default: 5, on a GPU 9]
+    #[arg(short, long, value_name = "N", value_parser = count(10_000))]
+    pub repeats: Option<u64>,
+    /// On a GPU: sequences in a step [default: 1,8]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = count(1024))]
+    pub rows: Vec<u64>,
+    /// On a GPU: positions in each sequence's KV cache [default: 512,4096]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(0..16_777_216))]
+    pub context: Vec<u64>,
+    /// On a GPU: also measure steps of N rows of one sequence, with all of their logits
+    #[arg(long, value_name = "N", value_parser = count(1024))]
+    pub block: Option<u64>,
     /// How to print
     #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = BenchOutput::Md, help_heading = "Output")]
     pub output: BenchOutput,
@@ -363,9 +376,12 @@ pub struct BenchArgs {
 #[command(after_help = "\
 The trace opens in ui.perfetto.dev and in chrome://tracing: a line per worker, a slice per stage.
 
+On a GPU, --rows are sequences of --context positions each, and the last step of a launch is traced.
+
 Examples:
   tilec profile model.plan
-  tilec profile model.plan --rows 8 --context 512 -o trace.json")]
+  tilec profile model.plan --rows 8 --context 512 -o trace.json
+  tilec profile gpu.plan --context 4096 --trace trace.json --sms 132")]
 pub struct ProfileArgs {
     /// Tokens in the step
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1024))]
@@ -377,8 +393,11 @@ pub struct ProfileArgs {
     #[arg(short, long, value_name = "N", default_value_t = 10, value_parser = count(10_000))]
     pub repeats: u64,
     /// Write a trace of the last step
-    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(short, long, visible_alias = "trace", value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub output: Option<PathBuf>,
+    /// On a GPU: lines of the trace, spread over its SMs
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1024))]
+    pub sms: u64,
     /// Print JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,
@@ -606,7 +625,15 @@ mod tests {
     fn the_same_line_works_for_both_engines_of_the_comparison() {
         let line = "tilec bench m --threads 2 --pp 512 --tg 128 --repeats 1 --json";
         let Ok(Cli { command: Command::Bench(bench), .. }) = parse(line) else { panic!("not parsed") };
-        assert_eq!((bench.prompt_tokens, bench.generated_tokens, bench.repeats), (512, 128, 1));
+        assert_eq!((bench.prompt_tokens, bench.generated_tokens, bench.repeats), (512, 128, Some(1)));
         assert!(bench.json);
+    }
+
+    #[test]
+    fn lists_of_rows_and_contexts_are_read() {
+        let line = "tilec bench m --rows 1,8,32 --context 0,4096 --block 8";
+        let Ok(Cli { command: Command::Bench(bench), .. }) = parse(line) else { panic!("not parsed") };
+        assert_eq!((bench.rows, bench.context, bench.block), (vec![1, 8, 32], vec![0, 4096], Some(8)));
+        assert!(parse("tilec bench m --rows 1,0").is_err());
     }
 }

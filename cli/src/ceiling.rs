@@ -1,9 +1,45 @@
-//! The read ceiling: how fast the workers' threads can read memory, the floor under every decoded
-//! token.
+//! The read ceiling: how fast the workers' threads, or all SMs of a GPU, can read memory; the floor
+//! under every decoded token.
 
+use crate::source;
+use anyhow::{Context, Result};
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::Instant;
+use tilec_codegen::nvrtc::Arch;
+use tilec_runtime::cuda::{self, Ceiling, CeilingCode, DeviceInfo};
+
+/// The GPU that commands use.
+pub const GPU: usize = 0;
+
+/// Passes of a GPU over its buffer.
+const GPU_PASSES: usize = 21;
+
+/// How fast the GPU reads its memory, measured with code for `arch` (`sm_90a`).
+///
+/// # Errors
+/// When there is no GPU, no NVRTC, or the kernels fail.
+pub fn gpu_read_ceiling(arch: &str) -> Result<(DeviceInfo, Ceiling)> {
+    let gpus = cuda::devices()?;
+    let gpu = gpus.into_iter().nth(GPU).with_context(|| {
+        format!("there is no GPU number {GPU}; look at CUDA_VISIBLE_DEVICES and nvidia-smi")
+    })?;
+    let cubins = source::cache_folder()?.join("cubins");
+    let program = tilec_codegen::ceiling::compile(Arch::parse(arch)?, gpu.shared_bytes, &cubins)?;
+    let program = program.with_context(|| {
+        format!("{} has {} bytes of shared memory for a block: too few", gpu.name, gpu.shared_bytes)
+    })?;
+    let code = CeilingCode {
+        cubin: &program.cubin.bytes,
+        fill: tilec_codegen::ceiling::FILL,
+        read: tilec_codegen::ceiling::READ,
+        threads: tilec_codegen::ceiling::THREADS,
+        shared_bytes: program.kernel.shared_bytes(),
+    };
+    // SAFETY: compiled just now, or kept under its checksum, from these kernels.
+    let ceiling = unsafe { cuda::read_ceiling(GPU, &code, GPU_PASSES) }?;
+    Ok((gpu, ceiling))
+}
 
 /// A buffer that no cache holds.
 pub const FAR_BYTES: usize = 512 << 20;

@@ -101,6 +101,59 @@ impl SharedLayout {
     }
 }
 
+/// How fast a GPU reads memory. Behind [`BASE`]; see [`CeilingKernel`].
+pub const CEILING: Header = Header { name: "ceiling.cuh", text: include_str!("../cuda/ceiling.cuh") };
+
+/// The kernels that measure how fast a GPU reads memory: `tilec_ceiling_fill` writes a buffer,
+/// `tilec_ceiling_read` streams it through every SM as the resident kernel streams weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CeilingKernel {
+    /// Slots of an SM's ring of [`SLOT_BYTES`] each; 0 where plain loads are used.
+    pub slots: usize,
+}
+
+impl CeilingKernel {
+    /// Name of the kernel that writes the buffer.
+    pub const FILL: &str = "tilec_ceiling_fill";
+
+    /// Name of the kernel that reads it.
+    pub const READ: &str = "tilec_ceiling_read";
+
+    /// Threads of a block; one block on every SM.
+    pub const THREADS: u32 = 512;
+
+    /// Slots that are enough: 192 KB in flight on an SM reach the ceiling.
+    const SLOTS: usize = 12;
+
+    /// Bytes in front of the ring, for its barriers.
+    const FIXED: usize = 1024;
+
+    /// The kernels for a GPU: with a ring if it has bulk copies (`sm_90` and newer) and room for three
+    /// slots in the `shared_bytes` that a block may have. `None` if it has bulk copies and no room.
+    pub fn new(bulk_copies: bool, shared_bytes: usize) -> Option<CeilingKernel> {
+        let slots = shared_bytes.saturating_sub(Self::FIXED) / SLOT_BYTES;
+        match bulk_copies {
+            false => Some(CeilingKernel { slots: 0 }),
+            true => (slots >= MIN_SLOTS).then_some(CeilingKernel { slots: slots.min(Self::SLOTS) }),
+        }
+    }
+
+    /// Dynamic shared memory of the reading kernel's block, in bytes.
+    pub const fn shared_bytes(&self) -> u32 {
+        if self.slots == 0 { 0 } else { (Self::FIXED + self.slots * SLOT_BYTES) as u32 }
+    }
+
+    /// Their text, complete.
+    pub fn text(&self) -> String {
+        format!(
+            "{}\nconstexpr u32 SLOT_BYTES = {SLOT_BYTES};\nconstexpr u32 RING_SLOTS = {};\n\n{}",
+            BASE.text,
+            self.slots.max(1),
+            CEILING.text
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,5 +165,17 @@ mod tests {
         assert!(layout.slots >= 10, "{layout:?}");
         assert!(layout.bytes() <= 227 << 10);
         assert_eq!(needs.layout(64 << 10), None);
+    }
+
+    #[test]
+    fn the_ring_of_the_ceiling_fits_its_gpu() {
+        let kernel = CeilingKernel::new(true, 227 << 10).unwrap();
+        assert_eq!((kernel.slots, kernel.shared_bytes()), (12, 1024 + (192 << 10)));
+        assert_eq!(CeilingKernel::new(true, 99 << 10).unwrap().slots, 6);
+        assert_eq!(CeilingKernel::new(true, 48 << 10), None);
+        let plain = CeilingKernel::new(false, 48 << 10).unwrap();
+        assert_eq!(plain.shared_bytes(), 0);
+        assert!(kernel.text().contains("RING_SLOTS = 12;") && kernel.text().contains(CeilingKernel::READ));
+        assert!(kernel.text().contains(CeilingKernel::FILL));
     }
 }

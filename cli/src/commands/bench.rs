@@ -1,5 +1,11 @@
 //! `tilec bench`: llama-bench's table, with the floor that memory sets beside each figure.
 
+mod gpu;
+
+#[cfg(test)]
+pub use gpu::tests::toy_plan;
+pub use gpu::{decode_inputs, make_long, resident_step_bytes};
+
 use crate::args::{BenchArgs, BenchOutput};
 use crate::commands::inspect::parameters;
 use crate::host::{self, Resident};
@@ -18,6 +24,17 @@ use tilec_ir::plan::Plan;
 pub fn run(args: &BenchArgs) -> Result<()> {
     let (prompt, generated) = (args.prompt_tokens as usize, args.generated_tokens as usize);
     let (folder, plan) = source::plan(&args.model.path, &args.model.target)?;
+    if plan.resident.is_some() {
+        return gpu::run(args, &folder, &plan);
+    }
+    if !args.rows.is_empty() || !args.context.is_empty() || args.block.is_some() {
+        bail!(
+            "--rows, --context and --block are for plans that run on a GPU, and {} runs on the processor: \
+             leave them out, or compile it with target.device cuda",
+            plan.name
+        );
+    }
+    let repeats = args.repeats.unwrap_or(5);
     if prompt + generated == 0 {
         bail!("nothing to measure: give -p or -n a number above 0");
     }
@@ -33,9 +50,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     host::reset_peak();
     let mut session = Session::open(&folder, &args.weights)?;
     let tokens = random_tokens(prompt + generated, plan.vocab);
-    let progress = ui::step_progress("measuring", args.repeats + 1);
+    let progress = ui::step_progress("measuring", repeats + 1);
     let mut samples = Vec::new();
-    for repeat in 0..=args.repeats {
+    for repeat in 0..=repeats {
         let sample = measure(&mut session, &tokens, prompt)?;
         progress.inc(1);
         // The first warms caches and branch predictors.

@@ -1,5 +1,7 @@
 //! `tilec profile`.
 
+mod gpu;
+
 use crate::args::ProfileArgs;
 use crate::commands::bench::random_tokens;
 use crate::session::{self, Session};
@@ -18,6 +20,9 @@ use tilec_runtime::engine::PROFILE_FIELDS;
 pub fn run(args: &ProfileArgs) -> Result<()> {
     let (rows, context) = (args.rows as usize, args.context as usize);
     let (folder, plan) = source::plan(&args.model.path, &args.model.target)?;
+    if plan.resident.is_some() {
+        return gpu::run(args, &folder, &plan);
+    }
     if rows > plan.limits.max_rows || context + rows > plan.limits.context {
         bail!(
             "{rows} rows behind {context} positions do not fit: the plan takes {} rows in a step and {} positions",

@@ -14,6 +14,7 @@ use crate::memory::Breakdown;
 use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+use tilec_ir::abi::KvType;
 use tilec_ir::launch::{
     LaunchArgs, STALL_WORDS, STEP_ROWS, STOP_TOKENS, SYNC_BYTES, StallRecord, TRACE_FIELDS,
 };
@@ -28,6 +29,12 @@ const WATCH: Duration = Duration::from_millis(1);
 
 /// How long it sleeps between two looks.
 const NAP: Duration = Duration::from_micros(20);
+
+/// Bytes of made-up keys and values that are copied to many places.
+const FILL_BYTES: usize = 4 << 20;
+
+/// How long copying them may take.
+const FILL_PATIENCE: Duration = Duration::from_secs(30);
 
 // The inputs of a pass, in words: four columns of rows, then the number of the pass, from 1.
 const TOKENS: usize = 0;
@@ -173,6 +180,37 @@ impl CudaEngine {
             }
         }
         Ok(())
+    }
+
+    /// Fills pages of the KV cache with numbers that no token made, from -1 to 1, before whatever is
+    /// queued next.
+    ///
+    /// # Errors
+    /// [`StepError`].
+    pub fn fill(&mut self, plan: &Plan, pages: &[u32]) -> Result<(), StepError> {
+        self.ready()?;
+        let page_bytes = plan.kv.kv_heads * plan.kv.block_bytes();
+        let mut host = self.device.allocate_host(FILL_BYTES.max(page_bytes))?;
+        let pages_at_once = host.bytes() / page_bytes;
+        // SAFETY: nothing is queued on it yet.
+        fill_random(plan.kv.kv_type, unsafe { host.slice_mut(0..host.bytes()) });
+        let mut queued = Ok(());
+        for run in pages.chunk_by(|one, next| one + 1 == *next) {
+            for part in run.chunks(pages_at_once) {
+                for layer in 0..plan.kv.layers {
+                    let to = self.kv.address()
+                        + plan.kv.block_offset(self.pages, layer, part[0] as usize, 0) as u64;
+                    // SAFETY: neighbouring pages of a layer are one range of the cache; the host's memory
+                    // stays until the wait below.
+                    let copied = unsafe { self.device.copy_in(to, &host, 0..part.len() * page_bytes) };
+                    queued = queued.and(copied);
+                }
+            }
+        }
+        let result = queued
+            .map_err(Trouble::Failed)
+            .and_then(|()| wait(&mut *self.device, FILL_PATIENCE, Duration::ZERO, &mut || 0));
+        result.map_err(|trouble| self.fail(plan, trouble))
     }
 
     /// Runs a step that was checked and has its pages, in passes of [`STEP_ROWS`] rows; returns the
@@ -563,6 +601,24 @@ fn wait(
             std::thread::yield_now();
         } else {
             std::thread::sleep(NAP);
+        }
+    }
+}
+
+/// Elements of a type, from -1 to 1, without a pattern.
+fn fill_random(kv_type: KvType, bytes: &mut [u8]) {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    for element in bytes.chunks_exact_mut(kv_type.bytes()) {
+        match kv_type {
+            KvType::F32 => element.copy_from_slice(&next().to_ne_bytes()),
+            KvType::F16 => element.copy_from_slice(&half::f16::from_f32(next()).to_ne_bytes()),
+            KvType::Bf16 => element.copy_from_slice(&half::bf16::from_f32(next()).to_ne_bytes()),
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Nothing of CUDA is needed to build this or to run plans for the processor: the driver is loaded when
 //! a plan for a GPU is.
 
+mod ceiling;
 mod device;
 mod driver;
 mod engine;
@@ -13,6 +14,7 @@ pub(crate) mod fake;
 mod tests;
 mod weights;
 
+pub use ceiling::{Ceiling, CeilingCode, read_ceiling};
 pub use driver::{DeviceInfo, devices, runs_on};
 pub use error::CudaError;
 

@@ -36,6 +36,9 @@ pub const PATIENCE: Duration = Duration::from_secs(1);
 /// Ticks of a stage on a worker: start, end of its waits, end.
 pub const PROFILE_FIELDS: usize = 3;
 
+/// Steps that [`Engine::decode`] takes at most.
+pub const MAX_DECODE_STEPS: usize = cuda::DECODE_STEPS;
+
 /// Packed weights as bytes, on a boundary of 64.
 pub type Weights = Box<dyn AsRef<[u8]> + Send + Sync>;
 
@@ -274,6 +277,36 @@ impl Engine {
             self.pages.trim(sequence, self.lengths[sequence]);
         }
         done
+    }
+
+    /// Makes a sequence `length` positions long with keys and values that no token made: random numbers
+    /// from -1 to 1. For measurements behind long contexts, on engines with a resident kernel; what is
+    /// computed behind them means nothing.
+    ///
+    /// # Errors
+    /// [`StepError`] without a resident kernel, for a sequence or a length past the limits, and without
+    /// pages enough.
+    pub fn pretend_length(&mut self, sequence: usize, length: usize) -> Result<(), StepError> {
+        if !self.is_resident() {
+            return Err(StepError::NotResident);
+        }
+        let limits = &self.plan.limits;
+        if sequence >= limits.sequences {
+            let (sequence, sequences) = (sequence as u32, limits.sequences);
+            return Err(StepError::Sequence { row: 0, sequence, sequences });
+        }
+        if length > limits.context {
+            let position = length.saturating_sub(1) as u32;
+            return Err(StepError::Context { row: 0, position, context: limits.context });
+        }
+        self.reset(sequence);
+        self.reserve([(sequence, length)].into_iter())?;
+        let first = sequence * self.pages.pages_per_sequence();
+        let pages = self.pages.table()[first..first + self.pages.held_pages(sequence)].to_vec();
+        let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
+        back.fill(&self.plan, &pages)?;
+        self.lengths[sequence] = length;
+        Ok(())
     }
 
     /// Gives sequences pages for so many positions.

@@ -1,0 +1,661 @@
+//! The measurements on a GPU: steps of the resident kernel, beside what its memory allows.
+
+use crate::args::{BenchArgs, BenchOutput};
+use crate::commands::bench::random_tokens;
+use crate::commands::inspect::parameters;
+use crate::stats::Spread;
+use crate::ui::{Align, Table, count, mib};
+use crate::{ceiling, session, ui};
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+use std::io::Write as _;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Instant;
+use tilec_ir::cost::StageCost;
+use tilec_ir::launch::STEP_ROWS;
+use tilec_ir::plan::{Plan, PlanLimits};
+use tilec_runtime::cuda::{Ceiling, DeviceInfo};
+use tilec_runtime::engine::{Engine, RowInput};
+use tilec_runtime::memory::Breakdown;
+
+/// Sequences in a step, where the command line does not say.
+const ROWS: [usize; 2] = [1, 8];
+
+/// Positions of each.
+const CONTEXTS: [usize; 2] = [512, 4096];
+
+/// Steps of a block in a repeat: each goes through the host, and one alone is too short to time.
+const BLOCK_STEPS: usize = 16;
+
+/// Measures the ceiling of the GPU's memory, then the model.
+pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
+    let cases = Cases::of(args, &plan.limits)?;
+    let repeats = args.repeats.unwrap_or(9) as usize;
+    ui::note("measuring the GPU's memory");
+    let (gpu, ceiling) = ceiling::gpu_read_ceiling(&plan.target.arch)?;
+    let mut engine = session::load(folder, &args.weights, false)?;
+    let progress = ui::step_progress("measuring", cases.tests.len() as u64);
+    let mut lines = Vec::new();
+    for test in &cases.tests {
+        let mut seconds = Vec::with_capacity(repeats);
+        // The first finds cold caches and low clocks.
+        for repeat in 0..=repeats {
+            let measured = measure(&mut engine, test)?;
+            if repeat > 0 {
+                seconds.push(measured);
+            }
+        }
+        lines.push(Line::new(plan, *test, seconds));
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    let report = Report { plan, gpu, ceiling, lines, memory: engine.memory() };
+    let json = args.json || args.output == BenchOutput::Json;
+    let text = if json { format!("{:#}\n", report.json()) } else { report.markdown() };
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+/// One thing that is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Test {
+    /// Steps of one token each of several sequences.
+    Decode {
+        rows: usize,
+        /// That was asked for.
+        context: usize,
+        /// Position of the first step.
+        start: usize,
+        steps: usize,
+    },
+    /// A step of several rows of one sequence.
+    Block { rows: usize, context: usize },
+    /// A prompt, in steps as large as the plan allows.
+    Prompt { tokens: usize },
+}
+
+/// What is measured, in order.
+struct Cases {
+    tests: Vec<Test>,
+}
+
+impl Cases {
+    /// Those that the command line asks for, or the defaults that the limits allow.
+    fn of(args: &BenchArgs, limits: &PlanLimits) -> Result<Cases> {
+        let (prompt, steps) = (args.prompt_tokens as usize, args.generated_tokens as usize);
+        if prompt + steps == 0 && args.block.is_none() {
+            bail!("nothing to measure: give -p, -n or --block a number above 0");
+        }
+        let list = |given: &[u64]| given.iter().map(|n| *n as usize).collect::<Vec<_>>();
+        let (mut rows, mut contexts) = (list(&args.rows), list(&args.context));
+        if let Some(rows) = rows.iter().find(|rows| **rows > limits.sequences) {
+            bail!(
+                "--rows {rows} are more sequences than the {} of the plan: compile it with --sequences {rows}",
+                limits.sequences
+            );
+        }
+        if let Some(context) = contexts.iter().find(|context| **context >= limits.context) {
+            if *context > limits.context {
+                bail!(
+                    "--context {context} is more than the {} positions of the plan: compile it with a larger \
+                     --ctx-size",
+                    limits.context
+                );
+            }
+        }
+        if rows.is_empty() {
+            rows = ROWS.into_iter().filter(|rows| *rows <= limits.sequences).collect();
+            if rows.len() < ROWS.len() {
+                ui::note(format!(
+                    "only steps of 1 row: {} need a plan with limits.sequences of as many",
+                    ROWS[1]
+                ));
+            }
+        }
+        if contexts.is_empty() {
+            contexts = CONTEXTS.into_iter().filter(|context| *context <= limits.context).collect();
+            if contexts.is_empty() {
+                contexts = vec![limits.context / 2];
+            }
+        }
+        let mut tests = Vec::new();
+        if steps > 0 {
+            let most = limits.context.min(tilec_runtime::engine::MAX_DECODE_STEPS);
+            if steps > most {
+                bail!(
+                    "-n {steps} is more than the {most} steps that a launch of this plan can have: lower it"
+                );
+            }
+            for context in &contexts {
+                // Half of the steps before the position that was asked for, half behind it.
+                let start = context.saturating_sub(steps / 2).min(limits.context - steps);
+                let test = |rows: &usize| Test::Decode { rows: *rows, context: *context, start, steps };
+                tests.extend(rows.iter().map(test));
+            }
+        }
+        if let Some(rows) = args.block.map(|rows| rows as usize) {
+            if rows > limits.max_rows {
+                bail!(
+                    "--block {rows} is more than the {} rows of the plan: compile it with a larger --max-rows",
+                    limits.max_rows
+                );
+            }
+            for context in &contexts {
+                let context = (*context).min(limits.context.saturating_sub(rows));
+                tests.push(Test::Block { rows, context });
+            }
+        }
+        if prompt > limits.context {
+            bail!(
+                "-p {prompt} is more than the {} positions of the plan: lower -p, or compile with a larger \
+                 --ctx-size",
+                limits.context
+            );
+        }
+        if prompt > 0 {
+            tests.push(Test::Prompt { tokens: prompt });
+        }
+        Ok(Cases { tests })
+    }
+}
+
+impl Test {
+    fn name(&self) -> String {
+        match self {
+            Test::Decode { .. } => "decode".into(),
+            Test::Block { rows, .. } => format!("block of {rows}"),
+            Test::Prompt { tokens } => format!("pp{tokens}"),
+        }
+    }
+
+    /// Rows of a step.
+    fn rows(&self, plan: &Plan) -> usize {
+        match self {
+            Test::Decode { rows, .. } | Test::Block { rows, .. } => *rows,
+            Test::Prompt { tokens } => plan.limits.max_rows.min(*tokens),
+        }
+    }
+
+    /// Tokens that go in while the time is measured that is shown.
+    fn tokens(&self) -> usize {
+        match self {
+            Test::Decode { rows, .. } | Test::Block { rows, .. } => *rows,
+            Test::Prompt { tokens } => *tokens,
+        }
+    }
+
+    fn context(&self) -> usize {
+        match self {
+            Test::Decode { context, .. } | Test::Block { context, .. } => *context,
+            Test::Prompt { .. } => 0,
+        }
+    }
+
+    /// Bytes that must be read and written, and those that the kernel moves: it reads the weights once
+    /// for every [`STEP_ROWS`] rows.
+    fn bytes(&self, plan: &Plan) -> (f64, f64) {
+        let passes = |rows: usize| rows.div_ceil(STEP_ROWS);
+        match self {
+            Test::Decode { rows, start, steps, .. } => {
+                // Steps that are equally long apart are at their mean position on average.
+                let mean = *start as f64 + (*steps - 1) as f64 / 2.0;
+                let bytes = |passes| resident_step_bytes(&plan.costs, passes, *rows, *rows, mean, *rows);
+                (bytes(1), bytes(passes(*rows)))
+            }
+            Test::Block { rows, context } => {
+                let bytes =
+                    |passes| resident_step_bytes(&plan.costs, passes, passes, *rows, *context as f64, *rows);
+                (bytes(1), bytes(passes(*rows)))
+            }
+            Test::Prompt { tokens } => {
+                let max_rows = plan.limits.max_rows.max(1);
+                let steps = (0..*tokens).step_by(max_rows).map(|start| (start, max_rows.min(tokens - start)));
+                steps.fold((0.0, 0.0), |(must, does), (start, rows)| {
+                    let logits = usize::from(start + rows == *tokens);
+                    let bytes = |passes, logits| {
+                        resident_step_bytes(&plan.costs, passes, passes, rows, start as f64, logits)
+                    };
+                    // The kernel streams the head in any case.
+                    (must + bytes(1, logits), does + bytes(passes(rows), 1))
+                })
+            }
+        }
+    }
+}
+
+/// Bytes of a step: weights read `passes` times, caches of so many `sequences` with `context` positions
+/// each, activations of so many `rows`. Without `logit_rows` the head is left out; with any, it is read
+/// in all passes.
+pub fn resident_step_bytes(
+    costs: &[StageCost],
+    passes: usize,
+    sequences: usize,
+    rows: usize,
+    context: f64,
+    logit_rows: usize,
+) -> f64 {
+    let one = |cost: &StageCost| {
+        let (passes, rows) = match cost.logit_rows_only {
+            true => (if logit_rows == 0 { 0 } else { passes }, logit_rows),
+            false => (passes, rows),
+        };
+        cost.weight_bytes as f64 * passes as f64
+            + cost.kv_bytes_per_position as f64 * context * sequences as f64
+            + (cost.activation_bytes_per_row * rows as u64) as f64
+    };
+    costs.iter().map(|cost| cost.runs as f64 * one(cost)).sum()
+}
+
+/// Measures once: seconds of a step, or of the prompt.
+fn measure(engine: &mut Engine, test: &Test) -> Result<f64> {
+    let vocab = engine.plan().vocab;
+    match *test {
+        Test::Decode { rows, start, steps, .. } => {
+            for sequence in 0..rows {
+                // Pages for all steps: those that a launch takes would have to be zeroed first.
+                make_long(engine, sequence, start + steps)?;
+            }
+            let inputs = decode_inputs(start, &random_tokens(rows, vocab));
+            let mut seconds = 0.0;
+            for pass in inputs.chunks(engine.max_decode_rows()) {
+                let begin = Instant::now();
+                let done = engine.decode(pass, steps, &[], &mut |_, _, _| ControlFlow::Continue(()))?;
+                seconds += begin.elapsed().as_secs_f64();
+                if done != steps {
+                    bail!("the kernel ended after {done} of {steps} steps, which nobody asked for");
+                }
+            }
+            Ok(seconds / steps as f64)
+        }
+        Test::Block { rows, context } => {
+            make_long(engine, 0, context + rows)?;
+            let inputs = of_one_sequence(context, &random_tokens(rows, vocab));
+            let logit_rows: Vec<u32> = (0..rows.min(engine.max_logit_rows()) as u32).collect();
+            let begin = Instant::now();
+            for _ in 0..BLOCK_STEPS {
+                engine.step(&inputs, &logit_rows)?;
+            }
+            Ok(begin.elapsed().as_secs_f64() / BLOCK_STEPS as f64)
+        }
+        Test::Prompt { tokens } => {
+            engine.reset(0);
+            let prompt = random_tokens(tokens, vocab);
+            let begin = Instant::now();
+            let mut position = 0;
+            for part in prompt.chunks(engine.plan().limits.max_rows) {
+                let last = position + part.len() == tokens;
+                let wanted = part.len() as u32 - 1;
+                engine.step(
+                    &of_one_sequence(position, part),
+                    if last { std::slice::from_ref(&wanted) } else { &[] },
+                )?;
+                position += part.len();
+            }
+            Ok(begin.elapsed().as_secs_f64())
+        }
+    }
+}
+
+/// A row for each sequence, all at one position.
+pub fn decode_inputs(position: usize, tokens: &[u32]) -> Vec<RowInput> {
+    let row =
+        |(sequence, token): (u32, &u32)| RowInput { token: *token, position: position as u32, sequence };
+    (0..).zip(tokens).map(row).collect()
+}
+
+/// Gives a sequence at least so many positions, with random keys and values.
+///
+/// # Errors
+/// When the plan has no room for them.
+pub fn make_long(engine: &mut Engine, sequence: usize, length: usize) -> Result<()> {
+    if engine.length(sequence) < length {
+        engine.pretend_length(sequence, length)?;
+    }
+    Ok(())
+}
+
+fn of_one_sequence(position: usize, tokens: &[u32]) -> Vec<RowInput> {
+    (position as u32..)
+        .zip(tokens)
+        .map(|(position, token)| RowInput { token: *token, position, sequence: 0 })
+        .collect()
+}
+
+/// A line of the table.
+struct Line {
+    test: Test,
+    rows: usize,
+    /// Seconds of a step, or of the prompt, each time.
+    seconds: Vec<f64>,
+    spread: Spread,
+    /// Bytes that must be moved.
+    floor_bytes: f64,
+    /// Bytes that are moved.
+    bytes: f64,
+}
+
+impl Line {
+    fn new(plan: &Plan, test: Test, seconds: Vec<f64>) -> Line {
+        let nothing = Spread { mean: 0.0, stddev: 0.0, median: 0.0, min: 0.0, max: 0.0 };
+        let spread = Spread::of(seconds.iter().copied()).unwrap_or(nothing);
+        let (floor_bytes, bytes) = test.bytes(plan);
+        Line { test, rows: test.rows(plan), seconds, spread, floor_bytes, bytes }
+    }
+
+    fn tokens_per_second(&self) -> f64 {
+        self.test.tokens() as f64 / self.spread.median
+    }
+
+    /// Bytes per second.
+    fn rate(&self) -> f64 {
+        self.bytes / self.spread.median
+    }
+}
+
+struct Report<'a> {
+    plan: &'a Plan,
+    gpu: DeviceInfo,
+    ceiling: Ceiling,
+    lines: Vec<Line>,
+    memory: Breakdown,
+}
+
+impl Report<'_> {
+    fn markdown(&self) -> String {
+        let right = Align::Right;
+        let mut table = Table::new(&[
+            ("test", Align::Left),
+            ("rows", right),
+            ("context", right),
+            ("ms", right),
+            ("±", right),
+            ("t/s", right),
+            ("GB", right),
+            ("GB/s", right),
+            ("of ceiling", right),
+            ("floor ms", right),
+            ("of floor", right),
+        ]);
+        let best = self.ceiling.best();
+        for line in &self.lines {
+            let floor = line.floor_bytes / best;
+            table.row([
+                line.test.name(),
+                line.rows.to_string(),
+                line.test.context().to_string(),
+                format!("{:.4}", line.spread.median * 1e3),
+                format!("{:.4}", line.spread.stddev * 1e3),
+                format!("{:.1}", line.tokens_per_second()),
+                format!("{:.4}", line.bytes / 1e9),
+                format!("{:.0}", line.rate() / 1e9),
+                format!("{:.1} %", 100.0 * line.rate() / best),
+                format!("{:.4}", floor * 1e3),
+                format!("{:.1} %", 100.0 * floor / line.spread.median),
+            ]);
+        }
+        let memory = &self.memory;
+        format!(
+            "{}, {} parameters, {} packed, {}\n\n{}\n\
+             ms: median of {} repeats, of a step, or of the whole prompt (pp). GB: what the kernel moves; it \
+             reads the weights once for every {STEP_ROWS} rows. floor: the weights once, each context and the \
+             activations, at the read ceiling.\n\
+             read ceiling {:.0} GB/s, median {:.0} GB/s of {} passes over {}\n\
+             GPU memory: weights {}, KV cache {}, activations and tables {}\n",
+            self.plan.name,
+            count(parameters(self.plan)),
+            mib(self.plan.packing.bytes),
+            self.gpu,
+            table.markdown(),
+            self.lines.first().map_or(0, |line| line.seconds.len()),
+            best / 1e9,
+            self.ceiling.median() / 1e9,
+            self.ceiling.passes.len(),
+            mib(self.ceiling.bytes),
+            mib(memory.weights),
+            mib(memory.kv),
+            mib(memory.arena + memory.scratch),
+        )
+    }
+
+    fn json(&self) -> Value {
+        let best = self.ceiling.best();
+        let lines = self.lines.iter().map(|line| {
+            json!({
+                "test": line.test.name(),
+                "rows": line.rows,
+                "context": line.test.context(),
+                "tokens": line.test.tokens(),
+                "seconds": line.spread,
+                "samples_s": line.seconds,
+                "tokens_per_s": line.tokens_per_second(),
+                "bytes": line.bytes,
+                "bytes_per_s": line.rate(),
+                "share_of_ceiling": line.rate() / best,
+                "floor_bytes": line.floor_bytes,
+                "floor_s": line.floor_bytes / best,
+                "share_of_floor": line.floor_bytes / best / line.spread.median,
+            })
+        });
+        let memory = &self.memory;
+        json!({
+            "model": self.plan.name,
+            "size_bytes": self.plan.packing.bytes,
+            "parameters": parameters(self.plan),
+            "backend": self.plan.target.device,
+            "gpu": self.gpu.name,
+            "sms": self.gpu.sms,
+            "arch": self.plan.target.arch,
+            "read_ceiling": {
+                "best_bytes_per_s": best,
+                "median_bytes_per_s": self.ceiling.median(),
+                "buffer_bytes": self.ceiling.bytes,
+                "passes_s": self.ceiling.passes,
+            },
+            "tests": lines.collect::<Vec<_>>(),
+            "gpu_memory_bytes": {
+                "weights": memory.weights,
+                "kv": memory.kv,
+                "other": memory.arena + memory.scratch,
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::args::{Cli, Command};
+    use clap::Parser;
+    use tilec_ir::abi::{ABI_VERSION, KvLayout, KvType};
+    use tilec_ir::launch::LAUNCH_VERSION;
+    use tilec_ir::pack::Packing;
+    use tilec_ir::plan::{PLAN_VERSION, PlanFile, PlanTarget, ResidentPlan, WeightsFrom};
+    use tilec_ir::stages::{Buffer, BufferElem};
+
+    /// Two layers of a product and an attention, between an embedding and a head.
+    pub fn toy_plan() -> Plan {
+        let cost =
+            |stage: &str, runs, weight_bytes, kv_bytes_per_position, activation_bytes_per_row| StageCost {
+                stage: stage.into(),
+                anchor: String::new(),
+                runs,
+                weight_bytes,
+                macs_per_row: 0,
+                kv_bytes_per_position,
+                kv_macs_per_position: 0,
+                activation_bytes_per_row,
+                logit_rows_only: stage == "head",
+            };
+        Plan {
+            plan_version: PLAN_VERSION,
+            abi_version: ABI_VERSION,
+            name: "toy".into(),
+            family: "llama".into(),
+            graph_sha256: String::new(),
+            weights: WeightsFrom::Checkpoint { path: "toy".into() },
+            tokenizer: None,
+            target: PlanTarget {
+                device: "cuda".into(),
+                arch: "sm_90a".into(),
+                cpu: String::new(),
+                features: Vec::new(),
+                workers: 1,
+            },
+            limits: PlanLimits { max_rows: 16, sequences: 8, context: 1000 },
+            vocab: 5,
+            buffers: vec![Buffer {
+                name: "logits".into(),
+                elem: BufferElem::F32,
+                cols: 5,
+                rows: 16,
+                offset: 0,
+            }],
+            logits: 0,
+            scratch_bytes: 0,
+            stages: ["embed", "l0.qkv", "l0.attn", "l1.qkv", "l1.attn", "head"].map(String::from).into(),
+            kv: KvLayout {
+                kv_type: KvType::Bf16,
+                layers: 2,
+                kv_heads: 1,
+                qk_dim: 1,
+                v_dim: 1,
+                page_tokens: 16,
+            },
+            packing: Packing { bytes: 7000, ..Packing::default() },
+            costs: vec![
+                cost("embed", 1, 0, 0, 100),
+                cost("qkv", 2, 1000, 0, 10),
+                cost("attn", 2, 0, 8, 4),
+                cost("head", 1, 5000, 0, 20),
+            ],
+            code: PlanFile { file: "kernel.cubin".into(), sha256: String::new() },
+            resident: Some(ResidentPlan { launch_version: LAUNCH_VERSION, threads: 384, shared_bytes: 0 }),
+            texts: Vec::new(),
+        }
+    }
+
+    fn args(options: &str) -> BenchArgs {
+        let line = format!("tilec bench m {options}");
+        match Cli::try_parse_from(line.split_whitespace()).unwrap().command {
+            Command::Bench(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn cases(options: &str) -> Result<Vec<Test>, String> {
+        let cases = Cases::of(&args(options), &toy_plan().limits);
+        cases.map(|cases| cases.tests).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn defaults_are_what_the_limits_allow() {
+        let decode = |rows, context, start| Test::Decode { rows, context, start, steps: 128 };
+        let expected = [decode(1, 512, 448), decode(8, 512, 448), Test::Prompt { tokens: 512 }];
+        assert_eq!(cases("").unwrap(), expected);
+        let mut limits = toy_plan().limits;
+        (limits.sequences, limits.context) = (4, 600);
+        let tests = Cases::of(&args("-p 0"), &limits).unwrap().tests;
+        assert_eq!(tests, [decode(1, 512, 448)]);
+        limits.context = 200;
+        assert_eq!(Cases::of(&args("-p 0"), &limits).unwrap().tests, [decode(1, 100, 36)]);
+    }
+
+    #[test]
+    fn lists_are_measured_within_the_limits() {
+        let tests = cases("--rows 2,3 --context 0,1000 --block 9 -p 0 -n 10").unwrap();
+        let decode = |rows, context, start| Test::Decode { rows, context, start, steps: 10 };
+        let block = |context| Test::Block { rows: 9, context };
+        let expected = [
+            decode(2, 0, 0),
+            decode(3, 0, 0),
+            decode(2, 1000, 990),
+            decode(3, 1000, 990),
+            block(0),
+            block(991),
+        ];
+        assert_eq!(tests, expected);
+        for (options, problem) in [
+            ("--rows 9", "--sequences 9"),
+            ("--context 1001", "--ctx-size"),
+            ("--block 17", "--max-rows"),
+            ("-p 1001", "--ctx-size"),
+            ("-n 1001", "1000 steps"),
+            ("-p 0 -n 0", "nothing to measure"),
+        ] {
+            let error = cases(options).unwrap_err();
+            assert!(error.contains(problem), "{options}: {error}");
+        }
+    }
+
+    #[test]
+    fn bytes_are_those_of_weights_contexts_and_rows() {
+        let plan = toy_plan();
+        // Mean position 104.5; 3 caches in each of 2 layers.
+        let bytes = Test::Decode { rows: 3, context: 105, start: 100, steps: 10 }.bytes(&plan);
+        let expected = 7000.0 + 2.0 * 3.0 * 8.0 * 104.5 + 3.0 * (100.0 + 2.0 * 14.0 + 20.0);
+        assert_eq!(bytes, (expected, expected));
+        // Two passes: the weights twice, the one cache twice.
+        let (must, does) = Test::Block { rows: 9, context: 50 }.bytes(&plan);
+        assert_eq!(must, 7000.0 + 2.0 * 8.0 * 50.0 + 9.0 * 148.0);
+        assert_eq!(does, 14000.0 + 4.0 * 8.0 * 50.0 + 9.0 * 148.0);
+        // Steps of 16 rows and of 4, of which the second has one row of logits.
+        let (must, does) = Test::Prompt { tokens: 20 }.bytes(&plan);
+        assert_eq!(must, 2000.0 + 16.0 * 128.0 + 7000.0 + 2.0 * 8.0 * 16.0 + 4.0 * 128.0 + 20.0);
+        // Three passes, and the head in all of them.
+        let head = 20.0;
+        assert_eq!(does, 21000.0 + 16.0 * 128.0 + head + 2.0 * 8.0 * 16.0 + 4.0 * 128.0 + head);
+    }
+
+    fn report(plan: &Plan) -> Report<'_> {
+        let decode = Test::Decode { rows: 2, context: 100, start: 96, steps: 9 };
+        Report {
+            plan,
+            gpu: DeviceInfo {
+                number: 0,
+                name: "H200".into(),
+                sms: 132,
+                capability: (9, 0),
+                memory: 1 << 30,
+                shared_bytes: 0,
+                cooperative: true,
+                memory_rate: None,
+                driver: (13, 0),
+            },
+            ceiling: Ceiling { bytes: 4000, passes: vec![2e-3, 1e-3, 4e-3] },
+            lines: vec![Line::new(plan, decode, vec![4e-3, 6e-3, 5e-3])],
+            memory: Breakdown { weights: 7000, kv: 10, kv_used: 0, arena: 1, scratch: 2, code: 3 },
+        }
+    }
+
+    #[test]
+    fn the_table_has_rates_and_shares() {
+        let text = report(&toy_plan()).markdown();
+        // 7000 + 2 x 2 x 8 x 100 + 2 x 148 = 10496 bytes; the ceiling is 4 MB/s.
+        let line = text.lines().find(|line| line.starts_with("| decode")).unwrap();
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let expected =
+            ["decode", "2", "100", "5.0000", "1.0000", "400.0", "0.0000", "0", "52.5 %", "2.6240", "52.5 %"];
+        assert_eq!(cells, expected);
+        assert!(text.contains("of 3 passes over 3.91 KiB"), "{text}");
+    }
+
+    #[test]
+    fn the_json_has_what_the_table_has() {
+        let json = report(&toy_plan()).json();
+        let test = &json["tests"][0];
+        assert_eq!(
+            (&test["rows"], &test["context"], &test["bytes"]),
+            (&json!(2), &json!(100), &json!(10496.0))
+        );
+        assert_eq!(
+            (&test["seconds"]["median"], &test["samples_s"]),
+            (&json!(5e-3), &json!([4e-3, 6e-3, 5e-3]))
+        );
+        let share = test["share_of_floor"].as_f64().unwrap();
+        assert!((share - 10496.0 / 4e6 / 5e-3).abs() < 1e-12);
+        assert_eq!(json["read_ceiling"]["best_bytes_per_s"], json!(4e6));
+        assert_eq!(json["read_ceiling"]["median_bytes_per_s"], json!(2e6));
+        assert_eq!(json["gpu_memory_bytes"]["other"], json!(3));
+    }
+}
