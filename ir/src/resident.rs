@@ -50,6 +50,19 @@ pub enum Epilogue {
     Logits,
 }
 
+/// A vector that is added to consecutive features of an operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bias {
+    /// Which operand.
+    pub operand: usize,
+    /// First feature.
+    pub start: usize,
+    /// `f32 [cols]`.
+    pub slot: Slot,
+    /// Features.
+    pub cols: usize,
+}
+
 /// Rows times streamed weights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gemm {
@@ -69,8 +82,8 @@ pub struct Gemm {
     pub cols: usize,
     /// Octets of a tile: 1, or 2 for a gated pair.
     pub operands: usize,
-    /// `f32 [operands][cols]`.
-    pub bias: Option<Slot>,
+    /// Vectors that are added to slices of the features.
+    pub bias: Vec<Bias>,
     /// What becomes of the sums.
     pub epilogue: Epilogue,
     /// Where they go; the logits have a place of their own.
@@ -262,8 +275,10 @@ impl ResidentProgram {
                     if matches!(gemm.epilogue, Epilogue::Gated(_)) != (gemm.operands == 2) {
                         return fail("a gate has two operands".into());
                     }
-                    let slots = [Some(gemm.weights), gemm.bias, gemm.norm.map(|norm| norm.gain)];
-                    (Some(gemm.input), gemm.output, slots.into_iter().flatten().collect())
+                    let mut slots = vec![gemm.weights];
+                    slots.extend(gemm.bias.iter().map(|bias| bias.slot));
+                    slots.extend(gemm.norm.map(|norm| norm.gain));
+                    (Some(gemm.input), gemm.output, slots)
                 }
                 Kind::Attention(attention) => {
                     let qk = (attention.heads + self.kv.kv_heads) * self.kv.qk_dim;
@@ -360,7 +375,7 @@ impl ResidentProgram {
             Kind::Gemm(gemm) => {
                 let select = if gemm.select { "selected rows of " } else { "" };
                 let pair = if gemm.operands == 2 { " pair" } else { "" };
-                let bias = gemm.bias.map_or(String::new(), |slot| format!(" -> bias {slot}"));
+                let bias: String = gemm.bias.iter().map(|bias| format!(" -> bias {}", bias.slot)).collect();
                 let end = match gemm.epilogue {
                     Epilogue::Store => format!("store {}", name(&gemm.output)),
                     Epilogue::Gated(ActivationFn::Silu) => {

@@ -150,15 +150,16 @@ struct F32 {};
 template <class T> __device__ __forceinline__ u16 narrow(float v) { return (u16)T::pack(v, 0.f); }
 template <class T> __device__ __forceinline__ float widen(u16 v) { return T::low((u32)v); }
 
-// D (16 x 8) += A (16 rows x 16 columns) x B (16 columns x 8 features). A's rows 8 to 15 are zero
-// here: a step has at most 8 rows, and its results are the first two registers of D.
-__device__ __forceinline__ void mma(Bf16, float (&d)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
+// D (16 x 8) += A (16 rows x 16 columns) x B (16 columns x 8 features). The rows do not touch each
+// other. A step has at most 8 rows, so A's upper and lower half hold the same rows at other columns:
+// see gemm.cuh.
+__device__ __forceinline__ void mma(Bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void mma(F16, float (&d)[4], u32 a0, u32 a2, u32 b0, u32 b1) {
+__device__ __forceinline__ void mma(F16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ---- Shared-memory barriers and bulk copies --------------------------------------------------

@@ -19,7 +19,9 @@ constexpr u32 CONTROL = 9;
 constexpr u32 BLOCK_THREADS = 384;
 constexpr u32 CONSUMER_THREADS = CONSUMERS * LANES;
 constexpr u32 CONSUMER_REGISTERS = 216;
-constexpr u32 OTHER_REGISTERS = 80;
+constexpr u32 OTHER_REGISTERS = 72;
+// The warps share what the block was launched with; asking for more would wait for ever.
+static_assert(CONSUMER_REGISTERS * 256 + OTHER_REGISTERS * 128 <= 168 * BLOCK_THREADS);
 constexpr u32 SLOT_BLOCKS = SLOT_BYTES / OCTET_BLOCK;         // blocks of an octet in a slot
 constexpr u32 WARP_BLOCKS = SLOT_BLOCKS / CONSUMERS;          // of which each consumer takes these
 constexpr u32 SUM_BUFFERS = 2;
@@ -102,6 +104,8 @@ __device__ __forceinline__ void stall(const Block& b, u32 role, u32 seen, u32 ex
     for (u64 start = global_timer(); global_timer() - start < 1000000;) {}
   }
   asm volatile("trap;");
+  // Without this the compiler sees a path from here back into every wait, and keeps everything alive.
+  __builtin_unreachable();
 }
 
 // Waits until the phase of this parity is over.

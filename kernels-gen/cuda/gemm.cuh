@@ -5,8 +5,14 @@
 // keeps the activations of just these columns in registers for the whole stage, so that a block costs
 // one 16-byte load a lane and its tensor-core products, and nothing is read twice.
 //
-// The order of every sum is fixed by the shape alone: four chains a warp (block i of a slot goes to
-// chain i), the chains in order, then the warps in order. A row's bits depend on no other row.
+// A tensor-core product has 16 rows and a step has 8. A lane's 16 bytes of a row, the pairs p0 to p3,
+// go in as they lie: p0 and p2 as the upper 8 rows, p1 and p3 as the lower 8. Its 16 bytes of weights
+// w0 to w3 go in twice: a product with (w0, w2) has the wanted sums in its upper half, one with
+// (w1, w3) in its lower half, and the other halves are never looked at. No register is moved.
+//
+// The order of every sum is fixed by the shape alone: block i of a slot goes to chain i % 2, each
+// chain has an upper and a lower sum, these are added in order, then the warps' in order. A row's bits
+// depend on no other row.
 //
 // A stage S says:
 //   Weights              Bf16, F16
@@ -133,27 +139,30 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
   }
 }
 
-// The chains of a warp, in order. Rows 8 to 15 of the tensor-core tile are empty.
-__device__ __forceinline__ float2 chains_total(const float (&sums)[WARP_BLOCKS][4]) {
-  float2 total = make_float2(sums[0][0], sums[0][1]);
+constexpr u32 CHAINS = 2;
+
+// The chains of a warp, in order: of each the upper half of one product and the lower of the other.
+__device__ __forceinline__ float2 chains_total(const float (&upper)[CHAINS][4], const float (&lower)[CHAINS][4]) {
+  float2 total = make_float2(upper[0][0] + lower[0][2], upper[0][1] + lower[0][3]);
 #pragma unroll
-  for (u32 i = 1; i < WARP_BLOCKS; ++i) { total.x += sums[i][0]; total.y += sums[i][1]; }
+  for (u32 i = 1; i < CHAINS; ++i) {
+    total.x += upper[i][0] + lower[i][2];
+    total.y += upper[i][1] + lower[i][3];
+  }
   return total;
 }
 
-template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
+template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
   using W = typename S::Weights;
   constexpr u32 SLOTS = (S::BLOCKS + SLOT_BLOCKS - 1) / SLOT_BLOCKS;
-  b.wait_inputs();
   const u32 thread = anew(threadIdx.x), warp = thread / LANES;
   Activations<S> a;
-  // An SM without a tile has no use for the rows; the branch is the same in all consumers.
-  if (b.first_tile() < S::TILES) load_inputs<S>(b, a);
+  load_inputs<S>(b, a);
   for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) {
     float2 results[S::OPERANDS];
 #pragma unroll
     for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-      float sums[WARP_BLOCKS][4] = {};
+      float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};
 #pragma unroll
       for (u32 s = 0; s < SLOTS; ++s) {
         const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + thread;
@@ -161,23 +170,21 @@ template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
 #pragma unroll
         for (u32 i = 0; i < WARP_BLOCKS; ++i) {
           w[i] = make_uint4(0, 0, 0, 0);
-          if (s * SLOT_BLOCKS + i * CONSUMERS + CONSUMERS <= S::BLOCKS || s * SLOT_BLOCKS + i * CONSUMERS + warp < S::BLOCKS) {
-            w[i] = from[i * CONSUMER_THREADS];
-          }
+          const u32 first = s * SLOT_BLOCKS + i * CONSUMERS;
+          if (first + CONSUMERS <= S::BLOCKS || first + warp < S::BLOCKS) w[i] = from[i * CONSUMER_THREADS];
         }
 #pragma unroll
         for (u32 i = 0; i < WARP_BLOCKS; ++i) {
           const u32 block = s * WARP_BLOCKS + i;
           if (block < Activations<S>::COUNT) {
-            mma(W(), sums[i], a.pair[block][0], a.pair[block][1], w[i].x, w[i].y);
-            mma(W(), sums[i], a.pair[block][2], a.pair[block][3], w[i].z, w[i].w);
+            mma(W(), upper[i % CHAINS], a.pair[block], w[i].x, w[i].z);
+            mma(W(), lower[i % CHAINS], a.pair[block], w[i].y, w[i].w);
           }
         }
         b.release_slot();
       }
-      float2 total = chains_total(sums);
-      if constexpr (S::ROW_SCALE) { total.x *= a.scale; total.y *= a.scale; }
-      results[operand] = total;
+      results[operand] = chains_total(upper, lower);
+      if constexpr (S::ROW_SCALE) { results[operand].x *= a.scale; results[operand].y *= a.scale; }
     }
     barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
     WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
@@ -187,8 +194,23 @@ template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
     if (lane_id() == 0) barrier_arrive(&b.shared.sums_full[b.sum_buffer]);
     if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
   }
+}
+
+template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
+  b.wait_inputs();
+  // An SM without a tile has no use for the rows. The activations live only inside: declared out here,
+  // and filled on one path, they would hold their registers through all other stages.
+  if (b.first_tile() < S::TILES) multiply_tiles<S>(b);
   b.pass_tiles(S::TILES);
   b.finish_stage();
+}
+
+// Two neighbouring entries of a vector that is added to the features `start` to `start + cols`.
+__device__ __forceinline__ void load_bias(float2& to, const u8* vector, u32 start, u32 cols, u32 feature) {
+  const float* bias = reinterpret_cast<const float*>(vector);
+  const u32 at = feature - start;  // wraps around in front of the vector
+  if (at < cols) to.x = bias[at];
+  if (at + 1 < cols) to.y = bias[at + 1];
 }
 
 // Adds up the warps' sums of each tile and runs the epilogue on them. Lane 4r + q has row r and the

@@ -300,14 +300,13 @@ impl<'p> Writer<'p> {
         let mut before = Vec::new();
         let mut body = Vec::new();
         let operands = gemm.operands;
-        if let Some(bias) = gemm.bias {
+        if !gemm.bias.is_empty() {
             carried.push(format!("float2 bias[{operands}];"));
-            let bias = self.weight(bias);
-            before.push(format!("const float* bias = reinterpret_cast<const float*>({bias}) + feature;"));
+            for bias in &gemm.bias {
+                let (operand, start, cols, at) = (bias.operand, bias.start, bias.cols, self.weight(bias.slot));
+                before.push(format!("load_bias(carry.bias[{operand}], {at}, {start}, {cols}, feature);"));
+            }
             for operand in 0..operands {
-                let at = operand * gemm.cols;
-                before
-                    .push(format!("carry.bias[{operand}] = *reinterpret_cast<const float2*>(bias + {at});"));
                 body.push(format!(
                     "v[{operand}].x += carry.bias[{operand}].x; v[{operand}].y += carry.bias[{operand}].y;"
                 ));

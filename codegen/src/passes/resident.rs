@@ -7,7 +7,7 @@ use tilec_ir::format::Format;
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
 use tilec_ir::launch::{OCTET, STEP_ROWS};
 use tilec_ir::pack::{PACK_ALIGN, PackContent, PackItem, Packing, RowSegment};
-use tilec_ir::resident::{Attention, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Rope, Stage};
+use tilec_ir::resident::{Attention, Bias, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Rope, Stage};
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Slot};
 
 use super::tile::{TileError, kv_layout, layerless};
@@ -181,6 +181,9 @@ impl Lowering<'_> {
         let info = &self.fused.weights[weight];
         let format = kernel_format(info.format);
         let table = Slot::Fixed(self.octets(format, &[weight.to_string()], 1)?);
+        if !cols.is_multiple_of(OCTET) {
+            return Err(error(op, format!("rows of {cols} columns; the kernel has rows of multiples of {OCTET}")));
+        }
         let output = self.buffer("x", BufferElem::F32, *cols);
         self.of_value.insert(value, output);
         Ok(Kind::Embed { table, format, vocab: info.shape[0], k: *cols, output })
@@ -215,12 +218,13 @@ impl Lowering<'_> {
         };
         let names: Vec<String> = op.parts.iter().flat_map(|part| part.weights.clone()).collect();
         let first = &self.fused.weights[&names[0]];
-        let (format, k) = (kernel_format(first.format), first.shape[1]);
+        // Rows that a product wrote are padded to whole octets of zeros, and so are the weights.
+        let (format, k) = (kernel_format(first.format), self.buffers[input.0 as usize].cols);
+        if k != first.shape[1].next_multiple_of(OCTET) {
+            return Err(error(op, format!("{} columns of weights do not fit rows of {k}", first.shape[1])));
+        }
         if names.iter().any(|name| kernel_format(self.fused.weights[name].format) != format) {
             return Err(error(op, "its weights are in different formats"));
-        }
-        if !k.is_multiple_of(8) {
-            return Err(error(op, format!("rows of {k} columns; the kernel multiplies multiples of 8")));
         }
         let norm = match normed.as_ref() {
             Some(normed) => {
@@ -230,8 +234,10 @@ impl Lowering<'_> {
             None => None,
         };
         let operands = op.parts.iter().map(|part| part.weights.len()).max().unwrap_or(1);
-        let cols: usize = op.parts.iter().map(|part| part.cols).sum();
-        let bias = self.bias(op, cols, offsets)?;
+        let sum: usize = op.parts.iter().map(|part| part.cols).sum();
+        let logits = op.parts.iter().any(|part| matches!(part.pieces.last(), Some(Piece::Logits(_))));
+        let cols = if logits { sum } else { sum.next_multiple_of(OCTET) };
+        let bias = self.bias(op, offsets);
         let (epilogue, output) = self.sinks(op, source, cols)?;
         let at = self.octets(format, &names, operands)?;
         let weights = match offsets {
@@ -406,43 +412,21 @@ impl Lowering<'_> {
         BufferId(self.buffers.len() as u32 - 1)
     }
 
-    /// Biases of the parts, one behind the other; parts without one have zeros.
-    fn bias(
-        &mut self,
-        op: &FusedOp,
-        cols: usize,
-        offsets: &mut Option<Vec<u64>>,
-    ) -> Result<Option<Slot>, TileError> {
+    /// Biases of the parts, by the features that they belong to.
+    fn bias(&mut self, op: &FusedOp, offsets: &mut Option<Vec<u64>>) -> Vec<Bias> {
         let mut found = Vec::new();
         let mut start = 0;
         for part in &op.parts {
             for piece in &part.pieces {
                 if let Piece::Bias { weight, operand } = piece {
-                    found.push((operand * cols + start, weight.clone(), part.cols));
+                    let content = PackContent::F32 { tensor: weight.clone(), len: part.cols };
+                    let slot = self.slot(content, offsets);
+                    found.push(Bias { operand: *operand, start, slot, cols: part.cols });
                 }
             }
             start += part.cols;
         }
-        if found.is_empty() {
-            return Ok(None);
-        }
-        let base = self.packing.bytes.next_multiple_of(WEIGHT_ALIGN);
-        let operands = op.parts.iter().map(|part| part.weights.len()).max().unwrap_or(1);
-        for (at, tensor, len) in found {
-            let offset = base + at as u64 * 4;
-            if !offset.is_multiple_of(PACK_ALIGN) {
-                return Err(error(op, format!("the bias {tensor} does not start on a whole line")));
-            }
-            self.packing.items.push(PackItem { offset, content: PackContent::F32 { tensor, len } });
-        }
-        self.packing.bytes = base + (operands * cols * 4) as u64;
-        Ok(Some(match offsets {
-            Some(offsets) => {
-                offsets.push(base);
-                Slot::Layer(offsets.len() - 1)
-            }
-            None => Slot::Fixed(base),
-        }))
+        found
     }
 
     fn octets(&mut self, format: Format, weights: &[String], interleave: usize) -> Result<u64, TileError> {
@@ -455,7 +439,9 @@ impl Lowering<'_> {
             })
             .collect();
         let octets = segments.iter().map(|segment| segment.rows.div_ceil(OCTET)).sum();
-        if let Some(odd) = segments.iter().rev().skip(1).find(|segment| !segment.rows.is_multiple_of(OCTET)) {
+        // Pairs are padded alike; what lies one behind the other must not be.
+        if interleave == 1
+            && let Some(odd) = segments.iter().rev().skip(1).find(|segment| !segment.rows.is_multiple_of(OCTET)) {
             let what = format!("{} rows are not whole octets", odd.rows);
             return Err(TileError { op: odd.tensor.clone(), what });
         }
