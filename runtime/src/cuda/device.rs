@@ -145,7 +145,19 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// [`CudaError`].
-    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), CudaError>;
+    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.fill(at, 0, bytes) }
+    }
+
+    /// Queues `bytes` times `byte`.
+    ///
+    /// # Safety
+    /// See [`Device`]; the range is inside of memory of this device.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    unsafe fn fill(&mut self, at: u64, byte: u8, bytes: usize) -> Result<(), CudaError>;
 
     /// Queues a copy of the range `from` of `host` to the device.
     ///
@@ -270,9 +282,9 @@ impl Device for Gpu {
         Ok(unsafe { HostMemory::new(host, address, bytes, Box::new(memory)) })
     }
 
-    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), CudaError> {
+    unsafe fn fill(&mut self, at: u64, byte: u8, bytes: usize) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
-        unsafe { self.stream.zero(at, bytes) }
+        unsafe { self.stream.fill(at, byte, bytes) }
     }
 
     unsafe fn copy_in(&mut self, to: u64, host: &HostMemory, from: Range<usize>) -> Result<(), CudaError> {

@@ -452,9 +452,21 @@ impl Stream {
     /// # Errors
     /// [`CudaError`].
     pub unsafe fn zero(&self, at: u64, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.fill(at, 0, bytes) }
+    }
+
+    /// Queues writing `bytes` times `byte`.
+    ///
+    /// # Safety
+    /// The memory is the GPU's, this long, and stays until this is done.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub unsafe fn fill(&self, at: u64, byte: u8, bytes: usize) -> Result<(), CudaError> {
         self.context.enter()?;
         // SAFETY: the caller's promise.
-        check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at, 0, bytes, self.raw) })
+        check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(at, byte, bytes, self.raw) })
     }
 
     /// Queues a copy from page-locked memory of the host.

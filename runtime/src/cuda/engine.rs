@@ -27,6 +27,9 @@ const MARGIN: Duration = Duration::from_millis(500);
 /// as a tenth of a step.
 const WATCH: Duration = Duration::from_millis(1);
 
+/// A byte that makes every float of it NaN: float32, bfloat16 and float16.
+const POISON: u8 = 0xff;
+
 /// How long it sleeps between two looks.
 const NAP: Duration = Duration::from_micros(20);
 
@@ -76,6 +79,8 @@ pub struct CudaEngine {
     /// [`PageTable::version`] of the table on the device.
     table_version: u64,
     pages: usize,
+    /// What pages are filled with that change hands: zero, or [`POISON`].
+    fresh: u8,
     patience: Duration,
     /// Why this engine cannot go on.
     poisoned: Option<String>,
@@ -137,6 +142,7 @@ impl CudaEngine {
             mail: device.allocate_host(MAIL_WORDS * WORD)?,
             table_version: 0,
             pages,
+            fresh: 0,
             patience: options.patience,
             poisoned: None,
             device,
@@ -161,7 +167,24 @@ impl CudaEngine {
         weights::load(&mut *self.device, &self.weights, plan, options, progress)
     }
 
-    /// Zeroes pages of the KV cache before whatever is queued next.
+    /// Fills the KV cache, the activations and the logits with [`POISON`] before whatever is queued next,
+    /// and from now on every page that is cleared.
+    ///
+    /// # Errors
+    /// [`StepError`].
+    pub fn poison(&mut self, plan: &Plan) -> Result<(), StepError> {
+        self.ready()?;
+        self.fresh = POISON;
+        let all = [&self.kv, &self.arena, &self.logits].map(|memory| (memory.address(), memory.bytes()));
+        for (address, bytes) in all {
+            // SAFETY: all of memory that stays as long as the device.
+            let filled = unsafe { self.device.fill(address, POISON, bytes) };
+            filled.map_err(|error| self.fail(plan, Trouble::Failed(error)))?;
+        }
+        Ok(())
+    }
+
+    /// Zeroes pages of the KV cache (or poisons them) before whatever is queued next.
     ///
     /// # Errors
     /// [`StepError`].
@@ -175,8 +198,9 @@ impl CudaEngine {
             for layer in 0..plan.kv.layers {
                 let offset = plan.kv.block_offset(self.pages, layer, *page as usize, 0);
                 // SAFETY: a page of the cache, which stays as long as the device.
-                let zeroed = unsafe { self.device.zero(self.kv.address() + offset as u64, bytes) };
-                zeroed.map_err(|error| self.fail(plan, Trouble::Failed(error)))?;
+                let filled =
+                    unsafe { self.device.fill(self.kv.address() + offset as u64, self.fresh, bytes) };
+                filled.map_err(|error| self.fail(plan, Trouble::Failed(error)))?;
             }
         }
         Ok(())

@@ -157,10 +157,10 @@ impl Device for FakeDevice {
         Ok(unsafe { HostMemory::new(host, host.as_ptr() as u64, bytes, Box::new(block)) })
     }
 
-    unsafe fn zero(&mut self, at: u64, bytes: usize) -> Result<(), CudaError> {
+    unsafe fn fill(&mut self, at: u64, byte: u8, bytes: usize) -> Result<(), CudaError> {
         self.queue(move || {
             // SAFETY: the caller's promise.
-            unsafe { write_bytes(at as *mut u8, 0, bytes) };
+            unsafe { write_bytes(at as *mut u8, byte, bytes) };
             Ok(())
         })
     }

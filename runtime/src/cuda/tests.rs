@@ -4,8 +4,8 @@ use super::fake::*;
 use crate::engine::tests::{CONTEXT, VOCAB, toy_engine_on, toy_next, toy_plan};
 use crate::engine::{Engine, EngineError, EngineOptions, PROFILE_FIELDS, RowInput, StepError};
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 fn rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
@@ -214,6 +214,36 @@ fn pages_come_back_zeroed() {
             engine.reset(sequence as usize);
         }
     }
+}
+
+#[test]
+fn poisoned_memory_is_not_a_number_before_it_is_written_and_changes_nothing_after() {
+    let (plan, toy) = (cuda_plan(), toy_kernel(cuda_plan().kv));
+    let arena_bytes = plan.arena_bytes();
+    let (seen, launch) = (Arc::new(Mutex::new(Vec::new())), Arc::clone(&toy));
+    let log = Arc::clone(&seen);
+    let kernel: FakeKernel = Arc::new(move |args| {
+        // SAFETY: the engine keeps the arguments valid; the toy's page 2 and its arena are never written.
+        let (arena, page) = unsafe {
+            let arena = std::slice::from_raw_parts(args.arena as *const u8, arena_bytes).to_vec();
+            let page = cuda_plan().kv.block_offset(args.kv_pages as usize, 0, 2, 0);
+            (arena, *((args.kv as usize + page) as *const f32))
+        };
+        log.lock().unwrap().push((arena.iter().all(|byte| *byte == 0xff), page.is_nan()));
+        launch(args)
+    });
+    let options = EngineOptions { kv_pages: Some(3), ..Default::default() };
+    let (mut engine, _) = fake_engine_on(plan, kernel, &options);
+    engine.step(&rows(0, 0, &[1, 2]), &[]).unwrap();
+    assert_eq!(seen.lock().unwrap()[..], [(false, false)]);
+    engine.poison().unwrap();
+    assert_eq!((engine.length(0), engine.kv().free_pages()), (0, 3));
+    engine.step(&rows(0, 0, &[1, 2]), &[]).unwrap();
+    assert_eq!(seen.lock().unwrap()[1..], [(true, true)]);
+    assert_eq!(decode(&mut engine, &rows(0, 2, &[1]), 5, &[]).unwrap()[0], expected(&[1, 2, 1], 5));
+    // On the processor a lane past the context is multiplied by zero: it must be a number there.
+    let mut engine = crate::engine::tests::toy_engine(1, &options);
+    assert_eq!(engine.poison().unwrap_err(), StepError::NotResident);
 }
 
 #[test]

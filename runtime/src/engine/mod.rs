@@ -309,6 +309,19 @@ impl Engine {
         Ok(())
     }
 
+    /// Fills the KV cache, the activations and the logits with NaN, and from now on every page that a
+    /// sequence is given; forgets all sequences. For tests: a resident kernel reads nothing that was not
+    /// written, so no number changes by this.
+    ///
+    /// # Errors
+    /// [`StepError`] without a resident kernel, or when the GPU fails.
+    pub fn poison(&mut self) -> Result<(), StepError> {
+        let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
+        back.poison(&self.plan)?;
+        (0..self.plan.limits.sequences).for_each(|sequence| self.reset(sequence));
+        Ok(())
+    }
+
     /// Gives sequences pages for so many positions.
     fn reserve(&mut self, wanted: impl Iterator<Item = (usize, usize)>) -> Result<(), StepError> {
         self.stale.clear();
