@@ -47,19 +47,22 @@ mod tests {
     use crate::nvrtc::Budget;
 
     #[test]
-    fn the_kernels_compile_for_every_architecture_and_use_no_memory() {
+    fn the_kernels_compile_for_every_architecture_and_spill_nothing() {
         let nvrtc = Nvrtc::find().unwrap();
         for arch in Arch::ALL {
             let kernel = CeilingKernel::new(bulk_copies(arch), 99 << 10).unwrap();
             let text = kernel.text();
             let text = CudaText { name: "ceiling.cu", text: &text };
-            let options = Options { fast: true, ..Options::default() };
-            let cubin =
-                nvrtc.compile(&text, arch, &options).unwrap_or_else(|error| panic!("{arch}: {error}"));
+            // Not in a hurry: the resources are to be those that count.
+            let cubin = nvrtc
+                .compile(&text, arch, &Options::default())
+                .unwrap_or_else(|error| panic!("{arch}: {error}"));
             // 65536 registers for the threads of a block.
             let budget = Budget { registers: 65536 / CeilingKernel::THREADS, stack: 0, spills: 0 };
             cubin.check(&[(CeilingKernel::READ, budget), (CeilingKernel::FILL, budget)]).unwrap();
-            assert!(cubin.warnings().is_empty(), "{arch}: {:?}", cubin.warnings());
+            // The headers have constants that only the resident kernel uses.
+            let serious = |warning: &&&str| !warning.contains("never referenced");
+            assert_eq!(cubin.warnings().iter().find(serious), None, "{arch}");
         }
     }
 }

@@ -69,20 +69,19 @@ __device__ __forceinline__ u32 stream(const CeilingArgs& args) {
   constexpr u32 AT_ONCE = 16;
   const u64 vectors = (u64)args.slots * SLOT_VECTORS, step = (u64)gridDim.x * CEILING_THREADS;
   const uint4* from = reinterpret_cast<const uint4*>(args.buffer);
+  u64 i = (u64)blockIdx.x * CEILING_THREADS + threadIdx.x;
   u32 sum = 0;
-  for (u64 i = (u64)blockIdx.x * CEILING_THREADS + threadIdx.x; i < vectors; i += AT_ONCE * step) {
+  for (; i + (AT_ONCE - 1) * step < vectors; i += AT_ONCE * step) {
     uint4 v[AT_ONCE];
 #pragma unroll
     for (u32 j = 0; j < AT_ONCE; ++j) {
-      v[j] = make_uint4(0, 0, 0, 0);
-      if (i + j * step < vectors) {
-        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(v[j].x), "=r"(v[j].y), "=r"(v[j].z), "=r"(v[j].w) : "l"(from + i + j * step));
-      }
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v[j].x), "=r"(v[j].y), "=r"(v[j].z), "=r"(v[j].w) : "l"(from + i + j * step));
     }
 #pragma unroll
     for (u32 j = 0; j < AT_ONCE; ++j) sum += added(v[j]);
   }
+  for (; i < vectors; i += step) sum += added(from[i]);
   return sum;
 }
 #endif

@@ -217,6 +217,48 @@ fn pages_come_back_zeroed() {
 }
 
 #[test]
+fn a_pretended_context_is_filled_and_can_be_decoded_behind() {
+    let (mut engine, seen) = fake_engine(&EngineOptions::default());
+    engine.step(&rows(0, 0, &[1]), &[]).unwrap();
+    engine.pretend_length(1, 40).unwrap();
+    assert_eq!((engine.length(0), engine.length(1), engine.kv().held_pages(1)), (1, 40, 3));
+    let (kv, args) = (engine.plan().kv, seen.launches.lock().unwrap()[0]);
+    let table = engine.kv().table().to_vec();
+    let pages = engine.kv().pages();
+    for page in 0..pages {
+        for layer in 0..kv.layers {
+            let at = kv.block_offset(pages, layer, page, 0);
+            // SAFETY: a page of the cache; nothing is queued.
+            let values = unsafe {
+                let first = (args.kv as *const u8).add(at).cast::<f32>();
+                std::slice::from_raw_parts(first, kv.kv_heads * kv.block_bytes() / 4)
+            };
+            let per_sequence = engine.kv().pages_per_sequence();
+            if table[per_sequence..per_sequence + 3].contains(&(page as u32)) {
+                assert!(values.iter().all(|value| value.abs() <= 1.0), "page {page}");
+                let nothing = values.iter().filter(|value| **value == 0.0).count();
+                assert!(nothing * 100 < values.len(), "page {page}: {nothing} zeros");
+            } else {
+                assert!(values.iter().filter(|value| **value != 0.0).count() <= 1, "page {page}");
+            }
+        }
+    }
+    // Behind it, and somewhere inside of it.
+    assert_eq!(decode(&mut engine, &rows(1, 40, &[3]), 2, &[]).unwrap()[0].len(), 2);
+    assert_eq!(decode(&mut engine, &rows(1, 30, &[3]), 4, &[]).unwrap()[0].len(), 4);
+    assert_eq!(engine.length(1), 34);
+    engine.pretend_length(1, CONTEXT).unwrap();
+    assert_eq!(engine.pretend_length(3, 1), Err(StepError::Sequence { row: 0, sequence: 3, sequences: 3 }));
+    let position = CONTEXT as u32;
+    assert_eq!(
+        engine.pretend_length(1, CONTEXT + 1),
+        Err(StepError::Context { row: 0, position, context: CONTEXT })
+    );
+    let mut cpu = toy_engine_on(toy_plan(1), &EngineOptions::default());
+    assert_eq!(cpu.pretend_length(0, 1), Err(StepError::NotResident));
+}
+
+#[test]
 fn poisoned_memory_is_not_a_number_before_it_is_written_and_changes_nothing_after() {
     let (plan, toy) = (cuda_plan(), toy_kernel(cuda_plan().kv));
     let arena_bytes = plan.arena_bytes();
