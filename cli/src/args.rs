@@ -482,7 +482,7 @@ pub struct SelftestArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
     /// Repeats of a decoding that must have the same bits each time [default: 200; quick: 20]
-    #[arg(long, value_name = "N", value_parser = count(1_000_000))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..=1_000_000))]
     pub repeats: Option<u64>,
     /// Only cases with this text in their names
     #[arg(long, value_name = "TEXT")]

@@ -63,7 +63,7 @@ impl Random {
     }
 
     /// Mean 0, deviation 1: the sum of four uniform numbers, near enough to normal.
-    fn normal(&mut self) -> f32 {
+    pub fn normal(&mut self) -> f32 {
         let bits = self.next();
         let sum = (0..4).map(|i| ((bits >> (16 * i)) & 0xffff) as i32).sum::<i32>() - 2 * 0xffff;
         sum as f32 * (3f32.sqrt() / 65536.0)

@@ -1,16 +1,18 @@
 //! Comparisons of logits `[rows][cols]`: with a reference, and bit for bit. Neither takes NaN or
 //! infinity for a number.
 
-/// The row that is farthest from its reference.
+/// How far rows are from their references. A row's error is `rms(found - wanted) / rms(wanted)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Deviation {
-    /// Number of the row.
+    /// Root of the mean square of the rows' errors.
+    pub typical: f64,
+    /// The largest error of a row.
+    pub worst: f64,
+    /// Number of that row.
     pub row: usize,
-    /// Root of the mean square of the differences, relative to that of the reference.
-    pub error: f64,
 }
 
-/// The largest deviation of a row, `rms(found - wanted) / rms(wanted)`.
+/// The errors of rows.
 ///
 /// # Errors
 /// In words: if sizes differ or there are no rows, a value is not finite, or a row of the reference is
@@ -19,7 +21,8 @@ pub fn deviation(found: &[f32], wanted: &[f32], cols: usize) -> Result<Deviation
     shapes(found, wanted, cols)?;
     finite("the result", found, cols)?;
     finite("the reference", wanted, cols)?;
-    let mut worst = Deviation { row: 0, error: -1.0 };
+    let mut found_worst = (0, -1.0);
+    let mut squares = 0.0;
     for (row, (found, wanted)) in found.chunks_exact(cols).zip(wanted.chunks_exact(cols)).enumerate() {
         let square = |x: f64| x * x;
         let size: f64 = wanted.iter().map(|x| square(f64::from(*x))).sum();
@@ -27,12 +30,14 @@ pub fn deviation(found: &[f32], wanted: &[f32], cols: usize) -> Result<Deviation
         if size == 0.0 {
             return Err(format!("row {row} of the reference is zero"));
         }
+        squares += off / size;
         let error = (off / size).sqrt();
-        if error > worst.error {
-            worst = Deviation { row, error };
+        if error > found_worst.1 {
+            found_worst = (row, error);
         }
     }
-    Ok(worst)
+    let (row, worst) = found_worst;
+    Ok(Deviation { typical: (squares / (found.len() / cols) as f64).sqrt(), worst, row })
 }
 
 /// Whether two results have the same bits.

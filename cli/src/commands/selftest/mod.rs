@@ -30,10 +30,6 @@ const REPEATS: [u64; 2] = [200, 20];
 
 /// Checks the GPU: fails if anything is not as it should be.
 pub fn run(args: &SelftestArgs) -> Result<()> {
-    let gpu = find_gpu(args.device as usize)?;
-    let arch = arch_for(&gpu)?;
-    let nvrtc = Nvrtc::find()?;
-    ui::note(format!("{gpu}; NVRTC {} for {arch}", nvrtc.version()));
     let quick = usize::from(args.quick);
     let repeats = args.repeats.unwrap_or(REPEATS[quick]) as usize;
     let mut cases: Vec<Case> = (0..CASES[quick]).map(|number| Case::new(args.seed, number)).collect();
@@ -43,13 +39,17 @@ pub fn run(args: &SelftestArgs) -> Result<()> {
             bail!("no case has {only:?} in its name; without --only all are listed");
         }
     }
+    let gpu = find_gpu(args.device as usize)?;
+    let arch = arch_for(&gpu)?;
+    let nvrtc = Nvrtc::find()?;
+    ui::note(format!("{gpu}; NVRTC {} for {arch}", nvrtc.version()));
 
     let start = Instant::now();
     let outcomes = match &args.keep {
-        Some(folder) => all(&cases, folder, arch, args.device as usize, repeats)?,
+        Some(folder) => all(&cases, folder, arch, args.device as usize, repeats),
         None => {
             let folder = tempfile::tempdir().context("cannot make a temporary folder; set TMPDIR")?;
-            all(&cases, folder.path(), arch, args.device as usize, repeats)?
+            all(&cases, folder.path(), arch, args.device as usize, repeats)
         }
     };
     print(args, &gpu, arch, &outcomes)?;
@@ -88,10 +88,10 @@ fn arch_for(gpu: &DeviceInfo) -> Result<Arch> {
 }
 
 /// Runs all cases. They are prepared by as many threads as there are cores, and run one after the other.
-fn all(cases: &[Case], folder: &Path, arch: Arch, device: usize, repeats: usize) -> Result<Vec<Outcome>> {
+fn all(cases: &[Case], folder: &Path, arch: Arch, device: usize, repeats: usize) -> Vec<Outcome> {
     let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(cases.len());
-    let mut outcomes = Vec::new();
+    let mut outcomes: Vec<(usize, Vec<Outcome>)> = Vec::new();
     std::thread::scope(|scope| {
         let (send, receive) = mpsc::channel::<(usize, Result<Prepared>)>();
         for _ in 0..threads {
@@ -111,22 +111,24 @@ fn all(cases: &[Case], folder: &Path, arch: Arch, device: usize, repeats: usize)
         for (count, (number, prepared)) in receive.iter().enumerate() {
             let case = &cases[number];
             ui::note(format!("{} of {}: {}", count + 1, cases.len(), case.name));
-            let first = outcomes.len();
-            let after = one(case, prepared, device, repeats, &mut outcomes);
-            for outcome in &outcomes[first..] {
+            let mut of_case = Vec::new();
+            let after = one(case, prepared, device, repeats, &mut of_case);
+            for outcome in &of_case {
                 if let Some(problem) = &outcome.problem {
                     ui::note(format!("  FAIL {}: {problem}", outcome.what));
                 }
             }
+            outcomes.push((number, of_case));
             if after == After::GiveUp {
                 over.store(true, Ordering::Relaxed);
                 ui::note("the GPU cannot be used any more by this process: the other cases are left out");
                 break;
             }
         }
-        Ok(())
-    })
-    .map(|()| outcomes)
+    });
+    // They come as they are prepared; the report is always in the same order.
+    outcomes.sort_by_key(|(number, _)| *number);
+    outcomes.into_iter().flat_map(|(_, of_case)| of_case).collect()
 }
 
 /// Loads a case and checks it.
@@ -143,6 +145,7 @@ fn one(
             rows: 0,
             what,
             error: None,
+            worst: None,
             bound: None,
             problem: Some(format!("{error:#}")),
         });
@@ -167,6 +170,7 @@ fn print(args: &SelftestArgs, gpu: &DeviceInfo, arch: Arch, outcomes: &[Outcome]
             "gpu": gpu.to_string(),
             "arch": arch.name(),
             "seed": args.seed,
+            "failed": outcomes.iter().filter(|outcome| outcome.problem.is_some()).count(),
             "checks": outcomes,
         });
         writeln!(out, "{report:#}")?;
@@ -177,6 +181,7 @@ fn print(args: &SelftestArgs, gpu: &DeviceInfo, arch: Arch, outcomes: &[Outcome]
         ("rows", Align::Right),
         ("what", Align::Left),
         ("error", Align::Right),
+        ("worst row", Align::Right),
         ("bound", Align::Right),
         ("verdict", Align::Left),
     ];
@@ -188,6 +193,7 @@ fn print(args: &SelftestArgs, gpu: &DeviceInfo, arch: Arch, outcomes: &[Outcome]
             outcome.rows.to_string(),
             outcome.what.to_string(),
             number(outcome.error),
+            number(outcome.worst),
             number(outcome.bound),
             outcome.problem.as_ref().map_or_else(|| "ok".into(), |problem| format!("FAIL: {problem}")),
         ]);
