@@ -35,6 +35,7 @@ pub fn gpu_read_ceiling(arch: &str) -> Result<(DeviceInfo, Ceiling)> {
         read: tilec_codegen::ceiling::READ,
         threads: tilec_codegen::ceiling::THREADS,
         shared_bytes: program.kernel.shared_bytes(),
+        slot_bytes: tilec_codegen::ceiling::SLOT_BYTES,
     };
     // SAFETY: compiled just now, or kept under its checksum, from these kernels.
     let ceiling = unsafe { cuda::read_ceiling(GPU, &code, GPU_PASSES) }?;

@@ -13,6 +13,9 @@ pub const READ: &str = CeilingKernel::READ;
 /// Threads of a block of either.
 pub const THREADS: u32 = CeilingKernel::THREADS;
 
+/// Bytes that it copies at once.
+pub const SLOT_BYTES: usize = tilec_kernels_gen::cuda::SLOT_BYTES;
+
 /// Machine code that measures a GPU's read ceiling, and what launching it takes.
 #[derive(Clone, Debug)]
 pub struct CeilingProgram {

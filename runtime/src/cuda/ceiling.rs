@@ -5,9 +5,6 @@ use super::driver::{Context, DeviceMemory, Kernel, PinnedMemory, Stream};
 use super::error::CudaError;
 use std::time::{Duration, Instant};
 
-/// Bytes that are copied at once, and that the buffer is a multiple of.
-const SLOT: u64 = 16 << 10;
-
 /// What is read at most: 70 times the largest cache.
 const MOST: u64 = 4 << 30;
 
@@ -30,6 +27,8 @@ pub struct CeilingCode<'a> {
     pub threads: u32,
     /// Dynamic shared memory of the reading kernel's block, in bytes.
     pub shared_bytes: u32,
+    /// Bytes that are copied at once: the buffer is a multiple of them.
+    pub slot_bytes: usize,
 }
 
 /// The one argument of both kernels.
@@ -89,7 +88,12 @@ pub unsafe fn read_ceiling(
     // SAFETY: the caller's promise.
     let read = unsafe { Kernel::load(&context, code.cubin, code.read, code.threads, code.shared_bytes) }?;
     let sms = context.info().sms;
-    let bytes = buffer_bytes(context.memory()?.0);
+    let slot = code.slot_bytes.max(16) as u64;
+    let bytes = buffer_bytes(context.memory()?.0, slot);
+    if bytes == 0 {
+        let problem = "has no memory that is free".to_string();
+        return Err(CudaError::Unfit { device: context.info().name.clone(), problem });
+    }
     let memory = |what, bytes| DeviceMemory::new(&context, what, bytes, "the limits");
     let buffer = memory("buffer that is read", bytes as usize)?;
     // The times, then the sum.
@@ -101,7 +105,7 @@ pub unsafe fn read_ceiling(
         buffer: buffer.address(),
         times: figures.address(),
         sum: figures.address() + sum_at as u64,
-        slots: (bytes / SLOT) as u32,
+        slots: (bytes / slot) as u32,
         reserved: 0,
     };
     // SAFETY: the kernel takes these arguments; all memory stays until the stream is idle, or for good.
@@ -134,9 +138,9 @@ pub unsafe fn read_ceiling(
     Ok(Ceiling { bytes, passes: seconds })
 }
 
-/// The buffer's size with so much memory free.
-fn buffer_bytes(free: u64) -> u64 {
-    (free / 5 * 3).min(MOST).max(SLOT) / SLOT * SLOT
+/// The buffer's size with so much memory free: whole slots.
+fn buffer_bytes(free: u64, slot: u64) -> u64 {
+    (free / 5 * 3).min(MOST) / slot * slot
 }
 
 /// What `words` words add up to of which number `i` is `i * 2654435761`, modulo 2^32.
@@ -189,9 +193,9 @@ mod tests {
 
     #[test]
     fn the_buffer_is_whole_slots_of_what_is_free() {
-        assert_eq!(buffer_bytes(80 << 30), MOST);
-        assert_eq!(buffer_bytes(10 * SLOT + 5), 6 * SLOT);
-        assert_eq!(buffer_bytes(0), SLOT);
+        assert_eq!(buffer_bytes(80 << 30, 1 << 14), MOST);
+        assert_eq!(buffer_bytes((10 << 14) + 5, 1 << 14), 6 << 14);
+        assert_eq!(buffer_bytes(100, 1 << 14), 0);
     }
 
     #[test]

@@ -95,23 +95,16 @@ impl Cases {
                 limits.sequences
             );
         }
-        if let Some(context) = contexts.iter().find(|context| **context >= limits.context) {
-            if *context > limits.context {
-                bail!(
-                    "--context {context} is more than the {} positions of the plan: compile it with a larger \
-                     --ctx-size",
-                    limits.context
-                );
-            }
+        if let Some(context) = contexts.iter().find(|context| **context > limits.context) {
+            bail!(
+                "--context {context} is more than the {} positions of the plan: compile it with a larger \
+                 --ctx-size",
+                limits.context
+            );
         }
         if rows.is_empty() {
-            rows = ROWS.into_iter().filter(|rows| *rows <= limits.sequences).collect();
-            if rows.len() < ROWS.len() {
-                ui::note(format!(
-                    "only steps of 1 row: {} need a plan with limits.sequences of as many",
-                    ROWS[1]
-                ));
-            }
+            rows = ROWS.map(|rows| rows.min(limits.sequences)).into();
+            rows.dedup();
         }
         if contexts.is_empty() {
             contexts = CONTEXTS.into_iter().filter(|context| *context <= limits.context).collect();
@@ -556,8 +549,8 @@ pub mod tests {
         let mut limits = toy_plan().limits;
         (limits.sequences, limits.context) = (4, 600);
         let tests = Cases::of(&args("-p 0"), &limits).unwrap().tests;
-        assert_eq!(tests, [decode(1, 512, 448)]);
-        limits.context = 200;
+        assert_eq!(tests, [decode(1, 512, 448), decode(4, 512, 448)]);
+        (limits.sequences, limits.context) = (1, 200);
         assert_eq!(Cases::of(&args("-p 0"), &limits).unwrap().tests, [decode(1, 100, 36)]);
     }
 
