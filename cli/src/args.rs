@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use std::path::PathBuf;
 use tilec_ir::abi::KvType;
-use tilec_ir::spec::{Activations, WeightFormat};
+use tilec_ir::spec::{Activations, Device, WeightFormat};
 
 /// Compiles language models to native code and runs them.
 #[derive(Debug, Parser)]
@@ -77,8 +77,12 @@ pub struct TargetArgs {
     /// Positions of a sequence, prompt included [default: what the model allows, at most 4096]
     #[arg(short, long, value_name = "N", value_parser = count(16_777_216))]
     pub ctx_size: Option<u64>,
-    /// Processor: host, or LLVM's name of one such as haswell or znver4
-    #[arg(long, value_name = "CPU")]
+    /// What runs the plan: cpu, or cuda for one NVIDIA GPU
+    #[arg(long, value_name = "DEVICE", value_parser = device)]
+    pub device: Option<Device>,
+    /// Architecture: host, or LLVM's name of a processor such as haswell or znver4; for cuda sm_80, sm_89,
+    /// sm_90a, sm_100a or sm_120a [default: host, for cuda sm_90a]
+    #[arg(long, value_name = "ARCH")]
     pub arch: Option<String>,
     /// Elements of the KV cache: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", value_parser = kv_type)]
@@ -102,6 +106,7 @@ impl TargetArgs {
     pub fn given(&self) -> Option<&'static str> {
         let options = [
             ("--ctx-size", self.ctx_size.is_some()),
+            ("--device", self.device.is_some()),
             ("--arch", self.arch.is_some()),
             ("--kv-cache-type", self.kv_cache_type.is_some()),
             ("--weights", self.weights.is_some()),
@@ -526,6 +531,10 @@ fn fraction(text: &str) -> Result<f32, String> {
 /// Reads a name as model.yaml does, so that both accept the same spellings.
 fn named<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(serde_json::Value::String(text.to_string())).map_err(|error| error.to_string())
+}
+
+fn device(text: &str) -> Result<Device, String> {
+    named(text)
 }
 
 fn kv_type(text: &str) -> Result<KvType, String> {

@@ -126,6 +126,12 @@ impl Model {
         if let Some(context) = args.ctx_size {
             limits.context = Some(size(context));
         }
+        if let Some(device) = args.device
+            && device != target.device
+        {
+            target.device = device;
+            target.arch = spec::Target::default_arch(device).into();
+        }
         if let Some(arch) = &args.arch {
             // What follows `device` is worth a name of its own; `cpu` means the processor at hand.
             target.arch = if arch == "cpu" { spec::Target::HOST.into() } else { arch.clone() };

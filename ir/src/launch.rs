@@ -3,10 +3,13 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 1;
+pub const LAUNCH_VERSION: u32 = 2;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
+
+/// Bytes of a slot of the ring.
+pub const SLOT_BYTES: usize = 16 << 10;
 
 /// Rows that a step of the kernel has at most: the columns of one tensor-core tile. The runtime
 /// runs longer steps as several.
@@ -86,6 +89,11 @@ pub struct LaunchArgs {
     pub stop_count: u32,
     /// The launch ends after the step in which any row chose one of these.
     pub stop_tokens: [u32; STOP_TOKENS],
+    /// Slots of the ring whose copies an SM has on their way at the same time, at least 1: enough for
+    /// the bandwidth, and no more, since all other accesses queue up behind them.
+    pub in_flight: u32,
+    /// Unused.
+    pub reserved: u32,
 }
 
 /// What a wait that gave up leaves in [`LaunchArgs::stall`].
@@ -132,7 +140,7 @@ mod tests {
     #[test]
     fn the_arguments_have_no_holes() {
         // The kernel's structure is written by hand to the same layout.
-        assert_eq!(std::mem::size_of::<LaunchArgs>(), 15 * 8 + 6 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<LaunchArgs>(), 15 * 8 + 8 * 4 + STOP_TOKENS * 4);
         assert_eq!(std::mem::size_of::<StallRecord>(), STALL_WORDS * 4);
     }
 }

@@ -320,6 +320,14 @@ struct RawTarget {
 impl Target {
     /// The processor of the machine that compiles.
     pub const HOST: &str = "host";
+
+    /// The architecture where none is named.
+    pub const fn default_arch(device: Device) -> &'static str {
+        match device {
+            Device::Cpu => Target::HOST,
+            Device::Cuda => "sm_90a",
+        }
+    }
 }
 
 impl Default for Target {
@@ -332,11 +340,7 @@ impl TryFrom<RawTarget> for Target {
     type Error = String;
 
     fn try_from(raw: RawTarget) -> Result<Target, String> {
-        let default_arch = match raw.device {
-            Device::Cpu => Target::HOST,
-            Device::Cuda => "sm_90a",
-        };
-        let arch = raw.arch.unwrap_or_else(|| default_arch.into());
+        let arch = raw.arch.unwrap_or_else(|| Target::default_arch(raw.device).into());
         match raw.device {
             _ if arch.is_empty() => Err("target.arch is empty: leave it out, or name an architecture".into()),
             Device::Cpu if arch.starts_with("sm_") => {

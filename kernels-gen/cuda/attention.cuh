@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_out(Bf16, u16* out, u64 at, float v) { out
 __device__ __forceinline__ void store_out(F16, u16* out, u64 at, float v) { out[at] = narrow<F16>(v); }
 __device__ __forceinline__ void store_out(F32, float* out, u64 at, float v) { out[at] = v; }
 
-template <class A> __device__ __forceinline__ void attend_item(Consumer& b, u32 cache, u32 row, u32 kv_head, u32 chunk, u32 first_chunk, u32 chunks) {
+template <class A> __device__ __forceinline__ void attend_item(Consumer& b, u32 cache, u32 row, u32 kv_head, u32 chunk, u32 first_chunk, u32 chunks, bool first) {
   using Space = AttentionSpace<A>;
   using Kv = typename A::Kv;
   constexpr u32 GROUP = Space::GROUP, AT_ONCE = Space::AT_ONCE;
@@ -144,6 +144,10 @@ template <class A> __device__ __forceinline__ void attend_item(Consumer& b, u32 
       v[i] = load4(reinterpret_cast<const u32*>(block + (A::PAGE_TOKENS * A::QK + (in_page + at) * A::V_PAD + v_column) * 2));
     }
   }
+
+  // Nothing before this needs what the step has made: the cache of older positions is read while the
+  // other SMs still multiply.
+  if (first) b.wait_inputs();
 
   // Queries, and the keys and values of the step's rows in this chunk, up to this row.
   const float* raw = A::input(b);
@@ -307,14 +311,33 @@ template <class A> __device__ __forceinline__ void attend_item(Consumer& b, u32 
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
       const u32 h = n / A::V, d = n % A::V;
       const u64 at = parts.at(row, kv_head, 0, h);
+      // Eight chunks at a time: their loads wait together.
       float m = MINUS_INFINITY, sum = 0.f, weight = 0.f;
-      for (u32 c = 0; c < chunks; ++c) m = fmaxf(m, __ldcg(parts.weight(at + c * GROUP)).x);
-#pragma unroll 4
-      for (u32 c = 0; c < chunks; ++c) {
-        const float2 w = __ldcg(parts.weight(at + c * GROUP));
-        const float f = exp2f(w.x - m);
-        sum = fmaf(f, __ldcg(parts.sum(at + c * GROUP) + d), sum);
-        weight = fmaf(f, w.y, weight);
+      for (u32 c = 0; c < chunks; c += 8) {
+        float2 w[8];
+        float s[8];
+        float top = m;
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) {
+          w[i] = make_float2(MINUS_INFINITY, 0.f);
+          s[i] = 0.f;
+          if (c + i < chunks) {
+            w[i] = __ldcg(parts.weight(at + (c + i) * GROUP));
+            s[i] = __ldcg(parts.sum(at + (c + i) * GROUP) + d);
+          }
+        }
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) top = fmaxf(top, w[i].x);
+        const float old = exp2f(m - top);
+        sum *= old;
+        weight *= old;
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) {
+          const float f = exp2f(w[i].x - top);
+          sum = fmaf(f, s[i], sum);
+          weight = fmaf(f, w[i].y, weight);
+        }
+        m = top;
       }
       store_out(typename A::Out(), A::out(b), ((u64)row * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / weight);
     }
@@ -323,9 +346,9 @@ template <class A> __device__ __forceinline__ void attend_item(Consumer& b, u32 
 }
 
 template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache) {
-  b.wait_inputs();
   u32 begin = 0;
   u32 item = blockIdx.x;
+  bool first = true;
   for (u32 row = 0; row < b.args.rows; ++row) {
     const u32 position = b.shared.position[row];
     const u32 first_chunk = A::WINDOW && position + 1 > A::WINDOW ? (position + 1 - A::WINDOW) / CHUNK : 0;
@@ -333,9 +356,11 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     const u32 end = begin + chunks * A::KV_HEADS;
     for (; item < end; item += gridDim.x) {
       const u32 n = item - begin;
-      attend_item<A>(b, cache, row, n % A::KV_HEADS, first_chunk + n / A::KV_HEADS, first_chunk, chunks);
+      attend_item<A>(b, cache, row, n % A::KV_HEADS, first_chunk + n / A::KV_HEADS, first_chunk, chunks, first);
+      first = false;
     }
     begin = end;
   }
+  if (first) b.wait_inputs();
   b.finish_stage();
 }

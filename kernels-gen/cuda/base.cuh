@@ -37,6 +37,8 @@ struct LaunchArgs {
   u32 steps;
   u32 stop_count;
   u32 stop_tokens[8];
+  u32 in_flight;
+  u32 reserved;
 };
 
 // The synchronization memory behind LaunchArgs::sync, zeroed before a launch. Each word that SMs
@@ -65,6 +67,12 @@ __device__ __forceinline__ u64 global_timer() {
   u64 ns;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
   return ns;
+}
+
+__device__ __forceinline__ void pause(u32 ns) {
+#if __CUDA_ARCH__ >= 700
+  asm volatile("nanosleep.u32 %0;" ::"r"(ns));
+#endif
 }
 
 // ---- Global memory ---------------------------------------------------------------------------
@@ -202,6 +210,9 @@ __device__ __forceinline__ void prefetch_l2(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 #else
+__device__ __forceinline__ void prefetch_l2(const void* from, u32 bytes) {
+  for (u32 at = 0; at < bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)from + at));
+}
 __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) {
   u32 done;
   asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"

@@ -32,7 +32,7 @@ pub const BLOCK_THREADS: u32 = 384;
 pub const CONSUMERS: usize = 8;
 
 /// Bytes of a slot of the ring: what the copy engine moves at once, and 4 blocks for each consumer.
-pub const SLOT_BYTES: usize = 16 << 10;
+pub use tilec_ir::launch::SLOT_BYTES;
 
 /// Slots beyond which a deeper ring brought nothing.
 const MAX_SLOTS: usize = 14;
