@@ -24,7 +24,9 @@ constexpr u32 WARP_POSITIONS = CHUNK / CONSUMERS;
 constexpr float LOG2_E = 1.44269504f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
-__host__ __device__ constexpr u32 power_of_two_up(u32 n) { u32 p = 1; while (p < n) p *= 2; return p; }
+// Lanes that share a key or value of n pieces of 8 columns: at least 2, so that a warp has a load for its
+// 16 positions.
+__host__ __device__ constexpr u32 lanes_of_row(u32 n) { u32 p = 2; while (p < n) p *= 2; return p; }
 
 template <class A> struct AttentionSpace {
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
@@ -116,7 +118,7 @@ template <class A> __device__ __forceinline__ void attend_item(Consumer& b, u32 
 
   // The cache's keys and values of this warp's positions, all loads in flight at once. Positions of
   // this step's rows come from shared memory below; those that the row does not see stay zero.
-  constexpr u32 K_LANES = power_of_two_up(A::QK / 8), V_LANES = power_of_two_up(A::V / 8);
+  constexpr u32 K_LANES = lanes_of_row(A::QK / 8), V_LANES = lanes_of_row(A::V / 8);
   constexpr u32 K_AT_ONCE = LANES / K_LANES, V_AT_ONCE = LANES / V_LANES;
   constexpr u32 K_LOADS = WARP_POSITIONS / K_AT_ONCE, V_LOADS = WARP_POSITIONS / V_AT_ONCE;
   const u32 base = chunk * CHUNK + warp * WARP_POSITIONS;

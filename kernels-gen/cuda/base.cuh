@@ -69,12 +69,6 @@ __device__ __forceinline__ u64 global_timer() {
   return ns;
 }
 
-__device__ __forceinline__ void pause(u32 ns) {
-#if __CUDA_ARCH__ >= 700
-  asm volatile("nanosleep.u32 %0;" ::"r"(ns));
-#endif
-}
-
 // ---- Global memory ---------------------------------------------------------------------------
 
 // Joins everything that this thread (and whoever it synchronized with in its block) wrote before to
@@ -205,14 +199,7 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes,
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
-// Brings `bytes` (a multiple of 16) into L2 ahead of their copy.
-__device__ __forceinline__ void prefetch_l2(const void* from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 #else
-__device__ __forceinline__ void prefetch_l2(const void* from, u32 bytes) {
-  for (u32 at = 0; at < bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)from + at));
-}
 __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) {
   u32 done;
   asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
@@ -222,7 +209,7 @@ __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) {
 #endif
 
 // Registers of the warps of a warpgroup: the roles need very different numbers of them.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
 template <u32 N> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <u32 N> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 #else

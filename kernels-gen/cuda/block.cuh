@@ -5,8 +5,7 @@
 //                       waiting for activations
 //   control    1 warp:  adds up the consumers' partial sums, runs the epilogues, publishes the
 //                       results, and waits for the other SMs
-//   ahead      1 warp:  brings the next weights into L2 while the ring is full
-//   idle       1 warp:  fills up the control's warpgroup
+//   idle       2 warps: fill up the control's warpgroup
 //
 // Every stage ends with a crossing: each SM adds one to `Sync::arrived` when all that it makes in the
 // stage is written, and starts the next stage when all SMs have. The stream of weights does not stop
@@ -17,7 +16,6 @@
 constexpr u32 CONSUMERS = 8;
 constexpr u32 LOADER = 8;
 constexpr u32 CONTROL = 9;
-constexpr u32 AHEAD = 10;
 constexpr u32 BLOCK_THREADS = 384;
 constexpr u32 CONSUMER_THREADS = CONSUMERS * LANES;
 constexpr u32 CONSUMER_REGISTERS = 216;
@@ -27,7 +25,6 @@ static_assert(CONSUMER_REGISTERS * 256 + OTHER_REGISTERS * 128 <= 168 * BLOCK_TH
 constexpr u32 SLOT_BLOCKS = SLOT_BYTES / OCTET_BLOCK;         // blocks of an octet in a slot
 constexpr u32 WARP_BLOCKS = SLOT_BLOCKS / CONSUMERS;          // of which each consumer takes these
 constexpr u32 SUM_BUFFERS = 2;
-constexpr u32 AHEAD_PIECES = 16;                              // that L2 may hold of this SM's weights
 
 #if __CUDA_ARCH__ >= 900
 constexpr u32 FULL_ARRIVALS = 1;      // the loader's announcement; the bytes are counted beside it
@@ -47,8 +44,6 @@ struct Shared {
   u64 sums_empty[SUM_BUFFERS];
   u32 stage;                    // that control is in, of the step
   u32 loader_stage;
-  u32 loaded;                   // pieces that the loader has issued in this launch
-  u32 ring_full;                // whether it waits for a slot
   u32 token[STEP_ROWS];
   u32 position[STEP_ROWS];
   u32 sequence[STEP_ROWS];
@@ -149,7 +144,6 @@ struct Loader : Block {
   // False if the launch ended while waiting: nobody will empty the slot any more.
   __device__ __forceinline__ bool wait_empty() {
     if (barrier_try(&shared.empty[slot], parity)) return true;
-    *(volatile u32*)&shared.ring_full = 1;
     u64 start = global_timer();
     for (u32 tries = 1; !barrier_try(&shared.empty[slot], parity); ++tries) {
       if (tries % 64 == 0) {
@@ -157,7 +151,6 @@ struct Loader : Block {
         if (global_timer() - start > args.patience_ns) stall(*this, LOADER_SLOT, slot, parity);
       }
     }
-    *(volatile u32*)&shared.ring_full = 0;
     return true;
   }
 
@@ -182,7 +175,6 @@ struct Loader : Block {
     }
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&shared.full[slot])) : "memory");
 #endif
-    *(volatile u32*)&shared.loaded += 1;
     if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
     if (issued < RING_SLOTS) ++issued;
     return true;
@@ -197,34 +189,6 @@ struct Loader : Block {
       // The slot was filled in the loader's phase `p`; its barrier's phase has the other parity.
       barrier_wait(*this, &shared.full[s], p ^ 1, CONSUMER_WEIGHTS);
     }
-  }
-};
-
-// ---- Ahead -----------------------------------------------------------------------------------
-
-// Walks the same pieces as the loader. While the ring is full, because consumers wait for other SMs,
-// memory would idle: the next pieces are brought into L2, from where the ring fills faster afterwards.
-// One lane works; the walk is the loader's, so nothing else has to be told.
-struct Ahead : Block {
-  u32 number = 0;  // of the piece, in this launch
-
-  __device__ __forceinline__ explicit Ahead(const Block& b) : Block(b) {}
-  __device__ __forceinline__ void next_stage() {}
-
-  // False if the launch ended.
-  __device__ __forceinline__ bool piece(const u8* from, u32 bytes) {
-    const u32 mine = number++;
-    for (;;) {
-      const u32 loaded = *(volatile u32*)&shared.loaded;
-      if ((int)(loaded - mine) > 0) return true;  // it is in the ring already
-      if (*(volatile u32*)&shared.ring_full && mine - loaded < AHEAD_PIECES) break;
-      if (step >= *(volatile u32*)&shared.steps) return false;
-      pause(100);
-    }
-    prefetch_l2(from, bytes);
-    // About the SM's share of the bandwidth: what is asked for faster only queues up before others.
-    pause(400);
-    return true;
   }
 };
 

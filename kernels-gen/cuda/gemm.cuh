@@ -26,8 +26,8 @@
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
-// Tiles through the ring, or (L is Ahead) into L2. False if the launch ended.
-template <class S, class L> __device__ __forceinline__ bool stream(L& b, const u8* weights) {
+// Tiles through the ring. False if the launch ended.
+template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* weights) {
   constexpr u32 OCTET_BYTES = S::BLOCKS * OCTET_BLOCK;
   for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) {
     const u8* from = weights + (u64)tile * (S::OPERANDS * OCTET_BYTES);

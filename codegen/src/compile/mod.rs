@@ -4,6 +4,8 @@
 mod cpu;
 mod cuda;
 
+pub use cuda::BUDGET;
+
 use crate::emit::cuda::CudaError;
 use crate::frontends;
 use crate::nvrtc::NvrtcError;

@@ -303,7 +303,8 @@ impl<'p> Writer<'p> {
         if !gemm.bias.is_empty() {
             carried.push(format!("float2 bias[{operands}];"));
             for bias in &gemm.bias {
-                let (operand, start, cols, at) = (bias.operand, bias.start, bias.cols, self.weight(bias.slot));
+                let (operand, start, cols, at) =
+                    (bias.operand, bias.start, bias.cols, self.weight(bias.slot));
                 before.push(format!("load_bias(carry.bias[{operand}], {at}, {start}, {cols}, feature);"));
             }
             for operand in 0..operands {
@@ -435,7 +436,7 @@ impl<'p> Writer<'p> {
     fn roles(&mut self) {
         line!(self, "\n// ---- The step, as each role sees it {}", "-".repeat(63));
         self.role(
-            "template <class L> bool load_step(L& b)",
+            "bool load_step(Loader& b)",
             |_, name, stage, _| match &stage.kind {
                 Kind::Gemm(_) => vec![format!("if (!stream<{name}>(b, {name}::weights(b))) return false;")],
                 _ => vec!["b.next_stage();".into()],
@@ -487,11 +488,7 @@ impl<'p> Writer<'p> {
         end: &str,
     ) {
         let program = self.program;
-        let (template, signature) = match signature.split_once("> ") {
-            Some((template, rest)) => (format!("{template}> "), rest),
-            None => (String::new(), signature),
-        };
-        line!(self, "\n{template}__device__ __forceinline__ {signature} {{");
+        line!(self, "\n__device__ __forceinline__ {signature} {{");
         // Columns of the norm that a list begins with; 0 if it begins with something else.
         let first = |stages: &[Stage]| match stages.first().map(|stage| &stage.kind) {
             Some(Kind::Gemm(gemm)) if gemm.norm.is_some() => gemm.k,
@@ -566,7 +563,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
     }}
     shared.steps = args.steps;
     shared.stage = shared.loader_stage = 0;
-    shared.loaded = shared.ring_full = 0;
     barriers_visible();
   }}
   __syncthreads();
@@ -585,11 +581,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       Loader b(block);
       while (b.step < *(volatile u32*)&shared.steps && load_step(b)) b.next_step();
       b.drain();
-    }} else if (warp_id() == AHEAD) {{
-      if (lane_id() == 0) {{
-        Ahead b(block);
-        while (b.step < *(volatile u32*)&shared.steps && load_step(b)) b.next_step();
-      }}
     }} else if (warp_id() == CONTROL) {{
       Control b(block);
       take_rows(b);

@@ -182,7 +182,10 @@ impl Lowering<'_> {
         let format = kernel_format(info.format);
         let table = Slot::Fixed(self.octets(format, &[weight.to_string()], 1)?);
         if !cols.is_multiple_of(OCTET) {
-            return Err(error(op, format!("rows of {cols} columns; the kernel has rows of multiples of {OCTET}")));
+            return Err(error(
+                op,
+                format!("rows of {cols} columns; the kernel has rows of multiples of {OCTET}"),
+            ));
         }
         let output = self.buffer("x", BufferElem::F32, *cols);
         self.of_value.insert(value, output);
@@ -441,7 +444,9 @@ impl Lowering<'_> {
         let octets = segments.iter().map(|segment| segment.rows.div_ceil(OCTET)).sum();
         // Pairs are padded alike; what lies one behind the other must not be.
         if interleave == 1
-            && let Some(odd) = segments.iter().rev().skip(1).find(|segment| !segment.rows.is_multiple_of(OCTET)) {
+            && let Some(odd) =
+                segments.iter().rev().skip(1).find(|segment| !segment.rows.is_multiple_of(OCTET))
+        {
             let what = format!("{} rows are not whole octets", odd.rows);
             return Err(TileError { op: odd.tensor.clone(), what });
         }

@@ -1,0 +1,165 @@
+//! The resident kernel, on a machine without a GPU: its levels as snapshots, its machine code on
+//! every architecture, its resources where it is tuned, and programs that must be refused.
+
+use serde_json::{Value, json};
+use tilec_codegen::compile::BUDGET;
+use tilec_codegen::emit::cuda::emit;
+use tilec_codegen::frontends;
+use tilec_codegen::nvrtc::{Arch, CudaText, Nvrtc, Options};
+use tilec_codegen::passes::tile::TileError;
+use tilec_codegen::passes::{fuse, precision, resident};
+use tilec_ir::format::Format;
+use tilec_ir::launch::KERNEL;
+use tilec_ir::resident::{Epilogue, Kind, ResidentProgram};
+use tilec_ir::spec::{Activations, ModelSpec};
+
+fn llama() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 161,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 256,
+        "tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true
+    })
+}
+
+fn qwen3() -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 160,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 256,
+        "tie_word_embeddings": false, "attention_bias": false,
+        "use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1
+    })
+}
+
+/// The example of this name, with so many layers.
+fn example(name: &str, layers: usize) -> Value {
+    let path = format!("{}/../examples/{name}/config.json", env!("CARGO_MANIFEST_DIR"));
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    config["num_hidden_layers"] = layers.into();
+    config
+}
+
+fn program(name: &str, config: &Value, stored: Format, context: usize) -> ResidentProgram {
+    lower(name, config, stored, context).unwrap()
+}
+
+fn lower(name: &str, config: &Value, stored: Format, context: usize) -> Result<ResidentProgram, TileError> {
+    let tensors = frontends::synthetic_tensors(config, stored).unwrap();
+    let mut graph = frontends::build(config, &tensors).unwrap();
+    graph.name = name.into();
+    let mut precision = ModelSpec::for_checkpoint("unused").precision;
+    precision.activations = Activations::F32;
+    precision::precision(&mut graph, &precision).unwrap();
+    resident::resident(&fuse::fuse(&graph).unwrap(), context)
+}
+
+/// What is emitted for the model itself, behind the device code that all kernels share.
+fn own_text(program: &ResidentProgram) -> String {
+    let text = emit(program, Arch::Sm90a).unwrap().text;
+    let tables = text.find(&format!("// ==== {} ", program.name)).unwrap();
+    let shared = text[tables..].find("// ==== attention.cuh").unwrap() + tables;
+    let stages = text.find("\n// embed: ").unwrap();
+    format!("{}...\n{}", &text[tables..shared], &text[stages..])
+}
+
+#[test]
+fn levels_of_the_resident_kernel() {
+    for (name, config, format) in
+        [("llama-q4_1", llama(), Format::Q4_1), ("qwen3-bf16", qwen3(), Format::BF16)]
+    {
+        let program = program(name, &config, format, 200);
+        insta::assert_snapshot!(format!("{name}.resident"), program.to_string());
+        insta::assert_snapshot!(format!("{name}.cuda"), own_text(&program));
+    }
+}
+
+#[test]
+fn every_architecture_gets_machine_code() {
+    let nvrtc = Nvrtc::find().unwrap();
+    for (name, config, format) in [("llama", llama(), Format::Q4_1), ("qwen3", qwen3(), Format::BF16)] {
+        let program = program(name, &config, format, 200);
+        for arch in [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100a, Arch::Sm120a] {
+            let text = emit(&program, arch).unwrap().text;
+            let options = Options { fast: true, ..Options::default() };
+            let cubin = nvrtc.compile(&CudaText { name: "kernel.cu", text: &text }, arch, &options).unwrap();
+            cubin.kernel(KERNEL).unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_tuned_kernel_keeps_within_its_registers() {
+    let nvrtc = Nvrtc::find().unwrap();
+    // Two layers have the kernel of sixteen: layers are a loop.
+    let program = program("llama-3.2-1b", &example("llama-3.2-1b", 2), Format::BF16, 4096);
+    let text = emit(&program, Arch::Sm90a).unwrap().text;
+    let text = CudaText { name: "kernel.cu", text: &text };
+    nvrtc.compile(&text, Arch::Sm90a, &Options::default()).unwrap().check(&[(KERNEL, BUDGET)]).unwrap();
+}
+
+#[test]
+fn the_text_grows_by_a_line_of_offsets_a_layer() {
+    let text = |layers| {
+        let program = program("llama", &example("llama-3.2-1b", layers), Format::BF16, 4096);
+        emit(&program, Arch::Sm90a).unwrap().text.lines().count()
+    };
+    assert_eq!(text(70) - text(2), 68);
+}
+
+/// A change that makes a program unsafe or meaningless.
+type Damage = fn(&mut ResidentProgram);
+
+#[test]
+fn damaged_programs_are_refused() {
+    let damages: [(&str, Damage); 7] = [
+        ("a stage that reads what nobody wrote", |p| drop(p.bodies[0].remove(0))),
+        ("stages in another order", |p| p.bodies[0].swap(1, 2)),
+        ("a stage that writes what it reads", |p| {
+            let Kind::Gemm(gemm) = &mut p.bodies[0][2].kind else { panic!("the output projection") };
+            gemm.input = gemm.output;
+            gemm.k = 64;
+        }),
+        ("a residual that is not there", |p| p.before.clear()),
+        ("weights behind the packed ones", |p| p.layers[1].offsets[1] = p.packing.bytes),
+        ("a layer without its weights", |p| p.layers[0].offsets.truncate(2)),
+        ("a gate with one operand", |p| {
+            for stage in &mut p.bodies[0] {
+                if let Kind::Gemm(gemm) = &mut stage.kind
+                    && matches!(gemm.epilogue, Epilogue::Gated(_))
+                {
+                    gemm.operands = 1;
+                }
+            }
+        }),
+    ];
+    let sound = program("llama", &llama(), Format::BF16, 200);
+    sound.verify().unwrap();
+    for (what, damage) in damages {
+        let mut damaged = sound.clone();
+        damage(&mut damaged);
+        assert!(damaged.verify().is_err(), "{what} was accepted:\n{damaged}");
+    }
+}
+
+#[test]
+fn sizes_without_a_kernel_are_named() {
+    let with = |key: &str, value: u64| {
+        let mut config = llama();
+        config[key] = value.into();
+        let program = lower("llama", &config, Format::BF16, 200).map_err(|error| error.to_string())?;
+        emit(&program, Arch::Sm90a).map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(with("hidden_size", 72), Ok(()));
+    for (key, value, said) in [
+        ("hidden_size", 68, "multiples of 8"),
+        ("head_dim", 20, "heads of 20"),
+        ("head_dim", 512, "heads of 512"),
+        ("intermediate_size", 12296, "12296 columns"),
+    ] {
+        let error = with(key, value).unwrap_err();
+        assert!(error.contains(said), "{key} {value}: {error}");
+    }
+}
