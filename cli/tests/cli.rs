@@ -89,7 +89,7 @@ fn what_is_not_understood_has_code_2() {
         &["run"],
         &["run", "model"],
         &["run", "model", "-p", "x", "--top-p", "2"],
-        &["compile", "model", "--emit", "cuda"],
+        &["compile", "model", "--emit", "ptx"],
         &["compile", "model", "--kv-cache-type", "f8"],
         &["logits", "model", "--tokens", "1,x", "-o", "out"],
     ] {
