@@ -27,8 +27,9 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Steps of a launch that decodes, at most: a launch costs about a tenth of a step.
-const LAUNCH_STEPS: usize = 64;
+/// Steps of a launch that decodes, where launches of many steps are asked for: a launch costs about a
+/// tenth of a step.
+pub const LAUNCH_STEPS: usize = 64;
 
 /// What to generate.
 #[derive(Clone, Debug)]
@@ -153,6 +154,8 @@ pub struct Generator {
     tokenizer: Option<Arc<Tokenizer>>,
     /// The tokens whose keys and values every sequence of the engine has in the cache.
     history: Vec<Vec<u32>>,
+    /// See [`Generator::with_launch_steps`].
+    launch_steps: usize,
 }
 
 /// A request in progress, in the sequence of the same number.
@@ -176,7 +179,17 @@ impl Generator {
     pub fn new(mut engine: Engine, tokenizer: Option<Arc<Tokenizer>>) -> Generator {
         let sequences = engine.plan().limits.sequences;
         (0..sequences).for_each(|sequence| engine.reset(sequence));
-        Generator { engine, tokenizer, history: vec![Vec::new(); sequences] }
+        Generator { engine, tokenizer, history: vec![Vec::new(); sequences], launch_steps: 1 }
+    }
+
+    /// Lets a resident kernel run up to so many steps a launch where it can choose the tokens itself.
+    /// One, the default, launches it for every step and chooses on the host: launches of several steps
+    /// are known to choose wrong tokens now and then for a few small shapes (ARCHITECTURE.md, "Known
+    /// faults"), launches of one step are not.
+    #[must_use]
+    pub fn with_launch_steps(mut self, steps: usize) -> Generator {
+        self.launch_steps = steps.max(1);
+        self
     }
 
     /// The engine.
@@ -337,7 +350,7 @@ impl Generator {
     /// The active sequences in groups of as many as a launch decodes, if all of them decode and the kernel
     /// can choose their tokens.
     fn decoding(&self, active: &[Option<Active>], requests: &[Request]) -> Option<Vec<Vec<usize>>> {
-        if !self.engine.is_resident() {
+        if !self.engine.is_resident() || self.launch_steps == 1 {
             return None;
         }
         let sequences = (0..active.len()).filter(|sequence| active[*sequence].is_some());
@@ -364,7 +377,7 @@ impl Generator {
         let limits = self.engine.plan().limits;
         let mut rows = Vec::with_capacity(group.len());
         let mut stops = Vec::new();
-        let mut steps = LAUNCH_STEPS;
+        let mut steps = self.launch_steps;
         for &sequence in group {
             let current = active[sequence].as_ref().expect("groups are made of active sequences");
             let request = &requests[current.request];
