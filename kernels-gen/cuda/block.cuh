@@ -108,11 +108,12 @@ __device__ __forceinline__ void stall(const Block& b, u32 role, u32 seen, u32 ex
   __builtin_unreachable();
 }
 
-// Waits until the phase of this parity is over.
+// Waits until the phase of this parity is over; a whole warp. Lanes may see the end at different tries,
+// and what follows (tensor-core products, shuffles) needs all of them together: the vote joins them.
 __device__ __forceinline__ void barrier_wait(const Block& b, u64* barrier, u32 parity, Role role) {
-  if (barrier_try(barrier, parity)) return;
+  if (__all_sync(~0u, barrier_try(barrier, parity))) return;
   u64 start = global_timer();
-  for (u32 tries = 1; !barrier_try(barrier, parity); ++tries) {
+  for (u32 tries = 1; !__all_sync(~0u, barrier_try(barrier, parity)); ++tries) {
     if (tries % 256 == 0 && global_timer() - start > b.args.patience_ns) {
       stall(b, role, parity ^ 1, parity);
     }
