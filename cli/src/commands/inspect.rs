@@ -26,6 +26,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     }
     let bandwidth = match args.bandwidth {
         Some(bandwidth) => f64::from(bandwidth) * 1e9,
+        None if plan.resident.is_some() => gpu_bandwidth(),
         None => {
             ui::note("measuring the memory bandwidth of this machine; --bandwidth names another");
             ceiling::read_ceiling(ceiling::FAR_BYTES, plan.target.workers, 5)
@@ -35,6 +36,18 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let text = if args.json { report.json()? } else { report.text()? };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())
+}
+
+/// Bytes a second of the GPU that is here; what an H200 reads if none is.
+fn gpu_bandwidth() -> f64 {
+    const H200: f64 = 4.59e12;
+    let here = tilec_runtime::cuda::devices().ok().and_then(|gpus| Some((gpus.first()?.memory_rate?) as f64));
+    let (rate, whose) = match here {
+        Some(rate) => (rate, "this machine's GPU (its nominal rate)"),
+        None => (H200, "an H200: there is no GPU here"),
+    };
+    ui::note(format!("the floor is that of {whose}; --bandwidth names another"));
+    rate
 }
 
 /// The plan, compiled in memory if it is none yet.
