@@ -45,7 +45,8 @@ struct LaunchArgs {
 // contend for has a 128-byte line of its own.
 struct Sync {
   u32 arrived;                // SMs that finished a stage, summed over all stages of the launch
-  u32 pad0[31];
+  u32 stalled;                // somebody gave up waiting and writes the record
+  u32 pad0[30];
   u32 halted;                 // SM 0 says that this step is the last
   u32 pad1[31];
   u64 best[3][STEP_ROWS];     // per row the largest logit so far as an ordered key; three steps in turn

@@ -90,8 +90,7 @@ enum Role : u32 {
 __device__ __forceinline__ void stall(const Block& b, u32 role, u32 seen, u32 expected) {
   const LaunchArgs& args = b.args;
   const volatile Shared& shared = b.shared;
-  u32* claim = &reinterpret_cast<Sync*>(args.sync)->pad0[0];
-  if (atomicExch(claim, 1u) == 0) {
+  if (atomicExch(&b.sync().stalled, 1u) == 0) {
     store_host(args.stall + 1, role == LOADER_SLOT ? shared.loader_stage : shared.stage);
     store_host(args.stall + 2, blockIdx.x);
     store_host(args.stall + 3, role);
@@ -142,13 +141,17 @@ struct Loader : Block {
     if (lane_id() == 0) shared.loader_stage = 0;
   }
 
+  // Whether there is such a step, as far as control has said. It may lower the number at any time, so
+  // the lanes vote: they stay together.
+  __device__ __forceinline__ bool more() const { return __all_sync(~0u, step < *(volatile u32*)&shared.steps); }
+
   // False if the launch ended while waiting: nobody will empty the slot any more.
   __device__ __forceinline__ bool wait_empty() {
-    if (barrier_try(&shared.empty[slot], parity)) return true;
+    if (__all_sync(~0u, barrier_try(&shared.empty[slot], parity))) return true;
     u64 start = global_timer();
-    for (u32 tries = 1; !barrier_try(&shared.empty[slot], parity); ++tries) {
+    for (u32 tries = 1; !__all_sync(~0u, barrier_try(&shared.empty[slot], parity)); ++tries) {
       if (tries % 64 == 0) {
-        if (step >= *(volatile u32*)&shared.steps) return false;
+        if (!more()) return false;
         if (global_timer() - start > args.patience_ns) stall(*this, LOADER_SLOT, slot, parity);
       }
     }

@@ -317,7 +317,6 @@ impl<'p> Writer<'p> {
         let out = format!("{} + row * {cols}u + feature", self.buffer(gemm.output));
         let store = match self.program.buffer(gemm.output).elem {
             BufferElem::Bf16 => format!("*reinterpret_cast<u32*>({out}) = Bf16::pack(v[0].x, v[0].y);"),
-            BufferElem::F16 => format!("*reinterpret_cast<u32*>({out}) = F16::pack(v[0].x, v[0].y);"),
             _ => format!("*reinterpret_cast<float2*>({out}) = v[0];"),
         };
         match gemm.epilogue {
@@ -380,7 +379,6 @@ impl<'p> Writer<'p> {
         let half = if kv.kv_type == KvType::Bf16 { "Bf16" } else { "F16" };
         let (out_type, out_elem) = match self.program.buffer(attention.output).elem {
             BufferElem::Bf16 => ("Bf16", "u16"),
-            BufferElem::F16 => ("F16", "u16"),
             _ => ("F32", "float"),
         };
         line!(self, "  using Kv = {half};");
@@ -579,7 +577,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
     registers_down<OTHER_REGISTERS>();
     if (warp_id() == LOADER) {{
       Loader b(block);
-      while (b.step < *(volatile u32*)&shared.steps && load_step(b)) b.next_step();
+      while (b.more() && load_step(b)) b.next_step();
       b.drain();
     }} else if (warp_id() == CONTROL) {{
       Control b(block);
