@@ -1,34 +1,16 @@
 //! Snapshots of every level for a two-layer model of each family, so that a change of the compiler
 //! shows as a diff of what it makes.
 
-use serde_json::{Value, json};
+mod models;
+
+use models::{llama, qwen3};
+use serde_json::Value;
 use tilec_codegen::frontends;
 use tilec_codegen::passes::{fuse, precision, schedule, tile};
 use tilec_ir::format::Format;
 use tilec_ir::graph::Graph;
 use tilec_ir::spec::{ModelSpec, Precision};
 use tilec_ir::validate::validate;
-
-fn llama() -> Value {
-    json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 160,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 256,
-        "tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true
-    })
-}
-
-fn qwen3() -> Value {
-    json!({
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 160,
-        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 256,
-        "tie_word_embeddings": false, "attention_bias": false,
-        "use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1
-    })
-}
 
 fn graph(name: &str, config: &Value, stored: Format) -> Graph {
     let tensors = frontends::synthetic_tensors(config, stored).unwrap();

@@ -78,7 +78,7 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
     let buffer_bytes = |cols: usize, elem: BufferElem| match elem {
         BufferElem::Q8 => cols + cols.div_ceil(crate::format::ACT_BLOCK) * 8,
         BufferElem::F32 => cols * 4,
-        BufferElem::F16 | BufferElem::Bf16 => cols * 2,
+        BufferElem::Bf16 => cols * 2,
     };
     let mut cost = StageCost {
         stage: stage.name.clone(),

@@ -23,8 +23,6 @@ pub struct BufferId(pub u32);
 pub enum BufferElem {
     /// IEEE single, `[rows][cols]`.
     F32,
-    /// IEEE half, `[rows][cols]`.
-    F16,
     /// bfloat16, `[rows][cols]`.
     Bf16,
     /// Signed bytes in blocks: [`QuantRows`].
@@ -36,7 +34,6 @@ impl BufferElem {
     pub const fn name(self) -> &'static str {
         match self {
             BufferElem::F32 => "f32",
-            BufferElem::F16 => "f16",
             BufferElem::Bf16 => "bf16",
             BufferElem::Q8 => "q8",
         }
@@ -64,7 +61,7 @@ impl Buffer {
         match self.elem {
             BufferElem::Q8 => self.quant_rows().bytes(),
             BufferElem::F32 => (self.rows * self.cols * 4).next_multiple_of(64),
-            BufferElem::F16 | BufferElem::Bf16 => (self.rows * self.cols * 2).next_multiple_of(64),
+            BufferElem::Bf16 => (self.rows * self.cols * 2).next_multiple_of(64),
         }
     }
 

@@ -12,7 +12,7 @@
 // A stage A says:
 //   HEADS, KV_HEADS, QK, V     query heads, KV heads, columns of a key and of a value
 //   SCALE, WINDOW              factor on the scores; positions that a row sees, 0 for all
-//   Kv, Out                    Bf16 or F16; the same, or F32
+//   Kv, Out                    Bf16 or F16; Bf16 or F32
 //   Q_NORM, K_NORM, EPS        whether heads are normed
 //   ROPE                       leading columns of a head that are rotated, 0 for none
 //   PAGE_TOKENS, V_PAD, MAX_CHUNKS
@@ -101,7 +101,6 @@ template <class Kv> __device__ __forceinline__ void unpack(const uint4& raw, flo
 }
 
 __device__ __forceinline__ void store_out(Bf16, u16* out, u64 at, float v) { out[at] = narrow<Bf16>(v); }
-__device__ __forceinline__ void store_out(F16, u16* out, u64 at, float v) { out[at] = narrow<F16>(v); }
 __device__ __forceinline__ void store_out(F32, float* out, u64 at, float v) { out[at] = v; }
 
 template <class A> __device__ __forceinline__ void attend_item(Consumer& b, u32 cache, u32 row, u32 kv_head, u32 chunk, u32 first_chunk, u32 chunks, bool first) {

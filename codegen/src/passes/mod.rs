@@ -1,6 +1,7 @@
 //! The passes, one a file: each takes a level to the next, or to itself.
 
 pub mod fuse;
+mod packer;
 pub mod precision;
 pub mod resident;
 pub mod schedule;

@@ -6,10 +6,11 @@ use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::format::Format;
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
 use tilec_ir::launch::{OCTET, STEP_ROWS};
-use tilec_ir::pack::{PACK_ALIGN, PackContent, PackItem, Packing, RowSegment};
+use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{Attention, Bias, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Rope, Stage};
-use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Slot};
+use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer};
 
+use super::packer::Packer;
 use super::tile::{TileError, kv_layout, layerless};
 
 /// Weights start on lines of this many bytes: an L2 line pair, and more than a bulk copy needs.
@@ -51,8 +52,7 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
         of_value: HashMap::new(),
         normed: HashMap::new(),
         heads: HashMap::new(),
-        packing: Packing::default(),
-        packed: HashMap::new(),
+        packer: Packer::new(WEIGHT_ALIGN),
     };
     let mut program = ResidentProgram {
         name: fused.name.clone(),
@@ -105,7 +105,7 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
     };
     program.vocab = vocab;
     program.buffers = lowering.buffers;
-    program.packing = lowering.packing;
+    program.packing = lowering.packer.packing;
     program.verify().map_err(|defect| whole(defect.to_string()))?;
     Ok(program)
 }
@@ -147,9 +147,7 @@ struct Lowering<'a> {
     of_value: HashMap<ValueId, BufferId>,
     normed: HashMap<ValueId, Normed>,
     heads: HashMap<ValueId, Heads>,
-    packing: Packing,
-    /// Offsets of what is packed already, by description: a tied head is packed once.
-    packed: HashMap<String, u64>,
+    packer: Packer,
 }
 
 impl Lowering<'_> {
@@ -180,7 +178,8 @@ impl Lowering<'_> {
         };
         let info = &self.fused.weights[weight];
         let format = kernel_format(info.format);
-        let table = Slot::Fixed(self.octets(format, &[weight.to_string()], 1)?);
+        let octets = self.octets(format, &[weight.to_string()], 1)?;
+        let table = self.packer.fixed(octets);
         if !cols.is_multiple_of(OCTET) {
             return Err(error(
                 op,
@@ -232,7 +231,7 @@ impl Lowering<'_> {
         let norm = match normed.as_ref() {
             Some(normed) => {
                 let content = PackContent::F32 { tensor: normed.gain.clone(), len: normed.len };
-                Some(Norm { gain: self.slot(content, offsets), eps: normed.eps })
+                Some(Norm { gain: self.packer.slot(content, offsets.as_mut()), eps: normed.eps })
             }
             None => None,
         };
@@ -242,14 +241,8 @@ impl Lowering<'_> {
         let cols = if logits { sum } else { sum.next_multiple_of(OCTET) };
         let bias = self.bias(op, offsets);
         let (epilogue, output) = self.sinks(op, source, cols)?;
-        let at = self.octets(format, &names, operands)?;
-        let weights = match offsets {
-            Some(offsets) => {
-                offsets.push(at);
-                Slot::Layer(offsets.len() - 1)
-            }
-            None => Slot::Fixed(at),
-        };
+        let octets = self.octets(format, &names, operands)?;
+        let weights = self.packer.slot(octets, offsets.as_mut());
         let select = normed.is_some_and(|normed| normed.select);
         Ok(Kind::Gemm(Gemm {
             input,
@@ -350,7 +343,7 @@ impl Lowering<'_> {
         let mut norm = |chain: &HeadChain| {
             chain.norm.as_ref().map(|(weight, eps)| {
                 let content = PackContent::F32 { tensor: weight.clone(), len: self.kv.qk_dim };
-                Norm { gain: self.slot(content, offsets), eps: *eps }
+                Norm { gain: self.packer.slot(content, offsets.as_mut()), eps: *eps }
             })
         };
         let (q_norm, k_norm) = (norm(&q), norm(&k));
@@ -366,11 +359,7 @@ impl Lowering<'_> {
                 positions: self.context,
                 attention_factor: spec.attention_factor(),
             };
-            Rope {
-                table: Slot::Fixed(self.pack(content, PACK_ALIGN)),
-                positions: self.context,
-                dims: spec.dims,
-            }
+            Rope { table: self.packer.fixed(content), positions: self.context, dims: spec.dims }
         });
         let output = self.half_buffer("attn", value, heads * self.kv.v_dim);
         let parts =
@@ -423,7 +412,7 @@ impl Lowering<'_> {
             for piece in &part.pieces {
                 if let Piece::Bias { weight, operand } = piece {
                     let content = PackContent::F32 { tensor: weight.clone(), len: part.cols };
-                    let slot = self.slot(content, offsets);
+                    let slot = self.packer.slot(content, offsets.as_mut());
                     found.push(Bias { operand: *operand, start, slot, cols: part.cols });
                 }
             }
@@ -432,7 +421,12 @@ impl Lowering<'_> {
         found
     }
 
-    fn octets(&mut self, format: Format, weights: &[String], interleave: usize) -> Result<u64, TileError> {
+    fn octets(
+        &self,
+        format: Format,
+        weights: &[String],
+        interleave: usize,
+    ) -> Result<PackContent, TileError> {
         let segments: Vec<RowSegment> = weights
             .iter()
             .map(|name| RowSegment {
@@ -451,28 +445,6 @@ impl Lowering<'_> {
             return Err(TileError { op: odd.tensor.clone(), what });
         }
         let k = self.fused.weights[&weights[0]].shape[1];
-        Ok(self.pack(PackContent::Octets { format, k, segments, interleave, octets }, WEIGHT_ALIGN))
-    }
-
-    fn slot(&mut self, content: PackContent, offsets: &mut Option<Vec<u64>>) -> Slot {
-        let at = self.pack(content, PACK_ALIGN);
-        match offsets {
-            Some(offsets) => {
-                offsets.push(at);
-                Slot::Layer(offsets.len() - 1)
-            }
-            None => Slot::Fixed(at),
-        }
-    }
-
-    fn pack(&mut self, content: PackContent, align: u64) -> u64 {
-        let key = serde_json::to_string(&content).expect("a packing item is plain data");
-        let packing = &mut self.packing;
-        *self.packed.entry(key).or_insert_with(|| {
-            let offset = packing.bytes.next_multiple_of(align);
-            packing.bytes = offset + content.bytes().expect("a declared weight fits in memory");
-            packing.items.push(PackItem { offset, content });
-            offset
-        })
+        Ok(PackContent::Octets { format, k, segments, interleave, octets })
     }
 }

@@ -1,14 +1,15 @@
 //! Tiling: fused operators become stages, with buffers, packed weights, tiles and waits.
 
+use super::packer::Packer;
 use std::collections::HashMap;
 use tilec_ir::abi::KvLayout;
 use tilec_ir::format::{ACT_BLOCK, PanelLayout};
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Links, Part, Piece, ValueId};
 use tilec_ir::graph::{Dim, Elem};
-use tilec_ir::pack::{PACK_ALIGN, PackContent, PackItem, Packing, RowSegment};
+use tilec_ir::pack::{PACK_ALIGN, PackContent, Packing, RowSegment};
 use tilec_ir::stages::{
-    Body, Buffer, BufferElem, BufferId, Extent, Layer, PartWeights, Place, Slot, Stage, StageAnchor,
-    StagePart, StagePiece, StageProgram, StageWait,
+    Body, Buffer, BufferElem, BufferId, Extent, Layer, PartWeights, Place, Stage, StageAnchor, StagePart,
+    StagePiece, StageProgram, StageWait,
 };
 
 /// Least columns of a tile: below this a tile's fixed costs show, far above it the shares of few
@@ -48,8 +49,7 @@ pub fn tile(fused: &Fused, options: &TileOptions) -> Result<StageProgram, TileEr
         links: fused.links(),
         options,
         buffers: Buffers::new(fused, options.max_rows),
-        packing: Packing::default(),
-        packed: HashMap::new(),
+        packer: Packer::new(PACK_ALIGN),
     };
     let mut program = StageProgram {
         name: fused.name.clone(),
@@ -106,7 +106,7 @@ pub fn tile(fused: &Fused, options: &TileOptions) -> Result<StageProgram, TileEr
     program.vocab = fused.value(logits).ty.cols;
     program.logits = tiler.buffers.of(logits);
     program.buffers = tiler.buffers.all;
-    program.packing = tiler.packing;
+    program.packing = tiler.packer.packing;
     set_waits(&mut program)?;
     Ok(program)
 }
@@ -222,9 +222,7 @@ struct Tiler<'a> {
     links: Links,
     options: &'a TileOptions,
     buffers: Buffers,
-    packing: Packing,
-    /// Offsets of what is packed already, by description: a tied head is packed once.
-    packed: HashMap<String, u64>,
+    packer: Packer,
 }
 
 impl Tiler<'_> {
@@ -245,7 +243,7 @@ impl Tiler<'_> {
             Anchor::Embed { weight } => {
                 let shape = &fused.weights[weight].shape;
                 let (content, layout) = self.panels(std::slice::from_ref(weight), shape[0]);
-                StageAnchor::Embed { table: self.fixed(content), layout, vocab: shape[0] }
+                StageAnchor::Embed { table: self.packer.fixed(content), layout, vocab: shape[0] }
             }
             Anchor::Rows => StageAnchor::Rows { input: input()?, select },
             Anchor::Gemm => StageAnchor::Gemm { input: input()? },
@@ -314,7 +312,7 @@ impl Tiler<'_> {
             None
         } else {
             let (content, layout) = self.panels(&part.weights, tile_cols);
-            let slot = self.slot(content, offsets.as_deref_mut());
+            let slot = self.packer.slot(content, offsets.as_deref_mut());
             Some(PartWeights { slot, layout, operands: part.weights.len() })
         };
         let mut residual = None;
@@ -325,11 +323,11 @@ impl Tiler<'_> {
                 // Both follow from where the stage reads and stores.
                 Piece::SelectRows | Piece::Quantize => continue,
                 Piece::Bias { weight, operand } => StagePiece::Bias {
-                    slot: self.slot(vector(weight, part.cols), offsets.as_deref_mut()),
+                    slot: self.packer.slot(vector(weight, part.cols), offsets.as_deref_mut()),
                     operand: *operand,
                 },
                 Piece::RmsNorm { weight, group, eps } => StagePiece::RmsNorm {
-                    slot: self.slot(vector(weight, *group), offsets.as_deref_mut()),
+                    slot: self.packer.slot(vector(weight, *group), offsets.as_deref_mut()),
                     group: *group,
                     eps: *eps,
                 },
@@ -341,7 +339,7 @@ impl Tiler<'_> {
                         attention_factor: spec.attention_factor(),
                     };
                     StagePiece::Rope {
-                        table: self.fixed(content),
+                        table: self.packer.fixed(content),
                         positions: self.options.context,
                         head_dim: *head_dim,
                         dims: spec.dims,
@@ -384,32 +382,6 @@ impl Tiler<'_> {
             }
         }
         (PackContent::Panels { layout, segments, interleave: weights.len(), panels }, layout)
-    }
-
-    fn slot(&mut self, content: PackContent, offsets: Option<&mut Vec<u64>>) -> Slot {
-        match offsets {
-            None => self.fixed(content),
-            Some(offsets) => {
-                let offset = self.pack(content);
-                offsets.push(offset);
-                Slot::Layer(offsets.len() - 1)
-            }
-        }
-    }
-
-    fn fixed(&mut self, content: PackContent) -> Slot {
-        Slot::Fixed(self.pack(content))
-    }
-
-    fn pack(&mut self, content: PackContent) -> u64 {
-        let key = serde_json::to_string(&content).expect("a packing item is plain data");
-        let packing = &mut self.packing;
-        *self.packed.entry(key).or_insert_with(|| {
-            let offset = packing.bytes.next_multiple_of(PACK_ALIGN);
-            packing.bytes = offset + content.bytes().expect("a declared weight fits in memory");
-            packing.items.push(PackItem { offset, content });
-            offset
-        })
     }
 }
 

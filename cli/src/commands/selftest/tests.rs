@@ -1,4 +1,4 @@
-use super::cases::{CONTEXT, Case, Random, SEQUENCES};
+use super::cases::{CONTEXT, Case, LONG_ROWS, NARROW_HEADS, Random, SEQUENCES};
 use super::checks::{After, Machine, PROMPT, run};
 use super::compare::{Deviation, deviation, finite, same_bits};
 use super::prepare::{KernelWeights, Model, Prepared, WORST, bound, prepare, reference};
@@ -32,7 +32,7 @@ fn text(case: &Case) -> String {
 
 #[test]
 fn every_case_has_a_kernel_of_its_own() {
-    let cases: Vec<Case> = (0..40).map(|number| Case::new(1, number)).collect();
+    let cases: Vec<Case> = (0..=LONG_ROWS).map(|number| Case::new(1, number)).collect();
     let texts: BTreeSet<String> = cases.iter().map(text).collect();
     assert_eq!(texts.len(), cases.len());
     let again = Case::new(1, 7);
@@ -45,7 +45,7 @@ fn the_kernels_assemble() {
     // `cargo xtask setup nvrtc` fetches it.
     let nvrtc = Nvrtc::find().unwrap_or_else(|error| panic!("{error}"));
     let mut problems = Vec::new();
-    for number in 0..10 {
+    for number in (0..10).chain([NARROW_HEADS, LONG_ROWS]) {
         let case = Case::new(1, number);
         let text = text(&case);
         let options = Options { fast: true, ..Options::default() };
