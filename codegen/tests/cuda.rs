@@ -153,3 +153,11 @@ fn sizes_without_a_kernel_are_named() {
         assert!(error.contains(said), "{key} {value}: {error}");
     }
 }
+
+#[test]
+fn mixtures_are_refused_in_words() {
+    let mut config = qwen3();
+    config["architectures"] = vec!["Qwen3MoeForCausalLM"].into();
+    let error = lower("mixture", &config, Format::BF16, 64).unwrap_err().to_string();
+    assert!(error.contains("mixture of experts") && error.contains("device: cpu"), "{error}");
+}

@@ -1,11 +1,11 @@
 //! The fused graph: operators grouped around anchors, in the order that they run.
 //!
 //! An anchor is what a stage is built around: a table lookup, work on rows, a GEMM on streamed
-//! weights, attention. Its result goes through a chain of pieces (bias, norm, rope, gate, residual,
+//! weights, routing, products with the experts that were chosen, attention. Its result goes through a chain of pieces (bias, norm, rope, gate, residual,
 //! quantize) into a sink (a stored value, the KV cache, the logits). A GEMM may have several parts,
 //! each with a chain of its own: q, k and v read the same row and are one stream of weights.
 
-use crate::graph::{ActivationFn, Cache, RopeSpec, Type, Weight};
+use crate::graph::{ActivationFn, Cache, RopeSpec, Router, Type, Weight};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -44,6 +44,18 @@ pub enum Anchor {
         scale: f32,
         /// Positions that a row sees, itself included.
         window: Option<usize>,
+        /// `[heads]`: a score that joins each head's softmax and carries no value.
+        sinks: Option<String>,
+    },
+    /// From the input, a router's scores, to the experts of each row and their weights.
+    Route(Router),
+    /// The input times the transposed weights of each part, `[experts, out, in]`, of the experts that
+    /// the routes (input 1) name. A chain works on a slot's columns up to [`Piece::Combine`].
+    Experts {
+        /// Slots: experts of a row.
+        top_k: usize,
+        /// Whether the input has a row a slot, or one for all.
+        per_slot: bool,
     },
 }
 
@@ -55,7 +67,14 @@ impl Anchor {
             Anchor::Rows => "rows",
             Anchor::Gemm => "gemm",
             Anchor::Attention { .. } => "attention",
+            Anchor::Route(_) => "route",
+            Anchor::Experts { .. } => "experts",
         }
+    }
+
+    /// Whether it streams the weights of its parts.
+    pub fn has_weights(&self) -> bool {
+        matches!(self, Anchor::Gemm | Anchor::Experts { .. })
     }
 }
 
@@ -71,6 +90,19 @@ pub enum Piece {
         /// Which weight's columns.
         operand: usize,
     },
+    /// Adds the vector of a slot's expert to operand `operand` of the part. Only behind
+    /// [`Anchor::Experts`].
+    ExpertBias {
+        /// `[experts, cols]`.
+        weight: String,
+        /// Which weight's columns.
+        operand: usize,
+    },
+    /// The sum over a row's slots, each times its weight in the routes, in their order. Only behind
+    /// [`Anchor::Experts`]; what follows works on rows.
+    Combine,
+    /// Multiplies by a constant.
+    Scale(f32),
     /// RMS norm over groups of `group` columns.
     RmsNorm {
         /// `[group]`.
@@ -106,9 +138,9 @@ pub enum Piece {
 /// A slice of an anchor's columns with its own chain.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
-    /// Weights of a GEMM part: one, or two for a gated pair. Empty for other anchors.
+    /// Weights of a part of a GEMM or of experts: one, or two for a gated pair. Empty for other anchors.
     pub weights: Vec<String>,
-    /// Columns that each weight makes.
+    /// Columns that each weight makes (of a slot, behind experts).
     pub cols: usize,
     /// The chain; the last piece is a sink.
     pub pieces: Vec<Piece>,
@@ -258,8 +290,9 @@ impl Fused {
                 if sinks != 1 || !part.pieces.last().is_some_and(Piece::is_sink) {
                     return Err(format!("{}: a chain needs one sink, at its end", op.name));
                 }
-                if (op.anchor == Anchor::Gemm) == part.weights.is_empty() {
-                    return Err(format!("{}: the parts of a gemm, and no others, have weights", op.name));
+                if op.anchor.has_weights() == part.weights.is_empty() {
+                    let what = "the parts of a gemm or of experts, and no others, have weights";
+                    return Err(format!("{}: {what}", op.name));
                 }
             }
             for value in op.writes() {
@@ -302,11 +335,18 @@ impl fmt::Display for Fused {
             write!(f, "  {} = {}({})", op.name, op.anchor.name(), inputs.join(", "))?;
             match &op.anchor {
                 Anchor::Embed { weight } => write!(f, " weight={weight:?}")?,
-                Anchor::Attention { cache, heads, scale, window } => {
+                Anchor::Attention { cache, heads, scale, window, sinks } => {
                     write!(f, " cache={cache} heads={heads} scale={scale}")?;
                     if let Some(window) = window {
                         write!(f, " window={window}")?;
                     }
+                    if let Some(sinks) = sinks {
+                        write!(f, " sinks={sinks:?}")?;
+                    }
+                }
+                Anchor::Route(router) => write!(f, " {router}")?,
+                Anchor::Experts { top_k, per_slot } => {
+                    write!(f, " top_k={top_k}{}", if *per_slot { ", a row a slot" } else { "" })?;
                 }
                 Anchor::Rows | Anchor::Gemm => {}
             }
@@ -314,8 +354,13 @@ impl fmt::Display for Fused {
             for part in &op.parts {
                 write!(f, "    ")?;
                 if !part.weights.is_empty() {
-                    let format = self.weights[&part.weights[0]].format;
-                    write!(f, "[{} {format} x {}] ", part.weights.join(" | "), part.cols)?;
+                    let weight = &self.weights[&part.weights[0]];
+                    let experts = match op.anchor {
+                        Anchor::Experts { .. } => format!(" x {} experts", weight.shape[0]),
+                        _ => String::new(),
+                    };
+                    let names = part.weights.join(" | ");
+                    write!(f, "[{names} {} x {}{experts}] ", weight.format, part.cols)?;
                 }
                 let chain: Vec<String> = part.pieces.iter().map(|piece| self.piece_text(piece)).collect();
                 writeln!(f, "-> {}", chain.join(" -> "))?;
@@ -334,7 +379,11 @@ impl Fused {
             Piece::Bias { weight, operand } => format!("bias {weight:?} on operand {operand}"),
             Piece::RmsNorm { weight, group, eps } => format!("rms_norm {weight:?} group={group} eps={eps:e}"),
             Piece::Rope { rope, head_dim } => format!("rope {rope:?} head_dim={head_dim}"),
-            Piece::Gated(ActivationFn::Silu) => "silu_gate".into(),
+            Piece::ExpertBias { weight, operand: 0 } => format!("expert_bias {weight:?}"),
+            Piece::ExpertBias { weight, operand } => format!("expert_bias {weight:?} on operand {operand}"),
+            Piece::Combine => "combine".into(),
+            Piece::Scale(factor) => format!("scale {factor}"),
+            Piece::Gated(activation) => activation.to_string(),
             Piece::Residual(id) => format!("add %{}", self.value(*id).name),
             Piece::Quantize => "quantize".into(),
             Piece::Store(id) => format!("store {}", value(id)),

@@ -378,8 +378,8 @@ impl ResidentProgram {
                 let bias: String = gemm.bias.iter().map(|bias| format!(" -> bias {}", bias.slot)).collect();
                 let end = match gemm.epilogue {
                     Epilogue::Store => format!("store {}", name(&gemm.output)),
-                    Epilogue::Gated(ActivationFn::Silu) => {
-                        format!("silu_gate -> store {}", name(&gemm.output))
+                    Epilogue::Gated(activation) => {
+                        format!("{activation} -> store {}", name(&gemm.output))
                     }
                     Epilogue::Residual => format!("add to {}", name(&gemm.output)),
                     Epilogue::Logits => "logits".into(),

@@ -533,7 +533,7 @@ impl StageProgram {
                         StagePiece::Rope { table, head_dim, dims, .. } => {
                             format!("rope {table} head_dim={head_dim} dims={dims}")
                         }
-                        StagePiece::Gated(ActivationFn::Silu) => "silu_gate".into(),
+                        StagePiece::Gated(activation) => activation.to_string(),
                         StagePiece::Residual(id) => format!("add {}", buffer(id)),
                         StagePiece::Store(id) => format!("store {}", buffer(id)),
                         StagePiece::WriteKeys => "write keys".into(),

@@ -325,6 +325,17 @@ impl<'p> Writer<'p> {
                 body.push("v[0].x = silu(v[0].x) * v[1].x; v[0].y = silu(v[0].y) * v[1].y;".into());
                 body.push(store);
             }
+            Epilogue::Gated(ActivationFn::Clamped { alpha, limit }) => {
+                let (alpha, limit) = (float(alpha), float(limit));
+                for part in ["x", "y"] {
+                    body.push(format!(
+                        "{{ const float g = fminf(v[0].{part}, {limit}), \
+                         u = fminf(fmaxf(v[1].{part}, -({limit})), {limit}); \
+                         v[0].{part} = g / (1.f + expf(-({alpha}) * g)) * (u + 1.f); }}"
+                    ));
+                }
+                body.push(store);
+            }
             Epilogue::Residual => {
                 carried.push("float2 residual;".into());
                 before.push(format!("carry.residual = *reinterpret_cast<const float2*>({out});"));

@@ -182,6 +182,14 @@ impl<'a> Config<'a> {
         texts.map(Some).ok_or_else(|| self.wrong(key, "a list of texts", value))
     }
 
+    /// A list of whole numbers from 0 up.
+    pub fn counts(&self, key: &str) -> Result<Option<Vec<usize>>, FrontendError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let number = |value: &Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
+        let numbers = value.as_array().and_then(|array| array.iter().map(number).collect());
+        numbers.map(Some).ok_or_else(|| self.wrong(key, "a list of whole numbers", value))
+    }
+
     /// A token id, or a list of them; all below `vocab`.
     pub fn token_ids(&self, key: &str, vocab: usize) -> Result<Vec<u32>, FrontendError> {
         let one = |value: &Value| match value.as_u64() {

@@ -5,13 +5,16 @@
 
 mod config;
 mod decoder;
+mod gpt_oss;
 mod llama;
+mod mimo_v2;
 mod qwen3;
+mod qwen3_moe;
 mod rope;
 #[cfg(test)]
 mod tests;
 
-pub use decoder::{Decoder, LayerAttention};
+pub use decoder::{Decoder, ExpertTensors, Experts, FeedForward, LayerAttention};
 
 use config::Config;
 use serde_json::Value;
@@ -31,7 +34,8 @@ pub struct Family {
 }
 
 /// The families that are known.
-pub const FAMILIES: &[Family] = &[llama::FAMILY, qwen3::FAMILY];
+pub const FAMILIES: &[Family] =
+    &[llama::FAMILY, qwen3::FAMILY, qwen3_moe::FAMILY, gpt_oss::FAMILY, mimo_v2::FAMILY];
 
 /// What is wrong with a config or a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -77,6 +81,21 @@ pub enum FrontendError {
         name: String,
         /// Its format.
         found: String,
+    },
+    /// Experts that are read as one are stored in several formats.
+    #[error(
+        "tensor {name} is stored as {found}, but {other} as {other_found}: all experts of a layer must have one \
+         format; quantize the checkpoint again"
+    )]
+    MixedExperts {
+        /// The first that differs.
+        name: String,
+        /// Its format.
+        found: String,
+        /// The first expert's.
+        other: String,
+        /// That one's format.
+        other_found: String,
     },
     /// The checkpoint has a tensor that the architecture, as the config describes it, has no use for:
     /// leaving it out would give wrong results without a word.
@@ -152,7 +171,8 @@ pub fn expected_tensors(config: &Value) -> Result<Vec<(String, Vec<usize>)>, Fro
 }
 
 /// The tensors of a checkpoint of this config, all stored in `format` (matrices) and in float32
-/// (norms and biases): what a checkpoint of synthetic weights declares.
+/// (norms and biases): what a checkpoint of synthetic weights declares. Tensors that are one an expert
+/// stand there once, named with [`tilec_ir::graph::EXPERT`] and with the number of experts as first extent.
 ///
 /// # Errors
 /// As [`parse`].
@@ -160,9 +180,9 @@ pub fn synthetic_tensors(
     config: &Value,
     format: Format,
 ) -> Result<BTreeMap<String, TensorInfo>, FrontendError> {
-    let tensors = expected_tensors(config)?.into_iter().map(|(name, shape)| {
-        let format = if shape.len() == 1 { Format::F32 } else { format };
-        (name, TensorInfo { shape, format })
+    let tensors = parse(config)?.stored().into_iter().map(|stored| {
+        let format = if stored.vector { Format::F32 } else { format };
+        (stored.name, TensorInfo { shape: stored.shape, format })
     });
     Ok(tensors.collect())
 }

@@ -71,7 +71,7 @@ fn llama_layers_have_the_usual_operators() {
     assert_eq!(operands("l1.attn_norm"), ["l0.ffn_res"]);
     assert_eq!(operands("select"), ["l1.ffn_res"]);
     match &graph.node(graph.find("l1.attn").unwrap()).op {
-        Op::Attention { cache: 1, heads: 4, scale, window: None } => {
+        Op::Attention { cache: 1, heads: 4, scale, window: None, sinks: None } => {
             assert_eq!(*scale, 0.353_553_38);
         }
         other => panic!("{other:?}"),
@@ -403,4 +403,145 @@ fn the_example_has_as_many_parameters_as_qwen3_0_6b() {
     let parameters: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     assert_eq!(parameters, 596_049_920);
     assert_eq!(max_context(&config).unwrap(), 40960);
+}
+
+fn example(name: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../examples/{name}/config.json"));
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// A MiMo-V2 of 2 layers, the second a mixture with a window, with this patch on its config.
+fn mimo_v2(patch: Value) -> Value {
+    patched(
+        json!({
+            "model_type": "mimo_v2", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1,
+            "swa_num_key_value_heads": 2, "head_dim": 24, "v_head_dim": 16, "sliding_window": 8,
+            "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32, "attention_value_scale": 0.5,
+            "attention_projection_layout": "fused_qkv", "max_position_embeddings": 256,
+        }),
+        patch,
+    )
+}
+
+fn gpt_oss(patch: Value) -> Value {
+    patched(
+        json!({
+            "model_type": "gpt_oss", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 256,
+        }),
+        patch,
+    )
+}
+
+fn qwen3_moe(patch: Value) -> Value {
+    patched(
+        qwen3(json!({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+                     "moe_intermediate_size": 24})),
+        patch,
+    )
+}
+
+#[test]
+fn mixtures_have_a_router_and_experts_in_place_of_the_feed_forward_layer() {
+    let mimo = graph(&mimo_v2(json!({})));
+    let own = |layer: &str| -> Vec<String> {
+        let nodes = mimo.ids().into_iter().map(|id| mimo.node(id).name.clone());
+        nodes.filter_map(|name| Some(name.strip_prefix(layer)?.to_string())).collect()
+    };
+    let attention = "attn_norm q q_rope k k_rope v v_scale kv attn o attn_res ffn_norm";
+    assert_eq!(own("l0.").join(" "), format!("{attention} gate up act down ffn_res"));
+    assert_eq!(own("l1.").join(" "), format!("{attention} router route gate up act down experts ffn_res"));
+    let view = |part: &str| {
+        let weight = &mimo.weights[&format!("model.layers.1.self_attn.qkv_proj.weight[{part}]")];
+        let view = weight.view.as_ref().unwrap();
+        (weight.shape[0], view.start / 64, view.block / 64, view.stride / 64)
+    };
+    assert_eq!([view("q"), view("k"), view("v")], [(96, 0, 96, 176), (48, 96, 48, 176), (32, 144, 32, 176)]);
+    let sinks = |name: &str| match &mimo.node(mimo.find(name).unwrap()).op {
+        Op::Attention { sinks, window, .. } => (sinks.clone(), *window),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(sinks("l0.attn"), (None, None));
+    let name = "model.layers.1.self_attn.attention_sink_bias".to_string();
+    assert_eq!(sinks("l1.attn"), (Some(name), Some(8)));
+    assert_eq!(mimo.caches.iter().map(|cache| cache.kv_heads).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!((mimo.ropes["global"].dims, mimo.ropes["window"].dims), (8, 8));
+
+    let oss = graph(&gpt_oss(json!({})));
+    let gate = &oss.weights["model.layers.0.mlp.experts.gate_up_proj[gate]"];
+    assert_eq!((gate.shape.clone(), gate.view.as_ref().unwrap().stride), (vec![4, 32, 64], 128));
+    let bias = &oss.weights["model.layers.0.mlp.experts.gate_up_proj_bias[up]"];
+    assert_eq!((bias.shape.clone(), bias.view.as_ref().unwrap().start), (vec![4, 32], 1));
+    tilec_ir::graph::verify(&mimo).unwrap();
+    tilec_ir::graph::verify(&oss).unwrap();
+}
+
+#[test]
+fn the_demo_checkpoint_is_what_its_config_says() {
+    let tensors = expected_tensors(&example("mimo-mini/checkpoint")).unwrap();
+    let parameters: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    assert_eq!(parameters, 42_683_016);
+}
+
+#[test]
+fn impossible_mixtures_are_refused() {
+    let cases: Vec<(Value, &[&str])> = vec![
+        (qwen3_moe(json!({"num_experts_per_tok": 5})), &["`num_experts_per_tok`", "5 of 4 experts"]),
+        (qwen3_moe(json!({"num_experts_per_tok": 0})), &["`num_experts_per_tok`", "from 1 up"]),
+        (qwen3_moe(json!({"mlp_only_layers": [3]})), &["`mlp_only_layers`", "no layer 3 among 3"]),
+        (qwen3_moe(json!({"mlp_only_layers": 1})), &["`mlp_only_layers`", "list of whole numbers"]),
+        (gpt_oss(json!({"num_experts_per_tok": 5})), &["`num_experts_per_tok`", "5 of 4 experts"]),
+        (gpt_oss(json!({"swiglu_limit": -1})), &["`swiglu_limit`", "above 0"]),
+        (gpt_oss(json!({"layer_types": ["full_attention"]})), &["`layer_types`", "1 entries for 2"]),
+        (mimo_v2(json!({"num_experts_per_tok": 5})), &["`num_experts_per_tok`", "5 of 4 experts"]),
+        (mimo_v2(json!({"hybrid_layer_pattern": [0]})), &["`hybrid_layer_pattern`", "1 entries for 2"]),
+        (mimo_v2(json!({"moe_layer_freq": [0, 2]})), &["`moe_layer_freq`", "neither 0 nor 1"]),
+        (mimo_v2(json!({"moe_layer_freq": "remove!"})), &["`moe_layer_freq`", "missing"]),
+        (mimo_v2(json!({"n_group": 2})), &["`n_group`", "2 is not supported"]),
+        (mimo_v2(json!({"n_shared_experts": 1})), &["`n_shared_experts`", "1 is not supported"]),
+        (mimo_v2(json!({"scoring_func": "softmax"})), &["`scoring_func`", "sigmoid"]),
+        (mimo_v2(json!({"swa_head_dim": 32})), &["`swa_head_dim`", "must have 24"]),
+        (mimo_v2(json!({"swa_num_key_value_heads": 3})), &["`swa_num_key_value_heads`", "3 KV heads"]),
+        (mimo_v2(json!({"partial_rotary_factor": 0.01})), &["`partial_rotary_factor`", "no whole pairs"]),
+        (mimo_v2(json!({"attention_projection_layout": "x"})), &["`attention_projection_layout`"]),
+    ];
+    for (config, parts) in cases {
+        let error = parse(&config).expect_err(&config.to_string()).to_string();
+        for part in parts {
+            assert!(error.contains(part), "{part:?} is not in {error:?}");
+        }
+    }
+}
+
+#[test]
+fn experts_that_are_missing_or_differ_are_named() {
+    let config = qwen3_moe(json!({}));
+    let good: BTreeMap<String, TensorInfo> = expected_tensors(&config)
+        .unwrap()
+        .into_iter()
+        .map(|(name, shape)| (name, TensorInfo::new(shape, Format::F32)))
+        .collect();
+    assert!(build(&config, &good).is_ok());
+    let error = |change: &dyn Fn(&mut BTreeMap<String, TensorInfo>)| {
+        let mut tensors = good.clone();
+        change(&mut tensors);
+        build(&config, &tensors).unwrap_err().to_string()
+    };
+    let name = "model.layers.2.mlp.experts.3.down_proj.weight";
+    assert_eq!(
+        error(&|tensors| drop(tensors.remove(name))),
+        format!("tensor {name} of shape [32, 24] is missing from the checkpoint")
+    );
+    let shape = error(&|tensors| tensors.get_mut(name).unwrap().shape = vec![24, 32]);
+    assert_eq!(shape, format!("tensor {name} has shape [24, 32], but the config implies [32, 24]"));
+    let mixed = error(&|tensors| tensors.get_mut(name).unwrap().format = Format::MXFP4);
+    assert!(mixed.contains(&format!("{name} is stored as mxfp4")) && mixed.contains("f32"), "{mixed}");
+    let extra = error(&|tensors| {
+        let info = TensorInfo::new([32, 24], Format::F32);
+        tensors.insert(name.replace(".3.", ".4."), info);
+    });
+    assert!(extra.contains("has no place in a qwen3_moe model"), "{extra}");
 }

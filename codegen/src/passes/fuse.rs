@@ -29,6 +29,16 @@ pub const RULES: &[Rule] = &[
         apply: |fused| append(fused, |piece, at| matches!(piece, Piece::Bias { .. }) && at.gemm),
     },
     Rule {
+        name: "scale-epilogue",
+        reason: "a constant factor is one multiplication on a value that is in a register anyway",
+        apply: |fused| append(fused, |piece, at| matches!(piece, Piece::Scale(_)) && at.gemm),
+    },
+    Rule {
+        name: "expert-epilogue",
+        reason: "an expert's bias and the weight of its share are known where its product is made",
+        apply: expert_epilogue,
+    },
+    Rule {
         name: "head-norm-epilogue",
         reason: "qk-norm needs one head, and a tile of q or k is whole heads",
         apply: |fused| {
@@ -153,9 +163,26 @@ fn one_to_one(graph: &Graph) -> Result<Fused, GraphError> {
                 fused.ops.push(op);
                 continue;
             }
-            Op::Attention { cache, heads, scale, window } => {
-                op.anchor =
-                    Anchor::Attention { cache: *cache, heads: *heads, scale: *scale, window: *window };
+            Op::Scale { factor } => part.pieces.push(Piece::Scale(*factor)),
+            Op::Route(router) => op.anchor = Anchor::Route(router.clone()),
+            Op::ExpertLinear { weight, per_slot } => {
+                let top_k = graph.node(operands[1]).ty.cols;
+                op.anchor = Anchor::Experts { top_k, per_slot: *per_slot };
+                part.cols = graph.weights[weight].shape[1];
+                part.weights.push(weight.clone());
+            }
+            Op::ExpertBias { weight } => {
+                part.pieces.push(Piece::ExpertBias { weight: weight.clone(), operand: 0 });
+            }
+            Op::Combine => part.pieces.push(Piece::Combine),
+            Op::Attention { cache, heads, scale, window, sinks } => {
+                op.anchor = Anchor::Attention {
+                    cache: *cache,
+                    heads: *heads,
+                    scale: *scale,
+                    window: *window,
+                    sinks: sinks.clone(),
+                };
                 op.after_cache.push(*cache);
             }
             Op::Gated { activation } => part.pieces.push(Piece::Gated(*activation)),
@@ -208,7 +235,7 @@ fn append(fused: &mut Fused, fits: fn(&Piece, &At) -> bool) -> bool {
             gemm: target.anchor == Anchor::Gemm && target_part.weights.len() == 1,
             rows: target.anchor == Anchor::Rows,
             gated: target_part.pieces.iter().any(|piece| matches!(piece, Piece::Gated(_)))
-                && target.anchor == Anchor::Gemm,
+                && target.anchor.has_weights(),
             blocks_per_head: match target.anchor {
                 Anchor::Attention { cache, .. } => {
                     fused.caches[cache].v_dim.is_multiple_of(tilec_ir::format::ACT_BLOCK)
@@ -230,6 +257,39 @@ fn append(fused: &mut Fused, fits: fn(&Piece, &At) -> bool) -> bool {
     false
 }
 
+/// An operator on the slots of experts, behind the product that makes its first input for it alone,
+/// becomes part of that product's chain.
+fn expert_epilogue(fused: &mut Fused) -> bool {
+    let links = fused.links();
+    for user in 0..fused.ops.len() {
+        let op = &fused.ops[user];
+        let ([input, routes], [part], Anchor::Rows) = (&op.inputs[..], &op.parts[..], &op.anchor) else {
+            continue;
+        };
+        if !matches!(part.pieces[0], Piece::ExpertBias { .. } | Piece::Combine) {
+            continue;
+        }
+        let Some((producer, 0)) = links.producer(*input) else { continue };
+        let target = &fused.ops[producer];
+        let fits = matches!(target.anchor, Anchor::Experts { .. })
+            && target.inputs.get(1) == Some(routes)
+            && target.parts[0].weights.len() == 1
+            && !target.parts[0].pieces.contains(&Piece::Combine)
+            && links.uses(*input) == 1;
+        if !fits {
+            continue;
+        }
+        let (pieces, cols) = (part.pieces.clone(), target.parts[0].cols);
+        let chain = &mut fused.ops[producer].parts[0];
+        chain.pieces.pop();
+        chain.pieces.extend(pieces);
+        chain.cols = cols;
+        fused.ops.remove(user);
+        return true;
+    }
+    false
+}
+
 /// Gate, up and their gated product become one GEMM with interleaved weights.
 fn gated_pair(fused: &mut Fused) -> bool {
     let links = fused.links();
@@ -242,12 +302,12 @@ fn gated_pair(fused: &mut Fused) -> bool {
         };
         let whole = |index: usize, value: ValueId| {
             let op = &fused.ops[index];
-            op.anchor == Anchor::Gemm
+            op.anchor.has_weights()
                 && op.parts.len() == 1
                 && op.parts[0].weights.len() == 1
                 && op.parts[0].pieces[..op.parts[0].pieces.len() - 1]
                     .iter()
-                    .all(|piece| matches!(piece, Piece::Bias { .. }))
+                    .all(|piece| matches!(piece, Piece::Bias { .. } | Piece::ExpertBias { .. }))
                 && links.uses(value) == 1
         };
         let same_format = || {
@@ -255,6 +315,7 @@ fn gated_pair(fused: &mut Fused) -> bool {
             format(gate_op) == format(up_op)
         };
         if gate_op == up_op
+            || fused.ops[gate_op].anchor != fused.ops[up_op].anchor
             || fused.ops[gate_op].inputs != fused.ops[up_op].inputs
             || !whole(gate_op, *gate)
             || !whole(up_op, *up)
@@ -265,8 +326,14 @@ fn gated_pair(fused: &mut Fused) -> bool {
         let mut pieces = Vec::new();
         for (operand, index) in [gate_op, up_op].into_iter().enumerate() {
             for piece in &fused.ops[index].parts[0].pieces {
-                if let Piece::Bias { weight, .. } = piece {
-                    pieces.push(Piece::Bias { weight: weight.clone(), operand });
+                match piece {
+                    Piece::Bias { weight, .. } => {
+                        pieces.push(Piece::Bias { weight: weight.clone(), operand });
+                    }
+                    Piece::ExpertBias { weight, .. } => {
+                        pieces.push(Piece::ExpertBias { weight: weight.clone(), operand });
+                    }
+                    _ => {}
                 }
             }
         }
@@ -301,7 +368,9 @@ fn residual(fused: &mut Fused) -> bool {
         for (made, added) in candidates {
             let Some((producer, part)) = links.producer(made) else { continue };
             let target = &fused.ops[producer];
-            let plain = target.anchor == Anchor::Gemm
+            let rows = target.anchor == Anchor::Gemm
+                || target.parts[part].pieces.contains(&Piece::Combine) && target.anchor.has_weights();
+            let plain = rows
                 && target.parts.len() == 1
                 && target.parts[part].weights.len() == 1
                 && !target.parts[part].pieces.contains(&Piece::Quantize);

@@ -6,7 +6,7 @@
 //! v, say) share one.
 
 use std::collections::{BTreeMap, BTreeSet};
-use tilec_ir::format::Format;
+use tilec_ir::format::{ACT_BLOCK, Format};
 use tilec_ir::graph::{Elem, Graph, GraphError, NodeId, Op};
 use tilec_ir::spec::{Activations, Precision, WeightFormat};
 
@@ -54,6 +54,17 @@ pub enum PrecisionError {
         /// Key in the `precision` section that sets it.
         key: &'static str,
     },
+    /// Blocks of activations would reach from one expert's columns into the next one's.
+    #[error(
+        "precision.activations is int8, but {weight} reads {cols} columns an expert, which are no whole blocks of \
+         {ACT_BLOCK}: use `activations: auto`"
+    )]
+    PartialBlocks {
+        /// Name of the matrix.
+        weight: String,
+        /// Columns that it reads.
+        cols: usize,
+    },
     /// The graph is broken.
     #[error(transparent)]
     Graph(#[from] GraphError),
@@ -64,6 +75,9 @@ pub enum PrecisionError {
 enum Role {
     Embedding,
     Attention,
+    Experts,
+    /// Always read as stored and with f32 activations: what it rounds decides who works.
+    Router,
     Head,
     /// Whatever no other key names.
     Other,
@@ -74,8 +88,9 @@ impl Role {
         match self {
             Role::Embedding => "embedding",
             Role::Attention => "attention",
+            Role::Experts => "experts",
             Role::Head => "head",
-            Role::Other => "weights",
+            Role::Router | Role::Other => "weights",
         }
     }
 
@@ -84,7 +99,9 @@ impl Role {
         match self {
             Role::Embedding => spec.embedding,
             Role::Attention => spec.attention,
+            Role::Experts => spec.experts,
             Role::Head => spec.head,
+            Role::Router => Some(WeightFormat::AsStored),
             Role::Other => None,
         }
     }
@@ -99,12 +116,11 @@ pub fn precision(graph: &mut Graph, spec: &Precision) -> Result<Report, Precisio
     let roles = roles(graph);
     let mut report = Report::default();
     let present = |role: Role| roles.values().any(|roles| roles.contains(&role));
-    let absent = [Role::Embedding, Role::Attention, Role::Head]
+    let absent = [Role::Embedding, Role::Attention, Role::Experts, Role::Head]
         .into_iter()
         .find(|role| role.chosen(spec).is_some() && !present(*role))
         .map(Role::key);
-    // No family with experts is known to the graph yet.
-    if let Some(key) = absent.or(spec.experts.map(|_| "experts")) {
+    if let Some(key) = absent {
         return Err(PrecisionError::NoSuchWeights { key });
     }
     for (name, weight) in &mut graph.weights {
@@ -130,6 +146,7 @@ fn roles(graph: &Graph) -> BTreeMap<String, BTreeSet<Role>> {
         let role = match &graph.node(id).op {
             Op::Embed { .. } => Role::Embedding,
             Op::Linear { .. } => linear_role(graph, id),
+            Op::ExpertLinear { .. } => Role::Experts,
             _ => continue,
         };
         if let Some(weight) = graph.node(id).op.weight() {
@@ -139,8 +156,8 @@ fn roles(graph: &Graph) -> BTreeMap<String, BTreeSet<Role>> {
     roles
 }
 
-/// Attention's are the linear layers that make its operands or take its result, the head is the one
-/// that makes the logits.
+/// Attention's are the linear layers that make its operands or take its result, a router is one that
+/// makes scores for routes, the head is the one that makes the logits.
 fn linear_role(graph: &Graph, linear: NodeId) -> Role {
     let takes_attention = |id: &NodeId| matches!(graph.node(*id).op, Op::Attention { .. });
     if graph.operands(linear).iter().any(takes_attention) {
@@ -152,7 +169,10 @@ fn linear_role(graph: &Graph, linear: NodeId) -> Role {
             match graph.node(user).op {
                 Op::KvWrite { .. } | Op::Attention { .. } => return Role::Attention,
                 Op::Logits => return Role::Head,
-                Op::Bias { .. } | Op::RmsNorm { .. } | Op::Rope { .. } => values.push(user),
+                Op::Route(_) => return Role::Router,
+                Op::Scale { .. } | Op::Bias { .. } | Op::RmsNorm { .. } | Op::Rope { .. } => {
+                    values.push(user)
+                }
                 _ => {}
             }
         }
@@ -185,10 +205,21 @@ fn quantize(
     let mut quantized: BTreeMap<NodeId, NodeId> = BTreeMap::new();
     for linear in graph.ids() {
         let node = graph.node(linear);
-        let Op::Linear { weight } = &node.op else { continue };
+        let (weight, per_slot) = match &node.op {
+            Op::Linear { weight } => (weight, false),
+            Op::ExpertLinear { weight, per_slot } => (weight, *per_slot),
+            _ => continue,
+        };
         let format = graph.weights[weight].format;
+        let cols = graph.weights[weight].shape.last().copied().unwrap_or(0);
+        let partial = per_slot && !cols.is_multiple_of(ACT_BLOCK);
         let int8 = match spec.activations {
+            _ if roles[weight].contains(&Role::Router) => false,
             Activations::F32 => false,
+            Activations::Auto if partial => false,
+            Activations::Int8 if partial => {
+                return Err(PrecisionError::PartialBlocks { weight: weight.clone(), cols });
+            }
             Activations::Auto => takes_int8(format),
             Activations::Int8 if takes_int8(format) => true,
             Activations::Int8 => {
@@ -393,5 +424,48 @@ mod tests {
         assert!(int8.contains("self_attn.q_proj.weight is f16"), "{int8}");
         let experts = error(Format::Q8_0, json!({"experts": "mxfp4"}));
         assert!(experts.contains("precision.experts") && experts.contains("no experts"), "{experts}");
+    }
+
+    /// A Qwen3 with 4 experts, 2 of them for a row.
+    fn mixture(format: Format, intermediate: usize) -> Graph {
+        model(
+            format,
+            json!({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": intermediate}),
+        )
+    }
+
+    #[test]
+    fn experts_have_a_key_of_their_own_and_routers_stay_as_stored() {
+        let mut graph = mixture(Format::BF16, 32);
+        let report =
+            apply(&mut graph, json!({"weights": "q8_0", "experts": "mxfp4", "activations": "auto"})).unwrap();
+        let format = |name: &str| graph.weights[&format!("model.layers.0.mlp.{name}.weight")].format;
+        assert_eq!(format("gate"), Format::BF16);
+        for name in ["gate", "up", "down"] {
+            assert_eq!(format(&format!("experts.{{}}.{name}_proj")), Format::MXFP4, "{name}");
+        }
+        assert_eq!(
+            quantized(&graph)[4..],
+            [
+                "l0.gate <- l0.ffn_norm.q8",
+                "l0.up <- l0.ffn_norm.q8",
+                "l0.down <- l0.act.q8",
+                "head <- norm.q8"
+            ]
+        );
+        assert_eq!((report.int8_linears, report.f32_linears), (8, 1));
+        let act = graph.node(graph.find("l0.act.q8").unwrap());
+        assert_eq!(act.ty.to_string(), "q8[rows, 64]");
+    }
+
+    #[test]
+    fn blocks_of_activations_do_not_reach_from_slot_to_slot() {
+        let mut graph = mixture(Format::Q8_0, 24);
+        apply(&mut graph, json!({})).unwrap();
+        assert!(!quantized(&graph).iter().any(|line| line.starts_with("l0.down")), "{:?}", quantized(&graph));
+        let error = apply(&mut mixture(Format::Q8_0, 24), json!({"activations": "int8"}));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("down_proj.weight reads 24 columns"), "{error}");
     }
 }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::format::Format;
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
+use tilec_ir::graph::ActivationFn;
 use tilec_ir::launch::{OCTET, STEP_ROWS};
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{Attention, Bias, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Rope, Stage};
@@ -31,6 +32,7 @@ pub const fn kernel_format(format: Format) -> Format {
 /// # Errors
 /// An operator that no stage can run, or sizes that do not fit the tensor cores.
 pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileError> {
+    refuse_mixtures(fused)?;
     let kv = kv_layout(fused)?;
     let whole = |what: String| TileError { op: fused.name.clone(), what };
     if kv.kv_type == KvType::F32 {
@@ -110,6 +112,32 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
     Ok(program)
 }
 
+/// What mixtures of experts have and the resident kernel does not yet.
+fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
+    const REMEDY: &str = "compile for the processor instead (`target: {device: cpu}`)";
+    for op in &fused.ops {
+        let missing = match &op.anchor {
+            Anchor::Route(_) | Anchor::Experts { .. } => Some("a mixture of experts"),
+            Anchor::Attention { sinks: Some(_), .. } => Some("attention with sinks"),
+            _ => op.parts.iter().flat_map(|part| &part.pieces).find_map(|piece| match piece {
+                Piece::Scale(_) => Some("scaled values"),
+                Piece::Gated(ActivationFn::Clamped { .. }) => Some("a clamped gate"),
+                _ => None,
+            }),
+        };
+        if let Some(missing) = missing {
+            return Err(error(op, format!("the resident kernel does not have {missing} yet: {REMEDY}")));
+        }
+    }
+    match fused.weights.iter().find(|(_, weight)| weight.view.is_some()) {
+        Some((name, _)) => Err(TileError {
+            op: name.clone(),
+            what: format!("the resident kernel does not read parts of a stored matrix yet: {REMEDY}"),
+        }),
+        None => Ok(()),
+    }
+}
+
 fn error(op: &FusedOp, what: impl Into<String>) -> TileError {
     TileError { op: op.name.clone(), what: what.into() }
 }
@@ -164,6 +192,7 @@ impl Lowering<'_> {
                 None
             }
             Anchor::Gemm => Some(self.gemm(op, input()?, offsets)?),
+            Anchor::Route(_) | Anchor::Experts { .. } => return Err(error(op, "has experts")),
             Anchor::Attention { heads, scale, window, .. } => {
                 Some(self.attention(op, input()?, *heads, *scale, *window, offsets)?)
             }

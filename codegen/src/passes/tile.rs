@@ -247,6 +247,12 @@ impl Tiler<'_> {
             }
             Anchor::Rows => StageAnchor::Rows { input: input()?, select },
             Anchor::Gemm => StageAnchor::Gemm { input: input()? },
+            Anchor::Route(_) | Anchor::Experts { .. } => {
+                return Err(error(op, "experts have no stages yet".into()));
+            }
+            Anchor::Attention { sinks: Some(_), .. } => {
+                return Err(error(op, "sinks have no stage yet".into()));
+            }
             Anchor::Attention { heads, scale, window, .. } => {
                 StageAnchor::Attention { input: input()?, heads: *heads, scale: *scale, window: *window }
             }
@@ -272,6 +278,7 @@ impl Tiler<'_> {
             let (sink, chain) = part.pieces.split_last().expect("a chain has a sink");
             let runs = match op.anchor {
                 Anchor::Gemm => true,
+                Anchor::Route(_) | Anchor::Experts { .. } => false,
                 Anchor::Embed { .. } | Anchor::Attention { .. } => {
                     chain.is_empty() && matches!(sink, StagePiece::Store(_))
                 }
@@ -344,6 +351,9 @@ impl Tiler<'_> {
                         head_dim: *head_dim,
                         dims: spec.dims,
                     }
+                }
+                Piece::Scale(_) | Piece::ExpertBias { .. } | Piece::Combine => {
+                    return Err(error(op, format!("{piece:?} has no stage yet")));
                 }
                 Piece::Gated(activation) => StagePiece::Gated(*activation),
                 Piece::Residual(value) => {

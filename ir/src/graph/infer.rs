@@ -1,6 +1,6 @@
 //! Shape rules: the type of an operator's result, or why there is none.
 
-use super::{Cache, Dim, Elem, Graph, Op, Type, Weight};
+use super::{ActivationFn, Cache, Dim, Elem, Graph, Op, Router, Scoring, Type, Weight};
 
 /// Type of `op`'s result on operands of these types.
 ///
@@ -10,6 +10,7 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
     let arity = match op {
         Op::Embed { .. } => 0,
         Op::KvWrite { .. } | Op::Attention { .. } | Op::Gated { .. } | Op::Add => 2,
+        Op::ExpertLinear { .. } | Op::ExpertBias { .. } | Op::Combine => 2,
         _ => 1,
     };
     if operands.len() != arity {
@@ -31,7 +32,7 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
         Op::Linear { weight } => {
             let (out, input) = matrix(graph, weight)?;
             let x = operands[0];
-            if x.elem == Elem::Kv || x.cols != input {
+            if !matches!(x.elem, Elem::F32 | Elem::Q8) || x.cols != input {
                 return Err(format!("{weight} takes {input} columns, not {x}"));
             }
             Ok(Type { elem: Elem::F32, rows: x.rows, cols: out })
@@ -43,6 +44,8 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
                 len => Err(format!("{weight} has {len} values for {} columns", x.cols)),
             }
         }
+        Op::Scale { factor } if !factor.is_finite() => Err(format!("factor {factor} is not finite")),
+        Op::Scale { .. } => f32_operand(operands, 0),
         Op::Rope { rope, head_dim } => {
             let x = f32_operand(operands, 0)?;
             let spec = graph.ropes.get(rope).ok_or_else(|| format!("no rope is called {rope:?}"))?;
@@ -64,7 +67,7 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
             }
             Ok(Type { elem: Elem::Kv, rows: Dim::Rows, cols: 0 })
         }
-        Op::Attention { cache, heads, scale, window } => {
+        Op::Attention { cache, heads, scale, window, sinks } => {
             let cache = self::cache(graph, *cache)?;
             let q = f32_operand(operands, 0)?;
             if operands[1].elem != Elem::Kv {
@@ -82,9 +85,55 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
             if !scale.is_finite() {
                 return Err(format!("scale {scale} is not finite"));
             }
+            if let Some(sinks) = sinks
+                && vector(graph, sinks)? != *heads
+            {
+                return Err(format!("{sinks} has {} values for {heads} heads", vector(graph, sinks)?));
+            }
             Ok(Type::f32(product(*heads, cache.v_dim)?))
         }
-        Op::Gated { .. } | Op::Add => {
+        Op::Route(router) => {
+            let scores = f32_operand(operands, 0)?;
+            check_router(graph, router, scores.cols)?;
+            Ok(Type { elem: Elem::Routes, rows: scores.rows, cols: router.top_k })
+        }
+        Op::ExpertLinear { weight, per_slot } => {
+            let (_, out, input) = expert_matrices(graph, weight)?;
+            let (x, routes) = (operands[0], routes_operand(operands)?);
+            let slots = if *per_slot { routes.cols } else { 1 };
+            let wanted = product(slots, input)?;
+            if !matches!(x.elem, Elem::F32 | Elem::Q8) || x.cols != wanted || x.rows != routes.rows {
+                return Err(format!("{weight} takes {wanted} columns of {}, not {x}", routes.rows));
+            }
+            Ok(Type { elem: Elem::F32, rows: x.rows, cols: product(routes.cols, out)? })
+        }
+        Op::ExpertBias { weight } => {
+            let (x, routes) = (f32_operand(operands, 0)?, routes_operand(operands)?);
+            let (_, cols) = expert_vectors(graph, weight)?;
+            if x.cols != product(routes.cols, cols)? || x.rows != routes.rows {
+                return Err(format!("{weight} has {cols} values for {} slots of {x}", routes.cols));
+            }
+            Ok(x)
+        }
+        Op::Combine => {
+            let (x, routes) = (f32_operand(operands, 0)?, routes_operand(operands)?);
+            if routes.cols == 0 || x.cols % routes.cols != 0 || x.rows != routes.rows {
+                return Err(format!("{x} are not {} slots for {routes}", routes.cols));
+            }
+            Ok(Type { cols: x.cols / routes.cols, ..x })
+        }
+        Op::Gated { activation } => {
+            if let ActivationFn::Clamped { alpha, limit } = activation
+                && !(alpha.is_finite() && limit.is_finite() && *limit > 0.0)
+            {
+                return Err(format!(
+                    "alpha {alpha} and limit {limit} are no finite numbers with a limit above 0"
+                ));
+            }
+            let (a, b) = (f32_operand(operands, 0)?, f32_operand(operands, 1)?);
+            if a == b { Ok(a) } else { Err(format!("operands {a} and {b} differ")) }
+        }
+        Op::Add => {
             let (a, b) = (f32_operand(operands, 0)?, f32_operand(operands, 1)?);
             if a == b { Ok(a) } else { Err(format!("operands {a} and {b} differ")) }
         }
@@ -107,6 +156,31 @@ fn f32_operand(operands: &[Type], number: usize) -> Result<Type, String> {
     }
 }
 
+fn routes_operand(operands: &[Type]) -> Result<Type, String> {
+    match operands[1] {
+        ty if ty.elem == Elem::Routes => Ok(ty),
+        ty => Err(format!("operand 1 must be routes, not {ty}")),
+    }
+}
+
+/// Whether a router can choose among `experts` experts.
+fn check_router(graph: &Graph, router: &Router, experts: usize) -> Result<(), String> {
+    if router.top_k == 0 || router.top_k > experts {
+        return Err(format!("top_k {} of {experts} experts: choose from 1 to all of them", router.top_k));
+    }
+    if !router.factor.is_finite() {
+        return Err(format!("factor {} is not finite", router.factor));
+    }
+    match &router.correction {
+        None => Ok(()),
+        Some(_) if router.scoring != Scoring::Sigmoid => Err("only a sigmoid router has a correction".into()),
+        Some(correction) => match vector(graph, correction)? {
+            len if len == experts => Ok(()),
+            len => Err(format!("{correction} has {len} values for {experts} experts")),
+        },
+    }
+}
+
 fn product(a: usize, b: usize) -> Result<usize, String> {
     a.checked_mul(b).ok_or_else(|| format!("{a} x {b} columns are more than can be counted"))
 }
@@ -126,6 +200,22 @@ fn vector(graph: &Graph, name: &str) -> Result<usize, String> {
     match weight(graph, name)?.shape[..] {
         [len] => Ok(len),
         ref shape => Err(format!("{name:?} of shape {shape:?} is no vector")),
+    }
+}
+
+/// Experts, out and in features of the matrices of all experts.
+pub(super) fn expert_matrices(graph: &Graph, name: &str) -> Result<(usize, usize, usize), String> {
+    match weight(graph, name)?.shape[..] {
+        [experts, out, input] if experts > 0 && out > 0 && input > 0 => Ok((experts, out, input)),
+        ref shape => Err(format!("{name:?} of shape {shape:?} is no matrix an expert")),
+    }
+}
+
+/// Experts and values of the vectors of all experts.
+pub(super) fn expert_vectors(graph: &Graph, name: &str) -> Result<(usize, usize), String> {
+    match weight(graph, name)?.shape[..] {
+        [experts, len] if experts > 0 && len > 0 => Ok((experts, len)),
+        ref shape => Err(format!("{name:?} of shape {shape:?} is no vector an expert")),
     }
 }
 

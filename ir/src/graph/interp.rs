@@ -5,7 +5,10 @@
 //! its own rounding is far below that of what it judges. The numbers of a row do not depend on the
 //! other rows of the step.
 
-use super::{Cache, Dim, Graph, GraphError, Node, NodeId, Op, RopeSpec, verify};
+use super::{
+    ActivationFn, Cache, Dim, EXPERT, Graph, GraphError, Node, NodeId, Op, RopeSpec, Router, Scoring, Weight,
+    verify,
+};
 use crate::abi::KvType;
 use crate::format::ACT_BLOCK;
 use half::{bf16, f16};
@@ -110,13 +113,8 @@ impl<'a> Interpreter<'a> {
         let order = graph.topological().map_err(|error| InterpError::Graph(vec![error]))?;
         let mut weights = BTreeMap::new();
         for (name, weight) in &graph.weights {
-            let fail = |what| InterpError::Weight { name: name.clone(), what };
-            let values = source.tensor(name).map_err(fail)?;
-            // `verify` has checked that this does not overflow.
-            let expected: usize = weight.shape.iter().product();
-            if values.len() != expected {
-                return Err(fail(format!("{} values do not make a {:?}", values.len(), weight.shape)));
-            }
+            let values = read(source, name, weight)
+                .map_err(|what| InterpError::Weight { name: name.clone(), what })?;
             weights.insert(name.as_str(), values);
         }
         Ok(Interpreter { graph, order, weights, sequences: BTreeMap::new() })
@@ -147,7 +145,7 @@ impl<'a> Interpreter<'a> {
 
     /// [`Interpreter::step`] that shows every value to `observe` as it is computed, row-major, in
     /// topological order: to find the operator in which a backend departs. Quantized values are shown
-    /// as the float32 that they stand for; an [`Op::KvWrite`] has no values.
+    /// as the float32 that they stand for, routes as number and weight in turn; an [`Op::KvWrite`] has no values.
     ///
     /// # Errors
     /// As for [`Interpreter::step`].
@@ -254,12 +252,14 @@ impl<'a> Interpreter<'a> {
                 let bias = self.weights[weight.as_str()].iter().cycle();
                 inputs[0].iter().zip(bias).map(|(x, b)| x + b).collect()
             }
+            Op::Scale { factor } => inputs[0].iter().map(|x| x * factor).collect(),
             Op::Rope { rope, head_dim } => rotate(inputs[0], &self.graph.ropes[rope], *head_dim, cols, rows),
             Op::KvWrite { cache } => {
                 self.write(*cache, inputs[0], inputs[1], rows);
                 Vec::new()
             }
-            Op::Attention { cache, heads, scale, window } => {
+            Op::Attention { cache, heads, scale, window, sinks } => {
+                let sinks = sinks.as_ref().map(|sinks| self.weights[sinks.as_str()].as_ref());
                 let shape = &self.graph.caches[*cache];
                 let queries = inputs[0].chunks_exact(heads * shape.qk_dim);
                 rows.iter()
@@ -267,14 +267,59 @@ impl<'a> Interpreter<'a> {
                     .flat_map(|(row, query)| {
                         let history = &self.sequences[&row.sequence].caches[*cache];
                         let first = window.map_or(0, |window| (row.position + 1).saturating_sub(window));
-                        attend(query, history, shape, *heads, *scale, first..row.position + 1)
+                        attend(query, history, shape, *heads, *scale, sinks, first..row.position + 1)
                     })
                     .collect()
             }
-            Op::Gated { activation: super::ActivationFn::Silu } => {
-                let silu = |x: f64| x / (1.0 + (-x).exp());
+            Op::Gated { activation } => {
                 let pairs = inputs[0].iter().zip(inputs[1]);
-                pairs.map(|(gate, up)| (silu(f64::from(*gate)) * f64::from(*up)) as f32).collect()
+                pairs.map(|(gate, up)| gated(*activation, f64::from(*gate), f64::from(*up)) as f32).collect()
+            }
+            Op::Route(router) => {
+                let experts = self.graph.node(self.graph.operands(id)[0]).ty.cols;
+                let correction = router.correction.as_ref().map(|name| self.weights[name.as_str()].as_ref());
+                inputs[0].chunks_exact(experts).flat_map(|row| route(row, router, correction)).collect()
+            }
+            Op::ExpertLinear { weight, per_slot } => {
+                let shape = &self.graph.weights[weight].shape;
+                let (out, input) = (shape[1], shape[2]);
+                let weights = &self.weights[weight.as_str()];
+                let slots = cols / out;
+                let width = if *per_slot { slots * input } else { input };
+                let rows = inputs[0].chunks_exact(width).zip(inputs[1].chunks_exact(slots * 2));
+                rows.flat_map(|(x, routes)| {
+                    routes.chunks_exact(2).enumerate().flat_map(move |(slot, chosen)| {
+                        let x = if *per_slot { &x[slot * input..][..input] } else { x };
+                        let own = &weights[chosen[0] as usize * out * input..][..out * input];
+                        linear(x, own, 1, out)
+                    })
+                })
+                .collect()
+            }
+            Op::ExpertBias { weight } => {
+                let bias = &self.weights[weight.as_str()];
+                let len = self.graph.weights[weight].shape[1];
+                let slots = inputs[0].chunks_exact(len).zip(inputs[1].chunks_exact(2));
+                slots
+                    .flat_map(|(x, chosen)| {
+                        let own = &bias[chosen[0] as usize * len..][..len];
+                        x.iter().zip(own).map(|(x, b)| x + b).collect::<Vec<_>>()
+                    })
+                    .collect()
+            }
+            Op::Combine => {
+                let slots = self.graph.node(self.graph.operands(id)[1]).ty.cols;
+                let rows = inputs[0].chunks_exact(slots * cols).zip(inputs[1].chunks_exact(slots * 2));
+                rows.flat_map(|(x, routes)| {
+                    (0..cols).map(move |col| {
+                        let shares = routes
+                            .chunks_exact(2)
+                            .enumerate()
+                            .map(|(slot, chosen)| f64::from(chosen[1]) * f64::from(x[slot * cols + col]));
+                        shares.sum::<f64>() as f32
+                    })
+                })
+                .collect()
             }
             Op::Add => inputs[0].iter().zip(inputs[1]).map(|(a, b)| a + b).collect(),
             Op::SelectRows => {
@@ -300,6 +345,89 @@ impl<'a> Interpreter<'a> {
             }
         }
     }
+}
+
+/// A weight's values: its tensor, the experts' tensors one behind the other, or a view of them.
+fn read<'a>(source: &'a dyn WeightSource, name: &str, weight: &Weight) -> Result<Cow<'a, [f32]>, String> {
+    // `verify` has checked that this does not overflow.
+    let expected: usize = weight.shape.iter().product();
+    let tensor = weight.tensor(name);
+    let (tensors, each) = match tensor.contains(EXPERT) {
+        true => (weight.shape[0], expected / weight.shape[0]),
+        false => (1, expected),
+    };
+    let mut all = Cow::Borrowed(&[][..]);
+    for expert in 0..tensors {
+        let values = source.tensor(&tensor.replace(EXPERT, &expert.to_string()))?;
+        let part = match &weight.view {
+            None => values,
+            Some(view) => {
+                let element = |i| view.element(i).and_then(|at| values.get(at)).copied();
+                let part: Option<Vec<f32>> = (0..each).map(element).collect();
+                let few = || format!("{} values of {tensor} do not hold {view:?}", values.len());
+                Cow::Owned(part.ok_or_else(few)?)
+            }
+        };
+        if part.len() != each {
+            return Err(format!("{} values do not make a {:?}", part.len(), weight.shape));
+        }
+        match tensors {
+            1 => all = part,
+            _ => all.to_mut().extend_from_slice(&part),
+        }
+    }
+    Ok(all)
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+fn gated(activation: ActivationFn, gate: f64, up: f64) -> f64 {
+    match activation {
+        ActivationFn::Silu => gate * sigmoid(gate) * up,
+        ActivationFn::Clamped { alpha, limit } => {
+            let (alpha, limit) = (f64::from(alpha), f64::from(limit));
+            let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+            gate * sigmoid(alpha * gate) * (up + 1.0)
+        }
+    }
+}
+
+fn softmax(scores: &[f64]) -> Vec<f64> {
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let shares: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+    let sum: f64 = shares.iter().sum();
+    shares.iter().map(|share| share / sum).collect()
+}
+
+/// One row's routes: expert (as a number that float32 holds exactly) and weight in turn.
+fn route(scores: &[f32], router: &Router, correction: Option<&[f32]>) -> Vec<f32> {
+    let scores: Vec<f64> = scores.iter().map(|score| f64::from(*score)).collect();
+    let shares = match router.scoring {
+        Scoring::Softmax => softmax(&scores),
+        Scoring::ChosenSoftmax => scores.clone(),
+        Scoring::Sigmoid => scores.iter().map(|score| sigmoid(*score)).collect(),
+    };
+    // The softmax keeps the order of scores, but rounds apart what is equal and together what is not.
+    let compared = |expert: usize| match (router.scoring, correction) {
+        (Scoring::Sigmoid, Some(correction)) => shares[expert] + f64::from(correction[expert]),
+        // The addition makes -0 equal to 0.
+        _ => scores[expert] + 0.0,
+    };
+    let mut chosen: Vec<usize> = (0..scores.len()).collect();
+    chosen.sort_by(|a, b| compared(*b).total_cmp(&compared(*a)).then(a.cmp(b)));
+    chosen.truncate(router.top_k);
+    chosen.sort_unstable();
+    let mut weights: Vec<f64> = chosen.iter().map(|expert| shares[*expert]).collect();
+    if router.scoring == Scoring::ChosenSoftmax {
+        weights = softmax(&weights);
+    } else if router.renormalize {
+        let sum = weights.iter().sum::<f64>() + 1e-20;
+        weights.iter_mut().for_each(|weight| *weight /= sum);
+    }
+    let weight = |weight: &f64| (weight * f64::from(router.factor)) as f32;
+    chosen.iter().zip(&weights).flat_map(|(expert, share)| [*expert as f32, weight(share)]).collect()
 }
 
 fn stored_as(x: f32, kv_type: KvType) -> f32 {
@@ -373,6 +501,7 @@ fn attend(
     cache: &Cache,
     heads: usize,
     scale: f32,
+    sinks: Option<&[f32]>,
     positions: std::ops::Range<usize>,
 ) -> Vec<f32> {
     let Cache { kv_heads, qk_dim, v_dim, .. } = *cache;
@@ -382,9 +511,10 @@ fn attend(
         let key = |position: usize| &history.keys[(position * kv_heads + kv_head) * qk_dim..][..qk_dim];
         let scores: Vec<f64> =
             positions.clone().map(|position| dot(query, key(position)) * f64::from(scale)).collect();
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sink = sinks.map(|sinks| f64::from(sinks[head]));
+        let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-        let sum: f64 = weights.iter().sum();
+        let sum: f64 = weights.iter().sum::<f64>() + sink.map_or(0.0, |sink| (sink - max).exp());
         let mut mixed = vec![0f64; v_dim];
         for (position, weight) in positions.clone().zip(&weights) {
             let value = &history.values[(position * kv_heads + kv_head) * v_dim..][..v_dim];

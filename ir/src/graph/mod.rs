@@ -13,7 +13,7 @@ mod text;
 mod verify;
 
 pub use infer::infer;
-pub use op::{ActivationFn, Op};
+pub use op::{ActivationFn, Op, Router, Scoring};
 pub use rope::{RopeScaling, RopeSpec};
 pub use text::{ParseError, parse};
 pub use verify::verify;
@@ -54,6 +54,8 @@ pub enum Elem {
     F32,
     /// Signed bytes in blocks of 32 with a float32 scale (see [`crate::abi::QuantRows`]).
     Q8,
+    /// Experts chosen for a row, each with a weight: as many as there are columns.
+    Routes,
     /// The order of a cache: "these positions are written". Has no data.
     Kv,
 }
@@ -64,6 +66,7 @@ impl Elem {
         match self {
             Elem::F32 => "f32",
             Elem::Q8 => "q8",
+            Elem::Routes => "routes",
             Elem::Kv => "kv",
         }
     }
@@ -96,15 +99,59 @@ impl fmt::Display for Type {
     }
 }
 
-/// A weight that the graph reads, by its name in the checkpoint (Hugging Face's).
+/// Stands for the number of an expert in the name of a weight that is stored as one tensor an expert.
+pub const EXPERT: &str = "{}";
+
+/// A weight that the graph reads, by its name in the checkpoint (Hugging Face's), in which
+/// [`EXPERT`] stands for each expert's number where a weight of all experts is one tensor an expert.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Weight {
-    /// `[out features, in features]` of a matrix, `[n]` of a vector.
+    /// `[out features, in features]` of a matrix, `[n]` of a vector; in front of them the number of
+    /// experts where each has one.
     pub shape: Vec<usize>,
     /// Format in the checkpoint.
     pub stored: Format,
     /// Format that the kernels read. Equal to `stored` until the precision pass.
     pub format: Format,
+    /// Where it lies if it is not the whole tensor of its own name.
+    pub view: Option<View>,
+}
+
+/// A weight that is part of a stored tensor: element `i` (row-major) is the tensor's element
+/// `start + i / block * stride + i % block`. Rows of a matrix stay whole.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct View {
+    /// Name of the stored tensor; as in [`Weight`], [`EXPERT`] may stand in it.
+    #[serde(skip)]
+    pub tensor: String,
+    /// Elements before the first.
+    pub start: usize,
+    /// Elements that lie together; a multiple of a matrix's columns.
+    pub block: usize,
+    /// Elements from one block to the next.
+    pub stride: usize,
+}
+
+impl View {
+    /// The tensor's element that is element `index` of the weight; `None` if that overflows.
+    pub fn element(&self, index: usize) -> Option<usize> {
+        (index / self.block)
+            .checked_mul(self.stride)?
+            .checked_add(index % self.block)?
+            .checked_add(self.start)
+    }
+}
+
+impl Weight {
+    /// A weight that is a whole tensor and read as stored.
+    pub fn whole(shape: impl Into<Vec<usize>>, stored: Format) -> Weight {
+        Weight { shape: shape.into(), stored, format: stored, view: None }
+    }
+
+    /// The name of the stored tensor, [`EXPERT`] included, of the weight called `name`.
+    pub fn tensor<'w>(&'w self, name: &'w str) -> &'w str {
+        self.view.as_ref().map_or(name, |view| view.tensor.as_str())
+    }
 }
 
 /// The KV cache of one attention layer.

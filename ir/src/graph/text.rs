@@ -4,6 +4,8 @@
 //! graph "tiny" {
 //!   weight "embed" [64, 32] q8_0              # stored and read in this format
 //!   weight "head"  [64, 32] bf16 as mxfp4     # stored in one, read in another
+//!   weight "v"     [16, 32] bf16 of "qkv" start=512 block=512 stride=1024   # part of a tensor
+//!   weight "experts.{}.up" [4, 8, 32] mxfp4   # one tensor an expert
 //!   rope "default" dims=8 theta=10000.0 scaling={"type":"none"}
 //!   cache 0 kv_heads=1 qk_dim=8 v_dim=8 kv_type="f16"
 //!
@@ -19,7 +21,7 @@
 //! without a name is a JSON object. The type behind the colon may be left out; written, it must be the
 //! one that the operator's shape rule gives. `#` starts a comment that ends with the line.
 
-use super::{Cache, Dim, Elem, Graph, NodeId, Op, RopeSpec, Type, Weight};
+use super::{Cache, Dim, Elem, Graph, NodeId, Op, RopeSpec, Type, View, Weight};
 use crate::format::Format;
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -39,6 +41,9 @@ impl fmt::Display for Graph {
             write!(f, "  weight {:width$} {:?} {}", json(name)?, weight.shape, format_name(&weight.stored)?)?;
             if weight.format != weight.stored {
                 write!(f, " as {}", format_name(&weight.format)?)?;
+            }
+            if let Some(view) = &weight.view {
+                write!(f, " of {}{}", json(&view.tensor)?, attributes(view)?)?;
             }
             writeln!(f)?;
         }
@@ -220,7 +225,18 @@ impl<'t> Parser<'t> {
                 stored
             }
         };
-        let known = self.graph.weights.insert(name.clone(), Weight { shape, stored, format });
+        let before = self.skip_blank();
+        let view = match self.word() {
+            "of" => {
+                let tensor = self.string("the stored tensor's name")?;
+                Some(View { tensor, ..self.attributes("view", None, before)? })
+            }
+            _ => {
+                self.at = before;
+                None
+            }
+        };
+        let known = self.graph.weights.insert(name.clone(), Weight { shape, stored, format, view });
         self.only_once(known.is_none(), start, "weight", &name)
     }
 
@@ -317,8 +333,14 @@ impl<'t> Parser<'t> {
         let elem = match self.word() {
             "f32" => Elem::F32,
             "q8" => Elem::Q8,
+            "routes" => Elem::Routes,
             "kv" => return Ok(Type { elem: Elem::Kv, rows: Dim::Rows, cols: 0 }),
-            _ => return Err(self.expected(start, "a type: `f32[rows, cols]`, `q8[rows, cols]` or `kv`")),
+            _ => {
+                return Err(self.expected(
+                    start,
+                    "a type: `f32[rows, cols]`, `q8[rows, cols]`, `routes[rows, n]` or `kv`",
+                ));
+            }
         };
         self.punctuation("[")?;
         let rows_start = self.skip_blank();

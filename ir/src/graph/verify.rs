@@ -3,6 +3,7 @@
 //! Run after every pass: a pass that leaves a graph which this accepts may still compute the wrong
 //! numbers, but the levels below will not trip over its shape.
 
+use super::infer::{expert_matrices, expert_vectors};
 use super::{Graph, GraphError, NodeId, Op, Type, infer};
 use petgraph::Direction;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// * names are unique, and every value but the logits is used;
 /// * there is one [`Op::Logits`], the end of the graph;
 /// * each cache has one [`Op::KvWrite`] and one [`Op::Attention`], the latter behind the former;
+/// * the operators on experts have weights for as many experts as their routes choose from;
 /// * layers do not decrease along an edge, also through operators that belong to no layer;
 /// * every declared weight and rope is used, has sensible numbers, and every used one is declared.
 ///
@@ -25,6 +27,7 @@ pub fn verify(graph: &Graph) -> Result<(), Vec<GraphError>> {
     operands_and_types(graph, &mut errors);
     uses(graph, &mut errors);
     caches(graph, &mut errors);
+    experts(graph, &mut errors);
     tables(graph, &mut errors);
     match graph.topological() {
         Ok(order) => layers(graph, &order, &mut errors),
@@ -121,6 +124,25 @@ fn caches(graph: &Graph, errors: &mut Vec<GraphError>) {
     }
 }
 
+/// Operators on experts against the scores that their routes were made of.
+fn experts(graph: &Graph, errors: &mut Vec<GraphError>) {
+    for id in graph.ids() {
+        let node = graph.node(id);
+        let have = match &node.op {
+            Op::ExpertLinear { weight, .. } => expert_matrices(graph, weight).map(|shape| shape.0),
+            Op::ExpertBias { weight } => expert_vectors(graph, weight).map(|shape| shape.0),
+            _ => continue,
+        };
+        let Some(routes) = graph.operands(id).get(1).copied() else { continue };
+        let (Ok(have), Some(scores)) = (have, graph.operands(routes).first().copied()) else { continue };
+        let chosen_from = graph.node(scores).ty.cols;
+        if matches!(graph.node(routes).op, Op::Route(_)) && have != chosen_from {
+            let what = format!("has weights for {have} experts, its routes choose from {chosen_from}");
+            errors.push(graph.error(&node.name, what));
+        }
+    }
+}
+
 fn tables(graph: &Graph, errors: &mut Vec<GraphError>) {
     let ops = || graph.nodes.node_weights().map(|node| &node.op);
     let weights: BTreeSet<&str> = ops().filter_map(Op::weight).collect();
@@ -131,6 +153,11 @@ fn tables(graph: &Graph, errors: &mut Vec<GraphError>) {
         let size = weight.shape.iter().try_fold(1usize, |size, extent| size.checked_mul(*extent));
         if weight.shape.is_empty() || matches!(size, None | Some(0)) {
             errors.push(graph.error(name, format!("a weight cannot have the shape {:?}", weight.shape)));
+        }
+        if let (Some(view), Some(size)) = (&weight.view, size)
+            && (view.block == 0 || view.stride < view.block || view.element(size.max(1) - 1).is_none())
+        {
+            errors.push(graph.error(name, format!("a view cannot be {view:?}")));
         }
     }
     let ropes: BTreeSet<&str> = ops()

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{InterpError, Interpreter, Row};
-use tilec_ir::graph::{ActivationFn, Cache, Graph, NodeId, Op, RopeScaling, RopeSpec, Weight};
+use tilec_ir::graph::{
+    ActivationFn, Cache, Graph, NodeId, Op, RopeScaling, RopeSpec, Router, Scoring, View, Weight,
+};
 
 type Weights = BTreeMap<String, Vec<f32>>;
 
@@ -54,7 +56,7 @@ impl One {
     }
 
     fn weight(&mut self, name: &str, shape: &[usize], values: &[f32]) -> String {
-        let weight = Weight { shape: shape.to_vec(), stored: Format::F32, format: Format::F32 };
+        let weight = Weight::whole(shape, Format::F32);
         self.graph.declare_weight(name, weight).unwrap();
         self.weights.insert(name.into(), values.to_vec());
         name.into()
@@ -172,7 +174,7 @@ fn attention(heads: usize, window: Option<usize>, kv_type: KvType, table: &[&[f3
         one.graph.caches.push(Cache { kv_heads: 1, qk_dim: dim, v_dim: dim, kv_type });
         let q = one.add("q", Op::Linear { weight }, &[x]);
         let kv = one.add("kv", Op::KvWrite { cache: 0 }, &[x, x]);
-        one.add("y", Op::Attention { cache: 0, heads, scale: 0.5, window }, &[q, kv])
+        one.add("y", Op::Attention { cache: 0, heads, scale: 0.5, window, sinks: None }, &[q, kv])
     })
 }
 
@@ -212,7 +214,7 @@ fn query_heads_share_kv_heads_in_groups() {
         let (q, v) =
             (one.add("q", Op::Linear { weight: q }, &[x]), one.add("v", Op::Linear { weight: v }, &[x]));
         let kv = one.add("kv", Op::KvWrite { cache: 0 }, &[x, v]);
-        one.add("y", Op::Attention { cache: 0, heads: 4, scale: 1.0, window: None }, &[q, kv])
+        one.add("y", Op::Attention { cache: 0, heads: 4, scale: 1.0, window: None, sinks: None }, &[q, kv])
     });
     assert_eq!(one.run(1), [10.0, 10.0, 20.0, 20.0]);
 }
@@ -365,4 +367,130 @@ fn an_observer_sees_every_value() {
     );
     assert_eq!(seen["last"], seen["l1.out"][HIDDEN..]);
     assert!(seen["l0.kv"].is_empty());
+}
+
+/// What a mixture of `values.len()` experts makes of one row of router scores, where expert `e` turns
+/// everything into `values[e]`.
+fn mixed(scores: &[f32], router: Router, values: &[f32]) -> f32 {
+    let one = One::new(&[scores], |one, x| {
+        let routes = one.add("routes", Op::Route(router), &[x]);
+        // The row's first score, divided away again: an expert's product needs an input that is not 0.
+        let inverse: Vec<f32> =
+            (0..scores.len()).map(|i| if i == 0 { 1.0 / scores[0] } else { 0.0 }).collect();
+        let matrices: Vec<f32> = values.iter().flat_map(|v| inverse.iter().map(move |i| i * v)).collect();
+        let weight = one.weight("experts", &[values.len(), 1, scores.len()], &matrices);
+        let y = one.add("y", Op::ExpertLinear { weight, per_slot: false }, &[x, routes]);
+        one.add("sum", Op::Combine, &[y, routes])
+    });
+    one.run(1)[0]
+}
+
+fn router(scoring: Scoring, top_k: usize, renormalize: bool) -> Router {
+    Router { scoring, renormalize, top_k, factor: 1.0, correction: None }
+}
+
+#[test]
+fn routers_weigh_as_their_families_do() {
+    let scores = [1.0f32, 3.0, 2.0, -1.0];
+    let e = |x: f32| f64::from(x).exp();
+    let all: f64 = scores.iter().map(|x| e(*x)).sum();
+    let (values, expected) = ([1.0, 10.0, 100.0, 1000.0], |a: f64, b: f64| (10.0 * a + 100.0 * b) as f32);
+    let plain = mixed(&scores, router(Scoring::Softmax, 2, false), &values);
+    assert_close(&[plain], &[expected(e(3.0) / all, e(2.0) / all)]);
+    let chosen = e(3.0) + e(2.0);
+    for same in [router(Scoring::Softmax, 2, true), router(Scoring::ChosenSoftmax, 2, false)] {
+        assert_close(&[mixed(&scores, same, &values)], &[expected(e(3.0) / chosen, e(2.0) / chosen)]);
+    }
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let doubled = Router { factor: 2.0, ..router(Scoring::Sigmoid, 2, false) };
+    let wanted = expected(2.0 * sigmoid(3.0), 2.0 * sigmoid(2.0));
+    assert_close(&[mixed(&scores, doubled, &values)], &[wanted]);
+}
+
+#[test]
+fn ties_go_to_the_lower_expert() {
+    for scores in [[2.0f32, 2.0, 2.0, 2.0], [2.0, 2.0, 0.0, -0.0], [1.0, -0.0, 0.0, -1.0]] {
+        let sum = mixed(&scores, router(Scoring::ChosenSoftmax, 2, false), &[1.0, 1.0, 9.0, 9.0]);
+        assert_close(&[sum], &[1.0]);
+    }
+}
+
+#[test]
+fn a_correction_chooses_and_does_not_weigh() {
+    let one = One::new(&[&[1.0, 0.5, 0.0]], |one, x| {
+        let correction = Some(one.weight("correction", &[3], &[0.0, 0.0, 5.0]));
+        let router = Router { correction, ..router(Scoring::Sigmoid, 2, true) };
+        let routes = one.add("routes", Op::Route(router), &[x]);
+        let weight = one.weight("experts", &[3, 1, 3], &[1.0, 0.0, 0.0, 7.0, 0.0, 0.0, 2.0, 0.0, 0.0]);
+        let y = one.add("y", Op::ExpertLinear { weight, per_slot: false }, &[x, routes]);
+        let bias = one.weight("bias", &[3, 1], &[0.5, 9.0, 0.25]);
+        let y = one.add("biased", Op::ExpertBias { weight: bias }, &[y, routes]);
+        one.add("sum", Op::Combine, &[y, routes])
+    });
+    let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
+    let (a, b) = (sigmoid(1.0), sigmoid(0.0));
+    assert_close(&one.run(1), &[(1.5 * a + 2.25 * b) / (a + b)]);
+}
+
+#[test]
+fn a_slot_has_a_row_of_its_own() {
+    let one = One::new(&[&[1.0, 0.0, 3.0]], |one, x| {
+        let routes = one.add("routes", Op::Route(router(Scoring::ChosenSoftmax, 2, false)), &[x]);
+        let up = one.weight("up", &[3, 2, 3], &[1.0; 18]);
+        let y = one.add("up_", Op::ExpertLinear { weight: up, per_slot: false }, &[x, routes]);
+        // Expert 0 keeps the first of its two columns, expert 2 twice the second.
+        let down = one.weight("down", &[3, 1, 2], &[1.0, 0.0, 9.0, 9.0, 0.0, 2.0]);
+        let y = one.add("down_", Op::ExpertLinear { weight: down, per_slot: true }, &[y, routes]);
+        one.add("sum", Op::Combine, &[y, routes])
+    });
+    let (a, b) = (1f32.exp(), 3f32.exp());
+    assert_close(&one.run(1), &[(4.0 * a + 8.0 * b) / (a + b)]);
+}
+
+#[test]
+fn clamped_gates() {
+    let activation = ActivationFn::Clamped { alpha: 1.5, limit: 2.0 };
+    let one = One::new(&[&[0.5, 3.0, -3.0]], |one, x| one.add("y", Op::Gated { activation }, &[x, x]));
+    let gate = |g: f32, u: f32| g / (1.0 + (-1.5 * g).exp()) * (u + 1.0);
+    assert_close(&one.run(1), &[gate(0.5, 0.5), gate(2.0, 2.0), gate(-3.0, -2.0)]);
+}
+
+#[test]
+fn a_sink_takes_its_share_and_gives_nothing() {
+    let one = One::new(&[&[1.0, 0.0]], |one, x| {
+        one.graph.caches.push(Cache { kv_heads: 1, qk_dim: 2, v_dim: 2, kv_type: KvType::F32 });
+        let kv = one.add("kv", Op::KvWrite { cache: 0 }, &[x, x]);
+        let sinks = Some(one.weight("sinks", &[1], &[3.0]));
+        one.add("y", Op::Attention { cache: 0, heads: 1, scale: 1.0, window: None, sinks }, &[x, kv])
+    });
+    let share = 1f32.exp() / (1f32.exp() + 3f32.exp());
+    assert_close(&one.run(1), &[share, 0.0]);
+}
+
+#[test]
+fn views_and_experts_of_their_own_are_put_together() {
+    // Rows 1 and 3 of a tensor of 4 rows; two experts of which each has a tensor.
+    let view = View { tensor: "stored".into(), start: 2, block: 2, stride: 4 };
+    let build = |name: &'static str, shape: Vec<usize>, view: Option<View>| {
+        let mut one = One::new(&[&[1.0, 2.0]], |one, x| {
+            let weight = Weight { view, ..Weight::whole(shape, Format::F32) };
+            one.graph.declare_weight(name, weight).unwrap();
+            if name == "part" {
+                return one.add("y", Op::Linear { weight: name.into() }, &[x]);
+            }
+            let routes = one.add("routes", Op::Route(router(Scoring::ChosenSoftmax, 1, false)), &[x]);
+            let y = Op::ExpertLinear { weight: name.into(), per_slot: false };
+            one.add("y", y, &[x, routes])
+        });
+        one.weights.insert("stored".into(), vec![9.0, 9.0, 1.0, 0.0, 9.0, 9.0, 0.0, 1.0]);
+        one.weights.insert("e.0".into(), vec![9.0, 9.0]);
+        one.weights.insert("e.1".into(), vec![1.0, 1.0]);
+        one
+    };
+    assert_eq!(build("part", vec![2, 2], Some(view.clone())).run(1), [1.0, 2.0]);
+    assert_eq!(build("e.{}", vec![2, 1, 2], None).run(1), [3.0]);
+    // A view of more than there is.
+    let far = build("part", vec![2, 2], Some(View { stride: 6, ..view }));
+    let error = Interpreter::new(&far.graph, &far.weights).err().unwrap().to_string();
+    assert!(error.contains("8 values of stored do not hold"), "{error}");
 }

@@ -63,7 +63,8 @@ fn decoder_layer(graph: &mut Graph, layer: usize, x: NodeId, kv_type: KvType) ->
     let q = add("q_rope", rope(), &[q], &[]);
     let k = add("k_rope", rope(), &[k], &[]);
     let kv = add("kv", Op::KvWrite { cache }, &[k, v], &[]);
-    let mixed = add("attn", Op::Attention { cache, heads: HEADS, scale: 0.5, window }, &[q, kv], &[]);
+    let mixed =
+        add("attn", Op::Attention { cache, heads: HEADS, scale: 0.5, window, sinks: None }, &[q, kv], &[]);
     let o = add("o", linear(), &[mixed], &[HIDDEN, HEADS * HEAD_DIM]);
     let x = add("attn_out", Op::Add, &[x, o], &[]);
     let normed = add("mlp_norm", norm(), &[x], &[HIDDEN]);
@@ -86,6 +87,6 @@ fn vector(graph: &mut Graph, name: &str, len: usize) -> String {
 
 fn declare(graph: &mut Graph, name: &str, shape: Vec<usize>, stored: Format, format: Format) -> String {
     let name = format!("{name}.weight");
-    graph.declare_weight(&name, Weight { shape, stored, format }).unwrap();
+    graph.declare_weight(&name, Weight { format, ..Weight::whole(shape, stored) }).unwrap();
     name
 }

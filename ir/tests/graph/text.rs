@@ -2,7 +2,9 @@ use crate::llama;
 use proptest::prelude::*;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::{Code, Format};
-use tilec_ir::graph::{ActivationFn, Cache, Graph, NodeId, Op, RopeScaling, RopeSpec, Weight, parse};
+use tilec_ir::graph::{
+    ActivationFn, Cache, Graph, NodeId, Op, RopeScaling, RopeSpec, Router, Scoring, View, Weight, parse,
+};
 
 #[test]
 fn a_llama_reads_well() {
@@ -58,7 +60,7 @@ fn blanks_comments_and_left_out_types_do_not_matter() {
 fn a_format_without_a_name_is_an_object() {
     let odd = Format { block: 64, ..Format::Q4_0 };
     let mut graph = Graph::new("odd");
-    graph.declare_weight("w", Weight { shape: vec![2, 64], stored: Format::BF16, format: odd }).unwrap();
+    graph.declare_weight("w", Weight { format: odd, ..Weight::whole([2, 64], Format::BF16) }).unwrap();
     let text = graph.to_string();
     assert!(text.contains(r#" bf16 as {"code":"u4","zero":8,"block":64,"#), "{text}");
     assert_same(&graph, &parse(&text).unwrap());
@@ -211,10 +213,13 @@ fn build(name: String, weights: Vec<(String, Format, Format)>, rope: RopeSpec, d
     graph.ropes.insert("some rope".into(), rope);
     graph.caches.push(Cache { kv_heads: 2, qk_dim: 4, v_dim: 4, kv_type: KvType::F16 });
     let mut matrices = vec!["w".to_string()];
-    let square = |stored, format| Weight { shape: vec![8, 8], stored, format };
+    let square = |stored, format| Weight { format, ..Weight::whole([8, 8], stored) };
     graph.declare_weight("w", square(Format::F32, Format::F32)).unwrap();
-    let vector = Weight { shape: vec![8], stored: Format::F32, format: Format::F32 };
+    let vector = Weight::whole([8], Format::F32);
     graph.declare_weight("v", vector).unwrap();
+    graph.declare_weight("experts.{}.w", Weight::whole([8, 8, 8], Format::MXFP4)).unwrap();
+    let view = Some(View { tensor: "all biases".into(), start: 1, block: 1, stride: 2 });
+    graph.declare_weight("experts[b]", Weight { view, ..Weight::whole([8, 8], Format::BF16) }).unwrap();
     for (name, stored, format) in weights {
         if graph.declare_weight(&name, square(stored, format)).is_ok() {
             matrices.push(name);
@@ -233,12 +238,27 @@ fn build(name: String, weights: Vec<(String, Format, Format)>, rope: RopeSpec, d
             5 => (Op::KvWrite { cache: 0 }, vec![one, two]),
             6 => {
                 let window = (b % 3 > 0).then_some(b + 1);
-                (Op::Attention { cache: 0, heads: 2, scale: number, window }, vec![one, two])
+                (Op::Attention { cache: 0, heads: 2, scale: number, window, sinks: None }, vec![one, two])
             }
             7 => (Op::Gated { activation: ActivationFn::Silu }, vec![one, two]),
             8 => (Op::Add, vec![one, two]),
             9 => (Op::SelectRows, vec![one]),
             10 => (Op::Quantize, vec![one]),
+            11 => (Op::Scale { factor: number }, vec![one]),
+            12 => {
+                let scoring = [Scoring::Softmax, Scoring::ChosenSoftmax, Scoring::Sigmoid][b % 3];
+                let correction = (b % 6 == 5).then(|| "v".to_string());
+                let renormalize = b % 2 == 0;
+                let router = Router { scoring, renormalize, top_k: b % 8 + 1, factor: number, correction };
+                (Op::Route(router), vec![one])
+            }
+            13 => (Op::ExpertLinear { weight: "experts.{}.w".into(), per_slot: b % 2 == 0 }, vec![one, two]),
+            14 => (Op::ExpertBias { weight: "experts[b]".into() }, vec![one, two]),
+            15 => (Op::Combine, vec![one, two]),
+            16 => {
+                let activation = ActivationFn::Clamped { alpha: number, limit: number.abs() };
+                (Op::Gated { activation }, vec![one, two])
+            }
             _ => (Op::Logits, vec![one]),
         };
         ids.extend(graph.add(name, layer, op, &operands));
@@ -251,7 +271,7 @@ fn graphs() -> impl Strategy<Value = Graph> {
     let weights = proptest::collection::vec((name(), format(), format()), 0..4);
     let rope = (positive_f64(), scaling()).prop_map(|(theta, scaling)| RopeSpec { dims: 4, theta, scaling });
     let layer = proptest::option::of(0usize..3);
-    let draft = (0usize..12, any::<usize>(), 0usize..1000, finite_f32(), name(), layer);
+    let draft = (0usize..18, any::<usize>(), 0usize..1000, finite_f32(), name(), layer);
     (name(), weights, rope, proptest::collection::vec(draft, 0..40))
         .prop_map(|(name, weights, rope, drafts)| build(name, weights, rope, drafts))
 }

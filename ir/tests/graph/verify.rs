@@ -112,7 +112,7 @@ const DAMAGES: &[(&str, &str, Damage)] = &[
     }),
     ("l0.q", "is no matrix", |g| *op(g, "l0.q") = Op::Linear { weight: "norm.weight".into() }),
     ("huge", "a weight cannot have the shape", |g| {
-        let weight = Weight { shape: vec![usize::MAX, 2], stored: Format::F32, format: Format::F32 };
+        let weight = Weight::whole([usize::MAX, 2], Format::F32);
         g.declare_weight("huge", weight).unwrap();
     }),
     ("default", "this rope is never used", |g| {

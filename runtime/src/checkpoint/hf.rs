@@ -3,7 +3,7 @@
 
 use super::error::{CheckpointError, ErrorKind, FETCH_AGAIN};
 use super::file::MappedFile;
-use super::safetensors::{self, RawTensor};
+use super::safetensors::{self, Fp8Grid, RawTensor};
 use super::{Checkpoint, TokenizerSource};
 use serde::Deserialize;
 use serde_json::Value;
@@ -32,7 +32,7 @@ pub(super) fn open(folder: &Path) -> Result<Checkpoint, CheckpointError> {
         ));
     }
     let (files, raw) = weights(folder)?;
-    let joined = safetensors::join(&raw, &files, fp8_block(&folder.join(CONFIG), &config)?)?;
+    let joined = safetensors::join(&raw, &files, fp8_grid(&folder.join(CONFIG), &config)?)?;
     let mut tensors = BTreeMap::new();
     let mut stored = BTreeMap::new();
     for (name, (info, how)) in joined.tensors {
@@ -109,6 +109,14 @@ fn weights(folder: &Path) -> Result<(Vec<MappedFile>, BTreeMap<String, RawTensor
         }
     }
     Ok((files, tensors))
+}
+
+/// How scales of block FP8 lie, as the config says.
+fn fp8_grid(path: &Path, config: &Value) -> Result<Fp8Grid, CheckpointError> {
+    let fused = config.get("attention_projection_layout").and_then(Value::as_str) == Some("fused_qkv");
+    let groups = config.get("num_key_value_heads").filter(|_| fused).and_then(Value::as_u64);
+    let qkv_groups = groups.and_then(|groups| usize::try_from(groups).ok()).unwrap_or(1);
+    Ok(Fp8Grid { block: fp8_block(path, config)?, qkv_groups })
 }
 
 /// Block shape of block FP8, 128 x 128 unless the config says otherwise.

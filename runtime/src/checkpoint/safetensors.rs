@@ -191,6 +191,16 @@ fn check_entry(entry: &Entry, data: u64) -> Result<RawTensor, String> {
     Ok(RawTensor { dtype: *dtype, shape, span: Span { file: 0, start: 0, len: 0 } })
 }
 
+/// How scales of block FP8 lie.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fp8Grid {
+    /// Rows and columns of a block.
+    pub block: [usize; 2],
+    /// Groups of rows of a fused projection of queries, keys and values, whose blocks start anew in
+    /// each; 1 if they do not.
+    pub qkv_groups: usize,
+}
+
 /// The tensors of a checkpoint, codes joined with their scales.
 #[derive(Default)]
 pub(super) struct Joined {
@@ -210,14 +220,14 @@ pub(super) struct Joined {
 /// | U8 or F4 `X` | F8_E4M3 `X_scale`, per 16, and F32 `X_scale_2` | NVFP4 |
 /// | U8 `X_packed` | F8_E4M3 `X_scale`, F32 `X_global_scale` (its inverse) | NVFP4, as `X` |
 ///
-/// `fp8_block` is the block shape of block FP8, `[rows, cols]`. Scales of activations are left out:
+/// Scales of activations are left out:
 /// this runtime measures activations itself.
 pub(super) fn join(
     raw: &BTreeMap<String, RawTensor>,
     files: &[MappedFile],
-    fp8_block: [usize; 2],
+    fp8: Fp8Grid,
 ) -> Result<Joined, CheckpointError> {
-    let mut joiner = Joiner { raw, files, fp8_block, used: BTreeSet::new(), joined: Joined::default() };
+    let mut joiner = Joiner { raw, files, fp8, used: BTreeSet::new(), joined: Joined::default() };
     for (name, tensor) in raw {
         match tensor.dtype {
             Dtype::E4m3 if !is_scale(name) => joiner.fp8(name, tensor)?,
@@ -242,7 +252,7 @@ fn is_scale(name: &str) -> bool {
 struct Joiner<'a> {
     raw: &'a BTreeMap<String, RawTensor>,
     files: &'a [MappedFile],
-    fp8_block: [usize; 2],
+    fp8: Fp8Grid,
     used: BTreeSet<String>,
     joined: Joined,
 }
@@ -322,7 +332,16 @@ impl<'a> Joiner<'a> {
         };
         let info = TensorInfo::new(tensor.shape.clone(), Format::FP8_BLOCK);
         let (rows, cols) = (info.rows().unwrap_or(0), info.cols());
-        let [block_rows, block_cols] = self.fp8_block;
+        let [block_rows, block_cols] = self.fp8.block;
+        // Each group of a fused projection has blocks of its own, the last cut short.
+        let groups = if name.ends_with("qkv_proj.weight") { self.fp8.qkv_groups } else { 1 };
+        let grouped = match tensor.shape[..] {
+            [rows, cols] if groups > 1 && rows % groups == 0 => {
+                let blocks = groups.checked_mul((rows / groups).div_ceil(block_rows));
+                blocks.map(|blocks| vec![blocks, cols.div_ceil(block_cols)])
+            }
+            _ => None,
+        };
         let expected = |per_rows: usize, per_cols: usize| -> Vec<usize> {
             let mut shape = tensor.shape.clone();
             if let [.., rows, cols] = shape.as_mut_slice() {
@@ -332,8 +351,12 @@ impl<'a> Joiner<'a> {
         };
         let matrix =
             tensor.shape.len() == 2 || tensor.shape.last_chunk().is_some_and(|[r, _]| r % block_rows == 0);
+        let mut group_rows = rows;
         let (per_rows, per_cols, format) = if scale.shape.iter().all(|&n| n == 1) {
             (rows, cols, Format::FP8_BLOCK)
+        } else if grouped.as_ref() == Some(&scale.shape) {
+            group_rows = rows / groups;
+            (block_rows, block_cols, Format { block: block_cols, block_rows, ..Format::FP8_BLOCK })
         } else if matrix && scale.shape == expected(block_rows, block_cols) {
             (block_rows, block_cols, Format { block: block_cols, block_rows, ..Format::FP8_BLOCK })
         } else if tensor.shape.len() > 1 && (scale.shape == expected(1, cols) || scale.shape == [rows]) {
@@ -349,7 +372,7 @@ impl<'a> Joiner<'a> {
             return Err(self.error(&scale_name, scale, problem));
         };
         self.used.extend([name.to_string(), scale_name]);
-        let grid = ScaleGrid { span: scale.span, storage, per_rows, per_cols, factor: 1.0 };
+        let grid = ScaleGrid { span: scale.span, storage, per_rows, per_cols, group_rows, factor: 1.0 };
         self.insert(name, tensor.shape.clone(), format, tensor, Some(grid))
     }
 
@@ -411,7 +434,8 @@ impl<'a> Joiner<'a> {
             self.used.insert(second_name);
         }
         self.used.extend([name.to_string(), scale_name]);
-        let grid = ScaleGrid { span: scale.span, storage, per_rows: 1, per_cols: format.block, factor };
+        let (per_cols, group_rows) = (format.block, usize::MAX);
+        let grid = ScaleGrid { span: scale.span, storage, per_rows: 1, per_cols, group_rows, factor };
         self.insert(base, shape, format, tensor, Some(grid))
     }
 

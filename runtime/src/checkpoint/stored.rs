@@ -70,13 +70,15 @@ impl ScaleStorage {
     }
 }
 
-/// A grid of scales: `[ceil(rows / per_rows)][ceil(cols / per_cols)]`.
+/// A grid of scales: for every `group_rows` rows `[ceil(group_rows / per_rows)][ceil(cols / per_cols)]`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ScaleGrid {
     pub span: Span,
     pub storage: ScaleStorage,
     pub per_rows: usize,
     pub per_cols: usize,
+    /// Rows behind which the grid starts anew; at least all of them if it does not.
+    pub group_rows: usize,
     /// Multiplied into every scale.
     pub factor: f32,
 }
@@ -188,7 +190,10 @@ impl ScaleGrid {
         let mut out = Vec::with_capacity(range.len() * blocks * 4);
         for row in range {
             for b in 0..blocks {
-                let index = row / self.per_rows * grid_cols + b * format.block / self.per_cols;
+                let (group, inside) = (row / self.group_rows, row % self.group_rows);
+                // One group needs no number of blocks, which a grid of all rows might overflow.
+                let before = if group == 0 { 0 } else { group * self.group_rows.div_ceil(self.per_rows) };
+                let index = (before + inside / self.per_rows) * grid_cols + b * format.block / self.per_cols;
                 out.extend_from_slice(&(self.storage.get(plane, index) * self.factor).to_le_bytes());
             }
         }

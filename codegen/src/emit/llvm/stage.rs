@@ -237,7 +237,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                         ],
                     );
                 }
-                StagePiece::Gated(ActivationFn::Silu) => self.gated(&tile)?,
+                StagePiece::Gated(activation) => self.gated(*activation, &tile)?,
                 StagePiece::Residual(buffer) => added = Some(*buffer),
                 StagePiece::Store(buffer) => self.store(*buffer, added, &tile)?,
                 StagePiece::WriteKeys => self.kv_write(KvHalf::Key, &tile)?,
@@ -277,8 +277,11 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
     }
 
     /// Gate and up alternate panel by panel; their products end up side by side from the first column.
-    fn gated(&mut self, tile: &Tile<'ctx>) -> Result<(), KernelError> {
-        let kernel = self.emitter.glu(&Glu::Silu)?;
+    fn gated(&mut self, activation: ActivationFn, tile: &Tile<'ctx>) -> Result<(), KernelError> {
+        let kernel = self.emitter.glu(&match activation {
+            ActivationFn::Silu => Glu::Silu,
+            ActivationFn::Clamped { alpha, limit } => Glu::Clamped { alpha, limit },
+        })?;
         let code = &self.code;
         let stride = code.size(tile.stride);
         let groups = code.div(code.add(tile.cols, code.size(PANEL - 1)), PANEL);
