@@ -3,7 +3,7 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 2;
+pub const LAUNCH_VERSION: u32 = 3;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
@@ -92,8 +92,8 @@ pub struct LaunchArgs {
     /// Slots of the ring whose copies an SM has on their way at the same time, at least 1: enough for
     /// the bandwidth, and no more, since all other accesses queue up behind them.
     pub in_flight: u32,
-    /// Unused.
-    pub reserved: u32,
+    /// 0, which the compiler cannot know: what is combined with it makes one access wait for another.
+    pub zero: u32,
 }
 
 /// What a wait that gave up leaves in [`LaunchArgs::stall`].

@@ -38,7 +38,7 @@ struct LaunchArgs {
   u32 stop_count;
   u32 stop_tokens[8];
   u32 in_flight;
-  u32 reserved;
+  u32 zero;
 };
 
 // The synchronization memory behind LaunchArgs::sync, zeroed before a launch. Each word that SMs

@@ -214,9 +214,13 @@ struct Consumer : Block {
     barrier_wait(*this, &shared.full[slot], parity, CONSUMER_WEIGHTS);
     return ring + slot * SLOT_BYTES;
   }
-  __device__ __forceinline__ void release_slot() {
-    __syncwarp();  // all lanes have read
-    if (lane_id() == 0) barrier_arrive(&shared.empty[slot]);
+  // Gives a slot back whose loads have arrived in registers: `read` has bits of each of them. They take
+  // part in the address, as nothing (`zero` is 0, which the compiler cannot know), so that the arrival
+  // waits for them. Left alone it is issued right behind the loads, and the copy engine, whose writes are
+  // not ordered with them, overwrites what they have not read yet.
+  __device__ __forceinline__ void release_slot(u32 read) {
+    __syncwarp();
+    if (lane_id() == 0) barrier_arrive(&shared.empty[slot] + (read & args.zero));
     if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
   }
   // All that this warp reads and writes in the stage is read and written.

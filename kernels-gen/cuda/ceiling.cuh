@@ -12,7 +12,7 @@ struct CeilingArgs {
   u64* times;   // [SMs][2]: when each began and ended, in nanoseconds of the global timer
   u32* sum;     // the sum of all words, modulo 2^32
   u32 slots;    // bytes of the buffer / SLOT_BYTES
-  u32 pad;
+  u32 zero;     // 0, which the compiler cannot know
 };
 
 // Words that differ everywhere, with a sum that the host knows: word i is i times an odd constant.
@@ -50,7 +50,8 @@ __device__ __forceinline__ u32 stream(const CeilingArgs& args) {
 #pragma unroll
       for (u32 i = 0; i < SLOT_VECTORS / (READERS * 32); ++i) sum += added(from[threadIdx.x + i * READERS * 32]);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(empty + slot);
+      // Behind the loads: see Consumer::release_slot.
+      if (threadIdx.x % 32 == 0) barrier_arrive(empty + slot + (sum & args.zero));
       if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
     }
   } else if (threadIdx.x == READERS * 32) {

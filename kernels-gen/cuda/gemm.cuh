@@ -181,7 +181,10 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
             mma(W(), lower[i % CHAINS], a.pair[block], w[i].y, w[i].w);
           }
         }
-        b.release_slot();
+        u32 read = 0;
+#pragma unroll
+        for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x;
+        b.release_slot(read);
       }
       results[operand] = chains_total(upper, lower);
       if constexpr (S::ROW_SCALE) { results[operand].x *= a.scale; results[operand].y *= a.scale; }

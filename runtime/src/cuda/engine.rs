@@ -432,7 +432,7 @@ impl CudaEngine {
             stop_count: 0,
             stop_tokens: [0; STOP_TOKENS],
             in_flight: in_flight(self.device.memory_rate(), self.device.blocks()),
-            reserved: 0,
+            zero: 0,
         }
     }
 

@@ -232,7 +232,7 @@ type Pieces = Vec<(Option<u32>, String)>;
 
 /// Completions, and the pieces of each request, on an engine.
 fn texts_of(engine: Engine, requests: &[Request]) -> (Vec<Completion>, Vec<Pieces>, Run) {
-    let mut generator = Generator::new(engine, Some(tokenizer())).with_launch_steps(LAUNCH_STEPS);
+    let mut generator = Generator::new(engine, Some(tokenizer()));
     let mut pieces = vec![Vec::new(); requests.len()];
     let mut run = generator
         .run(requests, &mut |piece| {
@@ -302,7 +302,7 @@ fn a_resident_kernel_gives_the_same_texts_in_fewer_launches() {
 fn a_resident_kernel_goes_on_where_the_last_text_ended() {
     use crate::cuda::fake::fake_engine;
     let (engine, seen) = fake_engine(&EngineOptions::default());
-    let mut generator = Generator::new(engine, None).with_launch_steps(LAUNCH_STEPS);
+    let mut generator = Generator::new(engine, None);
     let stop = expected(&[3, 4, 5], 4)[3];
     let first = Request { stop_tokens: vec![stop], ..request(&[3, 4, 5], 30) };
     let first = run(&mut generator, &[first]).completions.remove(0);
@@ -322,7 +322,7 @@ fn a_small_cache_makes_launches_shorter() {
     use crate::cuda::fake::fake_engine;
     let options = EngineOptions { kv_pages: Some(3), ..Default::default() };
     let (engine, _) = fake_engine(&options);
-    let mut generator = Generator::new(engine, None).with_launch_steps(LAUNCH_STEPS);
+    let mut generator = Generator::new(engine, None);
     for start in 1..6u32 {
         let prompt: Vec<u32> = (start..start + 20).collect();
         let completion = run(&mut generator, &[request(&prompt, 27)]).completions.remove(0);
@@ -336,11 +336,12 @@ fn a_small_cache_makes_launches_shorter() {
 }
 
 #[test]
-fn launches_have_one_step_unless_more_are_asked_for() {
+fn launches_have_one_step_if_asked_to() {
     use crate::cuda::fake::{cuda_plan, fake_engine_on, toy_kernel};
     let plan = cuda_plan();
     let (engine, seen) = fake_engine_on(plan.clone(), toy_kernel(plan.kv), &EngineOptions::default());
-    let run = Generator::new(engine, None).run(&[request(&[1, 2], 20)], &mut |_| ControlFlow::Continue(()));
+    let mut generator = Generator::new(engine, None).with_launch_steps(1);
+    let run = generator.run(&[request(&[1, 2], 20)], &mut |_| ControlFlow::Continue(()));
     assert_eq!(run.unwrap().completions[0].tokens.len(), 20);
     assert!(seen.launches.lock().unwrap().iter().all(|args| args.steps == 1));
 }
