@@ -12,8 +12,15 @@ pub struct StageCost {
     pub anchor: String,
     /// How often it runs in a step.
     pub runs: usize,
-    /// Weight bytes that it streams, padding included, whatever the number of rows.
+    /// Weight bytes that it streams, padding included, whatever the number of rows; of experts, all that
+    /// there are.
     pub weight_bytes: u64,
+    /// Experts that the weights are of, each as large as the others; 0 if all weights are streamed.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub experts: usize,
+    /// Experts that each row needs.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub experts_per_row: usize,
     /// Multiply-adds with weights, per row.
     pub macs_per_row: u64,
     /// KV cache bytes that it reads per row and position of context.
@@ -26,11 +33,26 @@ pub struct StageCost {
     pub logit_rows_only: bool,
 }
 
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
 impl StageCost {
+    /// Weight bytes that one run for `rows` rows streams. Of experts those of as many as the rows choose
+    /// between them, if each row chooses at random: an expectation.
+    pub fn streamed_bytes(&self, rows: usize) -> u64 {
+        if self.experts == 0 {
+            return self.weight_bytes;
+        }
+        let missed = 1.0 - self.experts_per_row as f64 / self.experts as f64;
+        let share = 1.0 - missed.powi(i32::try_from(rows).unwrap_or(i32::MAX));
+        (self.weight_bytes as f64 * share).round() as u64
+    }
+
     /// Bytes that one run must move for `rows` rows of one sequence behind `context` positions.
     pub fn bytes(&self, rows: usize, context: usize) -> u64 {
         // The cache of a sequence is read once for all of its rows in a step.
-        self.weight_bytes
+        self.streamed_bytes(rows)
             + self.kv_bytes_per_position * context as u64
             + self.activation_bytes_per_row * rows as u64
     }
@@ -79,12 +101,15 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
         BufferElem::Q8 => cols + cols.div_ceil(crate::format::ACT_BLOCK) * 8,
         BufferElem::F32 => cols * 4,
         BufferElem::Bf16 => cols * 2,
+        BufferElem::Routes => cols * 8,
     };
     let mut cost = StageCost {
         stage: stage.name.clone(),
         anchor: String::new(),
         runs,
         weight_bytes: stage.weight_bytes(),
+        experts: 0,
+        experts_per_row: 0,
         macs_per_row: 0,
         kv_bytes_per_position: 0,
         kv_macs_per_position: 0,
@@ -94,7 +119,9 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
     for place in stage.reads().into_iter().chain(stage.writes()) {
         if let (crate::stages::Place::Buffer(id), _) = place {
             let buffer = program.buffer(id);
-            cost.activation_bytes_per_row += buffer_bytes(buffer.cols, buffer.elem) as u64;
+            // A row of the step has one row in most buffers, and as many as slots in some.
+            let rows = (buffer.rows / program.max_rows).max(1) as u64;
+            cost.activation_bytes_per_row += rows * buffer_bytes(buffer.cols, buffer.elem) as u64;
         }
     }
     match &stage.anchor {
@@ -110,10 +137,19 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
             cost.anchor = format!("gemm {}", formats.first().map_or("", String::as_str));
             cost.macs_per_row = weights.map(|(part, w)| (part.cols * w.operands * w.layout.k) as u64).sum();
         }
-        StageAnchor::Attention { heads, .. } => {
+        StageAnchor::Route { .. } => cost.anchor = "route".into(),
+        StageAnchor::Experts { experts, top_k, .. } => {
+            let weights = stage.parts.iter().filter_map(|part| part.weights.map(|weights| (part, weights)));
+            let format = weights.clone().map(|(_, weights)| weights.layout.format.to_string()).next();
+            cost.anchor = format!("experts {}", format.unwrap_or_default());
+            let one: u64 = weights.map(|(part, w)| (part.cols * w.operands * w.layout.k) as u64).sum();
+            cost.macs_per_row = one * *top_k as u64;
+            (cost.experts, cost.experts_per_row) = (*experts, *top_k);
+        }
+        StageAnchor::Attention { heads, kv_heads, .. } => {
             cost.anchor = "attention".into();
             let kv = &program.kv;
-            cost.kv_bytes_per_position = (kv.kv_heads * (kv.qk_dim + kv.v_pad()) * kv.kv_type.bytes()) as u64;
+            cost.kv_bytes_per_position = (kv_heads * (kv.qk_dim + kv.v_pad()) * kv.kv_type.bytes()) as u64;
             cost.kv_macs_per_position = (heads * (kv.qk_dim + kv.v_dim)) as u64;
         }
     }

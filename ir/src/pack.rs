@@ -31,6 +31,27 @@ impl RowSegment {
     }
 }
 
+/// Rows of a stored tensor, or of one an expert: row `i` is the tensor's row
+/// `start + i / block * stride + i % block`. Rows of all experts in one tensor are counted through.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RowView {
+    /// Name of the tensor; [`crate::graph::EXPERT`] stands for the number if there is one an expert.
+    pub tensor: String,
+    /// Rows before the first.
+    pub start: usize,
+    /// Rows that lie together.
+    pub block: usize,
+    /// Rows from one block to the next.
+    pub stride: usize,
+}
+
+impl RowView {
+    /// The tensor's row that is row `row` of the view; `None` if that overflows.
+    pub fn row(&self, row: usize) -> Option<usize> {
+        (row / self.block).checked_mul(self.stride)?.checked_add(row % self.block)?.checked_add(self.start)
+    }
+}
+
 /// Columns that share a scale of block FP8.
 pub const FP8_COLUMNS: usize = 128;
 
@@ -83,6 +104,32 @@ pub enum PackContent {
         /// As in the octets.
         octets: usize,
     },
+    /// Panels of all experts, one expert behind the other. Those of an expert are the panels of its
+    /// sources, alternating as in [`PackContent::Panels`].
+    ExpertPanels {
+        /// Layout of every panel.
+        layout: PanelLayout,
+        /// How many there are.
+        experts: usize,
+        /// Features that each source has of each expert.
+        rows: usize,
+        /// Where the features come from: one, or gate and up.
+        sources: Vec<RowView>,
+    },
+    /// Elements of a tensor as float32: element `i` is the tensor's element
+    /// `start + i / block * stride + i % block`.
+    Elements {
+        /// Name of the tensor.
+        tensor: String,
+        /// Elements.
+        len: usize,
+        /// Elements of the tensor before the first.
+        start: usize,
+        /// Elements that lie together.
+        block: usize,
+        /// Elements from one block to the next.
+        stride: usize,
+    },
     /// A tensor's elements as float32, in row-major order.
     F32 {
         /// Name of the tensor.
@@ -119,7 +166,14 @@ impl PackContent {
             PackContent::OctetScales { k, octets, .. } => {
                 k.div_ceil(FP8_COLUMNS).checked_mul(4)?.checked_mul(*octets)?
             }
-            PackContent::F32 { len, .. } => len.checked_mul(4)?,
+            PackContent::ExpertPanels { layout, experts, rows, sources } => {
+                if layout.k > 1 << 40 {
+                    return None;
+                }
+                let panels = rows.div_ceil(PANEL).checked_mul(sources.len())?.checked_mul(*experts)?;
+                layout.bytes().checked_mul(panels)?
+            }
+            PackContent::F32 { len, .. } | PackContent::Elements { len, .. } => len.checked_mul(4)?,
             PackContent::RopeTable { inv_freq, positions, .. } => {
                 inv_freq.len().checked_mul(*positions)?.checked_mul(8)?
             }
@@ -242,6 +296,26 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
         PackContent::OctetScales { k, segments, interleave, octets } => {
             verify_octets(*k, segments, true)?;
             verify_segments(segments, *interleave, *octets, "octets", RowSegment::octets)
+        }
+        PackContent::ExpertPanels { layout, experts, rows, sources } => {
+            if layout.k == 0 || *layout != PanelLayout::new(layout.format, layout.k) {
+                return Err("the layout is not one that PanelLayout::new makes".into());
+            }
+            if *experts == 0 || *rows == 0 || sources.is_empty() {
+                return Err(format!("{rows} rows of {experts} experts from {} sources", sources.len()));
+            }
+            let last = experts.checked_mul(*rows).map(|rows| rows - 1);
+            let bad = sources.iter().find(|view| {
+                view.block == 0 || view.stride < view.block || last.and_then(|row| view.row(row)).is_none()
+            });
+            bad.map_or(Ok(()), |view| Err(format!("rows of {} cannot lie as {view:?}", view.tensor)))
+        }
+        PackContent::Elements { tensor, len, start, block, stride } => {
+            let view = RowView { tensor: tensor.clone(), start: *start, block: *block, stride: *stride };
+            if *block == 0 || stride < block || *len == 0 || view.row(len - 1).is_none() {
+                return Err(format!("{len} elements of {tensor} cannot lie as {view:?}"));
+            }
+            Ok(())
         }
         PackContent::F32 { .. } | PackContent::RopeTable { .. } => Ok(()),
     }

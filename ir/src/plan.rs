@@ -221,6 +221,8 @@ impl Plan {
     /// # Errors
     /// In words.
     pub fn verify(&self) -> Result<(), String> {
+        /// Experts of a row, at most.
+        const MAX_SLOTS: usize = 1 << 12;
         let bounded = |name: &str, value: usize, max: usize| {
             if (1..=max).contains(&value) {
                 Ok(())
@@ -248,7 +250,9 @@ impl Plan {
         sorted.sort_by_key(|buffer| buffer.offset);
         for buffer in sorted {
             bounded(&format!("columns of buffer {}", buffer.name), buffer.cols, 1 << 28)?;
-            bounded(&format!("rows of buffer {}", buffer.name), buffer.rows, self.limits.max_rows)?;
+            // A buffer may have a row for every expert of a row of the step.
+            let rows = self.limits.max_rows * MAX_SLOTS;
+            bounded(&format!("rows of buffer {}", buffer.name), buffer.rows, rows)?;
             if buffer.offset < end || buffer.offset > 1 << 44 || !buffer.offset.is_multiple_of(64) {
                 return Err(format!(
                     "buffer {} at {} overlaps or is not aligned",

@@ -330,6 +330,8 @@ impl ResidentProgram {
             stage: stage.name.clone(),
             anchor: String::new(),
             runs,
+            experts: 0,
+            experts_per_row: 0,
             weight_bytes: 0,
             macs_per_row: 0,
             kv_bytes_per_position: 0,

@@ -85,7 +85,7 @@ impl Schedule {
         self.programs.len()
     }
 
-    /// The weights that a worker streams in a step, in order.
+    /// The weights that a worker streams in a step, in order; of experts all that may be chosen.
     pub fn tape(&self, stages: &StageProgram, worker: usize) -> Vec<TapeSpan> {
         let program = &self.programs[worker];
         let mut tape = Vec::new();
@@ -99,9 +99,12 @@ impl Schedule {
                         crate::stages::Slot::Fixed(offset) => offset,
                         crate::stages::Slot::Layer(slot) => offsets[slot],
                     };
-                    let start = base + part.tile_bytes(0, tiles.start);
-                    let end = base + part.tile_bytes(0, tiles.end);
-                    tape.push(TapeSpan { stage: first + stage, bytes: start..end });
+                    let whole = part.tile_bytes(0, part.tiles());
+                    for expert in 0..list[*stage].experts().unwrap_or(1) as u64 {
+                        let start = base + expert * whole + part.tile_bytes(0, tiles.start);
+                        let end = base + expert * whole + part.tile_bytes(0, tiles.end);
+                        tape.push(TapeSpan { stage: first + stage, bytes: start..end });
+                    }
                 }
             }
         };
@@ -167,7 +170,7 @@ impl Text<'_> {
                     writeln!(f, "{indent}wait {} - {back} >= {count}", list[*stage].name)?;
                 }
                 Instr::Run { stage, share: Share::Items { index, of } } => {
-                    let what = match list[*stage].items(&self.stages.kv) {
+                    let what = match list[*stage].items() {
                         Items::Rows => "rows",
                         Items::LogitRows => "logit rows",
                         Items::HeadRows { .. } => "kv heads x rows",

@@ -8,7 +8,7 @@
 
 use crate::abi::{KvLayout, QuantRows};
 use crate::format::{PANEL, PanelLayout};
-use crate::graph::{ActivationFn, Dim, RopeSpec};
+use crate::graph::{ActivationFn, Dim, RopeSpec, Router, Scoring};
 use crate::pack::Packing;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -27,6 +27,9 @@ pub enum BufferElem {
     Bf16,
     /// Signed bytes in blocks: [`QuantRows`].
     Q8,
+    /// Experts and their weights, a column a slot: a plane of numbers `u32 [rows][cols]`, then, on a
+    /// line of 64 bytes, a plane of weights `f32 [rows][cols]`.
+    Routes,
 }
 
 impl BufferElem {
@@ -36,6 +39,7 @@ impl BufferElem {
             BufferElem::F32 => "f32",
             BufferElem::Bf16 => "bf16",
             BufferElem::Q8 => "q8",
+            BufferElem::Routes => "routes",
         }
     }
 }
@@ -62,7 +66,13 @@ impl Buffer {
             BufferElem::Q8 => self.quant_rows().bytes(),
             BufferElem::F32 => (self.rows * self.cols * 4).next_multiple_of(64),
             BufferElem::Bf16 => (self.rows * self.cols * 2).next_multiple_of(64),
+            BufferElem::Routes => 2 * self.route_weights(),
         }
+    }
+
+    /// Where the weights of routes start, in bytes from the buffer's start.
+    pub fn route_weights(&self) -> usize {
+        (self.rows * self.cols * 4).next_multiple_of(64)
     }
 
     /// Layout of a quantized buffer.
@@ -125,11 +135,54 @@ pub enum StageAnchor {
         input: BufferId,
         /// Query heads.
         heads: usize,
+        /// KV heads of this layer, at most the cache's.
+        kv_heads: usize,
         /// Factor on the scores.
         scale: f32,
         /// Positions that a row sees, itself included.
         window: Option<usize>,
+        /// f32 `[heads]`: scores that join the softmax and carry no value.
+        sinks: Option<Slot>,
     },
+    /// From a router's scores to the experts of each row; see [`crate::graph::Router`].
+    Route {
+        /// The scores, f32.
+        input: BufferId,
+        /// Experts to choose from.
+        experts: usize,
+        /// How they are chosen.
+        routing: Routing,
+        /// f32 `[experts]`, added for the choice alone.
+        correction: Option<Slot>,
+    },
+    /// A buffer times the weights that each part has of the experts that routes name. The rows of a
+    /// buffer with a row a slot are sorted by expert, then by row of the step: every stage that reads or
+    /// writes one finds the same order from the routes.
+    Experts {
+        /// The activations, f32 or quantized.
+        input: BufferId,
+        /// The routes.
+        routes: BufferId,
+        /// How many there are.
+        experts: usize,
+        /// Slots: experts of a row.
+        top_k: usize,
+        /// Whether the input has a row a slot, or one for all.
+        per_slot: bool,
+    },
+}
+
+/// How experts are chosen; see [`crate::graph::Router`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Routing {
+    /// From scores to what is compared.
+    pub scoring: Scoring,
+    /// Whether the weights of the chosen are divided by their sum.
+    pub renormalize: bool,
+    /// Experts that each row gets.
+    pub top_k: usize,
+    /// Multiplied into every weight.
+    pub factor: f32,
 }
 
 /// Streamed weights of a part.
@@ -153,6 +206,17 @@ pub enum StagePiece {
         /// Which operand.
         operand: usize,
     },
+    /// Adds the vector of the slot's expert to an operand's columns.
+    ExpertBias {
+        /// f32 `[experts][cols]`.
+        slot: Slot,
+        /// Which operand.
+        operand: usize,
+    },
+    /// The weighted sum over a row's slots; what follows works on rows.
+    Combine,
+    /// Multiplies by a constant.
+    Scale(f32),
     /// RMS norm over groups of columns.
     RmsNorm {
         /// f32 vector of a group's length.
@@ -188,11 +252,11 @@ pub enum StagePiece {
 /// A slice of a stage's columns with its chain.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StagePart {
-    /// Weights, for a GEMM.
+    /// Weights, for a GEMM and for experts.
     pub weights: Option<PartWeights>,
     /// Columns (of each operand).
     pub cols: usize,
-    /// Columns of a tile; the last tile may have fewer. Equal to `cols` unless the anchor is a GEMM.
+    /// Columns of a tile; the last tile may have fewer. Equal to `cols` unless the anchor has weights.
     pub tile_cols: usize,
     /// The chain.
     pub pieces: Vec<StagePiece>,
@@ -209,7 +273,7 @@ impl StagePart {
         self.tile_cols.div_ceil(PANEL)
     }
 
-    /// Weight bytes that tiles `from..to` stream.
+    /// Weight bytes that tiles `from..to` stream, of one expert if there are several.
     pub fn tile_bytes(&self, from: usize, to: usize) -> u64 {
         let Some(weights) = self.weights else { return 0 };
         let panels = |tile: usize| {
@@ -281,14 +345,14 @@ pub enum Extent {
 
 impl Stage {
     /// How its work is divided.
-    pub fn items(&self, kv: &KvLayout) -> Items {
+    pub fn items(&self) -> Items {
         match self.anchor {
             StageAnchor::Embed { .. } | StageAnchor::Rows { .. } if self.rows == Dim::LogitRows => {
                 Items::LogitRows
             }
-            StageAnchor::Embed { .. } | StageAnchor::Rows { .. } => Items::Rows,
-            StageAnchor::Gemm { .. } => Items::Tiles,
-            StageAnchor::Attention { .. } => Items::HeadRows { kv_heads: kv.kv_heads },
+            StageAnchor::Embed { .. } | StageAnchor::Rows { .. } | StageAnchor::Route { .. } => Items::Rows,
+            StageAnchor::Gemm { .. } | StageAnchor::Experts { .. } => Items::Tiles,
+            StageAnchor::Attention { kv_heads, .. } => Items::HeadRows { kv_heads },
         }
     }
 
@@ -298,6 +362,10 @@ impl Stage {
             StageAnchor::Embed { .. } => Vec::new(),
             StageAnchor::Rows { input, .. } => vec![(Place::Buffer(input), Extent::Whole)],
             StageAnchor::Gemm { input } => vec![(Place::Buffer(input), Extent::Whole)],
+            StageAnchor::Route { input, .. } => vec![(Place::Buffer(input), Extent::Whole)],
+            StageAnchor::Experts { input, routes, .. } => {
+                vec![(Place::Buffer(input), Extent::Whole), (Place::Buffer(routes), Extent::Whole)]
+            }
             StageAnchor::Attention { input, .. } => {
                 vec![(Place::Buffer(input), Extent::Whole), (Place::Cache, Extent::Whole)]
             }
@@ -326,9 +394,18 @@ impl Stage {
         writes
     }
 
-    /// Weight bytes that the whole stage streams.
+    /// Weight bytes that the whole stage streams, of all experts if there are several.
     pub fn weight_bytes(&self) -> u64 {
-        self.parts.iter().map(|part| part.tile_bytes(0, part.tiles())).sum()
+        let one: u64 = self.parts.iter().map(|part| part.tile_bytes(0, part.tiles())).sum();
+        one * self.experts().unwrap_or(1) as u64
+    }
+
+    /// Experts that its weights are of, if it is a stage of experts.
+    pub fn experts(&self) -> Option<usize> {
+        match self.anchor {
+            StageAnchor::Experts { experts, .. } => Some(experts),
+            _ => None,
+        }
     }
 }
 
@@ -489,9 +566,25 @@ impl StageProgram {
                 StageAnchor::Rows { input, select: false } => format!("rows of {}", buffer(input)),
                 StageAnchor::Rows { input, select: true } => format!("selected rows of {}", buffer(input)),
                 StageAnchor::Gemm { input } => format!("gemm on {}", buffer(input)),
-                StageAnchor::Attention { input, heads, scale, window } => {
+                StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks } => {
                     let window = window.map_or(String::new(), |window| format!(" window={window}"));
-                    format!("attention of {} heads={heads} scale={scale}{window}", buffer(input))
+                    let sinks = sinks.map_or(String::new(), |sinks| format!(" sinks {sinks}"));
+                    let own = match *kv_heads == self.kv.kv_heads {
+                        true => String::new(),
+                        false => format!(" kv_heads={kv_heads}"),
+                    };
+                    format!("attention of {} heads={heads}{own} scale={scale}{window}{sinks}", buffer(input))
+                }
+                StageAnchor::Route { input, experts, routing, correction } => {
+                    let Routing { scoring, renormalize, top_k, factor } = *routing;
+                    let router = Router { scoring, renormalize, top_k, factor, correction: None };
+                    let correction = correction.map_or(String::new(), |slot| format!(" correction {slot}"));
+                    format!("route {} of {experts} {router}{correction}", buffer(input))
+                }
+                StageAnchor::Experts { input, routes, experts, top_k, per_slot } => {
+                    let slots = if *per_slot { " a row a slot" } else { "" };
+                    let (input, routes) = (buffer(input), buffer(routes));
+                    format!("experts {top_k} of {experts} on {input}{slots} by {routes}")
                 }
             };
             let waits: Vec<String> = stage.waits.iter().map(|wait| format!("-{}", wait.back)).collect();
@@ -533,6 +626,12 @@ impl StageProgram {
                         StagePiece::Rope { table, head_dim, dims, .. } => {
                             format!("rope {table} head_dim={head_dim} dims={dims}")
                         }
+                        StagePiece::ExpertBias { slot, operand: 0 } => format!("expert_bias {slot}"),
+                        StagePiece::ExpertBias { slot, operand } => {
+                            format!("expert_bias {slot} on operand {operand}")
+                        }
+                        StagePiece::Combine => "combine".into(),
+                        StagePiece::Scale(factor) => format!("scale {factor}"),
                         StagePiece::Gated(activation) => activation.to_string(),
                         StagePiece::Residual(id) => format!("add {}", buffer(id)),
                         StagePiece::Store(id) => format!("store {}", buffer(id)),

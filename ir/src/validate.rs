@@ -129,7 +129,7 @@ pub fn validate(stages: &StageProgram, schedule: &Schedule) -> Result<(), Violat
         .collect::<Result<Vec<_>, _>>()?;
     let ran = run(&sequence, &events)?;
     for at in &sequence {
-        coverage(stages, at, &events)?;
+        coverage(at, &events)?;
     }
     data(stages, &sequence, &ran)?;
     for (worker, events) in events.iter().enumerate() {
@@ -245,7 +245,7 @@ fn join(into: &mut [usize], other: &[usize]) {
 }
 
 /// Every tile of every part, or every share of the items, exactly once.
-fn coverage(stages: &StageProgram, at: &StageAt<'_>, events: &[Vec<Event<'_>>]) -> Result<(), Violation> {
+fn coverage(at: &StageAt<'_>, events: &[Vec<Event<'_>>]) -> Result<(), Violation> {
     let fail = |what: String| Err(Violation::Coverage { stage: at.name(), what });
     let shares = events.iter().flatten().filter(|event| event.stage == at.number).filter_map(|event| {
         match event.instr {
@@ -253,7 +253,7 @@ fn coverage(stages: &StageProgram, at: &StageAt<'_>, events: &[Vec<Event<'_>>]) 
             _ => None,
         }
     });
-    if at.stage.items(&stages.kv) == Items::Tiles {
+    if at.stage.items() == Items::Tiles {
         let mut runs: Vec<Vec<usize>> = at.stage.parts.iter().map(|part| vec![0; part.tiles()]).collect();
         for share in shares {
             let Share::Tiles(ranges) = share else { return fail("is shared by items, but has tiles".into()) };

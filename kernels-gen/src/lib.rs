@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod cuda;
 pub mod error;
+pub mod experts;
 pub mod gemm;
 #[cfg(feature = "llvm")]
 pub mod llvm;

@@ -44,6 +44,13 @@ impl Rope {
     }
 }
 
+/// A constant factor on a tile.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scale {
+    /// The factor.
+    pub factor: f32,
+}
+
 /// What joins the gate and up halves of an MLP.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Glu {

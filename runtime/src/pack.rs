@@ -13,7 +13,7 @@
 //! | 56..88 | SHA-256 of bytes 0..56 |
 //! | 4096.. | the weights |
 
-use crate::checkpoint::{Checkpoint, CheckpointError, ErrorKind};
+use crate::checkpoint::{Checkpoint, CheckpointError, ErrorKind, StoredRows};
 use memmap2::{Mmap, MmapMut};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
@@ -27,8 +27,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use tilec_ir::convert::{ConvertError, dequantize, pack_panel, quantize, row_format};
 use tilec_ir::format::{Code, Format, PANEL, PanelLayout};
+use tilec_ir::graph::EXPERT;
 use tilec_ir::launch::{OCTET, OCTET_BLOCK};
-use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, octet_blocks};
+use tilec_ir::pack::{
+    FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, RowView, octet_blocks,
+};
 
 /// Raised whenever the layout of the file or the packing of a format changes.
 pub const PACKED_VERSION: u32 = 1;
@@ -284,8 +287,33 @@ enum Job<'a> {
     Panels { layout: PanelLayout, groups: Vec<Group<'a>>, out: &'a mut [u8] },
     Octets { format: Format, k: usize, groups: Vec<Group<'a>>, out: &'a mut [u8] },
     OctetScales { k: usize, groups: Vec<Group<'a>>, out: &'a mut [u8] },
+    Experts { experts: Experts<'a>, expert: usize, out: &'a mut [u8] },
+    Elements { tensor: &'a str, view: Lie, out: &'a mut [u8] },
     F32 { tensor: &'a str, len: usize, out: &'a mut [u8] },
     RopeTable { inv_freq: &'a [f32], positions: usize, factor: f32, out: &'a mut [u8] },
+}
+
+/// Panels of experts, as the recipe says it.
+#[derive(Clone, Copy)]
+struct Experts<'a> {
+    layout: PanelLayout,
+    rows: usize,
+    sources: &'a [RowView],
+}
+
+impl Experts<'_> {
+    /// Bytes of one expert's panels.
+    fn bytes(&self) -> usize {
+        self.rows.div_ceil(PANEL) * self.sources.len() * self.layout.bytes()
+    }
+}
+
+/// Where elements lie: element `i` is element `start + i / block * stride + i % block`.
+#[derive(Clone, Copy)]
+struct Lie {
+    start: usize,
+    block: usize,
+    stride: usize,
 }
 
 /// Units (panels or octets) `first..end` of each of the interleaved segments.
@@ -358,6 +386,17 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
         at = item.offset as usize + bytes;
         match &item.content {
             PackContent::F32 { tensor, len } => jobs.push(Job::F32 { tensor, len: *len, out: own }),
+            PackContent::Elements { tensor, start, block, stride, .. } => {
+                let view = Lie { start: *start, block: *block, stride: *stride };
+                jobs.push(Job::Elements { tensor, view, out: own });
+            }
+            PackContent::ExpertPanels { layout, experts, rows, sources } => {
+                let each = Experts { layout: *layout, rows: *rows, sources };
+                for expert in 0..*experts {
+                    let out = take(&mut own, 1, each.bytes());
+                    jobs.push(Job::Experts { experts: each, expert, out });
+                }
+            }
             PackContent::RopeTable { inv_freq, positions, attention_factor } => {
                 let (positions, factor) = (*positions, *attention_factor);
                 jobs.push(Job::RopeTable { inv_freq, positions, factor, out: own });
@@ -478,6 +517,19 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
             PackContent::OctetScales { k, segments, .. } => {
                 check_rows(segments, *k, |format| format, None)?;
             }
+            PackContent::ExpertPanels { layout, experts, rows, sources } => {
+                for view in sources {
+                    check_experts(checkpoint, layout, *experts, *rows, view)?;
+                }
+            }
+            PackContent::Elements { tensor, len, start, block, stride } => {
+                let info = checkpoint.tensor(tensor)?;
+                let last = start + (len - 1) / block * stride + (len - 1) % block;
+                if info.elements().is_none_or(|have| last >= have) {
+                    let problem = format!("its shape is {:?}, the plan wants its element {last}", info.shape);
+                    return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, REMEDY).into());
+                }
+            }
             PackContent::F32 { tensor, len } => {
                 let info = checkpoint.tensor(tensor)?;
                 if info.elements() != Some(*len) {
@@ -491,6 +543,79 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
     Ok(())
 }
 
+/// Checks the tensors that the panels of experts are made of.
+fn check_experts(
+    checkpoint: &Checkpoint,
+    layout: &PanelLayout,
+    experts: usize,
+    rows: usize,
+    view: &RowView,
+) -> Result<(), CheckpointError> {
+    const REMEDY: &str = "compile the model again from this checkpoint";
+    let each = view.tensor.contains(EXPERT);
+    let (tensors, last) = if each { (experts, rows - 1) } else { (1, experts * rows - 1) };
+    let mut first = None;
+    for expert in 0..tensors {
+        let name = tensor_of(view, expert);
+        let info = checkpoint.tensor(&name)?;
+        let have = info.rows().unwrap_or(0);
+        if info.cols() != layout.k || view.row(last).is_none_or(|last| last >= have) {
+            let problem = format!(
+                "its shape is {:?}, the plan wants {} rows of {} columns as {view:?}",
+                info.shape,
+                last + 1,
+                layout.k
+            );
+            return Err(checkpoint.fault(&name, ErrorKind::Malformed, problem, REMEDY));
+        }
+        first.get_or_insert(info.format);
+    }
+    if let Some(from) = first.filter(|from| row_format(*from) != layout.format) {
+        let (tensor, to) = (&view.tensor, layout.format);
+        tracing::info!(%tensor, %from, %to, "converting through float32");
+    }
+    Ok(())
+}
+
+/// The stored tensor of an expert.
+fn tensor_of(view: &RowView, expert: usize) -> Cow<'_, str> {
+    match view.tensor.contains(EXPERT) {
+        true => Cow::Owned(view.tensor.replace(EXPERT, &expert.to_string())),
+        false => Cow::Borrowed(&view.tensor),
+    }
+}
+
+/// Packs one expert's panels of all sources, alternating.
+fn pack_expert(
+    checkpoint: &Checkpoint,
+    experts: &Experts<'_>,
+    expert: usize,
+    out: &mut [u8],
+) -> Result<(), CheckpointError> {
+    let Experts { layout, rows, sources } = experts;
+    for (index, view) in sources.iter().enumerate() {
+        let name = tensor_of(view, expert);
+        // Rows of experts in one tensor are counted through.
+        let first = if view.tensor.contains(EXPERT) { 0 } else { expert * rows };
+        let at = |row: usize| view.row(first + row).expect("the recipe is verified");
+        let lowest = at(0);
+        let span = lowest..at(rows - 1) + 1;
+        let mut stored = checkpoint.rows(&name, span.clone())?;
+        if span.len() != *rows {
+            let pick = |plane: &[u8]| -> Vec<u8> {
+                let width = plane.len() / span.len();
+                (0..*rows).flat_map(|row| &plane[(at(row) - lowest) * width..][..width]).copied().collect()
+            };
+            (stored.codes, stored.scales, stored.mins) =
+                (pick(&stored.codes).into(), pick(&stored.scales).into(), pick(&stored.mins).into());
+            stored.rows = *rows;
+        }
+        let places = out.chunks_exact_mut(layout.bytes()).skip(index).step_by(sources.len());
+        pack_rows(checkpoint, layout, &name, &stored, places)?;
+    }
+    Ok(())
+}
+
 /// Does a job and returns the bytes that it filled.
 fn run(checkpoint: &Checkpoint, job: Job<'_>) -> Result<u64, PackError> {
     match job {
@@ -499,6 +624,18 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>) -> Result<u64, PackError> {
             debug_assert_eq!(values.len(), len);
             for (bytes, value) in out.chunks_exact_mut(4).zip(values) {
                 bytes.copy_from_slice(&value.to_le_bytes());
+            }
+            Ok(out.len() as u64)
+        }
+        Job::Experts { experts, expert, out } => {
+            pack_expert(checkpoint, &experts, expert, out)?;
+            Ok(out.len() as u64)
+        }
+        Job::Elements { tensor, view: Lie { start, block, stride }, out } => {
+            let values = checkpoint.tensor_f32(tensor)?;
+            for (i, bytes) in out.chunks_exact_mut(4).enumerate() {
+                // In range: `check` has looked at the last.
+                bytes.copy_from_slice(&values[start + i / block * stride + i % block].to_le_bytes());
             }
             Ok(out.len() as u64)
         }
@@ -580,10 +717,20 @@ fn pack_segment<'a>(
     end: usize,
     panels: impl Iterator<Item = &'a mut [u8]>,
 ) -> Result<(), CheckpointError> {
-    let name = segment.tensor.as_str();
-    let fault = |error| checkpoint.convert_fault(name, &error);
     let rows = segment.row_start + first * PANEL..segment.row_start + segment.rows.min(end * PANEL);
-    let stored = checkpoint.rows(name, rows.clone())?;
+    let stored = checkpoint.rows(&segment.tensor, rows)?;
+    pack_rows(checkpoint, layout, &segment.tensor, &stored, panels)
+}
+
+/// Packs rows of the tensor `name` into `panels`.
+fn pack_rows<'a>(
+    checkpoint: &Checkpoint,
+    layout: &PanelLayout,
+    name: &str,
+    stored: &StoredRows<'_>,
+    panels: impl Iterator<Item = &'a mut [u8]>,
+) -> Result<(), CheckpointError> {
+    let fault = |error| checkpoint.convert_fault(name, &error);
     let mut view = stored.view().map_err(fault)?;
     let converted;
     if stored.format != layout.format {

@@ -239,6 +239,8 @@ fn merge(stage: &mut Stage, kept: BufferId, lost: BufferId) {
     match &mut stage.anchor {
         StageAnchor::Rows { input, .. }
         | StageAnchor::Gemm { input }
+        | StageAnchor::Route { input, .. }
+        | StageAnchor::Experts { input, .. }
         | StageAnchor::Attention { input, .. } => {
             swap(input);
         }

@@ -129,6 +129,10 @@ fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
             return Err(error(op, format!("the resident kernel does not have {missing} yet: {REMEDY}")));
         }
     }
+    if fused.caches.windows(2).any(|pair| pair[0] != pair[1]) {
+        let what = format!("the resident kernel wants the same KV heads in all layers: {REMEDY}");
+        return Err(TileError { op: fused.name.clone(), what });
+    }
     match fused.weights.iter().find(|(_, weight)| weight.view.is_some()) {
         Some((name, _)) => Err(TileError {
             op: name.clone(),

@@ -12,7 +12,7 @@ use tilec_ir::stages::{Items, Stage, StageProgram};
 /// number of workers.
 pub fn schedule(stages: &StageProgram, workers: usize) -> Schedule {
     let programs = (0..workers).map(|worker| {
-        let list = |list: &[Stage]| program(stages, list, worker, workers);
+        let list = |list: &[Stage]| program(list, worker, workers);
         Program {
             before: list(&stages.before),
             bodies: stages.bodies.iter().map(|body| list(&body.stages)).collect(),
@@ -23,13 +23,13 @@ pub fn schedule(stages: &StageProgram, workers: usize) -> Schedule {
 }
 
 /// The instructions of one worker for a list of stages.
-fn program(all: &StageProgram, list: &[Stage], worker: usize, workers: usize) -> Vec<Instr> {
+fn program(list: &[Stage], worker: usize, workers: usize) -> Vec<Instr> {
     let mut instrs = Vec::new();
     for (number, stage) in list.iter().enumerate() {
         for wait in &stage.waits {
             instrs.push(Instr::Wait { stage: number, back: wait.back, count: workers });
         }
-        let share = match stage.items(&all.kv) {
+        let share = match stage.items() {
             Items::Tiles => Share::Tiles(tile_shares(stage, workers).swap_remove(worker)),
             Items::Rows | Items::LogitRows | Items::HeadRows { .. } => {
                 Share::Items { index: worker, of: workers }

@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use tilec_ir::abi::KvLayout;
 use tilec_ir::format::{ACT_BLOCK, PanelLayout};
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Links, Part, Piece, ValueId};
-use tilec_ir::graph::{Dim, Elem};
-use tilec_ir::pack::{PACK_ALIGN, PackContent, Packing, RowSegment};
+use tilec_ir::graph::{Cache, Dim, Elem, Router, View};
+use tilec_ir::pack::{PACK_ALIGN, PackContent, Packing, RowSegment, RowView};
 use tilec_ir::stages::{
-    Body, Buffer, BufferElem, BufferId, Extent, Layer, PartWeights, Place, Stage, StageAnchor, StagePart,
-    StagePiece, StageProgram, StageWait,
+    Body, Buffer, BufferElem, BufferId, Extent, Layer, PartWeights, Place, Routing, Slot, Stage, StageAnchor,
+    StagePart, StagePiece, StageProgram, StageWait,
 };
 
 /// Least columns of a tile: below this a tile's fixed costs show, far above it the shares of few
@@ -118,15 +118,18 @@ fn error(op: &FusedOp, what: String) -> TileError {
 pub(super) fn kv_layout(fused: &Fused) -> Result<KvLayout, TileError> {
     let fail = |what: String| TileError { op: fused.name.clone(), what };
     let Some(first) = fused.caches.first() else { return Err(fail("has no KV cache".into())) };
-    if let Some(number) = fused.caches.iter().position(|cache| cache != first) {
+    let same = |cache: &Cache| Cache { kv_heads: first.kv_heads, ..*cache } == *first;
+    if let Some(number) = fused.caches.iter().position(|cache| !same(cache)) {
         return Err(fail(format!(
-            "caches 0 and {number} differ; layers of different KV shapes are not supported"
+            "caches 0 and {number} differ in more than their number of heads, which is not supported"
         )));
     }
+    // A layer with fewer heads leaves those of its blocks unused.
+    let kv_heads = fused.caches.iter().map(|cache| cache.kv_heads).max().unwrap_or(first.kv_heads);
     Ok(KvLayout {
         kv_type: first.kv_type,
         layers: fused.caches.len(),
-        kv_heads: first.kv_heads,
+        kv_heads,
         qk_dim: first.qk_dim,
         v_dim: first.v_dim,
         page_tokens: PAGE_TOKENS,
@@ -160,13 +163,26 @@ impl Buffers {
     }
 
     /// A buffer for the value that operator `index` stores.
-    fn place(&mut self, fused: &Fused, index: usize, value: ValueId, in_place: Option<ValueId>) -> BufferId {
+    /// It has `slots` rows for each of the step, each with `slots` times fewer columns.
+    fn place(
+        &mut self,
+        fused: &Fused,
+        index: usize,
+        value: ValueId,
+        in_place: Option<ValueId>,
+        slots: usize,
+    ) -> BufferId {
         let info = fused.value(value);
-        let quantized = info.ty.elem == Elem::Q8;
+        let elem = match info.ty.elem {
+            Elem::Q8 => BufferElem::Q8,
+            Elem::Routes => BufferElem::Routes,
+            _ => BufferElem::F32,
+        };
+        let (cols, rows) = (info.ty.cols / slots, self.max_rows * slots);
         // Each column of a residual is read and written by one tile alone, so its sum may take its
         // place if nobody reads it later.
         let inherited = in_place.filter(|old| self.last_use.get(old) == Some(&index)).map(|old| self.of(old));
-        let fits = |buffer: &Buffer| buffer.quantized() == quantized && buffer.cols == info.ty.cols;
+        let fits = |buffer: &Buffer| (buffer.elem, buffer.cols, buffer.rows) == (elem, cols, rows);
         let buffer = match inherited {
             Some(buffer) => buffer,
             None => {
@@ -177,7 +193,7 @@ impl Buffers {
                     .min_by_key(|slot| self.free[*slot].0);
                 match reusable {
                     Some(slot) => self.free.remove(slot).0,
-                    None => self.allocate(layerless(&info.name), quantized, info.ty.cols),
+                    None => self.allocate(layerless(&info.name), elem, cols, rows),
                 }
             }
         };
@@ -185,10 +201,9 @@ impl Buffers {
         buffer
     }
 
-    fn allocate(&mut self, name: &str, quantized: bool, cols: usize) -> BufferId {
+    fn allocate(&mut self, name: &str, elem: BufferElem, cols: usize, rows: usize) -> BufferId {
         let id = BufferId(self.all.len() as u32);
-        let elem = if quantized { BufferElem::Q8 } else { BufferElem::F32 };
-        let buffer = Buffer { name: name.to_string(), elem, cols, rows: self.max_rows, offset: self.end };
+        let buffer = Buffer { name: name.to_string(), elem, cols, rows, offset: self.end };
         self.end += buffer.bytes();
         self.all.push(buffer);
         id
@@ -242,19 +257,38 @@ impl Tiler<'_> {
         let anchor = match &op.anchor {
             Anchor::Embed { weight } => {
                 let shape = &fused.weights[weight].shape;
-                let (content, layout) = self.panels(std::slice::from_ref(weight), shape[0]);
+                let (content, layout) = self.panels(op, std::slice::from_ref(weight), shape[0])?;
                 StageAnchor::Embed { table: self.packer.fixed(content), layout, vocab: shape[0] }
             }
             Anchor::Rows => StageAnchor::Rows { input: input()?, select },
             Anchor::Gemm => StageAnchor::Gemm { input: input()? },
-            Anchor::Route(_) | Anchor::Experts { .. } => {
-                return Err(error(op, "experts have no stages yet".into()));
+            Anchor::Route(Router { scoring, renormalize, top_k, factor, correction }) => {
+                let input = input()?;
+                let experts = fused.value(op.inputs[0]).ty.cols;
+                let routing =
+                    Routing { scoring: *scoring, renormalize: *renormalize, top_k: *top_k, factor: *factor };
+                let correction =
+                    correction.as_ref().map(|name| self.vector(name, experts, offsets.as_deref_mut()));
+                StageAnchor::Route { input, experts, routing, correction }
             }
-            Anchor::Attention { sinks: Some(_), .. } => {
-                return Err(error(op, "sinks have no stage yet".into()));
+            Anchor::Experts { top_k, per_slot } => {
+                let [input, routes] = op.inputs[..] else {
+                    return Err(error(op, "reads no routes".into()));
+                };
+                StageAnchor::Experts {
+                    input: self.buffers.of(input),
+                    routes: self.buffers.of(routes),
+                    experts: fused.weights[&op.parts[0].weights[0]].shape[0],
+                    top_k: *top_k,
+                    per_slot: *per_slot,
+                }
             }
-            Anchor::Attention { heads, scale, window, .. } => {
-                StageAnchor::Attention { input: input()?, heads: *heads, scale: *scale, window: *window }
+            Anchor::Attention { cache, heads, scale, window, sinks } => {
+                let input = input()?;
+                let sinks = sinks.as_ref().map(|name| self.vector(name, *heads, offsets.as_deref_mut()));
+                let kv_heads = fused.caches[*cache].kv_heads;
+                let (heads, scale, window) = (*heads, *scale, *window);
+                StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks }
             }
         };
         self.check_pieces(op, &parts, select)?;
@@ -278,8 +312,23 @@ impl Tiler<'_> {
             let (sink, chain) = part.pieces.split_last().expect("a chain has a sink");
             let runs = match op.anchor {
                 Anchor::Gemm => true,
-                Anchor::Route(_) | Anchor::Experts { .. } => false,
-                Anchor::Embed { .. } | Anchor::Attention { .. } => {
+                Anchor::Experts { .. } => {
+                    let combined = chain.iter().position(|piece| *piece == StagePiece::Combine);
+                    let (slots, rows) = chain.split_at(combined.unwrap_or(chain.len()));
+                    let stored = matches!(sink, StagePiece::Store(_));
+                    // Behind the sum there is a row as behind any product; before it there are slots,
+                    // which only some pieces can work on.
+                    stored
+                        && parts.len() == 1
+                        && slots.iter().all(|piece| {
+                            matches!(piece, StagePiece::ExpertBias { .. } | StagePiece::Gated(_))
+                        })
+                        && rows
+                            .iter()
+                            .skip(1)
+                            .all(|piece| matches!(piece, StagePiece::Residual(_) | StagePiece::Scale(_)))
+                }
+                Anchor::Embed { .. } | Anchor::Attention { .. } | Anchor::Route(_) => {
                     chain.is_empty() && matches!(sink, StagePiece::Store(_))
                 }
                 Anchor::Rows => {
@@ -312,29 +361,38 @@ impl Tiler<'_> {
         let fused = self.fused;
         let op = &fused.ops[index];
         let tile_cols = match op.anchor {
-            Anchor::Gemm => tile_cols(fused, part).min(part.cols),
+            Anchor::Gemm | Anchor::Experts { .. } => tile_cols(fused, part).min(part.cols),
             _ => part.cols,
         };
         let weights = if part.weights.is_empty() {
             None
         } else {
-            let (content, layout) = self.panels(&part.weights, tile_cols);
+            let (content, layout) = match op.anchor {
+                Anchor::Experts { .. } => self.expert_panels(op, &part.weights)?,
+                _ => self.panels(op, &part.weights, tile_cols)?,
+            };
             let slot = self.packer.slot(content, offsets.as_deref_mut());
             Some(PartWeights { slot, layout, operands: part.weights.len() })
         };
         let mut residual = None;
         let mut pieces = Vec::new();
         for piece in &part.pieces {
-            let vector = |tensor: &String, len: usize| PackContent::F32 { tensor: tensor.clone(), len };
             pieces.push(match piece {
                 // Both follow from where the stage reads and stores.
                 Piece::SelectRows | Piece::Quantize => continue,
                 Piece::Bias { weight, operand } => StagePiece::Bias {
-                    slot: self.packer.slot(vector(weight, part.cols), offsets.as_deref_mut()),
+                    slot: self.vector(weight, part.cols, offsets.as_deref_mut()),
                     operand: *operand,
                 },
+                Piece::ExpertBias { weight, operand } => {
+                    let len = fused.weights[weight].shape.iter().product();
+                    let slot = self.vector(weight, len, offsets.as_deref_mut());
+                    StagePiece::ExpertBias { slot, operand: *operand }
+                }
+                Piece::Combine => StagePiece::Combine,
+                Piece::Scale(factor) => StagePiece::Scale(*factor),
                 Piece::RmsNorm { weight, group, eps } => StagePiece::RmsNorm {
-                    slot: self.packer.slot(vector(weight, *group), offsets.as_deref_mut()),
+                    slot: self.vector(weight, *group, offsets.as_deref_mut()),
                     group: *group,
                     eps: *eps,
                 },
@@ -352,16 +410,17 @@ impl Tiler<'_> {
                         dims: spec.dims,
                     }
                 }
-                Piece::Scale(_) | Piece::ExpertBias { .. } | Piece::Combine => {
-                    return Err(error(op, format!("{piece:?} has no stage yet")));
-                }
                 Piece::Gated(activation) => StagePiece::Gated(*activation),
                 Piece::Residual(value) => {
                     residual = Some(*value);
                     StagePiece::Residual(self.buffers.of(*value))
                 }
                 Piece::Store(value) | Piece::Logits(value) => {
-                    StagePiece::Store(self.buffers.place(fused, index, *value, residual))
+                    let slots = match op.anchor {
+                        Anchor::Experts { top_k, .. } if !part.pieces.contains(&Piece::Combine) => top_k,
+                        _ => 1,
+                    };
+                    StagePiece::Store(self.buffers.place(fused, index, *value, residual, slots))
                 }
                 Piece::WriteKeys(_) => StagePiece::WriteKeys,
                 Piece::WriteValues(_) => StagePiece::WriteValues,
@@ -374,8 +433,42 @@ impl Tiler<'_> {
         Ok(StagePart { weights, cols: part.cols, tile_cols, pieces })
     }
 
+    /// The place of a vector, or of the vectors of all experts.
+    fn vector(&mut self, name: &str, len: usize, offsets: Option<&mut Vec<u64>>) -> Slot {
+        let content = match &self.fused.weights[name].view {
+            None => PackContent::F32 { tensor: name.to_string(), len },
+            Some(View { tensor, start, block, stride }) => {
+                let (start, block, stride) = (*start, *block, *stride);
+                PackContent::Elements { tensor: tensor.clone(), len, start, block, stride }
+            }
+        };
+        self.packer.slot(content, offsets)
+    }
+
+    /// Panels of matrices of all experts, side by side.
+    fn expert_panels(
+        &self,
+        op: &FusedOp,
+        weights: &[String],
+    ) -> Result<(PackContent, PanelLayout), TileError> {
+        let weight = &self.fused.weights[&weights[0]];
+        let (experts, rows, k) = (weight.shape[0], weight.shape[1], weight.shape[2]);
+        let layout = PanelLayout::new(weight.format, k);
+        let sources = weights.iter().map(|name| match &self.fused.weights[name].view {
+            None => Ok(RowView { tensor: name.clone(), start: 0, block: 1, stride: 1 }),
+            Some(view) => rows_of(op, view, k),
+        });
+        let sources = sources.collect::<Result<Vec<_>, _>>()?;
+        Ok((PackContent::ExpertPanels { layout, experts, rows, sources }, layout))
+    }
+
     /// Panels of matrices side by side, tile by tile.
-    fn panels(&self, weights: &[String], tile_rows: usize) -> (PackContent, PanelLayout) {
+    fn panels(
+        &self,
+        op: &FusedOp,
+        weights: &[String],
+        tile_rows: usize,
+    ) -> Result<(PackContent, PanelLayout), TileError> {
         let weight = &self.fused.weights[&weights[0]];
         let (rows, k) = (weight.shape[0], weight.shape[1]);
         let layout = PanelLayout::new(weight.format, k);
@@ -385,14 +478,46 @@ impl Tiler<'_> {
         let mut panels = 0;
         for row_start in (0..rows).step_by(step) {
             for tensor in weights {
-                let segment =
-                    RowSegment { tensor: tensor.clone(), row_start, rows: step.min(rows - row_start) };
-                panels += segment.panels();
-                segments.push(segment);
+                let all = RowSegment { tensor: tensor.clone(), row_start, rows: step.min(rows - row_start) };
+                let parts = match &self.fused.weights[tensor].view {
+                    None => vec![all],
+                    Some(view) => cut(op, &rows_of(op, view, k)?, &all)?,
+                };
+                if parts.len() > 1 && weights.len() > 1 {
+                    return Err(error(op, format!("{tensor} lies in pieces, and a pair cannot")));
+                }
+                panels += parts.iter().map(RowSegment::panels).sum::<usize>();
+                segments.extend(parts);
             }
         }
-        (PackContent::Panels { layout, segments, interleave: weights.len(), panels }, layout)
+        Ok((PackContent::Panels { layout, segments, interleave: weights.len(), panels }, layout))
     }
+}
+
+/// A view of elements as one of rows of `k` columns.
+fn rows_of(op: &FusedOp, view: &View, k: usize) -> Result<RowView, TileError> {
+    if [view.start, view.block, view.stride].iter().any(|elements| !elements.is_multiple_of(k)) {
+        return Err(error(op, format!("{} is not cut at whole rows of {k}: {view:?}", view.tensor)));
+    }
+    let (start, block, stride) = (view.start / k, view.block / k, view.stride / k);
+    Ok(RowView { tensor: view.tensor.clone(), start, block, stride })
+}
+
+/// Rows of a view as rows of the stored tensor that lie together.
+fn cut(op: &FusedOp, view: &RowView, rows: &RowSegment) -> Result<Vec<RowSegment>, TileError> {
+    let mut parts = Vec::new();
+    let (mut at, end) = (rows.row_start, rows.row_start + rows.rows);
+    while at < end {
+        let count = (view.block - at % view.block).min(end - at);
+        let Some(row_start) = view.row(at) else { return Err(error(op, format!("{view:?} overflows"))) };
+        if at + count < end && !count.is_multiple_of(tilec_ir::format::PANEL) {
+            let what = format!("{} lies in pieces of {count} rows, which fill no whole panels", view.tensor);
+            return Err(error(op, what));
+        }
+        parts.push(RowSegment { tensor: view.tensor.clone(), row_start, rows: count });
+        at += count;
+    }
+    Ok(parts)
 }
 
 /// Columns of a GEMM part's tile: whole heads where a piece works on heads, whole activation blocks

@@ -23,6 +23,11 @@
 //! | [`rope`](Kernels::rope) | `ptr tile, i64 tile_stride, i64 rows, i64 heads, ptr positions, ptr cos, ptr sin` |
 //! | [`kv_write`](Kernels::kv_write) | `ptr tile, i64 tile_stride, i64 rows, ptr positions, ptr sequences, ptr page_table, i64 pages_per_sequence, ptr kv_layer, i64 kv_head` |
 //! | [`glu`](Kernels::glu) | `ptr gate, ptr up, i64 tile_stride, i64 rows, i64 cols, ptr dst, i64 dst_stride` |
+//! | [`scale`](Kernels::scale) | `ptr tile, i64 tile_stride, i64 rows, i64 cols` |
+//! | [`clear_rows`](Kernels::clear_rows) | `ptr tile, i64 tile_stride, i64 rows, i64 cols` |
+//! | [`route`](Kernels::route) | `ptr scores, i64 rows, ptr correction, ptr experts, ptr weights, ptr scratch` |
+//! | [`expert_lists`](Kernels::expert_lists) | `ptr experts, ptr weights, i64 rows, ptr lists` |
+//! | [`add_slots`](Kernels::add_slots) | `ptr tile, i64 tile_stride, ptr row_list, ptr weights, i64 slots, i64 cols, ptr dst, i64 dst_stride` |
 //! | [`attention`](Kernels::attention) | `ptr q, i64 q_stride, ptr positions, ptr sequences, ptr page_table, i64 pages_per_sequence, ptr kv_layer, i64 kv_head, i64 row_start, i64 row_end, ptr sinks, ptr out, i64 out_stride, ptr scratch` |
 //!
 //! * `gemm`: `panels` is the first of `panel_count` adjacent panels. `activations` is the base of
@@ -46,6 +51,12 @@
 //!   addresses of the tile's first row's entries; `page_table` is the whole table; `kv_layer` is the
 //!   cache's address plus [`KvLayout::block_offset`](tilec_ir::abi::KvLayout::block_offset)`(pages, layer, 0, 0)`.
 //! * `glu`: `dst` may be `gate` or `up` (then with `dst_stride = tile_stride`).
+//! * `route`: `scores` is f32 `[rows][experts]`, `correction` f32 `[experts]` or null without one; `experts`
+//!   (`u32 [rows][top_k]`, ascending in a row) and `weights` (f32, the same shape) are written. `scratch`
+//!   has [`Route::scratch_bytes`](crate::experts::Route::scratch_bytes).
+//! * `expert_lists`: sorts the slots of `rows` rows of routes by expert, those of one expert by row, into
+//!   `lists`, as [`ExpertLists`](crate::experts::ExpertLists) lays them out.
+//! * `add_slots`: `dst[row_list[i]] = fma(tile[i], weights[i], dst[row_list[i]])`, slots ascending.
 //! * `attention`: `q` (f32, turned already), `positions`, `sequences` and `out` are whole buffers,
 //!   indexed by the absolute rows `row_start..row_end`. Query head `h` reads `q[row][h * qk_dim ..]`
 //!   and writes `out[row][h * v_dim ..]`, for the `group` heads `h` of `kv_head`. `sinks` is
@@ -66,6 +77,7 @@
 mod attention;
 mod body;
 mod dot;
+mod experts;
 mod gemm;
 mod math;
 mod pieces;

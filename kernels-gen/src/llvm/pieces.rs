@@ -3,7 +3,7 @@
 use super::Kernels;
 use super::body::{Body, LANES, Param};
 use crate::KernelError;
-use crate::pieces::{Glu, HeadNorm, KvHalf, KvWrite, Rope};
+use crate::pieces::{Glu, HeadNorm, KvHalf, KvWrite, Rope, Scale};
 use inkwell::values::{FunctionValue, IntValue, PointerValue, VectorValue};
 use tilec_ir::abi::{KV_GROUP, KvLayout, KvType};
 
@@ -53,6 +53,20 @@ impl<'a, 'ctx> Kernels<'a, 'ctx> {
             b.columns(cols, |c, mask| {
                 let sum = b.fadd(b.load_masked(b.at4(x, c), mask), b.load_masked(b.at4(bias, c), mask));
                 b.store_masked(sum, b.at4(x, c), mask);
+            });
+        });
+        b.finish()
+    }
+
+    /// `tile *= factor`.
+    pub fn scale(&self, name: &str, scale: &Scale) -> FunctionValue<'ctx> {
+        let b = self.kernel(name, &[Ptr, I64, I64, I64], &[0]);
+        let (tile, stride, rows, cols) = (b.ptr_arg(0), b.int_arg(1), b.int_arg(2), b.int_arg(3));
+        b.count(rows, |row| {
+            let x = b.at4(tile, b.mul(row, stride));
+            b.columns(cols, |c, mask| {
+                let product = b.fmul(b.load_masked(b.at4(x, c), mask), b.cf(scale.factor));
+                b.store_masked(product, b.at4(x, c), mask);
             });
         });
         b.finish()

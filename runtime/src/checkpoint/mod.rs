@@ -30,6 +30,7 @@ use std::path::{Path, PathBuf};
 use stored::Stored;
 use synthetic::Synthetic;
 use tilec_ir::convert::{ConvertError, dequantize};
+use tilec_ir::graph::EXPERT;
 use tilec_ir::tensor::TensorInfo;
 
 /// Elements that are decoded at a time: the planes of a piece stay in the cache.
@@ -98,8 +99,22 @@ impl Checkpoint {
         hf::open(path)
     }
 
-    /// Weights made from `seed`, in the shapes and formats of `tensors`, for a model of this config.
+    /// Weights made from `seed`, in the shapes and formats of `tensors`, for a model of this config. A
+    /// tensor whose name has [`EXPERT`] in it stands for one an expert, its first extent for their number.
     pub fn synthetic(config: Value, seed: u64, tensors: BTreeMap<String, TensorInfo>) -> Checkpoint {
+        let mut all = BTreeMap::new();
+        for (name, info) in tensors {
+            match info.shape.split_first() {
+                // One an expert, described all at once.
+                Some((experts, shape)) if name.contains(EXPERT) => {
+                    let of = |expert: usize| name.replace(EXPERT, &expert.to_string());
+                    let one = TensorInfo { shape: shape.to_vec(), format: info.format };
+                    all.extend((0..*experts).map(|expert| (of(expert), one.clone())));
+                }
+                _ => drop(all.insert(name, info)),
+            }
+        }
+        let tensors = all;
         let stored = tensors
             .iter()
             .map(|(name, info)| (name.clone(), Stored::Synthetic(Synthetic::new(seed, name, info))))

@@ -1,6 +1,7 @@
 //! The LLVM backend: one entry function that every worker calls once a step, with the schedule as
 //! straight code, a loop over the layers, and a function for each stage.
 
+mod experts;
 mod scalar;
 mod stage;
 
@@ -12,14 +13,16 @@ use inkwell::{AtomicOrdering, AtomicRMWBinOp, IntPredicate};
 use scalar::Scalar;
 use std::collections::HashMap;
 use std::mem::offset_of;
+use tilec_ir::abi::QuantRows;
 use tilec_ir::abi::{COUNTER_STRIDE, ENTRY, StepArgs};
 use tilec_ir::format::PANEL;
 use tilec_ir::schedule::{Instr, Schedule, Share};
-use tilec_ir::stages::{Stage, StageAnchor, StageProgram};
+use tilec_ir::stages::{Stage, StageAnchor, StagePiece, StageProgram};
 use tilec_kernels_gen::attention::Attention;
+use tilec_kernels_gen::experts::{ExpertLists, Route};
 use tilec_kernels_gen::gemm::{Activations, Gemm};
 use tilec_kernels_gen::llvm::{Kernels, machine, optimize};
-use tilec_kernels_gen::pieces::{Glu, HeadNorm, KvWrite, Rope};
+use tilec_kernels_gen::pieces::{Glu, HeadNorm, KvWrite, Rope, Scale};
 use tilec_kernels_gen::rows::{Embed, Quantize, RmsNorm};
 use tilec_kernels_gen::{KernelError, Target};
 
@@ -56,16 +59,32 @@ pub struct Native {
     pub scratch_bytes: usize,
 }
 
-/// Sizes of a worker's scratch: the tile, then what kernels ask for.
+/// Sizes of a worker's scratch: the tile, what kernels ask for, then for experts the sums of a tile,
+/// the rows of each expert, and one expert's rows of activations.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Scratch {
     tile: usize,
     kernel: usize,
+    sums: usize,
+    lists: usize,
+    gathered: usize,
 }
 
 impl Scratch {
     fn bytes(&self) -> usize {
+        self.gathered_at() + self.gathered
+    }
+
+    fn sums_at(&self) -> usize {
         self.tile + self.kernel
+    }
+
+    fn lists_at(&self) -> usize {
+        self.sums_at() + self.sums
+    }
+
+    fn gathered_at(&self) -> usize {
+        self.lists_at() + self.lists
     }
 }
 
@@ -104,6 +123,33 @@ fn scratch(program: &StageProgram) -> Scratch {
     let mut scratch = Scratch::default();
     for stage in all_stages(program) {
         match &stage.anchor {
+            StageAnchor::Route { experts, routing, correction, .. } => {
+                let route = Route { experts: *experts, routing: *routing, correction: correction.is_some() };
+                scratch.kernel = scratch.kernel.max(route.scratch_bytes());
+            }
+            StageAnchor::Experts { input, experts, top_k, per_slot, .. } => {
+                let buffer = program.buffer(*input);
+                let activations = experts::activations(program, *input, *per_slot);
+                for part in &stage.parts {
+                    let weights = part.weights.expect("a part of experts has weights");
+                    let tile = rows * part.tile_panels() * weights.operands * PANEL * 4;
+                    let kernel = Gemm { layout: weights.layout, activations }.scratch_bytes(rows);
+                    scratch.tile = scratch.tile.max(tile);
+                    scratch.kernel = scratch.kernel.max(kernel);
+                    if part.pieces.contains(&StagePiece::Combine) {
+                        scratch.sums = scratch.sums.max(tile);
+                    }
+                }
+                let lists = ExpertLists { experts: *experts, top_k: *top_k, max_rows: rows };
+                scratch.lists = scratch.lists.max(lists.bytes());
+                if !per_slot {
+                    let gathered = match activations {
+                        Activations::Int8(quant) => quant.bytes(),
+                        Activations::F32 { .. } => rows * buffer.cols * 4,
+                    };
+                    scratch.gathered = scratch.gathered.max(gathered);
+                }
+            }
             StageAnchor::Gemm { input } => {
                 let buffer = program.buffer(*input);
                 for part in &stage.parts {
@@ -119,18 +165,26 @@ fn scratch(program: &StageProgram) -> Scratch {
                     scratch.kernel = scratch.kernel.max(kernel);
                 }
             }
-            StageAnchor::Attention { heads, scale, window, .. } => {
+            StageAnchor::Attention { heads, kv_heads, scale, window, sinks, .. } => {
                 let layout = program.kv;
-                let group = heads / layout.kv_heads;
+                let group = heads / kv_heads;
+                let sinks = sinks.is_some();
                 let attention =
-                    Attention { layout, group, scale: *scale, softcap: None, window: *window, sinks: false };
+                    Attention { layout, group, scale: *scale, softcap: None, window: *window, sinks };
                 scratch.tile = scratch.tile.max(rows * group * layout.v_dim * 4);
                 scratch.kernel = scratch.kernel.max(attention.scratch_bytes());
             }
             StageAnchor::Embed { .. } | StageAnchor::Rows { .. } => {}
         }
     }
-    Scratch { tile: scratch.tile.next_multiple_of(64), kernel: scratch.kernel.next_multiple_of(64) }
+    let whole = |bytes: usize| bytes.next_multiple_of(64);
+    Scratch {
+        tile: whole(scratch.tile),
+        kernel: whole(scratch.kernel),
+        sums: whole(scratch.sums),
+        lists: whole(scratch.lists),
+        gathered: whole(scratch.gathered),
+    }
 }
 
 /// A module under construction.
@@ -200,12 +254,34 @@ impl<'ctx> Emitter<'_, 'ctx> {
         kv_write(KvWrite);
         glu(Glu);
         attention(Attention);
+        scale(Scale);
+        route(Route);
+        expert_lists(ExpertLists);
+    }
+
+    /// Copies quantized rows by index from one buffer to another of the same columns.
+    pub(crate) fn gather_quant(
+        &mut self,
+        from: &QuantRows,
+        to: &QuantRows,
+    ) -> Result<FunctionValue<'ctx>, KernelError> {
+        let key = format!("gather_quant {from:?} {to:?}");
+        if let Some(function) = self.known.get(&key) {
+            return Ok(*function);
+        }
+        let name = format!("gather_quant_{}", self.known.len());
+        let function = self.kernels.gather_quant(&name, from, to)?;
+        self.known.insert(key, function);
+        Ok(function)
     }
 
     plain_kernels! {
         bias;
         copy_rows;
         add_rows;
+        gather_rows;
+        add_slots;
+        clear_rows;
     }
 
     fn module(&self) -> &Module<'ctx> {

@@ -5,7 +5,7 @@ use inkwell::basic_block::BasicBlock;
 use inkwell::builder::Builder;
 use inkwell::context::Context;
 use inkwell::types::IntType;
-use inkwell::values::{BasicMetadataValueEnum, FunctionValue, IntValue, PointerValue};
+use inkwell::values::{BasicMetadataValueEnum, FunctionValue, IntValue, PhiValue, PointerValue};
 
 /// A function under construction. All counts and offsets are 64-bit.
 ///
@@ -15,6 +15,15 @@ pub struct Scalar<'ctx> {
     pub context: &'ctx Context,
     pub builder: Builder<'ctx>,
     pub function: FunctionValue<'ctx>,
+}
+
+/// A loop whose body is being emitted.
+pub struct Loop<'ctx> {
+    /// The index.
+    pub i: IntValue<'ctx>,
+    phi: PhiValue<'ctx>,
+    head: BasicBlock<'ctx>,
+    out: BasicBlock<'ctx>,
 }
 
 const BUILT: &str = "the builder has a position";
@@ -157,6 +166,43 @@ impl<'ctx> Scalar<'ctx> {
         let end = self.builder.get_insert_block().expect(BUILT);
         phi.add_incoming(&[(&from, entry), (&next, end)]);
         self.jump(head);
+        self.enter(out);
+    }
+
+    /// Opens `for i in from..to {`; for a body that can fail. [`Scalar::close`] ends it.
+    pub fn open(&self, from: IntValue<'ctx>, to: IntValue<'ctx>) -> Loop<'ctx> {
+        let (head, inside, out) = (self.block("head"), self.block("body"), self.block("out"));
+        let entry = self.builder.get_insert_block().expect(BUILT);
+        self.jump(head);
+        self.enter(head);
+        let phi = self.builder.build_phi(self.i64(), "i").expect(BUILT);
+        phi.add_incoming(&[(&from, entry)]);
+        let i = phi.as_basic_value().into_int_value();
+        self.branch(self.compare(IntPredicate::ULT, i, to), inside, out);
+        self.enter(inside);
+        Loop { i, phi, head, out }
+    }
+
+    /// Ends a loop.
+    pub fn close(&self, open: Loop<'ctx>) {
+        let next = self.add(open.i, self.int(1));
+        let end = self.builder.get_insert_block().expect(BUILT);
+        open.phi.add_incoming(&[(&next, end)]);
+        self.jump(open.head);
+        self.enter(open.out);
+    }
+
+    /// Opens `if condition {`; what it gives ends it with [`Scalar::close_if`].
+    pub fn open_if(&self, condition: IntValue<'ctx>) -> BasicBlock<'ctx> {
+        let (inside, out) = (self.block("then"), self.block("out"));
+        self.branch(condition, inside, out);
+        self.enter(inside);
+        out
+    }
+
+    /// Ends an `if`.
+    pub fn close_if(&self, out: BasicBlock<'ctx>) {
+        self.jump(out);
         self.enter(out);
     }
 

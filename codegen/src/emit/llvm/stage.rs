@@ -16,7 +16,7 @@ use tilec_kernels_gen::KernelError;
 use tilec_kernels_gen::attention::Attention;
 use tilec_kernels_gen::gemm::{Activations, Gemm};
 use tilec_kernels_gen::llvm::Param;
-use tilec_kernels_gen::pieces::{Glu, HeadNorm, KvHalf, KvWrite, Rope};
+use tilec_kernels_gen::pieces::{Glu, HeadNorm, KvHalf, KvWrite, Rope, Scale};
 use tilec_kernels_gen::rows::{Embed, Quantize, RmsNorm, Table};
 
 /// Parameters of a stage function, in order.
@@ -28,24 +28,29 @@ pub const STAGE_PARAMS: &[Param] = &[
 ];
 
 /// A tile in scratch, while its chain is emitted.
-struct Tile<'ctx> {
-    at: PointerValue<'ctx>,
+pub(super) struct Tile<'ctx> {
+    pub at: PointerValue<'ctx>,
     /// Elements from row to row.
-    stride: usize,
+    pub stride: usize,
     /// Columns (of each operand).
-    cols: IntValue<'ctx>,
+    pub cols: IntValue<'ctx>,
     /// First column in the part.
-    first: IntValue<'ctx>,
+    pub first: IntValue<'ctx>,
 }
 
 /// The stage function being emitted.
 pub struct StageEmitter<'e, 'a, 'ctx> {
-    emitter: &'e mut Emitter<'a, 'ctx>,
-    code: Scalar<'ctx>,
-    stage: &'e Stage,
-    rows: IntValue<'ctx>,
-    scratch: PointerValue<'ctx>,
-    kernel_scratch: PointerValue<'ctx>,
+    pub(super) emitter: &'e mut Emitter<'a, 'ctx>,
+    pub(super) code: Scalar<'ctx>,
+    pub(super) stage: &'e Stage,
+    /// Rows of a tile.
+    pub(super) rows: IntValue<'ctx>,
+    /// The buffers' row that is a tile's first.
+    pub(super) first_row: IntValue<'ctx>,
+    /// The expert whose product a tile is.
+    pub(super) expert: IntValue<'ctx>,
+    pub(super) scratch: PointerValue<'ctx>,
+    pub(super) kernel_scratch: PointerValue<'ctx>,
 }
 
 /// Emits the function of a stage; `shares` are the workers' shares of it.
@@ -72,25 +77,29 @@ pub fn emit<'e, 'a, 'ctx>(
     let kernel_scratch = code.at(scratch, code.size(emitter.scratch.tile));
     scratch.set_name("tile_scratch");
     kernel_scratch.set_name("kernel_scratch");
-    let mut stage_emitter = StageEmitter { emitter, code, stage, rows, scratch, kernel_scratch };
+    let zero = code.int(0);
+    let mut stage_emitter =
+        StageEmitter { emitter, code, stage, rows, first_row: zero, expert: zero, scratch, kernel_scratch };
     match &stage.anchor {
         StageAnchor::Gemm { .. } => stage_emitter.gemm(shares)?,
         StageAnchor::Embed { .. } => stage_emitter.embed(shares.len())?,
         StageAnchor::Rows { .. } => stage_emitter.on_rows(shares.len())?,
         StageAnchor::Attention { .. } => stage_emitter.attention(shares.len())?,
+        StageAnchor::Route { .. } => stage_emitter.route(shares.len())?,
+        StageAnchor::Experts { .. } => stage_emitter.experts(shares)?,
     }
     stage_emitter.code.ret();
     Ok(function)
 }
 
 impl<'ctx> StageEmitter<'_, '_, 'ctx> {
-    fn arg(&self, offset: usize) -> PointerValue<'ctx> {
+    pub(super) fn arg(&self, offset: usize) -> PointerValue<'ctx> {
         let code = &self.code;
         code.load_ptr(code.at(code.ptr_arg(0), code.size(offset)))
     }
 
     /// Address of a packed weight.
-    fn packed(&self, slot: Slot) -> PointerValue<'ctx> {
+    pub(super) fn packed(&self, slot: Slot) -> PointerValue<'ctx> {
         let code = &self.code;
         let offset = match slot {
             Slot::Fixed(offset) => code.int(offset),
@@ -101,19 +110,19 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
         packed
     }
 
-    fn buffer(&self, id: tilec_ir::stages::BufferId) -> PointerValue<'ctx> {
+    pub(super) fn buffer(&self, id: tilec_ir::stages::BufferId) -> PointerValue<'ctx> {
         let buffer = self.emitter.program.buffer(id);
         let at = self.code.at(self.arg(offset_of!(StepArgs, arena)), self.code.size(buffer.offset));
         at.set_name(&buffer.name);
         at
     }
 
-    fn floats(&self, base: PointerValue<'ctx>, elements: IntValue<'ctx>) -> PointerValue<'ctx> {
+    pub(super) fn floats(&self, base: PointerValue<'ctx>, elements: IntValue<'ctx>) -> PointerValue<'ctx> {
         self.code.at(base, self.code.mul(elements, self.code.int(4)))
     }
 
     /// The worker's items `n * w / W .. n * (w + 1) / W`: start and count.
-    fn items(&self, n: IntValue<'ctx>, workers: usize) -> (IntValue<'ctx>, IntValue<'ctx>) {
+    pub(super) fn items(&self, n: IntValue<'ctx>, workers: usize) -> (IntValue<'ctx>, IntValue<'ctx>) {
         let code = &self.code;
         let worker = code.int_arg(1);
         let start = code.div(code.mul(n, worker), workers);
@@ -138,53 +147,50 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
             let panels = self.packed(weights.slot);
             let from_buffer = self.buffer(input);
             let tile_bytes = part.tile_panels() * weights.operands * weights.layout.bytes();
-            // The loop's body is emitted outside of `each`, which cannot pass errors on.
-            let (head, inside, out) =
-                (self.code.block("tiles"), self.code.block("tile"), self.code.block("tiles_done"));
-            let entry = self.code.builder.get_insert_block().expect("inside a block");
-            self.code.jump(head);
-            self.code.enter(head);
-            let phi = self.code.builder.build_phi(self.code.i64(), "tile").expect("inside a block");
-            let tile = phi.as_basic_value().into_int_value();
-            self.code.branch(self.code.compare(IntPredicate::ULT, tile, to), inside, out);
-            self.code.enter(inside);
-            {
-                let code = &self.code;
-                let first = code.mul(tile, code.size(part.tile_cols));
-                let cols = code.min(code.size(part.tile_cols), code.sub(code.size(part.cols), first));
-                let groups = code.div(code.add(cols, code.size(PANEL - 1)), PANEL);
-                let panel_count = code.mul(groups, code.size(weights.operands));
-                first.set_name("first_col");
-                cols.set_name("cols");
-                panel_count.set_name("panels");
-                let at = code.at(panels, code.mul(tile, code.size(tile_bytes)));
-                code.call(
-                    kernel,
-                    &[
-                        at.into(),
-                        panel_count.into(),
-                        from_buffer.into(),
-                        code.int(0).into(),
-                        self.rows.into(),
-                        self.scratch.into(),
-                        code.size(stride).into(),
-                        self.kernel_scratch.into(),
-                    ],
-                );
-                let tile = Tile { at: self.scratch, stride, cols, first };
-                self.chain(part, weights.operands, tile)?;
-            }
-            let next = self.code.add(tile, self.code.int(1));
-            let end = self.code.builder.get_insert_block().expect("inside a block");
-            phi.add_incoming(&[(&from, entry), (&next, end)]);
-            self.code.jump(head);
-            self.code.enter(out);
+            let tiles = self.code.open(from, to);
+            let code = &self.code;
+            let (first, cols, panel_count) = self.tile_extent(part, weights.operands, tiles.i);
+            let at = code.at(panels, code.mul(tiles.i, code.size(tile_bytes)));
+            code.call(
+                kernel,
+                &[
+                    at.into(),
+                    panel_count.into(),
+                    from_buffer.into(),
+                    code.int(0).into(),
+                    self.rows.into(),
+                    self.scratch.into(),
+                    code.size(stride).into(),
+                    self.kernel_scratch.into(),
+                ],
+            );
+            let tile = Tile { at: self.scratch, stride, cols, first };
+            self.chain(&part.pieces, weights.operands, tile)?;
+            self.code.close(tiles);
         }
         Ok(())
     }
 
+    /// First column, columns (of each operand) and panels of a tile.
+    pub(super) fn tile_extent(
+        &self,
+        part: &StagePart,
+        operands: usize,
+        tile: IntValue<'ctx>,
+    ) -> (IntValue<'ctx>, IntValue<'ctx>, IntValue<'ctx>) {
+        let code = &self.code;
+        let first = code.mul(tile, code.size(part.tile_cols));
+        let cols = code.min(code.size(part.tile_cols), code.sub(code.size(part.cols), first));
+        let groups = code.div(code.add(cols, code.size(PANEL - 1)), PANEL);
+        let panel_count = code.mul(groups, code.size(operands));
+        first.set_name("first_col");
+        cols.set_name("cols");
+        panel_count.set_name("panels");
+        (first, cols, panel_count)
+    }
+
     /// The worker's tiles of a part, from a table of the shares.
-    fn tile_range(&mut self, shares: &[Share], part: usize) -> (IntValue<'ctx>, IntValue<'ctx>) {
+    pub(super) fn tile_range(&mut self, shares: &[Share], part: usize) -> (IntValue<'ctx>, IntValue<'ctx>) {
         let ranges: Vec<Range<usize>> = shares
             .iter()
             .map(|share| match share {
@@ -202,11 +208,32 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
     }
 
     /// The chain of a GEMM's part over a tile.
-    fn chain(&mut self, part: &StagePart, operands: usize, tile: Tile<'ctx>) -> Result<(), KernelError> {
+    pub(super) fn chain(
+        &mut self,
+        pieces: &[StagePiece],
+        operands: usize,
+        tile: Tile<'ctx>,
+    ) -> Result<(), KernelError> {
         let mut added = None;
-        for piece in &part.pieces {
+        for piece in pieces {
             match piece {
-                StagePiece::Bias { slot, operand } => self.bias(*slot, *operand, operands, &tile)?,
+                StagePiece::Bias { slot, operand } => {
+                    let vector = self.packed(*slot);
+                    self.bias(vector, *operand, operands, &tile)?;
+                }
+                StagePiece::ExpertBias { slot, operand } => {
+                    let own = self.code.mul(self.expert, self.code.size(self.stage.parts[0].cols));
+                    let vector = self.floats(self.packed(*slot), own);
+                    self.bias(vector, *operand, operands, &tile)?;
+                }
+                StagePiece::Scale(factor) => {
+                    let kernel = self.emitter.scale(&Scale { factor: *factor })?;
+                    let stride = self.code.size(tile.stride);
+                    self.code
+                        .call(kernel, &[tile.at.into(), stride.into(), self.rows.into(), tile.cols.into()]);
+                }
+                // Emitted between the two halves of the chain.
+                StagePiece::Combine => {}
                 StagePiece::RmsNorm { slot, group, eps } => {
                     let kernel = self.emitter.head_norm(&HeadNorm { head_dim: *group, eps: *eps })?;
                     let weight = self.packed(*slot);
@@ -249,13 +276,12 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
 
     fn bias(
         &mut self,
-        slot: Slot,
+        vector: PointerValue<'ctx>,
         operand: usize,
         operands: usize,
         tile: &Tile<'ctx>,
     ) -> Result<(), KernelError> {
         let kernel = self.emitter.bias()?;
-        let vector = self.packed(slot);
         let code = &self.code;
         let (rows, stride) = (self.rows, code.size(tile.stride));
         // Panels of a pair alternate, so its operands are reached 16 columns at a time.
@@ -320,7 +346,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
         if let Some(other) = added.filter(|_| !in_place) {
             let kernel = self.emitter.add_rows()?;
             let cols = self.emitter.program.buffer(other).cols;
-            let from = self.floats(self.buffer(other), tile.first);
+            let from = self.floats(self.buffer(other), self.element(cols, tile.first));
             let code = &self.code;
             let other_stride = code.size(cols);
             code.call(
@@ -347,13 +373,13 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                     rows.into(),
                     tile.cols.into(),
                     to.into(),
-                    code.int(0).into(),
+                    self.first_row.into(),
                     tile.first.into(),
                 ],
             );
         } else {
             let kernel = if in_place { self.emitter.add_rows()? } else { self.emitter.copy_rows()? };
-            let to = self.floats(self.buffer(buffer), tile.first);
+            let to = self.floats(self.buffer(buffer), self.element(target.cols, tile.first));
             let code = &self.code;
             let to_stride = code.size(target.cols);
             code.call(
@@ -362,6 +388,11 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
             );
         }
         Ok(())
+    }
+
+    /// Number of the element in column `col` of the first row that tiles stand for.
+    fn element(&self, cols: usize, col: IntValue<'ctx>) -> IntValue<'ctx> {
+        self.code.add(self.code.mul(self.first_row, self.code.size(cols)), col)
     }
 
     fn kv_layer(&self) -> PointerValue<'ctx> {
@@ -430,7 +461,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
     }
 
     /// The buffer that the only part stores.
-    fn sink(&self) -> tilec_ir::stages::BufferId {
+    pub(super) fn sink(&self) -> tilec_ir::stages::BufferId {
         match self.stage.parts[0].pieces.last() {
             Some(StagePiece::Store(buffer)) => *buffer,
             other => unreachable!("tiling lets no sink {other:?} through here"),
@@ -503,11 +534,12 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
     }
 
     fn attention(&mut self, workers: usize) -> Result<(), KernelError> {
-        let StageAnchor::Attention { input, heads, scale, window } = self.stage.anchor else {
+        let StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks } = self.stage.anchor
+        else {
             unreachable!("called for attention")
         };
         let layout = self.emitter.program.kv;
-        let group = heads / layout.kv_heads;
+        let group = heads / kv_heads;
         let sink = self.sink();
         let target = self.emitter.program.buffer(sink).clone();
         let queries = self.buffer(input);
@@ -518,8 +550,9 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
             scale,
             softcap: None,
             window,
-            sinks: false,
+            sinks: sinks.is_some(),
         })?;
+        let sinks = sinks.map_or(self.code.null(), |slot| self.packed(slot));
         let quantize = match target.quantized() {
             true => Some(self.emitter.quantize(&Quantize { quant: target.quant_rows() })?),
             false => None,
@@ -529,11 +562,11 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
         let table = self.arg(offset_of!(StepArgs, page_table));
         let (per_sequence, kv_layer) = (self.pages_per_sequence(), self.kv_layer());
         let code = &self.code;
-        let items = code.mul(self.rows, code.size(layout.kv_heads));
+        let items = code.mul(self.rows, code.size(kv_heads));
         let (start, count) = self.items(items, workers);
         let end = code.add(start, count);
         let group_cols = group * layout.v_dim;
-        code.each(code.int(0), code.size(layout.kv_heads), |kv_head| {
+        code.each(code.int(0), code.size(kv_heads), |kv_head| {
             // Items are numbered head by head: this head's rows are `kv_head * rows ..`.
             let base = code.mul(kv_head, self.rows);
             let row_start = code.saturating_sub(start, base);
@@ -562,7 +595,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                         kv_head.into(),
                         row_start.into(),
                         row_end.into(),
-                        code.null().into(),
+                        sinks.into(),
                         out.into(),
                         code.size(stride).into(),
                         self.kernel_scratch.into(),
