@@ -3,7 +3,7 @@
 
 mod models;
 
-use models::{llama, qwen3};
+use models::{gpt_oss, llama, mimo_v2, qwen3};
 use serde_json::Value;
 use tilec_codegen::frontends;
 use tilec_codegen::passes::{fuse, precision, schedule, tile};
@@ -41,6 +41,16 @@ fn llama_levels() {
 #[test]
 fn qwen3_levels() {
     levels("qwen3-bf16", &qwen3(), Format::BF16);
+}
+
+#[test]
+fn mimo_v2_levels() {
+    levels("mimo-v2-mxfp4", &mimo_v2(), Format::MXFP4);
+}
+
+#[test]
+fn gpt_oss_levels() {
+    levels("gpt-oss-bf16", &gpt_oss(), Format::BF16);
 }
 
 /// What fusion is for: without any rule every operator stands alone, with all of them a layer is

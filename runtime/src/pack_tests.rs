@@ -153,6 +153,89 @@ fn large_items_are_split_without_a_seam() {
     }
 }
 
+fn view(tensor: &str, start: usize, block: usize, stride: usize) -> RowView {
+    RowView { tensor: tensor.into(), start, block, stride }
+}
+
+/// Experts of 20 rows each: one tensor an expert, and rows of gate and up that alternate in one tensor.
+#[test]
+fn panels_of_experts_lie_one_expert_behind_the_other() {
+    let tensors = [("e.{}.up", vec![3, 20, K]), ("all", vec![3, 40, K])]
+        .map(|(name, shape)| (name.to_string(), TensorInfo::new(shape, Format::MXFP4)));
+    let checkpoint =
+        Checkpoint::synthetic(serde_json::json!({"model_type": "x"}), 5, tensors.into_iter().collect());
+    assert_eq!(checkpoint.tensors().len(), 4, "the mark stands for three tensors");
+    let layout = PanelLayout::new(Format::MXFP4, K);
+    let experts = |sources: Vec<RowView>| PackContent::ExpertPanels { layout, experts: 3, rows: 20, sources };
+    let packing = recipe(vec![
+        experts(vec![view("e.{}.up", 0, 1, 1)]),
+        experts(vec![view("all", 0, 1, 2), view("all", 1, 1, 2)]),
+        experts(vec![view("all", 0, 20, 40), view("all", 20, 20, 40)]),
+    ]);
+    let weights = packed(&checkpoint, &packing);
+    let each: Vec<Vec<f32>> = (0..3).map(|e| checkpoint.tensor_f32(&format!("e.{e}.up")).unwrap()).collect();
+    let all = checkpoint.tensor_f32("all").unwrap();
+    let row_of = |item: usize, expert: usize, source: usize, row: usize| match item {
+        0 => &each[expert][row * K..][..K],
+        1 => &all[(expert * 40 + 2 * row + source) * K..][..K],
+        _ => &all[(expert * 40 + 20 * source + row) * K..][..K],
+    };
+    for (number, sources) in [(0, 1), (1, 2), (2, 2)] {
+        let mut panels = item(&weights, &packing, number).chunks_exact(layout.bytes());
+        for expert in 0..3 {
+            for (first, source) in [0, PANEL].into_iter().flat_map(|row| (0..sources).map(move |s| (row, s)))
+            {
+                let mut expected: Vec<f32> = (first..20.min(first + PANEL))
+                    .flat_map(|row| row_of(number, expert, source, row).to_vec())
+                    .collect();
+                expected.resize(PANEL * K, 0.0);
+                let found = panel_values(&layout, panels.next().unwrap());
+                assert_eq!(found, expected, "item {number}, expert {expert}, source {source}, row {first}");
+            }
+        }
+        assert!(panels.next().is_none());
+    }
+}
+
+#[test]
+fn elements_are_picked_from_a_vector() {
+    let tensors = BTreeMap::from([("bias".to_string(), TensorInfo::new([2, 6], Format::BF16))]);
+    let checkpoint = Checkpoint::synthetic(serde_json::json!({"model_type": "x"}), 5, tensors);
+    let picked = |len, start, block, stride| {
+        recipe(vec![PackContent::Elements { tensor: "bias".into(), len, start, block, stride }])
+    };
+    let packing = picked(6, 1, 1, 2);
+    let all = checkpoint.tensor_f32("bias").unwrap();
+    let found = floats(item(&packed(&checkpoint, &packing), &packing, 0));
+    assert_eq!(found, [1, 3, 5, 7, 9, 11].map(|i| all[i]));
+    for (bad, word) in [(picked(7, 1, 1, 2), "element 13"), (picked(6, 1, 0, 2), "cannot lie")] {
+        let error = pack(&checkpoint, &bad, &mut |_, _| {}).unwrap_err().to_string();
+        assert!(error.contains("bias") && error.contains(word), "{error}");
+    }
+}
+
+#[test]
+fn experts_that_do_not_fit_are_refused() {
+    let tensors = BTreeMap::from([
+        ("e.{}.up".to_string(), TensorInfo::new([3, 20, K], Format::F32)),
+        ("all".to_string(), TensorInfo::new([3, 20, K], Format::F32)),
+    ]);
+    let checkpoint = Checkpoint::synthetic(serde_json::json!({"model_type": "x"}), 5, tensors);
+    let refused = |experts: usize, rows: usize, k: usize, source: RowView, words: &[&str]| {
+        let layout = PanelLayout::new(Format::F32, k);
+        let packing =
+            recipe(vec![PackContent::ExpertPanels { layout, experts, rows, sources: vec![source] }]);
+        let error = pack(&checkpoint, &packing, &mut |_, _| {}).unwrap_err().to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "{word} is not in {error}"));
+    };
+    refused(4, 20, K, view("e.{}.up", 0, 1, 1), &["e.3.up", "no tensor"]);
+    refused(3, 21, K, view("e.{}.up", 0, 1, 1), &["e.0.up", "21 rows"]);
+    refused(3, 20, K - 32, view("e.{}.up", 0, 1, 1), &["e.0.up", "64 columns"]);
+    refused(3, 20, K, view("all", 0, 1, 2), &["all", "60 rows"]);
+    refused(3, 20, K, view("all", 0, 2, 1), &["all", "cannot lie"]);
+    refused(0, 20, K, view("all", 0, 1, 1), &["0 experts"]);
+}
+
 #[test]
 fn another_format_is_converted_through_float32() {
     let checkpoint = checkpoint(4);

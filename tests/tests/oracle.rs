@@ -70,6 +70,11 @@ fn interpreted(fixture: &Fixture, spec: &ModelSpec, ids: &[u32]) -> Vec<f32> {
 
 /// Largest distance in units of the reference's own size (root mean square over a row).
 fn error(logits: &[f32], reference: &[f64], vocab: usize) -> f64 {
+    errors(logits, reference, vocab).into_iter().fold(0.0, f64::max)
+}
+
+/// [`error`] of each row.
+fn errors(logits: &[f32], reference: &[f64], vocab: usize) -> Vec<f64> {
     assert_eq!(logits.len(), reference.len());
     let rows = logits.chunks(vocab).zip(reference.chunks(vocab));
     rows.map(|(ours, theirs)| {
@@ -81,7 +86,7 @@ fn error(logits: &[f32], reference: &[f64], vocab: usize) -> f64 {
         });
         worst.fold(0.0, f64::max) / scale
     })
-    .fold(0.0, f64::max)
+    .collect()
 }
 
 fn f32_everywhere(fixture: &Fixture) -> ModelSpec {
@@ -125,7 +130,9 @@ fn float_logits_are_those_of_transformers() {
 /// are as far from transformers as that rounding explains.
 #[test]
 fn quantized_logits_are_those_of_the_interpreter() {
-    for name in cases("gguf") {
+    // Of the mixtures those with experts in FP4.
+    let mixtures = ["hf/gpt-oss", "hf/mimo-v2", "hf/mimo-v2-groups"].map(String::from);
+    for name in cases("gguf").into_iter().chain(mixtures) {
         let fixture = Fixture::open(&name);
         let spec = fixture.spec();
         let mut loaded = load(&fixture, &spec, 2);
@@ -134,7 +141,11 @@ fn quantized_logits_are_those_of_the_interpreter() {
             let ours = engine_logits(&mut loaded.engine, &ids, 16);
             let oracle: Vec<f64> = interpreted(&fixture, &spec, &ids).iter().map(|x| f64::from(*x)).collect();
             let from_oracle = error(&ours, &oracle, vocab);
-            let from_reference = error(&ours, &logits, vocab);
+            let mut rows = errors(&ours, &logits, vocab);
+            rows.sort_by(f64::total_cmp);
+            // Rounding sends a row to another expert now and then, which makes it another row.
+            let spared = if name.starts_with("hf/") { rows.len() / 8 } else { 0 };
+            let from_reference = rows[rows.len() - 1 - spared];
             println!("{name}: {from_oracle:.4} from the interpreter, {from_reference:.4} from float64");
             assert!(from_oracle < 0.05, "{name}: {from_oracle} from the interpreter");
             assert!(from_reference < 0.5, "{name}: {from_reference} from transformers");

@@ -133,6 +133,18 @@ fn quantized_weights_and_activations() {
     }
 }
 
+/// Which rows share an expert depends on the company; the bits do not.
+#[test]
+fn mixtures_of_experts() {
+    for name in ["hf/qwen3-moe", "hf/qwen3-moe-sparse-step", "hf/gpt-oss", "hf/mimo-v2", "hf/mimo-v2-groups"]
+    {
+        check(name, |_| {});
+    }
+    check("hf/gpt-oss", |spec| spec.precision.activations = Activations::F32);
+    let mxfp4 = tilec_ir::spec::WeightFormat::Converted(tilec_ir::format::Format::MXFP4);
+    check("hf/qwen3-moe", |spec| spec.precision.experts = Some(mxfp4));
+}
+
 /// With integer products even the instruction set makes no difference.
 #[cfg(target_arch = "x86_64")]
 #[test]

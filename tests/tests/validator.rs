@@ -8,7 +8,8 @@ use tilec_ir::stages::{BufferId, Stage, StageAnchor, StagePiece, StageProgram};
 use tilec_ir::validate::{Violation, validate};
 use tilec_tests::Fixture;
 
-const MODELS: &[&str] = &["hf/llama-gqa-tied", "hf/llama-odd", "hf/qwen3-gqa-tied", "gguf/llama-q4_0"];
+const MODELS: &[&str] =
+    &["hf/llama-gqa-tied", "hf/llama-odd", "hf/qwen3-gqa-tied", "gguf/llama-q4_0", "hf/qwen3-moe"];
 
 fn stages(name: &str) -> StageProgram {
     let fixture = Fixture::open(name);

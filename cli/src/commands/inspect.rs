@@ -76,6 +76,19 @@ pub fn parameters(plan: &Plan) -> u64 {
                     }
                 }
             }
+            PackContent::ExpertPanels { layout, experts, rows, sources } => {
+                for source in sources {
+                    if seen.insert((source.tensor.as_str(), source.start)) {
+                        let rows = (*experts as u64).saturating_mul(*rows as u64);
+                        total = total.saturating_add(rows.saturating_mul(layout.k as u64));
+                    }
+                }
+            }
+            PackContent::Elements { tensor, len, start, .. } => {
+                if seen.insert((tensor.as_str(), *start)) {
+                    total = total.saturating_add(*len as u64);
+                }
+            }
             PackContent::F32 { tensor, len } => {
                 if seen.insert((tensor.as_str(), 0)) {
                     total = total.saturating_add(*len as u64);
@@ -173,13 +186,14 @@ impl Report<'_> {
                 cost.stage.clone(),
                 runs.to_string(),
                 cost.anchor.clone(),
-                format!("{:.2}", (runs * cost.weight_bytes) as f64 / 1e6),
+                format!("{:.2}", (runs * cost.streamed_bytes(self.rows)) as f64 / 1e6),
                 format!("{:.2}", (runs * cost.macs(1, self.context)) as f64 / 1e6),
                 format!("{:.1}", self.floor(cost) * 1e6),
                 format!("{:.1} %", 100.0 * self.floor(cost) / total),
             ]);
         }
-        let streamed: u64 = plan.costs.iter().map(|cost| cost.runs as u64 * cost.weight_bytes).sum();
+        let streamed = |cost: &StageCost| cost.runs as u64 * cost.streamed_bytes(self.rows);
+        let streamed: u64 = plan.costs.iter().map(streamed).sum();
         table.row([
             "total".to_string(),
             plan.stages.len().to_string(),
@@ -199,6 +213,15 @@ impl Report<'_> {
             self.bandwidth / 1e9,
             self.rows as f64 / total
         )?;
+        if let Some(cost) = plan.costs.iter().find(|cost| cost.experts > 0) {
+            writeln!(
+                out,
+                "Experts: {} of {} a row; {:.1} of a layer are read, if each row chooses at random.",
+                cost.experts_per_row,
+                cost.experts,
+                cost.experts as f64 * cost.streamed_bytes(self.rows) as f64 / cost.weight_bytes as f64
+            )?;
+        }
 
         let memory = Memory::of(plan)?;
         writeln!(out, "\nmemory")?;
@@ -226,6 +249,7 @@ impl Report<'_> {
                     "runs": cost.runs,
                     "anchor": cost.anchor,
                     "weight_bytes": cost.weight_bytes,
+                    "streamed_weight_bytes": cost.streamed_bytes(self.rows),
                     "bytes": cost.bytes(self.rows, self.context),
                     "macs": cost.macs(self.rows, self.context),
                     "floor_s": self.floor(cost) / cost.runs.max(1) as f64,

@@ -285,7 +285,7 @@ impl Tiler<'_> {
             }
             Anchor::Attention { cache, heads, scale, window, sinks } => {
                 let input = input()?;
-                let sinks = sinks.as_ref().map(|name| self.vector(name, *heads, offsets.as_deref_mut()));
+                let sinks = sinks.as_ref().map(|name| self.vector(name, *heads, offsets));
                 let kv_heads = fused.caches[*cache].kv_heads;
                 let (heads, scale, window) = (*heads, *scale, *window);
                 StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks }

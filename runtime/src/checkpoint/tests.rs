@@ -291,6 +291,66 @@ fn codes_join_their_scales() {
     assert_eq!(checkpoint.tensors()["experts.down_proj"].shape, [2, 80, 256]);
 }
 
+/// A fused projection of 2 groups of 160 rows, 64 columns: two rows of scales a group.
+fn fused(scale_rows: usize, kv_heads: usize) -> tempfile::TempDir {
+    let scales: Vec<f32> = (0..scale_rows).map(|i| (i + 1) as f32).collect();
+    let weights = safetensors_file(&[
+        ("l.self_attn.qkv_proj.weight", "F8_E4M3", vec![320, 64], vec![0x38; 320 * 64]),
+        ("l.self_attn.qkv_proj.weight_scale_inv", "F32", vec![scale_rows, 1], bytes(&scales)),
+    ]);
+    let config = format!(
+        r#"{{"model_type": "mimo_v2", "attention_projection_layout": "fused_qkv", "num_key_value_heads": {kv_heads}}}"#
+    );
+    folder(&[("config.json", config.as_bytes()), ("model.safetensors", &weights)])
+}
+
+#[test]
+fn scales_of_a_fused_projection_start_anew_in_each_group() {
+    let name = "l.self_attn.qkv_proj.weight";
+    let first = |dir: &tempfile::TempDir| -> Vec<f32> {
+        let all = Checkpoint::open(dir.path()).unwrap().tensor_f32(name).unwrap();
+        all.chunks(64).map(|row| row[0]).collect()
+    };
+    // The code 0x38 is 1.
+    let expected = |rows: &[(usize, f32)]| -> Vec<f32> {
+        rows.iter().flat_map(|(count, value)| vec![*value; *count]).collect()
+    };
+    assert_eq!(first(&fused(4, 2)), expected(&[(128, 1.0), (32, 2.0), (128, 3.0), (32, 4.0)]));
+    assert_eq!(first(&fused(3, 1)), expected(&[(128, 1.0), (128, 2.0), (64, 3.0)]));
+    // Neither per group nor through.
+    let error = Checkpoint::open(fused(5, 2).path()).unwrap_err().to_string();
+    assert!(error.contains("qkv_proj.weight_scale_inv") && error.contains("[5, 1]"), "{error}");
+}
+
+#[test]
+fn blocks_and_scales_of_all_experts_are_one_tensor() {
+    let codes: Vec<u8> = (0..2 * 4 * 16).map(|i| i as u8).collect();
+    let file = |blocks: Vec<usize>, scales: Vec<usize>, scale: Vec<u8>| {
+        with_weights(&safetensors_file(&[
+            ("e.gate_up_proj_blocks", "U8", blocks, codes.clone()),
+            ("e.gate_up_proj_scales", "U8", scales, scale),
+        ]))
+    };
+    let sound = file(vec![2, 4, 1, 16], vec![2, 4, 1], vec![128; 8]);
+    let checkpoint = Checkpoint::open(sound.path()).unwrap();
+    assert_eq!(checkpoint.tensors()["e.gate_up_proj"], TensorInfo::new([2, 4, 32], Format::MXFP4));
+    let all = checkpoint.tensor_f32("e.gate_up_proj").unwrap();
+    // Byte 1 holds the codes 1 and 0: 0.5 and 0, times 2.
+    assert_eq!(all[..4], [0.0, 0.0, 1.0, 0.0]);
+    for (blocks, scales, scale, word) in [
+        (vec![2, 4, 1, 16], vec![4, 2, 1], vec![128; 8], "[2, 4, 1]"),
+        (vec![2, 4, 2, 8], vec![2, 4, 1], vec![128; 8], "16 bytes"),
+    ] {
+        let error = Checkpoint::open(file(blocks, scales, scale).path()).unwrap_err().to_string();
+        assert!(error.contains("e.gate_up_proj") && error.contains(word), "{error}");
+    }
+    let mut nan = vec![128; 8];
+    nan[5] = 255;
+    let lies = file(vec![2, 4, 1, 16], vec![2, 4, 1], nan);
+    let error = Checkpoint::open(lies.path()).unwrap().tensor_f32("e.gate_up_proj").unwrap_err().to_string();
+    assert!(error.contains("row 5") && error.contains("NaN"), "{error}");
+}
+
 #[test]
 fn shards_are_one_checkpoint() {
     let values = numbers(8, 3);

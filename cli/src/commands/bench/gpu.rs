@@ -474,6 +474,8 @@ pub mod tests {
                 anchor: String::new(),
                 runs,
                 weight_bytes,
+                experts: 0,
+                experts_per_row: 0,
                 macs_per_row: 0,
                 kv_bytes_per_position,
                 kv_macs_per_position: 0,
