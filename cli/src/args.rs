@@ -99,6 +99,9 @@ pub struct TargetArgs {
     /// Sequences that have a KV cache at the same time
     #[arg(long, value_name = "N", value_parser = count(1024))]
     pub sequences: Option<u64>,
+    /// A DFlash draft's folder: it guesses tokens ahead, and the text stays the same
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::DirPath)]
+    pub draft: Option<PathBuf>,
 }
 
 impl TargetArgs {
@@ -113,6 +116,7 @@ impl TargetArgs {
             ("--activations", self.activations.is_some()),
             ("--max-rows", self.max_rows.is_some()),
             ("--sequences", self.sequences.is_some()),
+            ("--draft", self.draft.is_some()),
         ];
         options.into_iter().find_map(|(name, given)| given.then_some(name))
     }
@@ -135,6 +139,29 @@ pub struct WeightsArgs {
     /// A checkpoint to read in place of the one that the plan names, which may have moved
     #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     pub checkpoint: Option<PathBuf>,
+}
+
+/// How a plan's draft guesses.
+#[derive(Clone, Debug, Default, Args)]
+pub struct DraftArgs {
+    /// Do not use the plan's draft: every token takes a step of its own
+    #[arg(long, conflicts_with = "draft_max", help_heading = "Draft")]
+    pub no_draft: bool,
+    /// Tokens that the draft guesses at a time, at most; a block of the draft has one row more
+    /// [default: what the plan has]
+    #[arg(long, value_name = "N", value_parser = count(63), help_heading = "Draft")]
+    pub draft_max: Option<u64>,
+}
+
+impl DraftArgs {
+    /// Rows of a block.
+    pub fn rows(&self) -> usize {
+        match self.draft_max {
+            _ if self.no_draft => 0,
+            Some(guesses) => guesses as usize + 1,
+            None => usize::MAX,
+        }
+    }
 }
 
 /// A level of the compiler.
@@ -257,6 +284,9 @@ pub struct RunArgs {
     /// Its weights
     #[command(flatten)]
     pub weights: WeightsArgs,
+    /// Its draft
+    #[command(flatten)]
+    pub draft: DraftArgs,
     /// How tokens are chosen
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -284,6 +314,9 @@ pub struct ChatArgs {
     /// Its weights
     #[command(flatten)]
     pub weights: WeightsArgs,
+    /// Its draft
+    #[command(flatten)]
+    pub draft: DraftArgs,
     /// How tokens are chosen
     #[command(flatten)]
     pub sampling: SamplingArgs,

@@ -11,16 +11,18 @@ use tilec_runtime::engine::{Engine, EngineOptions, RowInput};
 /// The sequence of a plan that commands use.
 const SEQUENCE: u32 = 0;
 
-/// Loads a plan, with a progress bar while its weights are packed. Packed weights are kept in the
+/// Loads a plan, with its draft if it has one and it is wanted, and a progress bar while its weights are
+/// packed. Packed weights are kept in the
 /// cache folder.
 ///
 /// # Errors
 /// When the plan or its weights cannot be read, or this machine cannot run it.
-pub fn load(folder: &Path, weights: &WeightsArgs, profile: bool) -> Result<Engine> {
+pub fn load(folder: &Path, weights: &WeightsArgs, profile: bool, draft: bool) -> Result<Engine> {
     let options = EngineOptions {
         cache_dir: Some(source::cache_folder()?.join("packed")),
         checkpoint: weights.checkpoint.clone(),
         profile,
+        draft,
         ..EngineOptions::default()
     };
     let progress = ui::byte_progress("packing weights", 0);
@@ -47,7 +49,7 @@ impl Session {
     /// # Errors
     /// As [`load`].
     pub fn open(folder: &Path, weights: &WeightsArgs) -> Result<Session> {
-        Ok(Session::new(load(folder, weights, false)?))
+        Ok(Session::new(load(folder, weights, false, false)?))
     }
 
     /// An empty sequence on an engine.

@@ -98,6 +98,27 @@ pub struct Description {
     pub weights: WeightsFrom,
     /// A tokenizer that the spec names in place of the checkpoint's.
     pub tokenizer: Option<PathBuf>,
+    /// The draft that the spec names.
+    pub draft: Option<DraftDescription>,
+}
+
+/// What compiling reads of a draft's checkpoint.
+pub struct DraftDescription {
+    config: Value,
+    tensors: BTreeMap<String, TensorInfo>,
+    weights: WeightsFrom,
+}
+
+impl DraftDescription {
+    fn read(draft: &spec::Draft) -> Result<DraftDescription> {
+        let path = &draft.dflash.checkpoint;
+        let checkpoint = Checkpoint::open_draft(path).context("cannot read the draft")?;
+        Ok(DraftDescription {
+            config: checkpoint.config().clone(),
+            tensors: checkpoint.tensors().clone(),
+            weights: WeightsFrom::Checkpoint { path: absolute(path)? },
+        })
+    }
 }
 
 impl Model {
@@ -118,7 +139,7 @@ impl Model {
 
     /// Lets options of the command line override the spec.
     pub fn apply(&mut self, args: &TargetArgs) {
-        let ModelSpec { precision, target, limits, .. } = &mut self.spec;
+        let ModelSpec { precision, target, limits, draft, .. } = &mut self.spec;
         let size = |value: u64| value as usize;
         if let Some(threads) = args.threads {
             target.threads = Some(size(threads));
@@ -142,6 +163,10 @@ impl Model {
         if let Some(sequences) = args.sequences {
             limits.sequences = size(sequences);
         }
+        if let Some(checkpoint) = &args.draft {
+            let block = draft.as_ref().and_then(|draft| draft.dflash.block);
+            *draft = Some(spec::Draft { dflash: spec::DflashSpec { checkpoint: checkpoint.clone(), block } });
+        }
         precision.kv_cache = args.kv_cache_type.or(precision.kv_cache);
         precision.weights = args.weights.unwrap_or(precision.weights);
         precision.activations = args.activations.unwrap_or(precision.activations);
@@ -154,6 +179,7 @@ impl Model {
     pub fn describe(&self) -> Result<Description> {
         let config = self.spec.model.config.as_deref().map(read_json).transpose()?;
         let tokenizer = self.spec.model.tokenizer.as_deref().map(absolute).transpose()?;
+        let draft = self.spec.draft.as_ref().map(DraftDescription::read).transpose()?;
         match &self.spec.model.source {
             spec::Source::Checkpoint(path) => {
                 let checkpoint = Checkpoint::open(path)?;
@@ -162,6 +188,7 @@ impl Model {
                     tensors: checkpoint.tensors().clone(),
                     weights: WeightsFrom::Checkpoint { path: absolute(path)? },
                     tokenizer,
+                    draft,
                 })
             }
             spec::Source::Synthetic { seed } => {
@@ -170,7 +197,7 @@ impl Model {
                 let tensors = frontends::synthetic_tensors(&config, format)?;
                 let weights =
                     WeightsFrom::Synthetic { seed: *seed, config: config.clone(), tensors: tensors.clone() };
-                Ok(Description { config, tensors, weights, tokenizer })
+                Ok(Description { config, tensors, weights, tokenizer, draft })
             }
         }
     }
@@ -213,6 +240,11 @@ impl Model {
             tensors: &model.tensors,
             weights: model.weights.clone(),
             tokenizer: model.tokenizer.clone(),
+            draft: model.draft.as_ref().map(|draft| tilec_codegen::compile::DraftInput {
+                config: &draft.config,
+                tensors: &draft.tensors,
+                weights: draft.weights.clone(),
+            }),
         }
     }
 
@@ -248,6 +280,7 @@ impl Model {
             [env!("CARGO_PKG_VERSION"), program.len(), built.as_nanos().to_string()],
             [spec.precision, spec.target, spec.limits],
             [self.name, model.config, model.tensors, model.weights, model.tokenizer],
+            [spec.draft, model.draft.as_ref().map(|draft| (&draft.config, &draft.tensors, &draft.weights))],
             [host::cpu_name(), host::cpu_features(), host::physical_cores()],
         ]);
         let digest = Sha256::digest(everything.to_string());

@@ -1,17 +1,17 @@
 //! Generating text for a person: what `run` and `chat` share.
 
-use crate::args::{ModelArgs, SamplingArgs, WeightsArgs};
+use crate::args::{DraftArgs, ModelArgs, SamplingArgs, WeightsArgs};
 use crate::text::Text;
 use crate::ui::mib;
 use crate::{host, session, source};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 use tilec_ir::plan::Plan;
-use tilec_runtime::generate::{Completion, FinishReason, Generator, Request, StepTime};
+use tilec_runtime::generate::{Completion, DraftStats, FinishReason, Generator, Request, StepTime};
 use tilec_runtime::sampling::SamplingParams;
 
 /// A loaded model with its tokenizer.
@@ -27,6 +27,8 @@ pub struct Written {
     pub prompt_tokens: usize,
     completion: Completion,
     figures: Figures,
+    /// What became of a draft's guesses.
+    draft: DraftStats,
 }
 
 impl Writer {
@@ -34,12 +36,22 @@ impl Writer {
     ///
     /// # Errors
     /// When it does not compile or load, or has no tokenizer.
-    pub fn open(model: &ModelArgs, weights: &WeightsArgs) -> Result<Writer> {
+    pub fn open(model: &ModelArgs, weights: &WeightsArgs, draft: &DraftArgs) -> Result<Writer> {
         let (folder, plan) = source::plan(&model.path, &model.target)?;
         // Before the weights are packed: a model without a tokenizer is refused at once.
         let text = Text::load(&plan, weights)?;
-        let engine = session::load(&folder, weights, false)?;
-        let generator = Generator::new(engine, Some(Arc::clone(&text.tokenizer)));
+        let engine = session::load(&folder, weights, false, !draft.no_draft)?;
+        if let (Some(asked), Some(most)) = (draft.draft_max, engine.draft_block())
+            && asked as usize >= most
+        {
+            bail!(
+                "--draft-max {asked}: the plan's draft guesses at most {} tokens at a time; lower it, or compile \
+                 with a larger draft.dflash.block",
+                most - 1
+            );
+        }
+        let mut generator = Generator::new(engine, Some(Arc::clone(&text.tokenizer)));
+        generator.set_draft_rows(draft.rows());
         Ok(Writer { generator, text })
     }
 
@@ -83,7 +95,7 @@ impl Writer {
         }
         let figures = Figures::of(&run.steps);
         let completion = run.completions.into_iter().next().context("the request was not answered")?;
-        Ok(Written { prompt_tokens, completion, figures })
+        Ok(Written { prompt_tokens, completion, figures, draft: run.draft })
     }
 
     /// Lines about speed and memory.
@@ -109,6 +121,27 @@ impl Writer {
             figures.first.as_secs_f64(),
             self.generator.engine().memory(),
         );
+        let draft = &written.draft;
+        if let Some(acceptance) = draft.acceptance() {
+            let share = |part: Duration| 100.0 * part.as_secs_f64() / figures.decode.as_secs_f64();
+            let times = (share(draft.draft), share(draft.inject), share(draft.verify));
+            let total: u64 = draft.histogram.iter().sum();
+            let shares: Vec<String> = (1..)
+                .zip(&draft.histogram)
+                .map(|(tokens, rounds)| format!("{tokens}: {:.0} %", 100.0 * *rounds as f64 / total as f64))
+                .collect();
+            lines.push_str(&format!(
+                "draft    {acceptance:.2} tokens a round in {} rounds, {} of {} guesses right ({})\n\
+                 split    draft {:.0} %, its context {:.0} %, verify {:.0} % of decoding\n",
+                draft.rounds,
+                draft.right,
+                draft.guesses,
+                shares.join(", "),
+                times.0,
+                times.1,
+                times.2,
+            ));
+        }
         if let Some(held) = host::resident() {
             lines.push_str(&format!("resident {}, at most {}\n", mib(held.now), mib(held.peak)));
         }
@@ -117,7 +150,7 @@ impl Writer {
 
     /// A finished text with its figures as JSON.
     pub fn json(&self, written: &Written) -> Value {
-        let Written { prompt_tokens, completion, figures } = written;
+        let Written { prompt_tokens, completion, figures, draft } = written;
         let memory = self.generator.engine().memory();
         let rate = |tokens: usize, time: Duration| {
             let rate = tokens as f64 / time.as_secs_f64();
@@ -135,6 +168,7 @@ impl Writer {
             "decoded_tokens": figures.decoded,
             "decode_s": figures.decode.as_secs_f64(),
             "decode_tokens_per_s": rate(figures.decoded, figures.decode),
+            "draft": draft_json(draft),
             "memory_bytes": {
                 "weights": memory.weights,
                 "kv": memory.kv,
@@ -168,7 +202,7 @@ struct Figures {
     prompt: Duration,
     /// To the first token, its choice included.
     first: Duration,
-    /// Tokens chosen from steps of their own: all but the first.
+    /// Tokens chosen in later steps: all but the first.
     decoded: usize,
     /// Time of these steps, choices included.
     decode: Duration,
@@ -183,14 +217,34 @@ impl Figures {
         for step in prompt {
             figures.prompt_rows += step.rows;
             figures.prompt += step.step;
-            figures.first += step.step + step.sampling;
+            figures.first += step.step + step.draft + step.sampling;
         }
         for step in decode {
-            figures.decoded += 1;
-            figures.decode += step.step + step.sampling;
+            figures.decoded += step.tokens;
+            figures.decode += step.step + step.draft + step.sampling;
         }
         figures
     }
+}
+
+/// What became of a draft's guesses; null if nothing was guessed.
+pub fn draft_json(draft: &DraftStats) -> Value {
+    if draft.rounds == 0 {
+        return Value::Null;
+    }
+    json!({
+        "rounds": draft.rounds,
+        "tokens": draft.tokens,
+        "tokens_per_round": draft.tokens as f64 / draft.rounds as f64,
+        "acceptance": draft.acceptance(),
+        "histogram": draft.histogram,
+        "reach": draft.reach(),
+        "guesses": draft.guesses,
+        "right": draft.right,
+        "draft_s": draft.draft.as_secs_f64(),
+        "inject_s": draft.inject.as_secs_f64(),
+        "verify_s": draft.verify.as_secs_f64(),
+    })
 }
 
 fn sampling(args: &SamplingArgs) -> SamplingParams {
@@ -225,6 +279,8 @@ mod tests {
         let step = |rows, logit_rows, ms| StepTime {
             rows,
             logit_rows,
+            tokens: logit_rows,
+            draft: Duration::ZERO,
             step: Duration::from_millis(ms),
             sampling: Duration::from_millis(1),
         };

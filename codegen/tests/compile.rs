@@ -20,7 +20,8 @@ fn smollm2(arch: &str) -> Compiled {
     let weights = WeightsFrom::Checkpoint { path: "/nowhere".into() };
     let mut spec = ModelSpec::for_checkpoint("/nowhere");
     spec.target.arch = arch.into();
-    let input = Input { name: "smollm2", config: &config, tensors: &tensors, weights, tokenizer: None };
+    let input =
+        Input { name: "smollm2", config: &config, tensors: &tensors, weights, tokenizer: None, draft: None };
     compile(&input, &spec, &Host { threads: 2, cubins: None }).unwrap()
 }
 
@@ -83,7 +84,8 @@ fn the_glue_of_a_two_layer_model() {
     let weights = WeightsFrom::Checkpoint { path: "/nowhere".into() };
     let mut spec = ModelSpec::for_checkpoint("/nowhere");
     spec.target.arch = "x86-64-v3".into();
-    let input = Input { name: "llama", config: &config, tensors: &tensors, weights, tokenizer: None };
+    let input =
+        Input { name: "llama", config: &config, tensors: &tensors, weights, tokenizer: None, draft: None };
     let compiled = compile(&input, &spec, &Host { threads: 2, cubins: None }).unwrap();
     insta::assert_snapshot!("llama-q4_1.llvm", glue(compiled.text(Level::Llvm)));
 }

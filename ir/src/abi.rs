@@ -4,7 +4,7 @@
 use crate::format::ACT_BLOCK;
 
 /// Raised whenever [`StepArgs`] or a layout behind it changes.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Name of the entry point: `extern "C" fn(args: *const StepArgs, worker: u32)`.
 pub const ENTRY: &str = "tilec_step";
@@ -34,6 +34,8 @@ pub struct StepArgs {
     pub positions: *const u32,
     /// Page-table row of each row.
     pub sequences: *const u32,
+    /// Position of the last row in the step of each row's sequence: how far rows see that see both ways.
+    pub ends: *const u32,
     /// The rows whose logits are wanted, ascending.
     pub logit_index: *const u32,
     /// `[sequences][pages_per_sequence]` page numbers.

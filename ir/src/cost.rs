@@ -129,6 +129,8 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
             cost.anchor = "embed".into();
             cost.activation_bytes_per_row += layout.format.stored_bytes(1, layout.k) as u64;
         }
+        StageAnchor::Input => cost.anchor = "input".into(),
+        StageAnchor::Taps { .. } => cost.anchor = "taps".into(),
         StageAnchor::Rows { .. } => cost.anchor = "rows".into(),
         StageAnchor::Gemm { .. } => {
             let weights = stage.parts.iter().filter_map(|part| part.weights.map(|weights| (part, weights)));

@@ -30,6 +30,10 @@ pub enum Anchor {
         /// `[vocab, hidden]`.
         weight: String,
     },
+    /// Rows that the runtime has handed over: they are there when the step starts.
+    Input,
+    /// The inputs side by side.
+    Taps,
     /// The input as it is; the pieces do the work.
     Rows,
     /// The input times the transposed weights of each part.
@@ -46,6 +50,8 @@ pub enum Anchor {
         window: Option<usize>,
         /// `[heads]`: a score that joins each head's softmax and carries no value.
         sinks: Option<String>,
+        /// Whether a row also sees the rows of its sequence behind it in the step.
+        bidirectional: bool,
     },
     /// From the input, a router's scores, to the experts of each row and their weights.
     Route(Router),
@@ -64,6 +70,8 @@ impl Anchor {
     pub fn name(&self) -> &'static str {
         match self {
             Anchor::Embed { .. } => "embed",
+            Anchor::Input => "input",
+            Anchor::Taps => "taps",
             Anchor::Rows => "rows",
             Anchor::Gemm => "gemm",
             Anchor::Attention { .. } => "attention",
@@ -335,7 +343,7 @@ impl fmt::Display for Fused {
             write!(f, "  {} = {}({})", op.name, op.anchor.name(), inputs.join(", "))?;
             match &op.anchor {
                 Anchor::Embed { weight } => write!(f, " weight={weight:?}")?,
-                Anchor::Attention { cache, heads, scale, window, sinks } => {
+                Anchor::Attention { cache, heads, scale, window, sinks, bidirectional } => {
                     write!(f, " cache={cache} heads={heads} scale={scale}")?;
                     if let Some(window) = window {
                         write!(f, " window={window}")?;
@@ -343,12 +351,15 @@ impl fmt::Display for Fused {
                     if let Some(sinks) = sinks {
                         write!(f, " sinks={sinks:?}")?;
                     }
+                    if *bidirectional {
+                        write!(f, " bidirectional")?;
+                    }
                 }
                 Anchor::Route(router) => write!(f, " {router}")?,
                 Anchor::Experts { top_k, per_slot } => {
                     write!(f, " top_k={top_k}{}", if *per_slot { ", a row a slot" } else { "" })?;
                 }
-                Anchor::Rows | Anchor::Gemm => {}
+                Anchor::Input | Anchor::Taps | Anchor::Rows | Anchor::Gemm => {}
             }
             writeln!(f)?;
             for part in &op.parts {

@@ -7,7 +7,7 @@ use crate::abi::{ABI_VERSION, KvLayout};
 use crate::cost::StageCost;
 use crate::launch::LAUNCH_VERSION;
 use crate::pack::Packing;
-use crate::stages::Buffer;
+use crate::stages::{Buffer, BufferElem};
 use crate::tensor::TensorInfo;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -85,6 +85,58 @@ pub struct ResidentPlan {
     pub shared_bytes: u32,
 }
 
+/// A program beside the model's own, for the same workers: its memory is its own but for the weights and
+/// the page table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProgramPlan {
+    /// Its arena's buffers.
+    pub buffers: Vec<Buffer>,
+    /// Private scratch of a worker.
+    pub scratch_bytes: usize,
+    /// Names of the stages in the order that they run, layers unrolled; one counter each.
+    pub stages: Vec<String>,
+    /// Costs by kind of stage.
+    pub costs: Vec<StageCost>,
+    /// The native code, as [`Plan::code`].
+    pub code: PlanFile,
+}
+
+impl ProgramPlan {
+    /// Bytes of the arena.
+    pub fn arena_bytes(&self) -> usize {
+        self.buffers.iter().map(|buffer| buffer.offset + buffer.bytes()).max().unwrap_or(0)
+    }
+}
+
+/// A DFlash draft. Behind every step of the model, `inject` turns the taps of committed rows into keys and
+/// values of the draft's context; `block` then guesses the tokens of a block of rows in one pass.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DraftPlan {
+    /// Where the weights come from; in the packing their names begin with [`DRAFT_PREFIX`].
+    pub weights: WeightsFrom,
+    /// Rows of a block at most: the last known token, then masks.
+    pub block: usize,
+    /// Token of a row to be guessed.
+    pub mask_token: u32,
+    /// Layers of the model whose residual streams the draft reads.
+    pub taps: Vec<usize>,
+    /// Number of the model's buffer with the taps, `f32 [rows][taps x hidden]`.
+    pub taps_buffer: usize,
+    /// KV cache of the draft's layers; pages have the numbers of the model's.
+    pub kv: KvLayout,
+    /// Fills the KV cache with the context.
+    pub inject: ProgramPlan,
+    /// Number of `inject`'s buffer that takes the taps of the rows.
+    pub input: usize,
+    /// Guesses a block.
+    pub block_pass: ProgramPlan,
+    /// Number of `block_pass`'s buffer with the logits, `f32 [logit rows][vocab]`.
+    pub logits: usize,
+}
+
+/// What the names of a draft's tensors begin with, beside those of its target.
+pub const DRAFT_PREFIX: &str = "draft.";
+
 /// A file of the plan.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlanFile {
@@ -137,6 +189,9 @@ pub struct Plan {
     /// How the resident kernel is launched: there for CUDA, and only there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resident: Option<ResidentPlan>,
+    /// A draft that guesses tokens ahead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draft: Option<DraftPlan>,
     /// The text forms.
     pub texts: Vec<PlanFile>,
 }
@@ -221,51 +276,22 @@ impl Plan {
     /// # Errors
     /// In words.
     pub fn verify(&self) -> Result<(), String> {
-        /// Experts of a row, at most.
-        const MAX_SLOTS: usize = 1 << 12;
-        let bounded = |name: &str, value: usize, max: usize| {
-            if (1..=max).contains(&value) {
-                Ok(())
-            } else {
-                Err(format!("{name} is {value}, not 1 to {max}"))
-            }
-        };
         bounded("limits.max_rows", self.limits.max_rows, 1 << 16)?;
         bounded("limits.sequences", self.limits.sequences, 1 << 16)?;
         bounded("limits.context", self.limits.context, 1 << 30)?;
         bounded("target.workers", self.target.workers, 4096)?;
         bounded("vocab", self.vocab, 1 << 28)?;
-        bounded("kv.page_tokens", self.kv.page_tokens, 1 << 16)?;
-        bounded("kv.layers", self.kv.layers, 1 << 12)?;
-        bounded("kv.kv_heads", self.kv.kv_heads, 1 << 12)?;
-        bounded("kv.qk_dim", self.kv.qk_dim, 1 << 16)?;
-        bounded("kv.v_dim", self.kv.v_dim, 1 << 16)?;
-        if !self.kv.page_tokens.is_multiple_of(crate::abi::KV_GROUP) {
-            return Err(format!("kv.page_tokens {} is not whole groups", self.kv.page_tokens));
-        }
-        bounded("scratch_bytes", self.scratch_bytes.max(1), 1 << 32)?;
-        bounded("number of stages", self.stages.len(), 1 << 20)?;
-        let mut end = 0;
-        let mut sorted: Vec<&Buffer> = self.buffers.iter().collect();
-        sorted.sort_by_key(|buffer| buffer.offset);
-        for buffer in sorted {
-            bounded(&format!("columns of buffer {}", buffer.name), buffer.cols, 1 << 28)?;
-            // A buffer may have a row for every expert of a row of the step.
-            let rows = self.limits.max_rows * MAX_SLOTS;
-            bounded(&format!("rows of buffer {}", buffer.name), buffer.rows, rows)?;
-            if buffer.offset < end || buffer.offset > 1 << 44 || !buffer.offset.is_multiple_of(64) {
-                return Err(format!(
-                    "buffer {} at {} overlaps or is not aligned",
-                    buffer.name, buffer.offset
-                ));
-            }
-            end = buffer.offset + buffer.bytes();
+        check_kv("kv", &self.kv)?;
+        self.check_program(&self.buffers, self.scratch_bytes, &self.stages)?;
+        if let Some(draft) = &self.draft {
+            self.check_draft(draft)?;
         }
         match self.buffers.get(self.logits) {
             Some(logits) if logits.cols == self.vocab && !logits.quantized() => {}
             _ => return Err("there is no buffer of logits".into()),
         }
-        for file in self.texts.iter().chain([&self.code]) {
+        let draft = self.draft.iter().flat_map(|draft| [&draft.inject.code, &draft.block_pass.code]);
+        for file in self.texts.iter().chain([&self.code]).chain(draft) {
             if file.file.is_empty() || file.file.contains(['/', '\\']) || file.file.starts_with('.') {
                 return Err(format!("{:?} is no file of the plan's folder", file.file));
             }
@@ -286,4 +312,83 @@ impl Plan {
         }
         self.packing.verify().map_err(|error| error.to_string())
     }
+
+    fn check_program(
+        &self,
+        buffers: &[Buffer],
+        scratch_bytes: usize,
+        stages: &[String],
+    ) -> Result<(), String> {
+        bounded("scratch_bytes", scratch_bytes.max(1), 1 << 32)?;
+        bounded("number of stages", stages.len(), 1 << 20)?;
+        let mut end = 0;
+        let mut sorted: Vec<&Buffer> = buffers.iter().collect();
+        sorted.sort_by_key(|buffer| buffer.offset);
+        for buffer in sorted {
+            bounded(&format!("columns of buffer {}", buffer.name), buffer.cols, 1 << 28)?;
+            // A buffer may have a row for every expert of a row of the step.
+            let rows = self.limits.max_rows * MAX_SLOTS;
+            bounded(&format!("rows of buffer {}", buffer.name), buffer.rows, rows)?;
+            if buffer.offset < end || buffer.offset > 1 << 44 || !buffer.offset.is_multiple_of(64) {
+                return Err(format!(
+                    "buffer {} at {} overlaps or is not aligned",
+                    buffer.name, buffer.offset
+                ));
+            }
+            end = buffer.offset + buffer.bytes();
+        }
+        Ok(())
+    }
+
+    fn check_draft(&self, draft: &DraftPlan) -> Result<(), String> {
+        check_kv("draft.kv", &draft.kv)?;
+        if draft.kv.page_tokens != self.kv.page_tokens {
+            return Err("draft.kv has other pages than the model's".into());
+        }
+        if !(2..=self.limits.max_rows).contains(&draft.block) {
+            let max = self.limits.max_rows;
+            return Err(format!("draft.block is {}, not 2 to the plan's {max} rows", draft.block));
+        }
+        if draft.mask_token as usize >= self.vocab {
+            return Err(format!("draft.mask_token {} is not below vocab {}", draft.mask_token, self.vocab));
+        }
+        for program in [&draft.inject, &draft.block_pass] {
+            self.check_program(&program.buffers, program.scratch_bytes, &program.stages)?;
+        }
+        let rows = self.limits.max_rows;
+        let (taps, input) = (self.buffers.get(draft.taps_buffer), draft.inject.buffers.get(draft.input));
+        match (taps, input) {
+            (Some(taps), Some(input))
+                if taps.cols == input.cols
+                    && (taps.rows, input.rows) == (rows, rows)
+                    && (taps.elem, input.elem) == (BufferElem::F32, BufferElem::F32) => {}
+            _ => return Err("draft.input does not fit the model's taps".into()),
+        }
+        match draft.block_pass.buffers.get(draft.logits) {
+            Some(logits) if logits.cols == self.vocab && !logits.quantized() => Ok(()),
+            _ => Err("there is no buffer of the draft's logits".into()),
+        }
+    }
+}
+
+/// Experts of a row, at most.
+const MAX_SLOTS: usize = 1 << 12;
+
+fn bounded(name: &str, value: usize, max: usize) -> Result<(), String> {
+    match (1..=max).contains(&value) {
+        true => Ok(()),
+        false => Err(format!("{name} is {value}, not 1 to {max}")),
+    }
+}
+
+fn check_kv(name: &str, kv: &KvLayout) -> Result<(), String> {
+    bounded(&format!("{name}.page_tokens"), kv.page_tokens, 1 << 16)?;
+    bounded(&format!("{name}.layers"), kv.layers, 1 << 12)?;
+    bounded(&format!("{name}.kv_heads"), kv.kv_heads, 1 << 12)?;
+    bounded(&format!("{name}.qk_dim"), kv.qk_dim, 1 << 16)?;
+    bounded(&format!("{name}.v_dim"), kv.v_dim, 1 << 16)?;
+    if !kv.page_tokens.is_multiple_of(crate::abi::KV_GROUP) {
+        return Err(format!("{name}.page_tokens {} is not whole groups", kv.page_tokens));
+    }
+    Ok(())
 }

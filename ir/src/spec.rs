@@ -35,6 +35,57 @@ pub struct ModelSpec {
     /// Sizes that the plan is made for.
     #[serde(default)]
     pub limits: Limits,
+    /// A small model that guesses tokens ahead; by default none.
+    #[serde(default)]
+    pub draft: Option<Draft>,
+}
+
+/// The `draft` section: what guesses tokens ahead for the model to verify. The text is the same as
+/// without it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Draft {
+    /// A DFlash draft: it fills a block of masks in one pass, from the model's own residual streams.
+    pub dflash: DflashSpec,
+}
+
+/// A DFlash draft.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DflashSpec {
+    /// The draft's folder with config.json and *.safetensors, relative to this file. `~`, `${NAME}` and
+    /// `${NAME:-default}` are expanded.
+    #[serde(deserialize_with = "expanded")]
+    #[schemars(with = "String")]
+    pub checkpoint: PathBuf,
+    /// Rows of a block, the last known token included: at most that many tokens are committed at a time.
+    /// By default, and at most, as many as the draft was trained with.
+    #[serde(default, deserialize_with = "block", skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 2, max = MAX_BLOCK))]
+    pub block: Option<usize>,
+}
+
+/// A number of rows from 2 up.
+fn block<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    match some_count::<_, MAX_BLOCK>(deserializer)? {
+        Some(1) => {
+            let what = format!("a block of 1 row guesses nothing: use a number from 2 to {MAX_BLOCK}");
+            Err(D::Error::custom(what))
+        }
+        block => Ok(block),
+    }
+}
+
+/// Most rows of a draft's block.
+pub const MAX_BLOCK: usize = 64;
+
+/// A path with variables.
+fn expanded<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.trim().is_empty() {
+        return Err(D::Error::custom("the path is empty"));
+    }
+    expand(&text, &|name| std::env::var(name).ok()).map(PathBuf::from).map_err(D::Error::custom)
 }
 
 /// Where the weights come from.
@@ -501,7 +552,7 @@ impl ModelSpec {
         let mut spec: ModelSpec = serde_saphyr::from_str(text).map_err(|error| {
             let mut message = error.to_string();
             if message.contains("unknown field `speculation`") {
-                message.push_str("\nspeculation is not supported yet: remove the section");
+                message.push_str("\nwrite `draft: {dflash: {checkpoint: PATH}}`");
             }
             SpecError::Invalid { path: path.to_path_buf(), message }
         })?;
@@ -514,6 +565,9 @@ impl ModelSpec {
         for path in [checkpoint, config.as_mut(), tokenizer.as_mut()].into_iter().flatten() {
             *path = base.join(&*path);
         }
+        if let Some(Draft { dflash }) = &mut spec.draft {
+            dflash.checkpoint = base.join(&dflash.checkpoint);
+        }
         Ok(spec)
     }
 
@@ -524,6 +578,7 @@ impl ModelSpec {
             precision: Precision::default(),
             target: Target::default(),
             limits: Limits::default(),
+            draft: None,
         }
     }
 }
@@ -613,7 +668,11 @@ mod tests {
             (&format!("{model}limits:\n  rows: 100000"), &["line 3", "from 1 to 1024"]),
             (&format!("{model}limits:\n  context: -5"), &["line 3"]),
             (&format!("{model}limits:\n  sequences: many"), &["line 3"]),
-            (&format!("{model}speculation: {{dflash: {{}}}}"), &["line 2", "not supported yet"]),
+            (&format!("{model}speculation: {{dflash: {{}}}}"), &["line 2", "draft: {dflash"]),
+            (&format!("{model}draft: {{dflash: {{}}}}"), &["line 2", "checkpoint"]),
+            (&format!("{model}draft: {{dflash: {{checkpoint: ' '}}}}"), &["line 2", "empty"]),
+            (&format!("{model}draft: {{dflash: {{checkpoint: d, block: 1}}}}"), &["line 2", "from 2 to 64"]),
+            (&format!("{model}draft: {{eagle: {{checkpoint: d}}}}"), &["line 2", "eagle", "dflash"]),
             (&format!("{model}{model}"), &["line 2", "duplicate"]),
             ("model: [", &["line 1"]),
             ("", &["model"]),

@@ -117,6 +117,13 @@ pub enum StageAnchor {
         /// Rows of the table.
         vocab: usize,
     },
+    /// Nothing to do: the runtime has filled the buffer that the stage stores.
+    Input,
+    /// Rows of several buffers side by side.
+    Taps {
+        /// The buffers, f32, in the order of their columns.
+        inputs: Vec<BufferId>,
+    },
     /// Rows of a buffer.
     Rows {
         /// The buffer, f32.
@@ -143,6 +150,8 @@ pub enum StageAnchor {
         window: Option<usize>,
         /// f32 `[heads]`: scores that join the softmax and carry no value.
         sinks: Option<Slot>,
+        /// Whether a row also sees the rows of its sequence behind it in the step.
+        bidirectional: bool,
     },
     /// From a router's scores to the experts of each row; see [`crate::graph::Router`].
     Route {
@@ -350,7 +359,11 @@ impl Stage {
             StageAnchor::Embed { .. } | StageAnchor::Rows { .. } if self.rows == Dim::LogitRows => {
                 Items::LogitRows
             }
-            StageAnchor::Embed { .. } | StageAnchor::Rows { .. } | StageAnchor::Route { .. } => Items::Rows,
+            StageAnchor::Embed { .. }
+            | StageAnchor::Input
+            | StageAnchor::Taps { .. }
+            | StageAnchor::Rows { .. }
+            | StageAnchor::Route { .. } => Items::Rows,
             StageAnchor::Gemm { .. } | StageAnchor::Experts { .. } => Items::Tiles,
             StageAnchor::Attention { kv_heads, .. } => Items::HeadRows { kv_heads },
         }
@@ -358,16 +371,19 @@ impl Stage {
 
     /// What its tiles read.
     pub fn reads(&self) -> Vec<(Place, Extent)> {
-        let mut reads = match self.anchor {
-            StageAnchor::Embed { .. } => Vec::new(),
-            StageAnchor::Rows { input, .. } => vec![(Place::Buffer(input), Extent::Whole)],
-            StageAnchor::Gemm { input } => vec![(Place::Buffer(input), Extent::Whole)],
-            StageAnchor::Route { input, .. } => vec![(Place::Buffer(input), Extent::Whole)],
+        let mut reads = match &self.anchor {
+            StageAnchor::Embed { .. } | StageAnchor::Input => Vec::new(),
+            StageAnchor::Taps { inputs } => {
+                inputs.iter().map(|input| (Place::Buffer(*input), Extent::Whole)).collect()
+            }
+            StageAnchor::Rows { input, .. } => vec![(Place::Buffer(*input), Extent::Whole)],
+            StageAnchor::Gemm { input } => vec![(Place::Buffer(*input), Extent::Whole)],
+            StageAnchor::Route { input, .. } => vec![(Place::Buffer(*input), Extent::Whole)],
             StageAnchor::Experts { input, routes, .. } => {
-                vec![(Place::Buffer(input), Extent::Whole), (Place::Buffer(routes), Extent::Whole)]
+                vec![(Place::Buffer(*input), Extent::Whole), (Place::Buffer(*routes), Extent::Whole)]
             }
             StageAnchor::Attention { input, .. } => {
-                vec![(Place::Buffer(input), Extent::Whole), (Place::Cache, Extent::Whole)]
+                vec![(Place::Buffer(*input), Extent::Whole), (Place::Cache, Extent::Whole)]
             }
         };
         for piece in self.parts.iter().flat_map(|part| &part.pieces) {
@@ -434,12 +450,16 @@ pub struct StageProgram {
     pub name: String,
     /// Rows that a step may have.
     pub max_rows: usize,
-    /// Vocabulary: columns of the logits.
+    /// Vocabulary: columns of the logits; 0 without logits.
     pub vocab: usize,
     /// The arena's buffers.
     pub buffers: Vec<Buffer>,
-    /// Where the logits are.
-    pub logits: BufferId,
+    /// Where the logits are, if the step has any: a step may only fill its caches.
+    pub logits: Option<BufferId>,
+    /// Where the taps are, for a model that has a draft.
+    pub taps: Option<BufferId>,
+    /// What the runtime hands over before the step.
+    pub input: Option<BufferId>,
     /// Layout of the KV cache.
     pub kv: KvLayout,
     /// Recipe of the packed weights.
@@ -563,17 +583,25 @@ impl StageProgram {
                 StageAnchor::Embed { table, layout, vocab } => {
                     format!("embed {} {}x{} {table}", layout.format, vocab, layout.k)
                 }
+                StageAnchor::Input => "input".into(),
+                StageAnchor::Taps { inputs } => {
+                    format!("taps of {}", inputs.iter().map(buffer).collect::<Vec<_>>().join(", "))
+                }
                 StageAnchor::Rows { input, select: false } => format!("rows of {}", buffer(input)),
                 StageAnchor::Rows { input, select: true } => format!("selected rows of {}", buffer(input)),
                 StageAnchor::Gemm { input } => format!("gemm on {}", buffer(input)),
-                StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks } => {
+                StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks, bidirectional } => {
                     let window = window.map_or(String::new(), |window| format!(" window={window}"));
                     let sinks = sinks.map_or(String::new(), |sinks| format!(" sinks {sinks}"));
+                    let both = if *bidirectional { " bidirectional" } else { "" };
                     let own = match *kv_heads == self.kv.kv_heads {
                         true => String::new(),
                         false => format!(" kv_heads={kv_heads}"),
                     };
-                    format!("attention of {} heads={heads}{own} scale={scale}{window}{sinks}", buffer(input))
+                    format!(
+                        "attention of {} heads={heads}{own} scale={scale}{window}{both}{sinks}",
+                        buffer(input)
+                    )
                 }
                 StageAnchor::Route { input, experts, routing, correction } => {
                     let Routing { scoring, renormalize, top_k, factor } = *routing;

@@ -342,10 +342,12 @@ fn data(stages: &StageProgram, sequence: &[StageAt<'_>], ran: &[Vec<Ran>]) -> Re
         }
         fits(stages, at)?;
     }
-    let unread = last_write
-        .iter()
-        .filter(|(key, _)| !reads_since.contains_key(key))
-        .find(|((place, _), _)| matches!(place, Place::Buffer(id) if *id != stages.logits));
+    let unread = last_write.iter().filter(|(key, _)| !reads_since.contains_key(key)).find(
+        |((place, _), _)| match place {
+            Place::Buffer(id) => ![stages.logits, stages.taps].contains(&Some(*id)),
+            Place::Cache => false,
+        },
+    );
     match unread {
         Some((key, writer)) => Err(Violation::Data {
             stage: sequence[*writer].name(),

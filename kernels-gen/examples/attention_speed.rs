@@ -29,6 +29,7 @@ type Kernel = unsafe extern "C" fn(
     *mut f32,
     usize,
     *mut u8,
+    *const u32,
 );
 
 /// Bytes at the alignment that kernels ask for.
@@ -52,7 +53,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn measure(group: usize, dim: usize, target: &Target) -> Result<(), Box<dyn std::error::Error>> {
     let layout =
         KvLayout { kv_type: KvType::F16, layers: 1, kv_heads: 1, qk_dim: dim, v_dim: dim, page_tokens: PAGE };
-    let spec = Attention { layout, group, scale: 0.125, softcap: None, window: None, sinks: false };
+    let spec = Attention {
+        layout,
+        group,
+        scale: 0.125,
+        softcap: None,
+        window: None,
+        sinks: false,
+        bidirectional: false,
+    };
     let context = Context::create();
     let module = context.create_module("kernels");
     let function = Kernels::new(&context, &module, target).attention("attention", &spec)?;
@@ -94,6 +103,7 @@ fn measure(group: usize, dim: usize, target: &Target) -> Result<(), Box<dyn std:
                     out.as_mut_ptr(),
                     group * dim,
                     scratch.as_mut_ptr().cast(),
+                    std::ptr::null(),
                 );
             }
         };

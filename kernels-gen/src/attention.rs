@@ -4,7 +4,7 @@ use crate::KernelError;
 use crate::pieces::check_kv;
 use tilec_ir::abi::KvLayout;
 
-/// Causal attention of rows that share a KV head: all query heads of the group together.
+/// Attention of rows that share a KV head: all query heads of the group together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Attention {
     /// Layout of the cache.
@@ -17,6 +17,9 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// Positions that a row sees, its own included; all if absent.
     pub window: Option<usize>,
+    /// Whether a row also sees the rows of its sequence that come behind it in the step: keys at less
+    /// than `window` positions on either side.
+    pub bidirectional: bool,
     /// Whether each head has a sink logit, which joins the denominator.
     pub sinks: bool,
 }
@@ -62,7 +65,7 @@ impl Attention {
         MAX_QUERIES * (CHUNK + self.layout.qk_dim.next_multiple_of(16) + self.layout.v_pad() + 32) * 4
     }
 
-    /// KV bytes that a row at `position` reads per KV head.
+    /// KV bytes that a row at `position` reads per KV head, of those up to it.
     pub fn kv_bytes(&self, position: usize) -> usize {
         let seen = self.window.map_or(position + 1, |w| w.min(position + 1));
         seen * (self.layout.qk_dim + self.layout.v_dim) * self.layout.kv_type.bytes()

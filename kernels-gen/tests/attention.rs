@@ -62,6 +62,7 @@ struct Step {
     positions: Vec<u32>,
     sequences: Vec<u32>,
     sinks: Vec<f32>,
+    ends: Vec<u32>,
 }
 
 fn reference(spec: &Attention, cache: &Cache, step: &Step, row: usize, head: usize) -> Vec<f64> {
@@ -69,7 +70,12 @@ fn reference(spec: &Attention, cache: &Cache, step: &Step, row: usize, head: usi
     let (position, sequence) = (step.positions[row] as usize, step.sequences[row] as usize);
     let first = spec.window.map_or(0, |w| (position + 1).saturating_sub(w));
     let q = &step.q[row * step.q_stride + head * l.qk_dim..][..l.qk_dim];
-    let scores: Vec<f64> = (first..=position)
+    let end = match (spec.bidirectional, spec.window) {
+        (false, _) => position,
+        (true, None) => step.ends[row] as usize,
+        (true, Some(window)) => (step.ends[row] as usize).min(position + window - 1),
+    };
+    let scores: Vec<f64> = (first..=end)
         .map(|p| {
             let dot: f64 = (0..l.qk_dim)
                 .map(|d| f64::from(q[d]) * cache.read(sequence, p, head / spec.group, false, d))
@@ -114,6 +120,7 @@ fn run(address: usize, spec: &Attention, cache: &Cache, step: &Step, start: usiz
             out.as_mut_ptr(),
             out_stride,
             scratch.as_mut_ptr(),
+            step.ends.as_ptr(),
         );
     }
     out
@@ -164,6 +171,10 @@ fn case(spec: Attention, positions: &[(u32, u32)], seed: u64) {
         positions: positions.iter().map(|(_, p)| *p).collect(),
         sequences: positions.iter().map(|(s, _)| *s).collect(),
         sinks: random.units(heads),
+        ends: positions
+            .iter()
+            .map(|(s, _)| positions.iter().filter(|(t, _)| t == s).map(|(_, p)| *p).max().unwrap())
+            .collect(),
     };
     for (name, target) in targets() {
         check(name, &target, &spec, &cache, &step);
@@ -172,7 +183,7 @@ fn case(spec: Attention, positions: &[(u32, u32)], seed: u64) {
 
 fn spec(kv_type: KvType, group: usize, qk_dim: usize, v_dim: usize, page_tokens: usize) -> Attention {
     let layout = KvLayout { kv_type, layers: 1, kv_heads: 2, qk_dim, v_dim, page_tokens };
-    Attention { layout, group, scale: 0.125, softcap: None, window: None, sinks: false }
+    Attention { layout, group, scale: 0.125, softcap: None, window: None, sinks: false, bidirectional: false }
 }
 
 /// Rows of one sequence from `first` on.
@@ -205,4 +216,7 @@ fn windows_sinks_and_caps() {
     case(Attention { window: Some(128), ..base }, &rows, 7);
     case(Attention { sinks: true, softcap: Some(5.0), ..base }, &rows, 8);
     case(Attention { window: Some(100_000), ..base }, &rows, 9);
+    for window in [None, Some(2), Some(7), Some(128), Some(100_000)] {
+        case(Attention { window, bidirectional: true, sinks: window == Some(7), ..base }, &rows, 10);
+    }
 }

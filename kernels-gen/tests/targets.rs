@@ -62,8 +62,15 @@ fn objects_need_no_symbols() {
             functions.push(kernels.kv_write(&format!("{half:?}"), &KvWrite { layout, half }).unwrap());
         }
         functions.push(kernels.glu("glu", &Glu::Clamped { alpha: 1.702, limit: 7.0 }));
-        let attention =
-            Attention { layout, group: 3, scale: 0.1, softcap: Some(30.0), window: Some(9), sinks: true };
+        let attention = Attention {
+            layout,
+            group: 3,
+            scale: 0.1,
+            softcap: Some(30.0),
+            window: Some(9),
+            sinks: true,
+            bidirectional: true,
+        };
         functions.push(kernels.attention("attention", &attention).unwrap());
         functions.iter().for_each(|f| f.set_linkage(Linkage::External));
         let machine = machine(&target).unwrap();

@@ -6,17 +6,23 @@
 //! needed: a prompt that begins like it (the next turn of a chat) is only processed from where it
 //! differs.
 //!
+//! A plan with a draft guesses tokens ahead: see [`DraftStats`] and the module `draft`. The texts are the
+//! same as without.
+//!
 //! On an engine with a resident kernel, sequences that all decode greedily do so many steps at a time,
 //! and the text streams while the kernel runs.
 
+mod draft;
 mod score;
 mod stats;
 #[cfg(test)]
 mod tests;
 
+pub use draft::DraftStats;
 pub use score::{ScoreError, score};
 pub use stats::{RequestStats, StepTime};
 
+use self::draft::Guesses;
 use crate::engine::{Engine, RowInput, StepError};
 use crate::sampling::{Sampler, SamplingError, SamplingParams};
 use crate::stream::{EmptyStop, StopStrings, StreamDecoder};
@@ -25,7 +31,7 @@ use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Steps of a launch that decodes greedily: a launch costs about a tenth of a step.
 pub const LAUNCH_STEPS: usize = 64;
@@ -86,6 +92,8 @@ pub struct Completion {
     pub finish: FinishReason,
     /// Counts and times.
     pub stats: RequestStats,
+    /// What became of a draft's guesses; its times are zero, see [`Run::draft`].
+    pub draft: DraftStats,
 }
 
 /// What [`Generator::run`] returns.
@@ -95,6 +103,8 @@ pub struct Run {
     pub completions: Vec<Completion>,
     /// One per step.
     pub steps: Vec<StepTime>,
+    /// What became of a draft's guesses in all requests.
+    pub draft: DraftStats,
 }
 
 /// Why nothing can be generated.
@@ -155,6 +165,8 @@ pub struct Generator {
     history: Vec<Vec<u32>>,
     /// See [`Generator::with_launch_steps`].
     launch_steps: usize,
+    /// See [`Generator::set_draft_rows`].
+    draft_rows: usize,
 }
 
 /// A request in progress, in the sequence of the same number.
@@ -168,6 +180,7 @@ struct Active {
     logprobs: Vec<f32>,
     text: String,
     stats: RequestStats,
+    draft: DraftStats,
     admitted: Instant,
     /// When the last token was chosen.
     last: Option<Instant>,
@@ -178,7 +191,13 @@ impl Generator {
     pub fn new(mut engine: Engine, tokenizer: Option<Arc<Tokenizer>>) -> Generator {
         let sequences = engine.plan().limits.sequences;
         (0..sequences).for_each(|sequence| engine.reset(sequence));
-        Generator { engine, tokenizer, history: vec![Vec::new(); sequences], launch_steps: LAUNCH_STEPS }
+        Generator {
+            engine,
+            tokenizer,
+            history: vec![Vec::new(); sequences],
+            launch_steps: LAUNCH_STEPS,
+            draft_rows: usize::MAX,
+        }
     }
 
     /// Lets a resident kernel run up to so many steps a launch where it can choose the tokens itself;
@@ -187,6 +206,13 @@ impl Generator {
     pub fn with_launch_steps(mut self, steps: usize) -> Generator {
         self.launch_steps = steps.max(1);
         self
+    }
+
+    /// Lets the draft, if the plan has one, guess in blocks of up to so many rows, the last known token
+    /// included: at most the plan's number, which is the default; 0 or 1 for no guesses. Texts do not
+    /// depend on it. May be changed between runs.
+    pub fn set_draft_rows(&mut self, rows: usize) {
+        self.draft_rows = rows;
     }
 
     /// The engine.
@@ -229,6 +255,7 @@ impl Generator {
         let mut waiting: VecDeque<usize> = (0..requests.len()).collect();
         let mut active: Vec<Option<Active>> = self.history.iter().map(|_| None).collect();
         let mut steps = Vec::new();
+        let mut draft_total = DraftStats::default();
         let context = self.engine.plan().limits.context;
         // Where the next step begins to look for rows, so that none is left out for ever.
         let mut turn = 0;
@@ -253,39 +280,83 @@ impl Generator {
                 }
                 continue;
             }
+            let start = Instant::now();
+            let guesses = self.guess(&active, requests, turn)?;
+            let guessed = guesses.iter().any(|guesses| !guesses.tokens.is_empty());
             let mut batch = Batch::default();
-            self.fill(&mut batch, &active, turn);
+            self.fill(&mut batch, &active, turn, &guesses);
             if batch.left_out {
                 turn = (turn + 1) % active.len();
             }
             let before = Instant::now();
             let logits = self.step(&batch, &active)?;
             let after = Instant::now();
-            let vocab = logits.len() / batch.wanted.len().max(1);
-            for (at, sequence) in batch.wanted.iter().enumerate() {
-                let place = &mut active[*sequence];
+            let vocab = logits.len() / batch.logit_rows.len().max(1);
+            let mut tokens = 0;
+            // Rows whose tokens turn out not to be part of their text.
+            let mut wrong = vec![false; batch.rows.len()];
+            let mut at = 0;
+            for wanted in &batch.wanted {
+                let guesses = &guesses[wanted.sequence];
+                let logits = &logits[at * vocab..][..wanted.rows * vocab];
+                let first = batch.logit_rows[at] as usize;
+                at += wanted.rows;
+                let place = &mut active[wanted.sequence];
                 let current = place.as_mut().expect("rows are only made of active sequences");
-                let logits = &logits[at * vocab..][..vocab];
-                if let Some(finish) = current.take(logits, &requests[current.request], context, news)? {
+                let (taken, finish) =
+                    current.round(logits, guesses, &requests[current.request], context, news)?;
+                tokens += taken;
+                wrong[first + taken..first + wanted.rows].fill(true);
+                if let Some(finish) = finish {
                     let current = place.take().expect("as above");
                     let request = current.request;
+                    draft_total.add(&current.draft);
                     done[request] = Some(current.complete(finish, news));
                 }
             }
-            for row in &batch.rows {
+            for row in batch.rows.iter().zip(&wrong).filter(|(_, wrong)| !**wrong).map(|(row, _)| row) {
                 let history = &mut self.history[row.sequence as usize];
                 history.truncate(row.position as usize);
                 history.push(row.token);
             }
+            let chosen = Instant::now();
+            self.tell_draft(&batch, &wrong)?;
+            let inject = chosen.elapsed();
+            if guessed {
+                draft_total.draft += before - start;
+                draft_total.verify += after - before;
+                draft_total.inject += inject;
+            }
+            let draft = if guessed { before - start + inject } else { inject };
             steps.push(StepTime {
                 rows: batch.rows.len(),
-                logit_rows: batch.wanted.len(),
+                logit_rows: batch.logit_rows.len(),
+                tokens,
                 step: after - before,
-                sampling: after.elapsed(),
+                draft,
+                sampling: chosen - after,
             });
         }
         let completions = done.into_iter().map(|completion| completion.expect("none is left waiting"));
-        Ok(Run { completions: completions.collect(), steps })
+        Ok(Run { completions: completions.collect(), steps, draft: draft_total })
+    }
+
+    /// Adds the rows of a step to the draft's context, but for wrong guesses and rows behind a gap.
+    fn tell_draft(&mut self, batch: &Batch, wrong: &[bool]) -> Result<(), StepError> {
+        if self.block() == 0 {
+            return Ok(());
+        }
+        let mut known: Vec<usize> =
+            (0..self.history.len()).map(|sequence| self.engine.draft_length(sequence)).collect();
+        let mut rows = Vec::with_capacity(batch.rows.len());
+        for (number, row) in batch.rows.iter().enumerate() {
+            let known = &mut known[row.sequence as usize];
+            if !wrong[number] && *known == row.position as usize {
+                *known += 1;
+                rows.push(number as u32);
+            }
+        }
+        self.engine.inject(&rows)
     }
 
     fn check(&self, request: usize, given: &Request) -> Result<(), GenerateError> {
@@ -316,7 +387,11 @@ impl Generator {
 
     fn admit(&mut self, sequence: usize, number: usize, request: &Request) -> Result<Active, GenerateError> {
         // The last token is always processed: its logits are what generation starts from.
-        let cached = common(&self.history[sequence], &request.prompt).min(request.prompt.len() - 1);
+        let mut cached = common(&self.history[sequence], &request.prompt).min(request.prompt.len() - 1);
+        if self.block() > 0 {
+            // The draft must know what is before its guesses.
+            cached = cached.min(self.engine.draft_length(sequence));
+        }
         self.history[sequence].truncate(cached);
         if cached == 0 {
             self.engine.reset(sequence);
@@ -338,6 +413,7 @@ impl Generator {
             prompt,
             logprobs: Vec::new(),
             text: String::new(),
+            draft: DraftStats::default(),
             stats: RequestStats { prompt_tokens: prompt, cached_tokens: cached, ..Default::default() },
             admitted: Instant::now(),
             last: None,
@@ -430,7 +506,14 @@ impl Generator {
             if row == last {
                 let now = Instant::now();
                 let (rows, logit_rows) = (last + 1, last + 1);
-                times.push(StepTime { rows, logit_rows, step: there - before, sampling: now - there });
+                times.push(StepTime {
+                    rows,
+                    logit_rows,
+                    tokens: rows,
+                    step: there - before,
+                    draft: Duration::ZERO,
+                    sampling: now - there,
+                });
                 before = now;
             }
             flow
@@ -445,10 +528,13 @@ impl Generator {
         Ok(times)
     }
 
-    /// The rows of the next step: sequences that decode first, then prompts as far as there is room.
-    fn fill(&self, batch: &mut Batch, active: &[Option<Active>], turn: usize) {
+    /// The rows of the next step: sequences that decode first, with their guesses, then prompts as far as
+    /// there is room.
+    fn fill(&self, batch: &mut Batch, active: &[Option<Active>], turn: usize, guesses: &[Guesses]) {
         let max_rows = self.engine.plan().limits.max_rows;
         let max_wanted = self.engine.max_logit_rows();
+        // Guesses have their place, whoever comes first.
+        let mut reserved: usize = guesses.iter().map(|guesses| guesses.tokens.len()).sum();
         for decoding in [true, false] {
             for at in 0..active.len() {
                 let sequence = (turn + at) % active.len();
@@ -458,8 +544,8 @@ impl Generator {
                 if (missing.len() == 1) != decoding {
                     continue;
                 }
-                let mut count = missing.len().min(max_rows - batch.rows.len());
-                if count == missing.len() && batch.wanted.len() == max_wanted {
+                let mut count = missing.len().min(max_rows - batch.rows.len() - reserved);
+                if count == missing.len() && batch.logit_rows.len() + reserved == max_wanted {
                     // The last row comes when its logits have room.
                     count -= 1;
                 }
@@ -470,7 +556,13 @@ impl Generator {
                 }
                 if count == missing.len() {
                     batch.logit_rows.push(batch.rows.len() as u32 - 1);
-                    batch.wanted.push(sequence);
+                    let guesses = &guesses[sequence].tokens;
+                    for (token, position) in guesses.iter().zip((cached + count) as u32..) {
+                        batch.rows.push(RowInput { token: *token, position, sequence: sequence as u32 });
+                        batch.logit_rows.push(batch.rows.len() as u32 - 1);
+                    }
+                    reserved -= guesses.len();
+                    batch.wanted.push(Wanted { sequence, rows: 1 + guesses.len() });
                 }
             }
         }
@@ -504,10 +596,16 @@ struct Batch {
     rows: Vec<RowInput>,
     /// Rows whose logits are wanted.
     logit_rows: Vec<u32>,
-    /// The sequence of each of those.
-    wanted: Vec<usize>,
+    /// Which sequences they are of, in their order.
+    wanted: Vec<Wanted>,
     /// Whether a sequence had no row for want of room.
     left_out: bool,
+}
+
+/// Rows of a sequence whose logits are wanted: the last of its text, and guesses.
+struct Wanted {
+    sequence: usize,
+    rows: usize,
 }
 
 /// How many tokens two texts begin with in common.
@@ -516,6 +614,36 @@ fn common(a: &[u32], b: &[u32]) -> usize {
 }
 
 impl Active {
+    /// Chooses tokens from the logits `[1 + guesses][vocab]` as long as the guesses are right. How many
+    /// were chosen, and why the text ends if it does.
+    fn round(
+        &mut self,
+        logits: &[f32],
+        guesses: &Guesses,
+        request: &Request,
+        context: usize,
+        news: &mut dyn FnMut(Piece<'_>) -> ControlFlow<()>,
+    ) -> Result<(usize, Option<FinishReason>), GenerateError> {
+        let guessed = guesses.tokens.len();
+        let vocab = logits.len() / (1 + guessed);
+        let (mut taken, mut finish, mut right) = (0, None, 0);
+        for row in logits.chunks_exact(vocab.max(1)) {
+            let before = self.tokens.len();
+            finish = self.take(row, request, context, news)?;
+            taken += 1;
+            let hit =
+                guesses.tokens.get(taken - 1).is_some_and(|guess| self.tokens.get(before) == Some(guess));
+            right += usize::from(hit);
+            if finish.is_some() || !hit {
+                break;
+            }
+        }
+        if guessed > 0 {
+            self.draft.note(guessed, right, taken, guesses.whole && finish.is_none());
+        }
+        Ok((taken, finish))
+    }
+
     /// Chooses the next token; says why the text ends if it does.
     fn take(
         &mut self,
@@ -590,6 +718,7 @@ impl Active {
             text: self.text,
             finish,
             stats: self.stats,
+            draft: self.draft,
         }
     }
 }
@@ -602,6 +731,7 @@ impl Completion {
             text: String::new(),
             finish: FinishReason::Length,
             stats: RequestStats { prompt_tokens, ..Default::default() },
+            draft: DraftStats::default(),
         }
     }
 }

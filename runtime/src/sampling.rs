@@ -383,7 +383,7 @@ fn draw(candidates: &[Candidate], u: f64) -> u32 {
 }
 
 /// The best token, the lowest id among equals. Logits must be below +infinity.
-fn argmax(logits: &[f32], position: u64) -> Result<u32, SamplingError> {
+pub(crate) fn argmax(logits: &[f32], position: u64) -> Result<u32, SamplingError> {
     // The maximum of every chunk first; then only the first chunk with the best one is searched.
     const CHUNK: usize = 512;
     let (mut best, mut chunk, mut broken) = (f32::NEG_INFINITY, 0, false);

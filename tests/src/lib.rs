@@ -1,10 +1,10 @@
 //! What the tests that span crates share: the fixtures, and compiling them.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use tilec_codegen::compile::{Host, Input, compile};
+use std::path::{Path, PathBuf};
+use tilec_codegen::compile::{DraftInput, Host, Input, compile};
 use tilec_ir::plan::WeightsFrom;
-use tilec_ir::spec::ModelSpec;
+use tilec_ir::spec::{DflashSpec, Draft, ModelSpec};
 use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::engine::{Engine, EngineOptions};
@@ -24,8 +24,20 @@ pub struct Fixture {
     pub config: serde_json::Value,
     /// Its tensors.
     pub tensors: BTreeMap<String, TensorInfo>,
-    /// The checkpoint itself.
+    /// The checkpoint itself, its draft attached if it has one.
     pub checkpoint: Checkpoint,
+    /// A draft.
+    pub draft: Option<DraftFixture>,
+}
+
+/// A small draft.
+pub struct DraftFixture {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Its configuration.
+    pub config: serde_json::Value,
+    /// Its tensors.
+    pub tensors: BTreeMap<String, TensorInfo>,
 }
 
 impl Fixture {
@@ -42,7 +54,27 @@ impl Fixture {
             config: checkpoint.config().clone(),
             tensors: checkpoint.tensors().clone(),
             checkpoint,
+            draft: None,
         }
+    }
+
+    /// Gives it the draft in a folder.
+    pub fn with_draft(mut self, path: &Path) -> Fixture {
+        let draft =
+            Checkpoint::open_draft(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        self.draft = Some(DraftFixture {
+            path: path.to_path_buf(),
+            config: draft.config().clone(),
+            tensors: draft.tensors().clone(),
+        });
+        self.checkpoint.attach_draft(draft);
+        self
+    }
+
+    /// Opens the pair `dflash/NAME`: a target and its draft.
+    pub fn open_pair(name: &str) -> Fixture {
+        let folder = fixtures().join("dflash").join(name);
+        Fixture::open(&format!("dflash/{}", pair_target(name))).with_draft(&folder)
     }
 
     /// What the compiler reads.
@@ -53,6 +85,11 @@ impl Fixture {
             tensors: &self.tensors,
             weights: WeightsFrom::Checkpoint { path: self.path.clone() },
             tokenizer: None,
+            draft: self.draft.as_ref().map(|draft| DraftInput {
+                config: &draft.config,
+                tensors: &draft.tensors,
+                weights: WeightsFrom::Checkpoint { path: draft.path.clone() },
+            }),
         }
     }
 
@@ -61,6 +98,10 @@ impl Fixture {
         let mut spec = ModelSpec::for_checkpoint(&self.path);
         spec.limits.rows = 16;
         spec.limits.sequences = 4;
+        spec.draft = self
+            .draft
+            .as_ref()
+            .map(|draft| Draft { dflash: DflashSpec { checkpoint: draft.path.clone(), block: None } });
         spec
     }
 }
@@ -70,7 +111,7 @@ pub struct Loaded {
     /// The engine.
     pub engine: Engine,
     /// Holds the plan and the packed weights.
-    _folder: tempfile::TempDir,
+    pub folder: tempfile::TempDir,
 }
 
 /// Compiles and loads a fixture.
@@ -80,7 +121,16 @@ pub fn load(fixture: &Fixture, spec: &ModelSpec, threads: usize) -> Loaded {
     compile(&fixture.input(), spec, &Host { threads, cubins: None }).unwrap().write(&plan).unwrap();
     let options = EngineOptions { cache_dir: Some(folder.path().join("cache")), ..EngineOptions::default() };
     let engine = Engine::load(&plan, &options, &mut |_, _| {}).unwrap();
-    Loaded { engine, _folder: folder }
+    Loaded { engine, folder }
+}
+
+/// Folder of the target of the pair `dflash/NAME`.
+pub fn pair_target(name: &str) -> String {
+    let bytes = std::fs::read(fixtures().join("dflash").join(name).join("reference.safetensors")).unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let about = &metadata.metadata().as_ref().unwrap()["about"];
+    let about: serde_json::Value = serde_json::from_str(about).unwrap();
+    about["target"].as_str().unwrap().to_string()
 }
 
 /// Sequences of a reference file: token ids and float64 logits `[rows][vocab]`.

@@ -245,7 +245,8 @@ fn merge(stage: &mut Stage, kept: BufferId, lost: BufferId) {
         | StageAnchor::Attention { input, .. } => {
             swap(input);
         }
-        StageAnchor::Embed { .. } => {}
+        StageAnchor::Taps { inputs } => inputs.iter_mut().for_each(swap),
+        StageAnchor::Embed { .. } | StageAnchor::Input => {}
     }
     for piece in stage.parts.iter_mut().flat_map(|part| &mut part.pieces) {
         if let StagePiece::Residual(id) | StagePiece::Store(id) = piece {

@@ -9,7 +9,7 @@ use tilec_runtime::chat::Message;
 
 /// Talks in turns, a line of stdin each.
 pub fn run(args: &ChatArgs) -> Result<()> {
-    let mut writer = Writer::open(&args.model, &args.weights)?;
+    let mut writer = Writer::open(&args.model, &args.weights, &args.draft)?;
     if !writer.text.has_template() {
         bail!("{} has no chat template: use `tilec run`, which continues a text", writer.plan().name);
     }

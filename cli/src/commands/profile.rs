@@ -30,7 +30,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
             plan.limits.context
         );
     }
-    let mut session = Session::new(session::load(&folder, &args.weights, true)?);
+    let mut session = Session::new(session::load(&folder, &args.weights, true, false)?);
     let bandwidth = session.memory_rate().unwrap_or_else(|| {
         ui::note("measuring the memory bandwidth of this machine");
         ceiling::read_ceiling(ceiling::FAR_BYTES, plan.target.workers, 5)

@@ -15,7 +15,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         (None, Some(file)) => read(file)?,
         (None, None) => String::new(),
     };
-    let mut writer = Writer::open(&args.model, &args.weights)?;
+    let mut writer = Writer::open(&args.model, &args.weights, &args.draft)?;
     let templated = !args.raw && writer.text.has_template();
     let tokens = if templated {
         let system = args.system.iter().map(|system| Message::new("system", system));

@@ -1,42 +1,68 @@
 //! A plan for the CPU: threads that run a schedule of tiles, through LLVM.
 
-use super::{CompileError, Compiled, Input, Level, graph, level_files, limits, plan_file, sha256, verified};
-use crate::emit::llvm::emit;
+use super::{CompileError, Compiled, Input, Level, graphs, level_files, limits, plan_file, sha256, verified};
+use crate::emit::llvm::{Native, emit};
 use crate::frontends;
 use crate::passes::{fuse, schedule, tile};
 use tilec_ir::abi::ABI_VERSION;
 use tilec_ir::cost::costs;
-use tilec_ir::plan::{PLAN_VERSION, Plan, PlanTarget};
+use tilec_ir::graph::Graph;
+use tilec_ir::pack::PACK_ALIGN;
+use tilec_ir::plan::{DraftPlan, PLAN_VERSION, Plan, PlanTarget, ProgramPlan};
 use tilec_ir::spec::{ModelSpec, Target as TargetSpec};
+use tilec_ir::stages::{BufferId, StageProgram};
 use tilec_ir::validate::validate;
 use tilec_kernels_gen::{KernelError, Target};
 
 /// Name of the native code in the plan's folder.
 const OBJECT: &str = "kernel.o";
 
+/// Names of the draft's native code.
+const INJECT_OBJECT: &str = "draft-inject.o";
+const BLOCK_OBJECT: &str = "draft-block.o";
+
 /// Compiles for the processor that `spec.target.arch` names, with `threads` workers where the spec
 /// leaves that open.
 pub(super) fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Result<Compiled, CompileError> {
-    let graph = graph(input, spec)?;
+    let (graph, draft) = graphs(input, spec)?;
     let limits = limits(input, spec)?;
     let workers = spec.target.threads.unwrap_or(threads);
-    let fused = fuse::fuse(&graph)?;
-    let stages =
-        tile::tile(&fused, &tile::TileOptions { max_rows: limits.max_rows, context: limits.context })?;
-    let schedule = schedule::schedule(&stages, workers);
-    validate(&stages, &schedule).map_err(CompileError::Schedule)?;
     let target = target(&spec.target.arch)?;
-    let native = emit(&stages, &schedule, &target)?;
-
-    let graph_text = graph.to_string();
-    let graph_sha256 = sha256(graph_text.as_bytes());
-    let texts = vec![
-        (Level::Graph, graph_text),
-        (Level::Fused, fused.to_string()),
-        (Level::Stages, stages.to_string()),
-        (Level::Schedule, schedule.text(&stages)),
-        (Level::Llvm, native.text),
-    ];
+    let mut compiler = Compiler {
+        options: tile::TileOptions { max_rows: limits.max_rows, context: limits.context },
+        workers,
+        target: &target,
+        packer: tile::Packer::new(PACK_ALIGN),
+        texts: [Level::Graph, Level::Fused, Level::Stages, Level::Schedule, Level::Llvm]
+            .map(|level| (level, String::new())),
+    };
+    // All programs read one set of packed weights: a draft's head is its target's.
+    let (stages, native) = compiler.program(&graph)?;
+    let mut objects = Vec::new();
+    let draft = match (&draft, &input.draft) {
+        (Some(draft), Some(input)) => {
+            let (inject, inject_native) = compiler.program(&draft.inject)?;
+            let (block, block_native) = compiler.program(&draft.block)?;
+            let plan = DraftPlan {
+                weights: input.weights.clone(),
+                block: draft.rows,
+                mask_token: draft.draft.mask_token,
+                taps: draft.draft.taps.clone(),
+                taps_buffer: number(stages.taps),
+                kv: block.kv,
+                input: number(inject.input),
+                logits: number(block.logits),
+                inject: program_plan(&inject, &inject_native, INJECT_OBJECT),
+                block_pass: program_plan(&block, &block_native, BLOCK_OBJECT),
+            };
+            objects.push((INJECT_OBJECT.to_string(), inject_native.object));
+            objects.push((BLOCK_OBJECT.to_string(), block_native.object));
+            Some(plan)
+        }
+        _ => None,
+    };
+    let texts = compiler.texts.to_vec();
+    let graph_sha256 = sha256(texts[0].1.as_bytes());
     let plan = verified(Plan {
         plan_version: PLAN_VERSION,
         abi_version: ABI_VERSION,
@@ -55,17 +81,67 @@ pub(super) fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Re
         limits,
         vocab: stages.vocab,
         buffers: stages.buffers.clone(),
-        logits: stages.logits.0 as usize,
+        logits: number(stages.logits),
         scratch_bytes: native.scratch_bytes,
         stages: stages.sequence().iter().map(|at| at.name()).collect(),
         kv: stages.kv,
-        packing: stages.packing.clone(),
+        packing: compiler.packer.packing,
         costs: costs(&stages),
         code: plan_file(OBJECT, &native.object),
         resident: None,
+        draft,
         texts: level_files(&texts),
     })?;
-    Ok(Compiled { plan, texts, object: native.object })
+    Ok(Compiled { plan, texts, object: native.object, objects })
+}
+
+/// Number of a buffer that the program has: verifying the plan finds it if it has not.
+fn number(buffer: Option<BufferId>) -> usize {
+    buffer.map_or(usize::MAX, |id| id.0 as usize)
+}
+
+fn program_plan(stages: &StageProgram, native: &Native, object: &str) -> ProgramPlan {
+    ProgramPlan {
+        buffers: stages.buffers.clone(),
+        scratch_bytes: native.scratch_bytes,
+        stages: stages.sequence().iter().map(|at| at.name()).collect(),
+        costs: costs(stages),
+        code: plan_file(object, &native.object),
+    }
+}
+
+/// Compiles the programs of a plan, one behind the other.
+struct Compiler<'a> {
+    options: tile::TileOptions,
+    workers: usize,
+    target: &'a Target,
+    packer: tile::Packer,
+    /// Text of each level, of all programs.
+    texts: [(Level, String); 5],
+}
+
+impl Compiler<'_> {
+    fn program(&mut self, graph: &Graph) -> Result<(StageProgram, Native), CompileError> {
+        let fused = fuse::fuse(graph)?;
+        let stages = tile::tile_with(&fused, &self.options, &mut self.packer)?;
+        let schedule = schedule::schedule(&stages, self.workers);
+        validate(&stages, &schedule).map_err(CompileError::Schedule)?;
+        let native = emit(&stages, &schedule, self.target)?;
+        let texts = [
+            graph.to_string(),
+            fused.to_string(),
+            stages.to_string(),
+            schedule.text(&stages),
+            native.text.clone(),
+        ];
+        for ((_, all), text) in self.texts.iter_mut().zip(texts) {
+            if !all.is_empty() {
+                all.push('\n');
+            }
+            all.push_str(&text);
+        }
+        Ok((stages, native))
+    }
 }
 
 /// The target of an architecture name: `host`, or one of LLVM's processor names for this machine's

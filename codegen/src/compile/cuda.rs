@@ -89,9 +89,10 @@ pub(super) fn compile(
             threads: BLOCK_THREADS,
             shared_bytes: kernel.shared.bytes() as u32,
         }),
+        draft: None,
         texts: level_files(&texts),
     })?;
-    Ok(Compiled { plan, texts, object: cubin.bytes })
+    Ok(Compiled { plan, texts, object: cubin.bytes, objects: Vec::new() })
 }
 
 /// Machine code of a kernel.

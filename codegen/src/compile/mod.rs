@@ -7,7 +7,7 @@ mod cuda;
 pub use cuda::BUDGET;
 
 use crate::emit::cuda::CudaError;
-use crate::frontends;
+use crate::frontends::{self, Dflash, DraftTarget};
 use crate::nvrtc::NvrtcError;
 use crate::passes::{precision, tile};
 use sha2::{Digest, Sha256};
@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tilec_ir::graph::{Graph, GraphError, verify};
 use tilec_ir::plan::{MANIFEST, Plan, PlanError, PlanFile, PlanLimits, WeightsFrom};
-use tilec_ir::spec::{Device, ModelSpec, SpecError};
+use tilec_ir::spec::{Device, ModelSpec, Precision, SpecError};
 use tilec_ir::tensor::TensorInfo;
 use tilec_ir::validate::Violation;
 use tilec_kernels_gen::KernelError;
@@ -33,6 +33,32 @@ pub struct Input<'a> {
     pub weights: WeightsFrom,
     /// Where it will find a tokenizer, if not in the checkpoint.
     pub tokenizer: Option<PathBuf>,
+    /// The draft that the spec asks for.
+    pub draft: Option<DraftInput<'a>>,
+}
+
+/// A draft's checkpoint.
+#[derive(Clone, Debug)]
+pub struct DraftInput<'a> {
+    /// Its config.json.
+    pub config: &'a serde_json::Value,
+    /// Its tensors, by their own names.
+    pub tensors: &'a BTreeMap<String, TensorInfo>,
+    /// Where the runtime will find the weights.
+    pub weights: WeightsFrom,
+}
+
+/// A draft as the compiler knows it, beside its target's graph.
+#[derive(Clone, Debug)]
+pub struct DraftGraphs {
+    /// Its config.
+    pub draft: Dflash,
+    /// Turns taps of the target into the draft's context.
+    pub inject: Graph,
+    /// Guesses a block.
+    pub block: Graph,
+    /// Rows of a block at most, as the spec asks for or the draft was trained with.
+    pub rows: usize,
 }
 
 /// What the machine that compiles brings along.
@@ -141,6 +167,20 @@ pub enum CompileError {
         "target.device is cpu, but this tilec was built without LLVM; build it with the feature `llvm`, or set target.device to cuda"
     )]
     WithoutLlvm,
+    /// A larger block than the draft or the step has.
+    #[error("draft.dflash.block is {block}, but {what}: lower it")]
+    Block {
+        /// Rows asked for.
+        block: usize,
+        /// What is smaller.
+        what: String,
+    },
+    /// The draft's checkpoint is not there.
+    #[error("the spec has a draft, but its checkpoint was not read")]
+    NoDraft,
+    /// The device has no code for drafts yet.
+    #[error("target.device cuda cannot run a draft yet: remove `draft`, or set target.device to cpu")]
+    DraftOnCuda,
     /// Something that only another device has.
     #[error("target.{key} has no meaning on {device}; remove it")]
     Meaningless {
@@ -163,6 +203,8 @@ pub struct Compiled {
     pub texts: Vec<(Level, String)>,
     /// The native code.
     pub object: Vec<u8>,
+    /// Native code of the plan's other programs, with the names of their files.
+    pub objects: Vec<(String, Vec<u8>)>,
 }
 
 /// The model's graph, precision applied and verified: what the interpreter runs.
@@ -170,12 +212,63 @@ pub struct Compiled {
 /// # Errors
 /// [`CompileError`].
 pub fn graph(input: &Input<'_>, spec: &ModelSpec) -> Result<Graph, CompileError> {
+    Ok(graphs(input, spec)?.0)
+}
+
+/// The model's graph and those of its draft, precision applied and verified.
+///
+/// # Errors
+/// [`CompileError`].
+pub fn graphs(input: &Input<'_>, spec: &ModelSpec) -> Result<(Graph, Option<DraftGraphs>), CompileError> {
     let mut graph = frontends::build(input.config, input.tensors)?;
     graph.name = input.name.to_string();
+    let draft = match (&spec.draft, &input.draft) {
+        (None, _) => None,
+        (Some(_), None) => return Err(CompileError::NoDraft),
+        (Some(asked), Some(input_draft)) => {
+            let facts = frontends::facts(input.config)?;
+            let target = DraftTarget { vocab: facts.vocab, hidden: facts.hidden, layers: facts.layers };
+            let draft = Dflash::parse(input_draft.config, target)?;
+            let rows = block_rows(&draft, asked.dflash.block, spec.limits.rows)?;
+            draft.tap(&mut graph)?;
+            let mut inject = draft.inject(input_draft.tensors)?;
+            let mut block = draft.block(input_draft.tensors, &graph)?;
+            // A draft has no experts, and the context none of the target's matrices.
+            let of_block = Precision { experts: None, ..spec.precision };
+            let of_inject = Precision { embedding: None, head: None, ..of_block };
+            for (graph, precision) in [(&mut inject, of_inject), (&mut block, of_block)] {
+                graph.name = format!("{} {}", input.name, graph.name);
+                first(verify(graph))?;
+                precision::precision(graph, &precision)?;
+                first(verify(graph))?;
+            }
+            Some(DraftGraphs { draft, inject, block, rows })
+        }
+    };
     first(verify(&graph))?;
     precision::precision(&mut graph, &spec.precision)?;
     first(verify(&graph))?;
-    Ok(graph)
+    Ok((graph, draft))
+}
+
+/// Rows of a block: as many as asked for, or as the draft was trained with and a step has.
+fn block_rows(draft: &Dflash, asked: Option<usize>, step: usize) -> Result<usize, CompileError> {
+    let limits = [
+        (draft.block, format!("the draft was trained with {}", draft.block)),
+        (step, format!("limits.rows is {step}")),
+    ];
+    for (limit, what) in limits {
+        match asked {
+            Some(block) if block > limit => return Err(CompileError::Block { block, what }),
+            _ => {}
+        }
+    }
+    match asked.unwrap_or(draft.block.min(step)) {
+        block @ 2.. => Ok(block),
+        block => {
+            Err(CompileError::Block { block, what: "a block has at least 2 rows: raise limits.rows".into() })
+        }
+    }
 }
 
 fn first(result: Result<(), Vec<GraphError>>) -> Result<(), GraphError> {
@@ -192,6 +285,7 @@ pub fn compile(input: &Input<'_>, spec: &ModelSpec, host: &Host) -> Result<Compi
         Device::Cpu => cpu::compile(input, spec, host.threads),
         #[cfg(not(feature = "llvm"))]
         Device::Cpu => Err(CompileError::WithoutLlvm),
+        Device::Cuda if spec.draft.is_some() => Err(CompileError::DraftOnCuda),
         Device::Cuda => cuda::compile(input, spec, host.cubins.as_deref()),
     }
 }
@@ -282,6 +376,9 @@ impl Compiled {
             write(level.file(), text.as_bytes())?;
         }
         write(&self.plan.code.file, &self.object)?;
+        for (name, object) in &self.objects {
+            write(name, object)?;
+        }
         write(MANIFEST, self.plan.to_json().as_bytes())
     }
 }

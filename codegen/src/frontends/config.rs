@@ -190,6 +190,14 @@ impl<'a> Config<'a> {
         numbers.map(Some).ok_or_else(|| self.wrong(key, "a list of whole numbers", value))
     }
 
+    /// Whether a key has a value other than `false` and `harmless`: whether it asks for something.
+    pub fn changes(&self, key: &str, harmless: Option<f64>) -> bool {
+        self.get(key).is_some_and(|value| match value {
+            Value::Bool(value) => *value,
+            value => value.as_f64().is_none() || value.as_f64() != harmless,
+        })
+    }
+
     /// A token id, or a list of them; all below `vocab`.
     pub fn token_ids(&self, key: &str, vocab: usize) -> Result<Vec<u32>, FrontendError> {
         let one = |value: &Value| match value.as_u64() {

@@ -641,6 +641,7 @@ impl LayerBuilder<'_, '_> {
             scale: (1.0 / (decoder.head_dim as f64).sqrt()) as f32,
             window: own.window,
             sinks: own.sinks.then(|| tensor(self.layer, decoder.sinks)),
+            bidirectional: false,
         };
         let mixed = self.add("attn", attention, &[q, kv])?;
         let o = self.linear("o", "self_attn.o_proj", decoder.attention_bias, mixed)?;

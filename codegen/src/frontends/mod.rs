@@ -5,6 +5,7 @@
 
 mod config;
 mod decoder;
+mod dflash;
 mod gpt_oss;
 mod llama;
 mod mimo_v2;
@@ -15,6 +16,7 @@ mod rope;
 mod tests;
 
 pub use decoder::{Decoder, ExpertTensors, Experts, FeedForward, LayerAttention};
+pub use dflash::{Dflash, DraftAttention, DraftTarget, default_taps};
 
 use config::Config;
 use serde_json::Value;

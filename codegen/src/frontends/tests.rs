@@ -71,7 +71,7 @@ fn llama_layers_have_the_usual_operators() {
     assert_eq!(operands("l1.attn_norm"), ["l0.ffn_res"]);
     assert_eq!(operands("select"), ["l1.ffn_res"]);
     match &graph.node(graph.find("l1.attn").unwrap()).op {
-        Op::Attention { cache: 1, heads: 4, scale, window: None, sinks: None } => {
+        Op::Attention { cache: 1, heads: 4, scale, window: None, sinks: None, bidirectional: false } => {
             assert_eq!(*scale, 0.353_553_38);
         }
         other => panic!("{other:?}"),

@@ -143,6 +143,7 @@ fn one_to_one(graph: &Graph) -> Result<Fused, GraphError> {
         let mut part = Part { weights: Vec::new(), cols: node.ty.cols, pieces: Vec::new() };
         match &node.op {
             Op::Embed { weight } => op.anchor = Anchor::Embed { weight: weight.clone() },
+            Op::Input { .. } => op.anchor = Anchor::Input,
             Op::RmsNorm { weight, eps } => {
                 let group = graph.weights[weight].shape[0];
                 part.pieces.push(Piece::RmsNorm { weight: weight.clone(), group, eps: *eps });
@@ -175,13 +176,14 @@ fn one_to_one(graph: &Graph) -> Result<Fused, GraphError> {
                 part.pieces.push(Piece::ExpertBias { weight: weight.clone(), operand: 0 });
             }
             Op::Combine => part.pieces.push(Piece::Combine),
-            Op::Attention { cache, heads, scale, window, sinks } => {
+            Op::Attention { cache, heads, scale, window, sinks, bidirectional } => {
                 op.anchor = Anchor::Attention {
                     cache: *cache,
                     heads: *heads,
                     scale: *scale,
                     window: *window,
                     sinks: sinks.clone(),
+                    bidirectional: *bidirectional,
                 };
                 op.after_cache.push(*cache);
             }
@@ -193,6 +195,7 @@ fn one_to_one(graph: &Graph) -> Result<Fused, GraphError> {
             Op::SelectRows => part.pieces.push(Piece::SelectRows),
             Op::Quantize => part.pieces.push(Piece::Quantize),
             Op::Logits => {}
+            Op::Taps => op.anchor = Anchor::Taps,
         }
         part.pieces.push(match node.op {
             Op::Logits => Piece::Logits(value),

@@ -6,7 +6,7 @@ use tilec_ir::stages::Slot;
 
 /// A packing that grows.
 #[derive(Debug)]
-pub(super) struct Packer {
+pub struct Packer {
     /// What is packed so far.
     pub packing: Packing,
     /// Offsets of what is there already, by description: a tied head is packed once.

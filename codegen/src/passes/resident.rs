@@ -197,6 +197,12 @@ impl Lowering<'_> {
             }
             Anchor::Gemm => Some(self.gemm(op, input()?, offsets)?),
             Anchor::Route(_) | Anchor::Experts { .. } => return Err(error(op, "has experts")),
+            Anchor::Input | Anchor::Taps => {
+                return Err(error(op, "the resident kernel has no stage for drafts yet"));
+            }
+            Anchor::Attention { bidirectional: true, .. } => {
+                return Err(error(op, "the resident kernel has no attention that sees both ways yet"));
+            }
             Anchor::Attention { heads, scale, window, .. } => {
                 Some(self.attention(op, input()?, *heads, *scale, *window, offsets)?)
             }

@@ -1,6 +1,6 @@
 //! Tiling: fused operators become stages, with buffers, packed weights, tiles and waits.
 
-use super::packer::Packer;
+pub use super::packer::Packer;
 use std::collections::HashMap;
 use tilec_ir::abi::KvLayout;
 use tilec_ir::format::{ACT_BLOCK, PanelLayout};
@@ -43,20 +43,35 @@ pub struct TileError {
 /// # Errors
 /// An operator that no stage can run, layers whose caches differ, operators of a layer apart.
 pub fn tile(fused: &Fused, options: &TileOptions) -> Result<StageProgram, TileError> {
+    tile_with(fused, options, &mut Packer::new(PACK_ALIGN))
+}
+
+/// As [`tile`], with weights packed behind those of other programs in `packer`: what is there already,
+/// a draft's head say, is not packed again.
+///
+/// # Errors
+/// As [`tile`].
+pub fn tile_with(
+    fused: &Fused,
+    options: &TileOptions,
+    packer: &mut Packer,
+) -> Result<StageProgram, TileError> {
     let kv = kv_layout(fused)?;
     let mut tiler = Tiler {
         fused,
         links: fused.links(),
         options,
         buffers: Buffers::new(fused, options.max_rows),
-        packer: Packer::new(PACK_ALIGN),
+        packer,
     };
     let mut program = StageProgram {
         name: fused.name.clone(),
         max_rows: options.max_rows,
         vocab: 0,
         buffers: Vec::new(),
-        logits: BufferId(0),
+        logits: None,
+        taps: None,
+        input: None,
         kv,
         packing: Packing::default(),
         ropes: fused.ropes.iter().map(|(name, spec)| (name.clone(), spec.clone())).collect(),
@@ -81,9 +96,10 @@ pub fn tile(fused: &Fused, options: &TileOptions) -> Result<StageProgram, TileEr
                 if number != program.layers.len() || !program.after.is_empty() {
                     return Err(error(&fused.ops[at], format!("layer {number} is out of order")));
                 }
+                // A layer that only fills its cache has no attention.
                 let cache = fused.ops[at..end].iter().find_map(|op| match op.anchor {
                     Anchor::Attention { cache, .. } => Some(cache),
-                    _ => None,
+                    _ => op.written_caches().first().copied(),
                 });
                 let body = Body { stages };
                 let known = program.bodies.iter().position(|other| *other == body);
@@ -100,13 +116,18 @@ pub fn tile(fused: &Fused, options: &TileOptions) -> Result<StageProgram, TileEr
         Some(Piece::Logits(value)) => Some(*value),
         _ => None,
     });
-    let Some(logits) = logits else {
+    if logits.is_none() && fused.ops.iter().all(|op| op.written_caches().is_empty()) {
         return Err(TileError { op: fused.name.clone(), what: "has no logits".into() });
+    }
+    let stored_by = |anchor: &Anchor| {
+        let op = fused.ops.iter().find(|op| op.anchor == *anchor)?;
+        op.writes().first().map(|value| tiler.buffers.of(*value))
     };
-    program.vocab = fused.value(logits).ty.cols;
-    program.logits = tiler.buffers.of(logits);
+    (program.taps, program.input) = (stored_by(&Anchor::Taps), stored_by(&Anchor::Input));
+    program.vocab = logits.map_or(0, |logits| fused.value(logits).ty.cols);
+    program.logits = logits.map(|logits| tiler.buffers.of(logits));
     program.buffers = tiler.buffers.all;
-    program.packing = tiler.packer.packing;
+    program.packing = tiler.packer.packing.clone();
     set_waits(&mut program)?;
     Ok(program)
 }
@@ -237,7 +258,7 @@ struct Tiler<'a> {
     links: Links,
     options: &'a TileOptions,
     buffers: Buffers,
-    packer: Packer,
+    packer: &'a mut Packer,
 }
 
 impl Tiler<'_> {
@@ -259,6 +280,10 @@ impl Tiler<'_> {
                 let shape = &fused.weights[weight].shape;
                 let (content, layout) = self.panels(op, std::slice::from_ref(weight), shape[0])?;
                 StageAnchor::Embed { table: self.packer.fixed(content), layout, vocab: shape[0] }
+            }
+            Anchor::Input => StageAnchor::Input,
+            Anchor::Taps => {
+                StageAnchor::Taps { inputs: op.inputs.iter().map(|value| self.buffers.of(*value)).collect() }
             }
             Anchor::Rows => StageAnchor::Rows { input: input()?, select },
             Anchor::Gemm => StageAnchor::Gemm { input: input()? },
@@ -283,12 +308,12 @@ impl Tiler<'_> {
                     per_slot: *per_slot,
                 }
             }
-            Anchor::Attention { cache, heads, scale, window, sinks } => {
+            Anchor::Attention { cache, heads, scale, window, sinks, bidirectional } => {
                 let input = input()?;
                 let sinks = sinks.as_ref().map(|name| self.vector(name, *heads, offsets));
                 let kv_heads = fused.caches[*cache].kv_heads;
-                let (heads, scale, window) = (*heads, *scale, *window);
-                StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks }
+                let (heads, scale, window, bidirectional) = (*heads, *scale, *window, *bidirectional);
+                StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks, bidirectional }
             }
         };
         self.check_pieces(op, &parts, select)?;
@@ -328,9 +353,11 @@ impl Tiler<'_> {
                             .skip(1)
                             .all(|piece| matches!(piece, StagePiece::Residual(_) | StagePiece::Scale(_)))
                 }
-                Anchor::Embed { .. } | Anchor::Attention { .. } | Anchor::Route(_) => {
-                    chain.is_empty() && matches!(sink, StagePiece::Store(_))
-                }
+                Anchor::Embed { .. }
+                | Anchor::Attention { .. }
+                | Anchor::Route(_)
+                | Anchor::Input
+                | Anchor::Taps => chain.is_empty() && matches!(sink, StagePiece::Store(_)),
                 Anchor::Rows => {
                     let norm = |piece: &StagePiece| matches!(piece, StagePiece::RmsNorm { group, .. } if *group == part.cols);
                     let stored = match sink {

@@ -8,7 +8,9 @@ use super::{ActivationFn, Cache, Dim, Elem, Graph, Op, Router, Scoring, Type, We
 /// In words, when a count, an element type, an extent, a weight, a rope or a cache does not fit.
 pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> {
     let arity = match op {
-        Op::Embed { .. } => 0,
+        Op::Embed { .. } | Op::Input { .. } => 0,
+        // Any number of them.
+        Op::Taps => operands.len().max(1),
         Op::KvWrite { .. } | Op::Attention { .. } | Op::Gated { .. } | Op::Add => 2,
         Op::ExpertLinear { .. } | Op::ExpertBias { .. } | Op::Combine => 2,
         _ => 1,
@@ -18,6 +20,8 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
     }
     match op {
         Op::Embed { weight } => Ok(Type::f32(matrix(graph, weight)?.1)),
+        Op::Input { cols: 0 } => Err("an input has no columns".into()),
+        Op::Input { cols } => Ok(Type::f32(*cols)),
         Op::RmsNorm { weight, eps } => {
             let group = vector(graph, weight)?;
             let x = f32_operand(operands, 0)?;
@@ -67,7 +71,7 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
             }
             Ok(Type { elem: Elem::Kv, rows: Dim::Rows, cols: 0 })
         }
-        Op::Attention { cache, heads, scale, window, sinks } => {
+        Op::Attention { cache, heads, scale, window, sinks, bidirectional: _ } => {
             let cache = self::cache(graph, *cache)?;
             let q = f32_operand(operands, 0)?;
             if operands[1].elem != Elem::Kv {
@@ -146,6 +150,18 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
             x if x.rows == Dim::LogitRows => Ok(x),
             x => Err(format!("logits are made of selected rows, not of {x}")),
         },
+        Op::Taps => {
+            let mut cols = 0usize;
+            for number in 0..operands.len() {
+                match f32_operand(operands, number)? {
+                    x if x.rows == Dim::Rows => {
+                        cols = cols.checked_add(x.cols).ok_or("more columns than can be counted")?;
+                    }
+                    x => return Err(format!("taps are of the rows of the step, not {x}")),
+                }
+            }
+            Ok(Type::f32(cols))
+        }
     }
 }
 

@@ -101,6 +101,8 @@ pub struct Interpreter<'a> {
     order: Vec<NodeId>,
     weights: BTreeMap<&'a str, Cow<'a, [f32]>>,
     sequences: BTreeMap<u32, Sequence>,
+    /// What [`Op::Input`] gives.
+    input: Vec<f32>,
 }
 
 impl<'a> Interpreter<'a> {
@@ -117,12 +119,30 @@ impl<'a> Interpreter<'a> {
                 .map_err(|what| InterpError::Weight { name: name.clone(), what })?;
             weights.insert(name.as_str(), values);
         }
-        Ok(Interpreter { graph, order, weights, sequences: BTreeMap::new() })
+        Ok(Interpreter { graph, order, weights, sequences: BTreeMap::new(), input: Vec::new() })
     }
 
     /// Positions that a sequence holds; 0 for one that was never seen.
     pub fn positions(&self, sequence: u32) -> usize {
         self.sequences.get(&sequence).map_or(0, |sequence| sequence.len)
+    }
+
+    /// Hands over what [`Op::Input`] gives in the steps from now on: `[rows, cols]`, row-major.
+    pub fn set_input(&mut self, values: &[f32]) {
+        self.input = values.to_vec();
+    }
+
+    /// Exchanges the caches of all sequences with another interpreter, whose graph has caches of the
+    /// same shapes: two graphs that work on one cache take turns with it.
+    ///
+    /// # Errors
+    /// In words, when the caches differ.
+    pub fn exchange_caches(&mut self, other: &mut Interpreter<'_>) -> Result<(), String> {
+        if self.graph.caches != other.graph.caches {
+            return Err(format!("{} and {} have other caches", self.graph.name, other.graph.name));
+        }
+        std::mem::swap(&mut self.sequences, &mut other.sequences);
+        Ok(())
     }
 
     /// Drops the positions of a sequence from `len` on.
@@ -156,6 +176,15 @@ impl<'a> Interpreter<'a> {
         observe: &mut dyn FnMut(&Node, &[f32]),
     ) -> Result<Vec<f32>, InterpError> {
         self.check_rows(rows)?;
+        for node in self.graph.nodes.node_weights() {
+            if let Op::Input { cols } = node.op
+                && self.input.len() != cols * rows.len()
+            {
+                let (have, rows) = (self.input.len(), rows.len());
+                let what = format!("{have} input values are not {rows} rows of {cols}");
+                return Err(InterpError::Row { row: 0, what });
+            }
+        }
         if wanted.iter().any(|row| *row >= rows.len()) || !wanted.is_sorted_by(|a, b| a < b) {
             return Err(InterpError::Logits { wanted: wanted.to_vec(), rows: rows.len() });
         }
@@ -184,6 +213,7 @@ impl<'a> Interpreter<'a> {
             }
             match self.graph.node(id).op {
                 Op::Logits => logits = value,
+                Op::Taps => {}
                 _ => drop(values.insert(id, value)),
             }
         }
@@ -239,6 +269,7 @@ impl<'a> Interpreter<'a> {
                 let table = &self.weights[weight.as_str()];
                 rows.iter().flat_map(|row| &table[row.token as usize * cols..][..cols]).copied().collect()
             }
+            Op::Input { .. } => self.input.clone(),
             Op::RmsNorm { weight, eps } => rms_norm(inputs[0], &self.weights[weight.as_str()], *eps),
             Op::Linear { weight } => {
                 let count = match node.ty.rows {
@@ -258,16 +289,25 @@ impl<'a> Interpreter<'a> {
                 self.write(*cache, inputs[0], inputs[1], rows);
                 Vec::new()
             }
-            Op::Attention { cache, heads, scale, window, sinks } => {
+            Op::Attention { cache, heads, scale, window, sinks, bidirectional } => {
                 let sinks = sinks.as_ref().map(|sinks| self.weights[sinks.as_str()].as_ref());
                 let shape = &self.graph.caches[*cache];
                 let queries = inputs[0].chunks_exact(heads * shape.qk_dim);
+                let step_end = |sequence: u32| {
+                    let own = rows.iter().filter(|row| row.sequence == sequence);
+                    own.map(|row| row.position + 1).max().unwrap_or(0)
+                };
                 rows.iter()
                     .zip(queries)
                     .flat_map(|(row, query)| {
                         let history = &self.sequences[&row.sequence].caches[*cache];
                         let first = window.map_or(0, |window| (row.position + 1).saturating_sub(window));
-                        attend(query, history, shape, *heads, *scale, sinks, first..row.position + 1)
+                        let end = match (bidirectional, window) {
+                            (false, _) => row.position + 1,
+                            (true, None) => step_end(row.sequence),
+                            (true, Some(window)) => step_end(row.sequence).min(row.position + window),
+                        };
+                        attend(query, history, shape, *heads, *scale, sinks, first..end)
                     })
                     .collect()
             }
@@ -327,6 +367,15 @@ impl<'a> Interpreter<'a> {
             }
             Op::Quantize => inputs[0].chunks_exact(cols).flat_map(fake_quantize).collect(),
             Op::Logits => inputs[0].to_vec(),
+            Op::Taps => {
+                let row = |row: usize| {
+                    inputs.iter().flat_map(move |input| {
+                        let cols = input.len() / rows.len();
+                        &input[row * cols..][..cols]
+                    })
+                };
+                (0..rows.len()).flat_map(row).copied().collect()
+            }
         }
     }
 

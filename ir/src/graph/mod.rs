@@ -331,24 +331,26 @@ impl Graph {
     }
 
     /// Nodes in an order in which operands come first; among nodes that are free to go, those of the
-    /// lower layer and id first, so that the order is the same every time.
+    /// lower id first, so that the order is the same every time. Taps come last: what they read is there
+    /// long before the last layer, and no layer is to be torn apart by them.
     ///
     /// # Errors
     /// When there is a cycle; names a node on it.
     pub fn topological(&self) -> Result<Vec<NodeId>, GraphError> {
         let mut waiting: BTreeMap<NodeId, usize> =
             self.nodes.node_indices().map(|id| (id, self.operands(id).len())).collect();
-        let mut ready: std::collections::BTreeSet<NodeId> =
-            waiting.iter().filter(|(_, n)| **n == 0).map(|(id, _)| *id).collect();
+        let place = |id: NodeId| (self.nodes[id].op == Op::Taps, id);
+        let mut ready: std::collections::BTreeSet<(bool, NodeId)> =
+            waiting.iter().filter(|(_, n)| **n == 0).map(|(id, _)| place(*id)).collect();
         let mut order = Vec::with_capacity(waiting.len());
-        while let Some(id) = ready.pop_first() {
+        while let Some((_, id)) = ready.pop_first() {
             order.push(id);
             waiting.remove(&id);
             for (user, _) in self.users(id) {
                 let left = waiting.get_mut(&user).expect("a user is not placed before its operand");
                 *left -= 1;
                 if *left == 0 {
-                    ready.insert(user);
+                    ready.insert(place(user));
                 }
             }
         }

@@ -83,6 +83,11 @@ impl fmt::Display for Router {
     }
 }
 
+/// Whether a flag is off, which the text form leaves out.
+fn off(flag: &bool) -> bool {
+    !flag
+}
+
 /// An operator. Weights are named as in the checkpoint; matrices are `[out, in]`, as there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
@@ -91,6 +96,11 @@ pub enum Op {
     Embed {
         /// `[vocab, hidden]`.
         weight: String,
+    },
+    /// Rows of float32 that the runtime hands over with the step: `[rows, cols]`.
+    Input {
+        /// Columns.
+        cols: usize,
     },
     /// `x / sqrt(mean(x^2) + eps) * weight`, over groups of `weight.len()` columns: the whole row
     /// for a layer norm, a head for qk-norm.
@@ -128,7 +138,7 @@ pub enum Op {
         /// Cache number.
         cache: usize,
     },
-    /// Causal attention of queries (operand 0) over a cache (operand 1 orders it behind the write),
+    /// Attention of queries (operand 0) over a cache (operand 1 orders it behind the write),
     /// grouped-query: `heads / kv_heads` query heads share a KV head. `[rows, heads * v_dim]`.
     Attention {
         /// Cache number.
@@ -143,6 +153,10 @@ pub enum Op {
         /// `[heads]`: a score that joins each head's softmax and carries no value.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         sinks: Option<String>,
+        /// Whether a row also sees the rows of its sequence that come behind it in the step, as far as
+        /// the window reaches: `|distance| < window`. Otherwise it sees itself and what is before it.
+        #[serde(default, skip_serializing_if = "off")]
+        bidirectional: bool,
     },
     /// Gate (operand 0) and up (operand 1) joined.
     Gated {
@@ -176,6 +190,9 @@ pub enum Op {
     Quantize,
     /// Marks the logits: the step's result.
     Logits,
+    /// The operands side by side, a result of the step beside its logits: what a draft reads of its
+    /// target. `[rows, sum of columns]`.
+    Taps,
 }
 
 impl Op {
@@ -183,6 +200,7 @@ impl Op {
     pub fn name(&self) -> &'static str {
         match self {
             Op::Embed { .. } => "embed",
+            Op::Input { .. } => "input",
             Op::RmsNorm { .. } => "rms_norm",
             Op::Linear { .. } => "linear",
             Op::Bias { .. } => "bias",
@@ -199,6 +217,7 @@ impl Op {
             Op::SelectRows => "select_rows",
             Op::Quantize => "quantize",
             Op::Logits => "logits",
+            Op::Taps => "taps",
         }
     }
 

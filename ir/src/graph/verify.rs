@@ -12,9 +12,11 @@ use std::collections::{BTreeMap, BTreeSet};
 ///
 /// * operands are numbered 0, 1, ... without gaps, and there is no cycle;
 /// * the type of every value is what its operator's shape rule gives;
-/// * names are unique, and every value but the logits is used;
-/// * there is one [`Op::Logits`], the end of the graph;
-/// * each cache has one [`Op::KvWrite`] and one [`Op::Attention`], the latter behind the former;
+/// * names are unique, and every value but the results is used;
+/// * there is one [`Op::Logits`], the end of the graph, and at most one [`Op::Taps`]; a graph whose
+///   results are keys and values in its caches has neither;
+/// * each cache has one [`Op::KvWrite`] and one [`Op::Attention`], the latter behind the former; a graph
+///   without logits has no attention;
 /// * the operators on experts have weights for as many experts as their routes choose from;
 /// * layers do not decrease along an edge, also through operators that belong to no layer;
 /// * every declared weight and rope is used, has sensible numbers, and every used one is declared.
@@ -68,7 +70,7 @@ fn operands_and_types(graph: &Graph, errors: &mut Vec<GraphError>) {
 }
 
 fn uses(graph: &Graph, errors: &mut Vec<GraphError>) {
-    let mut logits = 0;
+    let (mut logits, mut taps, mut unread_caches) = (0, 0, 0);
     for id in graph.ids() {
         let node = graph.node(id);
         let used = graph.nodes.edges_directed(id, Direction::Outgoing).next().is_some();
@@ -80,13 +82,25 @@ fn uses(graph: &Graph, errors: &mut Vec<GraphError>) {
                     errors.push(graph.error(&node.name, "is a second set of logits".into()));
                 }
             }
+            (Op::Taps, true) => errors.push(graph.error(&node.name, "taps are used again".into())),
+            (Op::Taps, false) => {
+                taps += 1;
+                if taps > 1 {
+                    errors.push(graph.error(&node.name, "is a second set of taps".into()));
+                }
+            }
             (_, true) => {}
+            (Op::KvWrite { .. }, false) if !has_logits(graph) => unread_caches += 1,
             (_, false) => errors.push(graph.error(&node.name, "is never used".into())),
         }
     }
-    if logits == 0 {
+    if logits == 0 && unread_caches == 0 {
         errors.push(graph.error("", "there are no logits".into()));
     }
+}
+
+fn has_logits(graph: &Graph) -> bool {
+    graph.nodes.node_weights().any(|node| node.op == Op::Logits)
 }
 
 fn caches(graph: &Graph, errors: &mut Vec<GraphError>) {
@@ -112,9 +126,11 @@ fn caches(graph: &Graph, errors: &mut Vec<GraphError>) {
         let place = format!("cache {number}");
         for (verb, users) in [("written", writes.get(&number)), ("read", reads.get(&number))] {
             let users = users.map_or(&[][..], Vec::as_slice);
-            if users.len() != 1 {
+            let wanted = if verb == "read" && !has_logits(graph) { 0 } else { 1 };
+            if users.len() != wanted {
                 let names: Vec<&str> = users.iter().map(|id| graph.node(*id).name.as_str()).collect();
-                errors.push(graph.error(&place, format!("is {verb} by {names:?}, not by one operator")));
+                let wanted = if wanted == 1 { "by one operator" } else { "where there are no logits" };
+                errors.push(graph.error(&place, format!("is {verb} by {names:?}, not {wanted}")));
             }
         }
         let position = cache.qk_dim.checked_add(cache.v_dim).and_then(|n| n.checked_mul(cache.kv_heads));

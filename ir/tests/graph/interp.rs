@@ -174,7 +174,11 @@ fn attention(heads: usize, window: Option<usize>, kv_type: KvType, table: &[&[f3
         one.graph.caches.push(Cache { kv_heads: 1, qk_dim: dim, v_dim: dim, kv_type });
         let q = one.add("q", Op::Linear { weight }, &[x]);
         let kv = one.add("kv", Op::KvWrite { cache: 0 }, &[x, x]);
-        one.add("y", Op::Attention { cache: 0, heads, scale: 0.5, window, sinks: None }, &[q, kv])
+        one.add(
+            "y",
+            Op::Attention { cache: 0, heads, scale: 0.5, window, sinks: None, bidirectional: false },
+            &[q, kv],
+        )
     })
 }
 
@@ -214,7 +218,11 @@ fn query_heads_share_kv_heads_in_groups() {
         let (q, v) =
             (one.add("q", Op::Linear { weight: q }, &[x]), one.add("v", Op::Linear { weight: v }, &[x]));
         let kv = one.add("kv", Op::KvWrite { cache: 0 }, &[x, v]);
-        one.add("y", Op::Attention { cache: 0, heads: 4, scale: 1.0, window: None, sinks: None }, &[q, kv])
+        one.add(
+            "y",
+            Op::Attention { cache: 0, heads: 4, scale: 1.0, window: None, sinks: None, bidirectional: false },
+            &[q, kv],
+        )
     });
     assert_eq!(one.run(1), [10.0, 10.0, 20.0, 20.0]);
 }
@@ -461,7 +469,11 @@ fn a_sink_takes_its_share_and_gives_nothing() {
         one.graph.caches.push(Cache { kv_heads: 1, qk_dim: 2, v_dim: 2, kv_type: KvType::F32 });
         let kv = one.add("kv", Op::KvWrite { cache: 0 }, &[x, x]);
         let sinks = Some(one.weight("sinks", &[1], &[3.0]));
-        one.add("y", Op::Attention { cache: 0, heads: 1, scale: 1.0, window: None, sinks }, &[x, kv])
+        one.add(
+            "y",
+            Op::Attention { cache: 0, heads: 1, scale: 1.0, window: None, sinks, bidirectional: false },
+            &[x, kv],
+        )
     });
     let share = 1f32.exp() / (1f32.exp() + 3f32.exp());
     assert_close(&one.run(1), &[share, 0.0]);

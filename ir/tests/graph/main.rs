@@ -63,8 +63,12 @@ fn decoder_layer(graph: &mut Graph, layer: usize, x: NodeId, kv_type: KvType) ->
     let q = add("q_rope", rope(), &[q], &[]);
     let k = add("k_rope", rope(), &[k], &[]);
     let kv = add("kv", Op::KvWrite { cache }, &[k, v], &[]);
-    let mixed =
-        add("attn", Op::Attention { cache, heads: HEADS, scale: 0.5, window, sinks: None }, &[q, kv], &[]);
+    let mixed = add(
+        "attn",
+        Op::Attention { cache, heads: HEADS, scale: 0.5, window, sinks: None, bidirectional: false },
+        &[q, kv],
+        &[],
+    );
     let o = add("o", linear(), &[mixed], &[HIDDEN, HEADS * HEAD_DIM]);
     let x = add("attn_out", Op::Add, &[x, o], &[]);
     let normed = add("mlp_norm", norm(), &[x], &[HIDDEN]);

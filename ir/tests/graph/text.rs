@@ -238,7 +238,17 @@ fn build(name: String, weights: Vec<(String, Format, Format)>, rope: RopeSpec, d
             5 => (Op::KvWrite { cache: 0 }, vec![one, two]),
             6 => {
                 let window = (b % 3 > 0).then_some(b + 1);
-                (Op::Attention { cache: 0, heads: 2, scale: number, window, sinks: None }, vec![one, two])
+                (
+                    Op::Attention {
+                        cache: 0,
+                        heads: 2,
+                        scale: number,
+                        window,
+                        sinks: None,
+                        bidirectional: false,
+                    },
+                    vec![one, two],
+                )
             }
             7 => (Op::Gated { activation: ActivationFn::Silu }, vec![one, two]),
             8 => (Op::Add, vec![one, two]),

@@ -22,7 +22,7 @@ impl<'a, 'ctx> Kernels<'a, 'ctx> {
     pub fn attention(&self, name: &str, attention: &Attention) -> Result<FunctionValue<'ctx>, KernelError> {
         use Param::{I64, Ptr};
         attention.check()?;
-        let params = [Ptr, I64, Ptr, Ptr, Ptr, I64, Ptr, I64, I64, I64, Ptr, Ptr, I64, Ptr];
+        let params = [Ptr, I64, Ptr, Ptr, Ptr, I64, Ptr, I64, I64, I64, Ptr, Ptr, I64, Ptr, Ptr];
         let b = self.kernel(name, &params, &[11, 13]);
         let (row_start, row_end) = (b.int_arg(8), b.int_arg(9));
         let (heads, rows) = attention.blocking(self.target);
@@ -91,6 +91,8 @@ struct Block<'ctx> {
     queries: usize,
     /// Position of each row, as i64.
     positions: Vec<IntValue<'ctx>>,
+    /// Position of the last row that the last row sees, as i64.
+    end: IntValue<'ctx>,
     /// The sequence's row of the page table.
     table: PointerValue<'ctx>,
     base: PointerValue<'ctx>,
@@ -108,10 +110,20 @@ impl<'ctx> Emit<'_, '_, 'ctx> {
     /// All heads of the group for `rows` rows of one sequence.
     fn block(&self, rows: usize, row: IntValue<'ctx>) {
         let (b, spec) = (self.b, &self.spec);
-        let positions = (0..rows).map(|r| b.load_u32(b.at4(b.ptr_arg(2), b.add(row, b.size(r))))).collect();
+        let positions: Vec<_> =
+            (0..rows).map(|r| b.load_u32(b.at4(b.ptr_arg(2), b.add(row, b.size(r))))).collect();
+        let last = positions[rows - 1];
+        let end = match (spec.bidirectional, spec.window) {
+            (false, _) => last,
+            (true, None) => b.load_u32(b.at4(b.ptr_arg(14), row)),
+            (true, Some(window)) => b.umin(
+                b.load_u32(b.at4(b.ptr_arg(14), row)),
+                b.add(last, b.size((window - 1).min(i32::MAX as usize))),
+            ),
+        };
         let sequence = b.load_u32(b.at4(b.ptr_arg(3), row));
         let table = b.at4(b.ptr_arg(4), b.mul(sequence, b.int_arg(5)));
-        let block = Block { queries: rows * self.heads, positions, table, base: b.ptr_arg(13) };
+        let block = Block { queries: rows * self.heads, positions, end, table, base: b.ptr_arg(13) };
         b.count(b.size(spec.group / self.heads), |part| {
             let first = b.add(b.mul(b.int_arg(7), b.size(spec.group)), b.mul(part, b.size(self.heads)));
             self.begin(&block, row, first);
@@ -157,7 +169,6 @@ impl<'ctx> Emit<'_, '_, 'ctx> {
     fn chunks(&self, block: &Block<'ctx>) {
         let b = self.b;
         let span = (self.groups * KV_GROUP) as u64;
-        let last = block.positions[block.positions.len() - 1];
         let first = match self.spec.window {
             None => b.c64(0),
             Some(window) => {
@@ -166,7 +177,7 @@ impl<'ctx> Emit<'_, '_, 'ctx> {
                 b.pick(before, b.c64(0), b.sub(end, b.size(window)))
             }
         };
-        let (from, to) = (b.floor(first, span), b.add(b.floor(last, span), b.c64(span)));
+        let (from, to) = (b.floor(first, span), b.add(b.floor(block.end, span), b.c64(span)));
         b.repeat((b.floor(first, CHUNK as u64), to, CHUNK as u64), |chunk| {
             let start = b.pick(b.cmp(IntPredicate::ULT, chunk, from), from, chunk);
             let end = b.umin(to, b.add(chunk, b.size(CHUNK)));
@@ -242,13 +253,24 @@ impl<'ctx> Emit<'_, '_, 'ctx> {
         let distance = b.to_i32(b.sub(block.positions[row], first));
         let distance = b.isub(b.splat(distance), b.iota());
         let hidden = b.cf(f32::NEG_INFINITY);
-        let score = b.select(b.icmp(IntPredicate::SGE, distance, b.ci(0)), score, hidden);
+        let window = |window: usize| i64::try_from(window).unwrap_or(i64::MAX).min(i64::from(i32::MAX));
+        let score = if self.spec.bidirectional {
+            // Rows of a block are of one sequence, so all of them end where its last row sees to.
+            let behind = b.to_i32(b.sub(block.end, first));
+            let behind = b.isub(b.splat(behind), b.iota());
+            let score = b.select(b.icmp(IntPredicate::SGE, behind, b.ci(0)), score, hidden);
+            match self.spec.window {
+                None => score,
+                Some(size) => {
+                    b.select(b.icmp(IntPredicate::SGT, distance, b.ci(-window(size))), score, hidden)
+                }
+            }
+        } else {
+            b.select(b.icmp(IntPredicate::SGE, distance, b.ci(0)), score, hidden)
+        };
         match self.spec.window {
             None => score,
-            Some(window) => {
-                let window = i64::try_from(window).unwrap_or(i64::MAX).min(i64::from(i32::MAX));
-                b.select(b.icmp(IntPredicate::SLT, distance, b.ci(window)), score, hidden)
-            }
+            Some(size) => b.select(b.icmp(IntPredicate::SLT, distance, b.ci(window(size))), score, hidden),
         }
     }
 

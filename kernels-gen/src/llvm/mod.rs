@@ -28,7 +28,7 @@
 //! | [`route`](Kernels::route) | `ptr scores, i64 rows, ptr correction, ptr experts, ptr weights, ptr scratch` |
 //! | [`expert_lists`](Kernels::expert_lists) | `ptr experts, ptr weights, i64 rows, ptr lists` |
 //! | [`add_slots`](Kernels::add_slots) | `ptr tile, i64 tile_stride, ptr row_list, ptr weights, i64 slots, i64 cols, ptr dst, i64 dst_stride` |
-//! | [`attention`](Kernels::attention) | `ptr q, i64 q_stride, ptr positions, ptr sequences, ptr page_table, i64 pages_per_sequence, ptr kv_layer, i64 kv_head, i64 row_start, i64 row_end, ptr sinks, ptr out, i64 out_stride, ptr scratch` |
+//! | [`attention`](Kernels::attention) | `ptr q, i64 q_stride, ptr positions, ptr sequences, ptr page_table, i64 pages_per_sequence, ptr kv_layer, i64 kv_head, i64 row_start, i64 row_end, ptr sinks, ptr out, i64 out_stride, ptr scratch, ptr ends` |
 //!
 //! * `gemm`: `panels` is the first of `panel_count` adjacent panels. `activations` is the base of
 //!   the whole buffer ([`QuantRows`](tilec_ir::abi::QuantRows), or f32 rows); rows `row_start..
@@ -60,7 +60,8 @@
 //! * `attention`: `q` (f32, turned already), `positions`, `sequences` and `out` are whole buffers,
 //!   indexed by the absolute rows `row_start..row_end`. Query head `h` reads `q[row][h * qk_dim ..]`
 //!   and writes `out[row][h * v_dim ..]`, for the `group` heads `h` of `kv_head`. `sinks` is
-//!   f32 `[query heads of the model]`, or null without sinks. `scratch` has
+//!   f32 `[query heads of the model]`, or null without sinks. `ends` (`u32`, indexed like `positions`) is
+//!   the position of the last row of the row's sequence in the step; it is read if rows see both ways. `scratch` has
 //!   [`Attention::scratch_bytes`](crate::attention::Attention::scratch_bytes). To get quantized rows,
 //!   call `quantize` on the columns afterwards.
 //!

@@ -62,6 +62,22 @@ pub(super) fn open(folder: &Path) -> Result<Checkpoint, CheckpointError> {
 /// The files of weights and what their headers say.
 fn weights(folder: &Path) -> Result<(Vec<MappedFile>, BTreeMap<String, RawTensor>), CheckpointError> {
     let (index_path, single) = (folder.join(INDEX), folder.join(WEIGHTS));
+    let drafts = if single.is_file() || index_path.is_file() { Vec::new() } else { draft_files(folder) };
+    if !drafts.is_empty() {
+        let mut files = Vec::new();
+        let mut tensors = BTreeMap::new();
+        for path in drafts {
+            let file = MappedFile::open(&path)?;
+            for (tensor, raw) in safetensors::read_header(&file, files.len())? {
+                if tensors.insert(tensor.clone(), raw).is_some() {
+                    let place = format!("tensor {tensor:?}");
+                    return Err(CheckpointError::malformed(&path, place, "another file has this tensor too"));
+                }
+            }
+            files.push(file);
+        }
+        return Ok((files, tensors));
+    }
     if single.is_file() || !index_path.is_file() {
         if !single.is_file() {
             return Err(CheckpointError::new(
@@ -117,6 +133,19 @@ fn fp8_grid(path: &Path, config: &Value) -> Result<Fp8Grid, CheckpointError> {
     let groups = config.get("num_key_value_heads").filter(|_| fused).and_then(Value::as_u64);
     let qkv_groups = groups.and_then(|groups| usize::try_from(groups).ok()).unwrap_or(1);
     Ok(Fp8Grid { block: fp8_block(path, config)?, qkv_groups })
+}
+
+/// Files of a draft's weights under the name that MiMo's have, in order.
+fn draft_files(folder: &Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut files: Vec<_> = entries
+        .filter(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with("dflash_draft_model") && name.ends_with(".safetensors")
+        })
+        .collect();
+    files.sort();
+    files
 }
 
 /// Block shape of block FP8, 128 x 128 unless the config says otherwise.

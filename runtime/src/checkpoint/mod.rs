@@ -6,6 +6,7 @@
 //!
 //! The files must not be changed or shortened while a checkpoint is open.
 
+mod draft;
 mod error;
 mod file;
 mod gguf;
@@ -76,6 +77,9 @@ pub enum Identity {
     Synthetic {
         /// The seed.
         seed: u64,
+        /// The files of a draft beside it.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        files: Vec<FileIdentity>,
     },
 }
 
@@ -244,9 +248,10 @@ impl Checkpoint {
 
     /// What tells this checkpoint from others.
     pub fn identity(&self) -> Identity {
+        let files = self.files.iter().map(|file| file.identity.clone()).collect();
         match self.synthetic {
-            Some(seed) => Identity::Synthetic { seed },
-            None => Identity::Files(self.files.iter().map(|file| file.identity.clone()).collect()),
+            Some(seed) => Identity::Synthetic { seed, files },
+            None => Identity::Files(files),
         }
     }
 

@@ -127,6 +127,35 @@ pub enum StepError {
         /// Rows of the step.
         rows: usize,
     },
+    /// A draft is asked for and there is none.
+    #[error("the plan has no draft; add `draft` to model.yaml and compile again, or go on without one")]
+    NoDraft,
+    /// A block that the draft does not take.
+    #[error("a block of {rows} rows: the plan's draft takes 2 to {max} (draft.dflash.block)")]
+    Block {
+        /// Rows of the block.
+        rows: usize,
+        /// The plan's limit.
+        max: usize,
+    },
+    /// A draft that has not seen what is before a position.
+    #[error(
+        "the draft's context of sequence {sequence} has {context} positions, but position {position} is next:          inject the rows between"
+    )]
+    DraftGap {
+        /// The sequence.
+        sequence: u32,
+        /// Positions of the draft's context.
+        context: usize,
+        /// The position.
+        position: u32,
+    },
+    /// Rows to inject that the last step has not.
+    #[error("the rows to inject must ascend and be of the last step's {rows}")]
+    Inject {
+        /// Rows of the last step.
+        rows: usize,
+    },
     /// No room in the cache.
     #[error(transparent)]
     Pages(#[from] OutOfPages),

@@ -3,7 +3,8 @@
 //! A step takes rows (a token at a position of a sequence) of any mix of sequences, prompts and
 //! decoding alike, writes their keys and values into the cache, and returns the logits of the rows
 //! that are asked for. Here is what does not depend on the machine: which rows may come next, and which
-//! pages they need. The work itself is done by one of two back ends, as the plan says.
+//! pages they need. A plan with a draft has two more operations: [`Engine::inject`] tells the draft of rows
+//! that are committed, and [`Engine::draft`] lets it guess the tokens behind them. The work itself is done by one of two back ends, as the plan says.
 
 mod cpu;
 mod error;
@@ -61,6 +62,8 @@ pub struct EngineOptions {
     pub device: usize,
     /// Time after which a wait on a GPU gives up.
     pub patience: Duration,
+    /// Whether the plan's draft is loaded, if it has one.
+    pub draft: bool,
 }
 
 impl Default for EngineOptions {
@@ -74,6 +77,7 @@ impl Default for EngineOptions {
             spin_limit: SPIN_LIMIT,
             device: 0,
             patience: PATIENCE,
+            draft: true,
         }
     }
 }
@@ -89,6 +93,21 @@ pub struct RowInput {
     pub sequence: u32,
 }
 
+/// What the draft is to guess: the tokens behind the last one of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockInput {
+    /// The last token of the sequence, which the model has not processed.
+    pub token: u32,
+    /// Its position: the length of the draft's context, or less to go back.
+    pub position: u32,
+    /// Sequence.
+    pub sequence: u32,
+    /// Rows of the block, the token included: 2 to the plan's. Guesses depend on it.
+    pub rows: usize,
+    /// Guesses whose logits are wanted: the first of `rows - 1`.
+    pub wanted: usize,
+}
+
 /// A loaded plan with its weights, memory and threads.
 pub struct Engine {
     plan: Plan,
@@ -100,6 +119,10 @@ pub struct Engine {
     /// Number of the last step that a sequence had rows in.
     seen: Vec<u64>,
     steps: u64,
+    /// Rows of the last step, whose taps are still there; none if it failed.
+    tapped: Vec<RowInput>,
+    /// Positions of every sequence in the draft's context.
+    draft_lengths: Vec<usize>,
     back: Back,
 }
 
@@ -131,11 +154,18 @@ impl Engine {
             return Ok(engine);
         }
         let code = NativeCode::load(folder, &plan.code, &plan.target)?;
+        let draft = match plan.draft.as_ref().filter(|_| options.draft) {
+            Some(draft) => Some([
+                NativeCode::load(folder, &draft.inject.code, &plan.target)?,
+                NativeCode::load(folder, &draft.block_pass.code, &plan.target)?,
+            ]),
+            None => None,
+        };
         let entry = code.entry().expect("a loaded plan has its entry: `load` checks");
         let checkpoint = open_checkpoint(&plan, options)?;
         let weights = packed_weights(&checkpoint, &plan, options, progress)?;
         // SAFETY: the code came with the plan, under its checksum, and stays loaded beside it.
-        unsafe { Engine::on_threads(plan, Box::new(weights), entry, Some(code), options) }
+        unsafe { Engine::on_threads(plan, Box::new(weights), entry, Some(code), draft, options) }
     }
 
     /// An engine on a function in place of a plan's native code.
@@ -153,7 +183,7 @@ impl Engine {
         options: &EngineOptions,
     ) -> Result<Engine, EngineError> {
         // SAFETY: the caller's promise.
-        unsafe { Engine::on_threads(plan, weights, entry, None, options) }
+        unsafe { Engine::on_threads(plan, weights, entry, None, None, options) }
     }
 
     /// # Safety
@@ -163,11 +193,12 @@ impl Engine {
         weights: Weights,
         entry: Entry,
         code: Option<NativeCode>,
+        draft: Option<[NativeCode; 2]>,
         options: &EngineOptions,
     ) -> Result<Engine, EngineError> {
         let pages = PageTable::new(&plan, options.kv_pages.unwrap_or(usize::MAX));
         // SAFETY: the caller's promise.
-        let back = unsafe { CpuEngine::new(&plan, weights, entry, code, pages.pages(), options) }?;
+        let back = unsafe { CpuEngine::new(&plan, weights, entry, code, draft, pages.pages(), options) }?;
         Ok(Engine::new(plan, pages, Back::Cpu(Box::new(back))))
     }
 
@@ -189,6 +220,8 @@ impl Engine {
             lengths: vec![0; plan.limits.sequences],
             seen: vec![0; plan.limits.sequences],
             steps: 0,
+            tapped: Vec::new(),
+            draft_lengths: vec![0; plan.limits.sequences],
             back,
             plan,
         }
@@ -206,6 +239,12 @@ impl Engine {
     pub fn step(&mut self, rows: &[RowInput], logit_rows: &[u32]) -> Result<&[f32], StepError> {
         self.check(rows, logit_rows)?;
         self.reserve(rows.iter().map(|row| (row.sequence as usize, row.position as usize + 1)))?;
+        self.tapped.clear();
+        for row in rows {
+            // What the draft knows of the positions from here on is about other tokens.
+            let known = &mut self.draft_lengths[row.sequence as usize];
+            *known = (*known).min(row.position as usize);
+        }
         let logits = match &mut self.back {
             Back::Cpu(back) => back.step(&self.plan, &self.pages, rows, logit_rows)?,
             Back::Cuda(back) => back.step(&self.plan, &self.pages, rows, logit_rows)?,
@@ -213,7 +252,102 @@ impl Engine {
         for row in rows {
             self.lengths[row.sequence as usize] = row.position as usize + 1;
         }
+        self.tapped.extend_from_slice(rows);
         Ok(logits)
+    }
+
+    /// Rows of a block that the draft takes at most, if there is a draft.
+    pub fn draft_block(&self) -> Option<usize> {
+        match &self.back {
+            Back::Cpu(back) if back.has_draft() => self.plan.draft.as_ref().map(|draft| draft.block),
+            _ => None,
+        }
+    }
+
+    /// Positions of a sequence in the draft's context.
+    pub fn draft_length(&self, sequence: usize) -> usize {
+        self.draft_lengths.get(sequence).copied().unwrap_or(0)
+    }
+
+    /// Adds rows of the last step to the draft's context: those whose tokens are part of their texts.
+    /// `rows` has their numbers, ascending. In each sequence the first is at the length of the draft's
+    /// context, and the others follow it without a gap.
+    ///
+    /// # Errors
+    /// [`StepError`]; when it was refused, nothing has changed.
+    pub fn inject(&mut self, rows: &[u32]) -> Result<(), StepError> {
+        if self.draft_block().is_none() {
+            return Err(StepError::NoDraft);
+        }
+        let ascending = rows.windows(2).all(|pair| pair[0] < pair[1]);
+        if !ascending || rows.last().is_some_and(|row| *row as usize >= self.tapped.len()) {
+            return Err(StepError::Inject { rows: self.tapped.len() });
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let chosen: Vec<RowInput> = rows.iter().map(|row| self.tapped[*row as usize]).collect();
+        for (number, row) in chosen.iter().enumerate() {
+            let before = number.checked_sub(1).map(|before| chosen[before]);
+            let context = match before.filter(|before| before.sequence == row.sequence) {
+                Some(before) => before.position as usize + 1,
+                None => self.draft_lengths[row.sequence as usize],
+            };
+            if row.position as usize != context {
+                let (sequence, position) = (row.sequence, row.position);
+                return Err(StepError::DraftGap { sequence, context, position });
+            }
+        }
+        let Back::Cpu(back) = &mut self.back else { return Err(StepError::NoDraft) };
+        back.inject(&self.plan, &self.pages, &chosen, rows)?;
+        for row in &chosen {
+            self.draft_lengths[row.sequence as usize] = row.position as usize + 1;
+        }
+        Ok(())
+    }
+
+    /// Lets the draft guess blocks, each of another sequence, in one pass: the logits of the wanted
+    /// guesses, `[guesses][vocab]`, block by block. The first is for the position behind the block's token.
+    ///
+    /// # Errors
+    /// [`StepError`]; when it was refused, nothing has changed.
+    pub fn draft(&mut self, blocks: &[BlockInput]) -> Result<&[f32], StepError> {
+        let (Some(max), Some(draft)) = (self.draft_block(), &self.plan.draft) else {
+            return Err(StepError::NoDraft);
+        };
+        let mask = draft.mask_token;
+        let mut rows = Vec::new();
+        let mut logit_rows = Vec::new();
+        for block in blocks {
+            let (sequence, context) = (block.sequence, self.draft_length(block.sequence as usize));
+            if !(2..=max).contains(&block.rows) || block.wanted >= block.rows {
+                return Err(StepError::Block { rows: block.rows, max });
+            }
+            if block.position as usize > context {
+                return Err(StepError::DraftGap { sequence, context, position: block.position });
+            }
+            let first = rows.len() as u32;
+            logit_rows.extend(first + 1..first + 1 + block.wanted as u32);
+            rows.extend((0..block.rows as u32).map(|row| RowInput {
+                token: if row == 0 { block.token } else { mask },
+                position: block.position.saturating_add(row),
+                sequence,
+            }));
+        }
+        self.check(&rows, &[])?;
+        let room = draft_logit_rows(&self.plan);
+        if logit_rows.len() > room {
+            return Err(StepError::LogitRows { rows: logit_rows.len(), max: room });
+        }
+        self.reserve(rows.iter().map(|row| (row.sequence as usize, row.position as usize + 1)))?;
+        for block in blocks {
+            // The block's keys and values lie where those of the context will come.
+            self.draft_lengths[block.sequence as usize] = block.position as usize;
+        }
+        let (Back::Cpu(back), Some(draft)) = (&mut self.back, &self.plan.draft) else {
+            return Err(StepError::NoDraft);
+        };
+        back.block(draft, &self.pages, &rows, &logit_rows)
     }
 
     /// Whether this engine has [`Engine::decode`]: its plan has a resident kernel.
@@ -384,6 +518,7 @@ impl Engine {
     pub fn reset(&mut self, sequence: usize) {
         if let Some(length) = self.lengths.get_mut(sequence) {
             *length = 0;
+            self.draft_lengths[sequence] = 0;
             self.pages.release(sequence);
         }
     }
@@ -469,12 +604,26 @@ impl std::fmt::Debug for Engine {
 /// # Errors
 /// If it cannot be opened.
 pub fn open_checkpoint(plan: &Plan, options: &EngineOptions) -> Result<Checkpoint, EngineError> {
-    Ok(match (&options.checkpoint, &plan.weights) {
+    let mut checkpoint = match (&options.checkpoint, &plan.weights) {
         (Some(path), _) | (None, WeightsFrom::Checkpoint { path }) => Checkpoint::open(path)?,
         (None, WeightsFrom::Synthetic { seed, config, tensors }) => {
             Checkpoint::synthetic(config.clone(), *seed, tensors.clone())
         }
-    })
+    };
+    // Its weights are part of the packing, whether it runs or not.
+    match plan.draft.as_ref().map(|draft| &draft.weights) {
+        Some(WeightsFrom::Checkpoint { path }) => checkpoint.attach_draft(Checkpoint::open_draft(path)?),
+        Some(WeightsFrom::Synthetic { seed, config, tensors }) => {
+            checkpoint.attach_draft(Checkpoint::synthetic(config.clone(), *seed, tensors.clone()));
+        }
+        None => {}
+    }
+    Ok(checkpoint)
+}
+
+/// Rows whose logits one pass of the draft can return.
+fn draft_logit_rows(plan: &Plan) -> usize {
+    plan.draft.as_ref().map_or(0, |draft| draft.block_pass.buffers[draft.logits].rows)
 }
 
 /// The packed weights, from the cache if there is one.

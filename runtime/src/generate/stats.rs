@@ -40,8 +40,12 @@ pub struct StepTime {
     pub rows: usize,
     /// Rows whose logits were computed.
     pub logit_rows: usize,
-    /// Time in the engine.
+    /// Tokens that were chosen.
+    pub tokens: usize,
+    /// Time in the engine, without that of a draft.
     pub step: Duration,
+    /// Time of a draft: its guesses before the step, and telling it of the step's rows.
+    pub draft: Duration,
     /// Time for choosing tokens and telling of them.
     pub sampling: Duration,
 }

@@ -34,7 +34,7 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
     let repeats = args.repeats.unwrap_or(9) as usize;
     ui::note("measuring the GPU's memory");
     let (gpu, ceiling) = ceiling::gpu_read_ceiling(&plan.target.arch)?;
-    let mut engine = session::load(folder, &args.weights, false)?;
+    let mut engine = session::load(folder, &args.weights, false, false)?;
     let progress = ui::step_progress("measuring", cases.tests.len() as u64);
     let mut lines = Vec::new();
     for test in &cases.tests {
@@ -526,6 +526,7 @@ pub mod tests {
             ],
             code: PlanFile { file: "kernel.cubin".into(), sha256: String::new() },
             resident: Some(ResidentPlan { launch_version: LAUNCH_VERSION, threads: 384, shared_bytes: 0 }),
+            draft: None,
             texts: Vec::new(),
         }
     }

@@ -47,7 +47,7 @@ pub fn run(args: &ProfileArgs, folder: &Path, plan: &Plan) -> Result<()> {
             None
         }
     };
-    let mut engine = session::load(folder, &args.weights, true)?;
+    let mut engine = session::load(folder, &args.weights, true, false)?;
     let most = engine.max_decode_rows();
     if rows > most {
         bail!("--rows {rows} are more than the {most} rows of a step of this plan's kernel: lower it");

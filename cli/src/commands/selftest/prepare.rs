@@ -78,6 +78,7 @@ fn input<'a>(case: &'a Case, checkpoint: &'a Checkpoint, path: &Path) -> Input<'
         tensors: checkpoint.tensors(),
         weights: WeightsFrom::Checkpoint { path: path.to_path_buf() },
         tokenizer: None,
+        draft: None,
     }
 }
 

@@ -21,7 +21,14 @@ fn text(case: &Case) -> String {
     let tensors = frontends::synthetic_tensors(&case.config, case.stored).unwrap();
     let spec = case.spec("/nowhere".into(), "sm_90a");
     let weights = WeightsFrom::Checkpoint { path: "/nowhere".into() };
-    let input = Input { name: "selftest", config: &case.config, tensors: &tensors, weights, tokenizer: None };
+    let input = Input {
+        name: "selftest",
+        config: &case.config,
+        tensors: &tensors,
+        weights,
+        tokenizer: None,
+        draft: None,
+    };
     let graph = compile::graph(&input, &spec).unwrap_or_else(|error| panic!("{}: {error}", case.name));
     let fused = fuse::fuse(&graph).unwrap();
     let program = resident::resident(&fused, CONTEXT);

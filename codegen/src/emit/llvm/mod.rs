@@ -165,16 +165,26 @@ fn scratch(program: &StageProgram) -> Scratch {
                     scratch.kernel = scratch.kernel.max(kernel);
                 }
             }
-            StageAnchor::Attention { heads, kv_heads, scale, window, sinks, .. } => {
+            StageAnchor::Attention { heads, kv_heads, scale, window, sinks, bidirectional, .. } => {
                 let layout = program.kv;
                 let group = heads / kv_heads;
                 let sinks = sinks.is_some();
-                let attention =
-                    Attention { layout, group, scale: *scale, softcap: None, window: *window, sinks };
+                let attention = Attention {
+                    layout,
+                    group,
+                    scale: *scale,
+                    softcap: None,
+                    window: *window,
+                    sinks,
+                    bidirectional: *bidirectional,
+                };
                 scratch.tile = scratch.tile.max(rows * group * layout.v_dim * 4);
                 scratch.kernel = scratch.kernel.max(attention.scratch_bytes());
             }
-            StageAnchor::Embed { .. } | StageAnchor::Rows { .. } => {}
+            StageAnchor::Embed { .. }
+            | StageAnchor::Input
+            | StageAnchor::Taps { .. }
+            | StageAnchor::Rows { .. } => {}
         }
     }
     let whole = |bytes: usize| bytes.next_multiple_of(64);

@@ -83,6 +83,9 @@ pub fn emit<'e, 'a, 'ctx>(
     match &stage.anchor {
         StageAnchor::Gemm { .. } => stage_emitter.gemm(shares)?,
         StageAnchor::Embed { .. } => stage_emitter.embed(shares.len())?,
+        // The runtime has done it.
+        StageAnchor::Input => {}
+        StageAnchor::Taps { .. } => stage_emitter.taps(shares.len())?,
         StageAnchor::Rows { .. } => stage_emitter.on_rows(shares.len())?,
         StageAnchor::Attention { .. } => stage_emitter.attention(shares.len())?,
         StageAnchor::Route { .. } => stage_emitter.route(shares.len())?,
@@ -468,6 +471,35 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
         }
     }
 
+    fn taps(&mut self, workers: usize) -> Result<(), KernelError> {
+        let StageAnchor::Taps { inputs } = &self.stage.anchor else { unreachable!("called for taps") };
+        let sink = self.sink();
+        let target = self.emitter.program.buffer(sink).clone();
+        let kernel = self.emitter.copy_rows()?;
+        let (start, count) = self.items(self.rows, workers);
+        let code = &self.code;
+        let mut column = 0;
+        for input in inputs {
+            let cols = self.emitter.program.buffer(*input).cols;
+            let from = self.floats(self.buffer(*input), code.mul(start, code.size(cols)));
+            let first = code.add(code.mul(start, code.size(target.cols)), code.size(column));
+            let to = self.floats(self.buffer(sink), first);
+            code.call(
+                kernel,
+                &[
+                    from.into(),
+                    code.size(cols).into(),
+                    count.into(),
+                    code.size(cols).into(),
+                    to.into(),
+                    code.size(target.cols).into(),
+                ],
+            );
+            column += cols;
+        }
+        Ok(())
+    }
+
     fn on_rows(&mut self, workers: usize) -> Result<(), KernelError> {
         let StageAnchor::Rows { input, select } = self.stage.anchor else { unreachable!("called for rows") };
         let sink = self.sink();
@@ -534,7 +566,8 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
     }
 
     fn attention(&mut self, workers: usize) -> Result<(), KernelError> {
-        let StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks } = self.stage.anchor
+        let StageAnchor::Attention { input, heads, kv_heads, scale, window, sinks, bidirectional } =
+            self.stage.anchor
         else {
             unreachable!("called for attention")
         };
@@ -551,6 +584,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
             softcap: None,
             window,
             sinks: sinks.is_some(),
+            bidirectional,
         })?;
         let sinks = sinks.map_or(self.code.null(), |slot| self.packed(slot));
         let quantize = match target.quantized() {
@@ -559,6 +593,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
         };
         let positions = self.arg(offset_of!(StepArgs, positions));
         let sequences = self.arg(offset_of!(StepArgs, sequences));
+        let ends = self.arg(offset_of!(StepArgs, ends));
         let table = self.arg(offset_of!(StepArgs, page_table));
         let (per_sequence, kv_layer) = (self.pages_per_sequence(), self.kv_layer());
         let code = &self.code;
@@ -599,6 +634,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                         out.into(),
                         code.size(stride).into(),
                         self.kernel_scratch.into(),
+                        ends.into(),
                     ],
                 );
                 if let Some(quantize) = quantize {

@@ -1,0 +1,591 @@
+//! DFlash drafts against an implementation of their own: `fixtures/make_dflash.py` computes blocks and the
+//! whole loop in float64 with plain PyTorch, without a cache. And the promise that texts are the same with
+//! and without a draft.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use tilec_ir::abi::KvType;
+use tilec_ir::spec::{Activations, ModelSpec};
+use tilec_runtime::engine::{BlockInput, Engine, RowInput};
+use tilec_runtime::generate::{Generator, Request, Run};
+use tilec_runtime::sampling::SamplingParams;
+use tilec_tests::{Fixture, Loaded, fixtures, load};
+
+const PAIRS: &[&str] = &["full", "default-taps", "sliding-causal", "sliding-both-ways"];
+
+/// Nothing is rounded but sums.
+fn f32_everywhere(fixture: &Fixture) -> ModelSpec {
+    let mut spec = fixture.spec();
+    spec.precision.kv_cache = Some(KvType::F32);
+    spec.precision.activations = Activations::F32;
+    spec.limits.rows = 24;
+    spec
+}
+
+/// The numbers of a reference file, by name.
+struct Reference {
+    whole: BTreeMap<String, Vec<u32>>,
+    logits: BTreeMap<String, Vec<f64>>,
+}
+
+impl Reference {
+    fn of(pair: &str) -> Reference {
+        let bytes =
+            std::fs::read(fixtures().join("dflash").join(pair).join("reference.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let (mut whole, mut logits) = (BTreeMap::new(), BTreeMap::new());
+        for (name, tensor) in file.tensors() {
+            let words = tensor.data().as_chunks::<8>().0;
+            if tensor.dtype() == safetensors::Dtype::F64 {
+                logits.insert(name, words.iter().map(|word| f64::from_le_bytes(*word)).collect());
+            } else {
+                whole.insert(name, words.iter().map(|word| i64::from_le_bytes(*word) as u32).collect());
+            }
+        }
+        Reference { whole, logits }
+    }
+
+    /// Prompt, tokens with it, and tokens added by each round.
+    fn loops(&self) -> Vec<[&[u32]; 3]> {
+        let of = |kind: &str, number: usize| self.whole.get(&format!("{kind}.{number}")).map(Vec::as_slice);
+        (0..).map_while(|n| Some([of("prompt", n)?, of("tokens", n)?, of("rounds", n)?])).collect()
+    }
+}
+
+fn rows(tokens: &[u32], sequence: u32) -> Vec<RowInput> {
+    (0u32..).zip(tokens).map(|(position, token)| RowInput { token: *token, position, sequence }).collect()
+}
+
+/// Puts tokens before the rows of a block into both contexts, `chunk` rows a step.
+fn feed(engine: &mut Engine, tokens: &[u32], sequence: u32, chunk: usize) {
+    for rows in rows(tokens, sequence).chunks(chunk) {
+        engine.step(rows, &[]).unwrap();
+        let all: Vec<u32> = (0..rows.len() as u32).collect();
+        engine.inject(&all).unwrap();
+    }
+}
+
+/// Largest distance in units of the row's root mean square.
+fn distance(ours: &[f32], theirs: &[f64], vocab: usize) -> f64 {
+    assert_eq!(ours.len(), theirs.len());
+    let rows = ours.chunks(vocab).zip(theirs.chunks(vocab));
+    rows.map(|(ours, theirs)| {
+        let scale = (theirs.iter().map(|x| x * x).sum::<f64>() / vocab as f64).sqrt();
+        let far = |(a, b): (&f32, &f64)| match (f64::from(*a) - b).abs() {
+            nan if nan.is_nan() => f64::INFINITY,
+            distance => distance,
+        };
+        ours.iter().zip(theirs).map(far).fold(0.0, f64::max) / scale
+    })
+    .fold(0.0, f64::max)
+}
+
+/// Distance of every block of the reference, whatever the chunk that the context was made in.
+fn block_distance(engine: &mut Engine, reference: &Reference) -> f64 {
+    let vocab = engine.plan().vocab;
+    let mut worst: f64 = 0.0;
+    let mut blocks = 0;
+    for (name, logits) in &reference.logits {
+        let [_, number, rows] = name.split('.').collect::<Vec<_>>()[..] else { panic!("{name}") };
+        let tokens = &reference.whole[&format!("block_tokens.{number}")];
+        let (token, before) = tokens.split_last().unwrap();
+        for chunk in [1, 7, 24] {
+            engine.reset(1);
+            feed(engine, before, 1, chunk);
+            let rows: usize = rows.parse().unwrap();
+            let block = BlockInput {
+                token: *token,
+                position: before.len() as u32,
+                sequence: 1,
+                rows,
+                wanted: rows - 1,
+            };
+            worst = worst.max(distance(engine.draft(&[block]).unwrap(), logits, vocab));
+        }
+        blocks += 1;
+    }
+    assert!(blocks >= 8, "{blocks}");
+    worst
+}
+
+#[test]
+fn blocks_are_those_of_the_formulas() {
+    for pair in PAIRS {
+        let fixture = Fixture::open_pair(pair);
+        let mut loaded = load(&fixture, &f32_everywhere(&fixture), 2);
+        let worst = block_distance(&mut loaded.engine, &Reference::of(pair));
+        println!("{pair}: {worst:e}");
+        assert!(worst < 1e-4, "{pair}: off by {worst:e}");
+    }
+}
+
+fn generator(fixture: &Fixture, spec: &ModelSpec, threads: usize) -> (Generator, tempfile::TempDir) {
+    let Loaded { engine, folder } = load(fixture, spec, threads);
+    (Generator::new(engine, None), folder)
+}
+
+fn request(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Request {
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        stop_tokens: Vec::new(),
+        stop_strings: Vec::new(),
+        sampling,
+        skip_special: true,
+    }
+}
+
+fn run(generator: &mut Generator, requests: &[Request]) -> Run {
+    generator.run(requests, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+/// Round by round the loop adds what the reference's loop adds.
+#[test]
+fn rounds_are_those_of_the_reference() {
+    for pair in PAIRS {
+        let fixture = Fixture::open_pair(pair);
+        let (mut generator, _folder) = generator(&fixture, &f32_everywhere(&fixture), 2);
+        let reference = Reference::of(pair);
+        let mut compared = 0;
+        for [prompt, tokens, rounds] in reference.loops() {
+            generator.clear();
+            let new = tokens.len() - prompt.len();
+            let run = run(&mut generator, &[request(prompt, new, SamplingParams::greedy())]);
+            assert_eq!(run.completions[0].tokens, tokens[prompt.len()..], "{pair}: {prompt:?}");
+            // The reference begins its rounds behind the first token, and so does the prompt's last step.
+            let ours: Vec<u32> = run
+                .steps
+                .iter()
+                .filter(|step| step.logit_rows > 0)
+                .skip(1)
+                .map(|step| step.tokens as u32)
+                .collect();
+            assert_eq!(ours, rounds, "{pair}: {prompt:?}");
+            compared += rounds.len();
+        }
+        assert!(compared >= 200, "{pair}: {compared} rounds");
+    }
+}
+
+/// Prompts without a pattern.
+fn prompts(count: usize, vocab: usize) -> Vec<Vec<u32>> {
+    let mut state = 0x2545_f491_4f6c_dd1du64;
+    let mut next = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as u32
+    };
+    (0..count)
+        .map(|_| {
+            let length = 1 + next(30);
+            (0..length).map(|_| next(vocab)).collect()
+        })
+        .collect()
+}
+
+/// Every way to choose tokens that the sampler knows.
+fn samplings() -> Vec<SamplingParams> {
+    let base = |temperature, seed| SamplingParams { temperature, seed, ..Default::default() };
+    vec![
+        SamplingParams::greedy(),
+        base(0.3, 1),
+        SamplingParams { top_k: 7, ..base(0.8, 2) },
+        SamplingParams { top_p: 0.8, min_p: 0.05, ..base(1.3, 3) },
+        SamplingParams { repetition_penalty: 1.3, frequency_penalty: 0.4, ..SamplingParams::greedy() },
+        SamplingParams { presence_penalty: 0.7, logprobs: true, ..base(0.7, 4) },
+    ]
+}
+
+/// What may not depend on a draft.
+fn texts(run: &Run) -> Vec<(Vec<u32>, Vec<u32>, String)> {
+    let text = |done: &tilec_runtime::generate::Completion| {
+        let logprobs = done.logprobs.iter().map(|x| x.to_bits()).collect();
+        (done.tokens.clone(), logprobs, format!("{:?}", done.finish))
+    };
+    run.completions.iter().map(text).collect()
+}
+
+/// With a draft and without, alone and in company that accepts other lengths, whatever the block: the same
+/// tokens, probabilities and ends.
+fn check_identity(pair: &str, change: impl Fn(&mut ModelSpec)) {
+    let fixture = Fixture::open_pair(pair);
+    let mut spec = fixture.spec();
+    (spec.limits.rows, spec.limits.sequences, spec.limits.context) = (24, 5, Some(96));
+    change(&mut spec);
+    let (mut generator, _folder) = generator(&fixture, &spec, 2);
+    let vocab = generator.engine().plan().vocab;
+    let samplings = samplings();
+    let requests: Vec<Request> = prompts(18, vocab)
+        .iter()
+        .zip(samplings.iter().cycle())
+        .enumerate()
+        .map(|(number, (prompt, sampling))| Request {
+            // Some run into a stop token or the end of the context.
+            stop_tokens: if number % 4 == 0 { vec![2, 5, 8, 11, 14] } else { Vec::new() },
+            ..request(prompt, if number % 5 == 0 { 200 } else { 24 + number }, sampling.clone())
+        })
+        .collect();
+    generator.set_draft_rows(0);
+    let plain = run(&mut generator, &requests);
+    assert_eq!(plain.draft.rounds, 0);
+    let expected = texts(&plain);
+    let ends: std::collections::BTreeSet<_> = expected.iter().map(|(_, _, end)| &end[..4]).collect();
+    assert!(ends.len() >= 3, "{ends:?}");
+    for block in [2, 4, 8, 16] {
+        generator.set_draft_rows(block);
+        generator.clear();
+        let together = run(&mut generator, &requests);
+        assert!(texts(&together) == expected, "{pair}, block {block}: in company");
+        let draft = &together.draft;
+        assert!(draft.rounds > 100 && draft.right > 0 && draft.right < draft.guesses, "{draft:?}");
+        for (request, expected) in requests.iter().zip(&expected) {
+            let alone = run(&mut generator, std::slice::from_ref(request));
+            assert!(texts(&alone)[0] == *expected, "{pair}, block {block}: alone");
+        }
+    }
+}
+
+#[test]
+fn texts_are_the_same_with_and_without_a_draft() {
+    for pair in PAIRS {
+        check_identity(pair, |_| {});
+    }
+}
+
+#[test]
+fn texts_are_the_same_with_quantized_weights_and_few_rows() {
+    let q8 = tilec_ir::spec::WeightFormat::Converted(tilec_ir::format::Format::Q8_0);
+    check_identity("full", |spec| spec.precision.weights = q8);
+    check_identity("sliding-both-ways", |spec| spec.limits.rows = 8);
+}
+
+/// Decoding goes on where it was when guessing is switched off and on again between runs.
+#[test]
+fn guessing_may_be_switched_between_runs() {
+    let fixture = Fixture::open_pair("default-taps");
+    let (mut generator, _folder) = generator(&fixture, &fixture.spec(), 1);
+    let mut text = vec![3, 4, 5, 6];
+    let mut rounds = Vec::new();
+    for block in [8, 0, 8, 4, 0, 2] {
+        generator.set_draft_rows(block);
+        let run = run(&mut generator, &[request(&text, 12, SamplingParams::greedy())]);
+        rounds.push(run.draft.rounds > 0);
+        text.extend(&run.completions[0].tokens);
+    }
+    assert_eq!(rounds, [true, false, true, true, false, true]);
+    generator.set_draft_rows(0);
+    generator.clear();
+    let plain = run(&mut generator, &[request(&text[..4], 72, SamplingParams::greedy())]);
+    assert_eq!(plain.completions[0].tokens, text[4..]);
+}
+
+/// A copy of a checkpoint with other weights and another config.
+fn altered(
+    folder: &std::path::Path,
+    weights: &dyn Fn(&str, &mut Vec<f32>),
+    config: &dyn Fn(&mut serde_json::Value),
+) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, tensor)| {
+            let words = tensor.data().as_chunks::<4>().0;
+            let mut values: Vec<f32> = words.iter().map(|word| f32::from_le_bytes(*word)).collect();
+            weights(&name, &mut values);
+            let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            (name, tensor.shape().to_vec(), bytes)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &copy.path().join("model.safetensors")).unwrap();
+    let text = std::fs::read(folder.join("config.json")).unwrap();
+    let mut value: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    config(&mut value);
+    std::fs::write(copy.path().join("config.json"), value.to_string()).unwrap();
+    copy
+}
+
+fn fixture_at(folder: &std::path::Path) -> Fixture {
+    // An absolute path replaces the folder of the fixtures.
+    Fixture::open(folder.to_str().unwrap())
+}
+
+/// A target that says token 0 whatever comes, with a draft that says so too, and with one that never does.
+#[test]
+fn drafts_that_always_and_never_agree() {
+    let folder = fixtures().join("dflash");
+    let constant = altered(
+        &folder.join("target-qwen3"),
+        &|name, values| match name {
+            // All logits are equal; the lowest id wins.
+            "model.norm.weight" => values.fill(0.0),
+            // A draft with a norm of its own finds something better than token 0.
+            "lm_head.weight" => values[..32].fill(0.0),
+            _ => {}
+        },
+        &|_| {},
+    );
+    for (agrees, added) in [(true, 16), (false, 1)] {
+        let draft = altered(
+            &folder.join("full"),
+            &|name, values| {
+                if agrees && name == "norm.weight" {
+                    values.fill(0.0);
+                }
+            },
+            &|_| {},
+        );
+        let fixture = fixture_at(constant.path()).with_draft(draft.path());
+        let mut spec = fixture.spec();
+        spec.limits.rows = 16;
+        let (mut generator, _folder) = generator(&fixture, &spec, 1);
+        let run = run(&mut generator, &[request(&[3, 4, 5], 1 + 16 * 5, SamplingParams::greedy())]);
+        assert_eq!(run.completions[0].tokens, vec![0; 81]);
+        let mut histogram = vec![0; added];
+        // The last round of all is cut short by the number of tokens.
+        histogram[added - 1] = if agrees { 4 } else { 65 };
+        let draft = &run.draft;
+        assert_eq!(draft.histogram, histogram, "{draft:?}");
+        assert_eq!(draft.acceptance(), Some(added as f64));
+        assert_eq!(draft.right == draft.guesses, agrees);
+    }
+}
+
+/// Mistakes that leave every text as it is and only cost speed. Each one changes the blocks by far more than
+/// rounding, and the acceptance with them, so the comparisons above would notice it.
+#[test]
+fn silent_mistakes_show() {
+    type Config = Box<dyn Fn(&mut serde_json::Value)>;
+    type Weights = Box<dyn Fn(&str, &mut Vec<f32>)>;
+    let as_is = || -> Weights { Box::new(|_, _| {}) };
+    let same = || -> Config { Box::new(|_| {}) };
+    let ones = |what: &'static str| -> Weights {
+        Box::new(move |name, values| {
+            if name.ends_with(what) {
+                values.fill(1.0);
+            }
+        })
+    };
+    let taps = |taps: &'static [usize]| -> Config {
+        Box::new(move |config| config["dflash_config"]["target_layer_ids"] = taps.into())
+    };
+    let set = |key: &'static str, value: serde_json::Value| -> Config {
+        Box::new(move |config| config[key] = value.clone())
+    };
+    let own = |key: &'static str, value: serde_json::Value| -> Config {
+        Box::new(move |config| config["dflash_config"][key] = value.clone())
+    };
+    let cases: Vec<(&str, &str, Weights, Config)> = vec![
+        ("sliding-both-ways", "taps in another order", as_is(), taps(&[3, 0, 2])),
+        ("sliding-both-ways", "taps a layer later", as_is(), taps(&[1, 3, 4])),
+        ("full", "taps a layer later", as_is(), taps(&[5, 1, 3])),
+        (
+            "default-taps",
+            "taps a layer later",
+            as_is(),
+            set(
+                "dflash_config",
+                serde_json::json!({
+                    "mask_token_id": 18, "target_layer_ids": [2, 3]
+                }),
+            ),
+        ),
+        ("sliding-both-ways", "no learned weight behind fc", ones("hidden_norm.weight"), same()),
+        ("sliding-both-ways", "another mask", as_is(), own("mask_token_id", 7.into())),
+        ("sliding-both-ways", "another base", as_is(), set("rope_theta", 1_000_000.0.into())),
+        ("sliding-both-ways", "no window", as_is(), own("use_swa", false.into())),
+        ("sliding-both-ways", "causal", as_is(), set("is_causal", true.into())),
+        ("sliding-causal", "both ways", as_is(), set("is_causal", false.into())),
+        ("full", "causal", as_is(), set("is_causal", true.into())),
+        ("sliding-both-ways", "no norm of keys", ones("k_norm.weight"), same()),
+    ];
+    let acceptance = |fixture: &Fixture, reference: &Reference| {
+        let (mut generator, _folder) = generator(fixture, &f32_everywhere(fixture), 2);
+        let requests: Vec<Request> = reference
+            .loops()
+            .iter()
+            .map(|[prompt, tokens, _]| request(prompt, tokens.len() - prompt.len(), SamplingParams::greedy()))
+            .collect();
+        let run = run(&mut generator, &requests);
+        // Whatever the draft says, the text is the target's.
+        for (done, [prompt, tokens, _]) in run.completions.iter().zip(reference.loops()) {
+            assert_eq!(done.tokens, tokens[prompt.len()..]);
+        }
+        (run.draft.acceptance().unwrap(), generator.into_engine())
+    };
+    let mut right = BTreeMap::new();
+    for (pair, mistake, weights, config) in cases {
+        let reference = Reference::of(pair);
+        let expected =
+            *right.entry(pair).or_insert_with(|| acceptance(&Fixture::open_pair(pair), &reference).0);
+        let draft = altered(&fixtures().join("dflash").join(pair), &*weights, &*config);
+        let target = format!("dflash/{}", tilec_tests::pair_target(pair));
+        let fixture = Fixture::open(&target).with_draft(draft.path());
+        let (found, mut engine) = acceptance(&fixture, &reference);
+        let far = block_distance(&mut engine, &reference);
+        println!("{pair}: {mistake}: acceptance {found:.2} in place of {expected:.2}, blocks {far:.2} off");
+        assert!(far > 1e-2, "{pair}: {mistake}: blocks are only {far:e} off");
+        // Mostly for the worse; where a small draft loses its way on a text, it may be luck.
+        let change = (found / expected - 1.0).abs();
+        assert!(change > 0.003, "{pair}: {mistake}: acceptance {found}, as before");
+    }
+}
+
+/// A draft that carries an embedding and a head of its own is run with the target's.
+#[test]
+fn embedding_and_head_are_the_targets() {
+    let pair = fixtures().join("dflash/full");
+    let copy = altered(&pair, &|_, _| {}, &|_| {});
+    let bytes = std::fs::read(pair.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let junk = vec![0u8; 20 * 32 * 4];
+    let mut views: Vec<(String, safetensors::tensor::TensorView<'_>)> = file.tensors();
+    for name in ["embed_tokens.weight", "lm_head.weight"] {
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![20, 32], &junk);
+        views.push((name.to_string(), view.unwrap()));
+    }
+    // Under the prefix that some drafts have.
+    let views = views.into_iter().map(|(name, view)| (format!("model.{name}"), view));
+    safetensors::serialize_to_file(views, None, &copy.path().join("model.safetensors")).unwrap();
+    let fixture = Fixture::open("dflash/target-qwen3").with_draft(copy.path());
+    let mut loaded = load(&fixture, &f32_everywhere(&fixture), 1);
+    let worst = block_distance(&mut loaded.engine, &Reference::of("full"));
+    assert!(worst < 1e-4, "off by {worst:e}");
+}
+
+/// The context does not depend on where steps were cut, on neighbours, or on what was there before.
+#[test]
+fn the_context_survives_rewinding_and_company() {
+    let fixture = Fixture::open_pair("sliding-causal");
+    let mut loaded = load(&fixture, &f32_everywhere(&fixture), 2);
+    let engine = &mut loaded.engine;
+    let vocab = engine.plan().vocab;
+    let text: Vec<u32> = (0..40).map(|n| (n * 7 + 3) % vocab as u32).collect();
+    let block = |sequence, position: usize| BlockInput {
+        token: text[position],
+        position: position as u32,
+        sequence,
+        rows: 8,
+        wanted: 7,
+    };
+    let bits = |logits: &[f32]| -> Vec<u32> { logits.iter().map(|x| x.to_bits()).collect() };
+    feed(engine, &text[..32], 0, 1);
+    let expected = bits(engine.draft(&[block(0, 32)]).unwrap());
+    feed(engine, &text[..30], 1, 24);
+    let shorter = bits(engine.draft(&[block(1, 30)]).unwrap());
+    assert_ne!(expected, shorter);
+    // Two blocks in one pass; the first has been drafted at this position before.
+    let both = bits(engine.draft(&[block(0, 32), block(1, 30)]).unwrap());
+    assert_eq!(both, [expected.clone(), shorter].concat());
+    // Sequence 1 goes wrong for a while, and back.
+    let wrong: Vec<RowInput> = rows(&[9; 40], 1).split_off(25)[..8].to_vec();
+    engine.step(&wrong, &[]).unwrap();
+    engine.inject(&[0, 1, 2, 3]).unwrap();
+    assert_eq!(engine.draft_length(1), 29);
+    let right: Vec<RowInput> = rows(&text, 1)[25..32].to_vec();
+    engine.step(&right, &[]).unwrap();
+    assert_eq!(engine.draft_length(1), 25);
+    let refused = engine.draft(&[block(1, 32)]).unwrap_err().to_string();
+    assert!(refused.contains("25 positions") && refused.contains("inject"), "{refused}");
+    assert!(engine.inject(&[1, 2]).unwrap_err().to_string().contains("position 26 is next"));
+    assert!(engine.inject(&[0, 7]).is_err());
+    engine.inject(&[0, 1, 2, 3, 4, 5, 6]).unwrap();
+    assert_eq!(bits(engine.draft(&[block(1, 32)]).unwrap()), expected);
+}
+
+/// Drawn tokens have the target's probabilities, also where a guess was verified: chi-squared over pairs of
+/// tokens, with probabilities from the target's logits.
+#[test]
+fn drawn_tokens_have_the_targets_probabilities() {
+    const DRAWS: usize = 12_000;
+    let fixture = Fixture::open_pair("sliding-both-ways");
+    let spec = f32_everywhere(&fixture);
+    let (mut generator, _folder) = generator(&fixture, &spec, 1);
+    let vocab = generator.engine().plan().vocab;
+    let temperature = 1.7f64;
+    let draw = |generator: &mut Generator, prompt: &[u32], seed: u64| {
+        let sampling = SamplingParams { temperature: temperature as f32, seed, ..Default::default() };
+        let run = run(generator, &[request(prompt, 2, sampling)]);
+        let [first, second] = run.completions[0].tokens[..] else { panic!("two tokens were asked for") };
+        (first as usize, second as usize, run.draft.right as usize)
+    };
+    // A text behind which guesses are right often, and often wrong.
+    let reference = Reference::of("sliding-both-ways");
+    let prefixes = reference.loops().into_iter().flat_map(|[_, text, _]| (8..24).map(|n| text[..n].to_vec()));
+    let mut fits = |prompt: &Vec<u32>| {
+        let right: usize = (0..40).map(|seed| draw(&mut generator, prompt, seed).2).sum();
+        (10..30).contains(&right)
+    };
+    let prompt = prefixes.into_iter().find(&mut fits).expect("some text is neither easy nor hard");
+    let mut probabilities = vec![0.0; vocab * vocab];
+    {
+        let mut loaded = load(&fixture, &spec, 1);
+        let softmax = |logits: &[f32]| -> Vec<f64> {
+            let weights: Vec<f64> = logits.iter().map(|x| (f64::from(*x) / temperature).exp()).collect();
+            let sum: f64 = weights.iter().sum();
+            weights.iter().map(|weight| weight / sum).collect()
+        };
+        let last = prompt.len() as u32;
+        let first = softmax(loaded.engine.step(&rows(&prompt, 0), &[last - 1]).unwrap());
+        for (token, first) in (0u32..).zip(&first) {
+            let row = RowInput { token, position: last, sequence: 0 };
+            let second = softmax(loaded.engine.step(&[row], &[0]).unwrap());
+            for (other, second) in second.iter().enumerate() {
+                probabilities[token as usize * vocab + other] = first * second;
+            }
+        }
+    }
+    let mut counts = vec![0usize; vocab * vocab];
+    let mut right = 0;
+    for seed in 0..DRAWS as u64 {
+        let (first, second, hits) = draw(&mut generator, &prompt, seed);
+        counts[first * vocab + second] += 1;
+        right += hits;
+    }
+    assert!(right > DRAWS / 10, "only {right} guesses were right");
+    let (mut chi, mut cells, mut rest) = (0.0, 0usize, (0.0, 0usize));
+    for (count, probability) in counts.iter().zip(&probabilities) {
+        let expected = probability * DRAWS as f64;
+        if expected < 5.0 {
+            rest = (rest.0 + expected, rest.1 + count);
+        } else {
+            chi += (*count as f64 - expected).powi(2) / expected;
+            cells += 1;
+        }
+    }
+    chi += (rest.1 as f64 - rest.0).powi(2) / rest.0.max(1.0);
+    // Mean and spread of chi-squared with as many degrees of freedom as cells (the rest is one of them).
+    let freedom = cells as f64;
+    let sigmas = (chi - freedom) / (2.0 * freedom).sqrt();
+    println!("chi-squared {chi:.1} of {freedom} degrees, {sigmas:.2} sigmas, {right} guesses right");
+    assert!(cells > 20, "{cells}");
+    assert!(sigmas.abs() < 4.0, "chi-squared {chi} with {freedom} degrees of freedom");
+}
+
+/// Every level of all three programs prints, and all of them are validated when compiled.
+#[test]
+fn levels_of_a_pair() {
+    use tilec_codegen::compile::{Host, Level, compile};
+    let fixture = Fixture::open_pair("sliding-both-ways");
+    let compiled = compile(&fixture.input(), &fixture.spec(), &Host { threads: 2, cubins: None }).unwrap();
+    for level in [Level::Graph, Level::Fused, Level::Stages] {
+        insta::assert_snapshot!(format!("pair-{}", level.name()), compiled.text(level));
+    }
+    for level in [Level::Schedule, Level::Llvm] {
+        assert!(!compiled.text(level).is_empty());
+    }
+    let draft = compiled.plan.draft.as_ref().unwrap();
+    assert_eq!((draft.block, draft.mask_token, &draft.taps[..]), (8, 19, &[0, 2, 3][..]));
+    // What a draft shares with its target is packed once.
+    let heads =
+        compiled.plan.packing.items.iter().filter(|item| {
+            serde_json::to_string(&item.content).unwrap().contains("model.embed_tokens.weight")
+        });
+    assert_eq!(heads.count(), 1);
+}
