@@ -9,9 +9,8 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tilec_codegen::frontends;
-use tilec_ir::format::Format;
 use tilec_ir::plan::{MANIFEST, Plan, WeightsFrom};
-use tilec_ir::spec::{self, ModelSpec};
+use tilec_ir::spec::{self, ModelSpec, WeightFormat};
 use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::checkpoint::Checkpoint;
 
@@ -193,8 +192,10 @@ impl Model {
             }
             spec::Source::Synthetic { seed } => {
                 let config = config.context("synthetic weights need model.config")?;
-                let format = self.spec.precision.weights.applied_to(Format::BF16);
-                let tensors = frontends::synthetic_tensors(&config, format)?;
+                let tensors = match self.spec.precision.weights {
+                    WeightFormat::AsStored => frontends::published_tensors(&config)?,
+                    WeightFormat::Converted(format) => frontends::synthetic_tensors(&config, format)?,
+                };
                 let weights =
                     WeightsFrom::Synthetic { seed: *seed, config: config.clone(), tensors: tensors.clone() };
                 Ok(Description { config, tensors, weights, tokenizer, draft })

@@ -71,6 +71,28 @@ fn glue(text: &str) -> String {
     kept
 }
 
+/// 384 experts in 69 layers: one text for all of them, and a plan that stays small.
+#[test]
+fn the_largest_mixture_compiles_to_little() {
+    let path = format!("{}/../examples/mimo-v2.5-pro/config.json", env!("CARGO_MANIFEST_DIR"));
+    let config = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let tensors = frontends::published_tensors(&config).unwrap();
+    let weights = WeightsFrom::Synthetic { seed: 1, config: config.clone(), tensors: tensors.clone() };
+    let spec = ModelSpec::for_checkpoint("/nowhere");
+    let input =
+        Input { name: "mimo", config: &config, tensors: &tensors, weights, tokenizer: None, draft: None };
+    let compiled = compile(&input, &spec, &Host { threads: 2, cubins: None }).unwrap();
+    assert_eq!(undefined(&compiled.object), Vec::<String>::new());
+    // Three kinds of layers: a dense one, mixtures with a window, mixtures without.
+    let llvm = compiled.text(Level::Llvm);
+    assert!(llvm.contains("@body2.") || llvm.contains("@\"body2."), "three bodies");
+    assert!(!llvm.contains("@body3.") && !llvm.contains("@\"body3."), "no more than three bodies");
+    let sizes = [compiled.plan.to_json().len(), compiled.object.len(), compiled.text(Level::Graph).len()];
+    assert!(sizes.iter().all(|size| *size < 1 << 20), "bytes of plan, code and graph: {sizes:?}");
+    assert_eq!(compiled.plan.stages.len(), 1 + 7 + 69 * 10 + 2);
+    assert!(compiled.plan.packing.bytes > 540_000_000_000);
+}
+
 #[test]
 fn the_glue_of_a_two_layer_model() {
     let config = json!({

@@ -60,6 +60,23 @@ pub struct Experts {
     pub tensors: ExpertTensors,
 }
 
+/// Formats in which a model's matrices are published; what is not named here is bf16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// Queries, keys, values, and the dense feed-forward layers.
+    pub projections: Format,
+    /// The product behind attention.
+    pub output: Format,
+    /// Experts.
+    pub experts: Format,
+}
+
+impl Default for Published {
+    fn default() -> Published {
+        Published { projections: Format::BF16, output: Format::BF16, experts: Format::BF16 }
+    }
+}
+
 /// A decoder, all sizes checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decoder {
@@ -103,6 +120,8 @@ pub struct Decoder {
     pub feed_forward: Vec<FeedForward>,
     /// The experts, if a layer has them.
     pub experts: Option<Experts>,
+    /// Formats that the model is published in.
+    pub published: Published,
     /// Tensors of parts that are not run: names that start so are passed over.
     pub unused: &'static [&'static str],
     /// Longest context that the model is made for.
@@ -264,6 +283,7 @@ impl Decoder {
             feed_forward: vec![FeedForward::Dense; attention.len()],
             layers: attention,
             experts: None,
+            published: Published::default(),
             unused: &[],
             context: max_positions(config, defaults)?,
             bos,
@@ -322,7 +342,14 @@ impl Decoder {
         vector("post_attention_layernorm.weight", self.hidden);
         let (q, k, v) = self.qkv_cols(layer);
         let mut linear = |name: &str, out: usize, input: usize, bias: bool| {
-            all.push(Stored::matrix(&tensor(layer, &format!("{name}.weight")), out, input));
+            let format = match name {
+                "self_attn.o_proj" => self.published.output,
+                // A router's module is no projection.
+                _ if name.ends_with("_proj") => self.published.projections,
+                _ => Format::BF16,
+            };
+            let stored = Stored::matrix(&tensor(layer, &format!("{name}.weight")), out, input);
+            all.push(Stored { format, ..stored });
             if bias {
                 all.push(Stored::vector(&tensor(layer, &format!("{name}.bias")), out));
             }
@@ -371,7 +398,8 @@ impl Decoder {
         let mut add = |name: &str, shape: &[usize], each: bool, vector: bool| {
             let name = tensor(layer, name);
             let weights = vec![(name.clone(), shape.to_vec(), None)];
-            all.push(Stored { name, shape: shape.to_vec(), each, vector, weights });
+            let format = if vector { Format::BF16 } else { self.published.experts };
+            all.push(Stored { name, shape: shape.to_vec(), each, vector, format, weights });
         };
         match experts.tensors {
             ExpertTensors::Each => {
@@ -547,6 +575,8 @@ pub(super) struct Stored {
     pub each: bool,
     /// Whether it holds vectors: norms, biases, sinks.
     pub vector: bool,
+    /// Format that it is published in.
+    pub format: Format,
     /// The weights in it.
     pub weights: Vec<WeightIn>,
 }
@@ -562,7 +592,7 @@ impl Stored {
 
     fn whole(name: &str, shape: Vec<usize>, vector: bool) -> Stored {
         let weights = vec![(name.to_string(), shape.clone(), None)];
-        Stored { name: name.to_string(), shape, each: false, vector, weights }
+        Stored { name: name.to_string(), shape, each: false, vector, format: Format::BF16, weights }
     }
 
     /// Name of an expert's tensor.

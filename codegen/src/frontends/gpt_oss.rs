@@ -4,6 +4,7 @@
 use super::config::Config;
 use super::decoder::{Defaults, ExpertTensors, Experts, FULL, FeedForward, LayerKind, SLIDING, layer_count};
 use super::{Decoder, Family, FrontendError};
+use tilec_ir::format::Format;
 use tilec_ir::graph::{ActivationFn, Router, Scoring};
 
 pub(super) const FAMILY: Family =
@@ -54,6 +55,11 @@ fn parse(config: &Config) -> Result<Decoder, FrontendError> {
         activation: ActivationFn::Clamped { alpha: ALPHA, limit },
         tensors: ExpertTensors::Interleaved,
     };
+    if let Some(quantization) = config.section("quantization_config")?
+        && quantization.string("quant_method")? == Some("mxfp4")
+    {
+        decoder.published.experts = Format::MXFP4;
+    }
     let feed_forward = vec![FeedForward::Experts; kinds.len()];
     Ok(Decoder { feed_forward, experts: Some(experts), ..decoder })
 }

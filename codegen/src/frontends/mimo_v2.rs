@@ -4,7 +4,8 @@
 
 use super::config::{Config, MAX_SIZE};
 use super::decoder::{Defaults, ExpertTensors, Experts, FULL, FeedForward, LayerKind, SLIDING, layer_count};
-use super::{Decoder, Family, FrontendError};
+use super::{Decoder, Family, FrontendError, Published};
+use tilec_ir::format::Format;
 use tilec_ir::graph::{ActivationFn, RopeScaling, RopeSpec, Router, Scoring};
 
 pub(super) const FAMILY: Family =
@@ -63,6 +64,7 @@ fn parse(config: &Config) -> Result<Decoder, FrontendError> {
     };
     decoder.sinks = "self_attn.attention_sink_bias";
     decoder.unused = &["model.mtp."];
+    decoder.published = published(config)?;
 
     let global = Kind {
         prefix: "",
@@ -115,6 +117,22 @@ fn parse(config: &Config) -> Result<Decoder, FrontendError> {
         decoder.experts = Some(experts(config)?);
     }
     Ok(decoder)
+}
+
+/// Block FP8 but for the products behind attention; experts in MXFP4 if the config says so.
+fn published(config: &Config) -> Result<Published, FrontendError> {
+    let Some(quantization) = config.section("quantization_config")? else { return Ok(Published::default()) };
+    if quantization.string("quant_method")? != Some("fp8") {
+        return Ok(Published::default());
+    }
+    let ignored = quantization.strings("ignored_layers")?.unwrap_or_default();
+    let keeps_output = ignored.iter().any(|module| module.ends_with("self_attn.o_proj"));
+    let fp4 = quantization.string("store_dtype")? == Some("mxfp4");
+    Ok(Published {
+        projections: Format::FP8_BLOCK,
+        output: if keeps_output { Format::BF16 } else { Format::FP8_BLOCK },
+        experts: if fp4 { Format::MXFP4 } else { Format::FP8_BLOCK },
+    })
 }
 
 fn experts(config: &Config) -> Result<Experts, FrontendError> {

@@ -15,7 +15,7 @@ mod rope;
 #[cfg(test)]
 mod tests;
 
-pub use decoder::{Decoder, ExpertTensors, Experts, FeedForward, LayerAttention};
+pub use decoder::{Decoder, ExpertTensors, Experts, FeedForward, LayerAttention, Published};
 pub use dflash::{Dflash, DraftAttention, DraftTarget, default_taps};
 
 use config::Config;
@@ -184,6 +184,20 @@ pub fn synthetic_tensors(
 ) -> Result<BTreeMap<String, TensorInfo>, FrontendError> {
     let tensors = parse(config)?.stored().into_iter().map(|stored| {
         let format = if stored.vector { Format::F32 } else { format };
+        (stored.name, TensorInfo { shape: stored.shape, format })
+    });
+    Ok(tensors.collect())
+}
+
+/// The tensors of a checkpoint of this config in the formats that the model is published in, which its
+/// `quantization_config` says: matrices bf16 but for those, vectors float32. Otherwise as
+/// [`synthetic_tensors`].
+///
+/// # Errors
+/// As [`parse`].
+pub fn published_tensors(config: &Value) -> Result<BTreeMap<String, TensorInfo>, FrontendError> {
+    let tensors = parse(config)?.stored().into_iter().map(|stored| {
+        let format = if stored.vector { Format::F32 } else { stored.format };
         (stored.name, TensorInfo { shape: stored.shape, format })
     });
     Ok(tensors.collect())

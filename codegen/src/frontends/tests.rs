@@ -396,8 +396,7 @@ fn tensors_that_do_not_fit_are_named() {
 
 #[test]
 fn the_example_has_as_many_parameters_as_qwen3_0_6b() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/qwen3-0.6b/config.json");
-    let config: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let config = example("qwen3-0.6b/config.json");
     let tensors = expected_tensors(&config).unwrap();
     assert_eq!(tensors.len(), 310);
     let parameters: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
@@ -406,7 +405,7 @@ fn the_example_has_as_many_parameters_as_qwen3_0_6b() {
 }
 
 fn example(name: &str) -> Value {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../examples/{name}/config.json"));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../examples/{name}"));
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
@@ -481,7 +480,7 @@ fn mixtures_have_a_router_and_experts_in_place_of_the_feed_forward_layer() {
 
 #[test]
 fn the_demo_checkpoint_is_what_its_config_says() {
-    let tensors = expected_tensors(&example("mimo-mini/checkpoint")).unwrap();
+    let tensors = expected_tensors(&example("mimo-mini/checkpoint/config.json")).unwrap();
     let parameters: usize = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
     assert_eq!(parameters, 42_683_016);
 }
@@ -544,4 +543,24 @@ fn experts_that_are_missing_or_differ_are_named() {
         tensors.insert(name.replace(".3.", ".4."), info);
     });
     assert!(extra.contains("has no place in a qwen3_moe model"), "{extra}");
+}
+
+fn parameters(config: &Value) -> usize {
+    expected_tensors(config).unwrap().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+}
+
+#[test]
+fn the_examples_of_mixtures_have_the_published_sizes() {
+    assert_eq!(parameters(&example("qwen3-30b-a3b/config.json")), 30_532_122_624);
+    assert_eq!(parameters(&example("gpt-oss-20b/config.json")), 20_914_757_184);
+    assert_eq!(parameters(&example("gpt-oss-120b/config.json")), 116_829_156_672);
+    // What the headers of the published files sum up to: bytes of experts in MXFP4, and of FP8 codes less
+    // those of the three layers of multi-token prediction, which are not run.
+    let mimo = published_tensors(&example("mimo-v2.5-pro/config.json")).unwrap();
+    let sum = |format: Format, bytes: fn(usize) -> usize| -> usize {
+        let of = mimo.values().filter(|info| info.format == format);
+        of.map(|info| bytes(info.shape.iter().product())).sum()
+    };
+    assert_eq!(sum(Format::MXFP4, |weights| weights / 2 + weights / 32), 531_351_207_936);
+    assert_eq!(sum(Format::FP8_BLOCK, |weights| weights), 13_378_781_184 - 3 * (27_136 + 3 * 16_384) * 6144);
 }
