@@ -26,7 +26,7 @@ pub const OCTET_BLOCK: usize = 512;
 pub const STOP_TOKENS: usize = 8;
 
 /// Bytes of the synchronization memory: the counters that SMs meet at. Zeroed before every launch.
-pub const SYNC_BYTES: usize = 8192;
+pub const SYNC_BYTES: usize = 64 << 10;
 
 /// Words of the record that a stuck wait leaves: see [`StallRecord`].
 pub const STALL_WORDS: usize = 8;

@@ -17,6 +17,9 @@ use std::fmt;
 /// Positions of the context that one attention item covers.
 pub const CHUNK: usize = 128;
 
+/// Chunks whose parts are added up first.
+pub const SPAN: usize = 8;
+
 /// A norm whose gains are `f32` in the packed weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
@@ -207,6 +210,11 @@ impl ResidentProgram {
     /// Chunks that a sequence has at most.
     pub const fn max_chunks(&self) -> usize {
         self.context.div_ceil(CHUNK)
+    }
+
+    /// Spans of eight chunks, at whole positions, that a sequence has at most.
+    pub const fn max_spans(&self) -> usize {
+        self.max_chunks().div_ceil(SPAN)
     }
 
     /// The unrolled sequence, with names.

@@ -1,13 +1,26 @@
-// Causal attention of a step's rows over the paged KV cache, grouped-query, split over the context.
+// Causal attention of a step's rows over the paged KV cache, grouped-query, split over the context, on
+// the tensor cores.
 //
-// An item is a row, a KV head and a chunk of CHUNK positions; items are dealt out over the SMs. It
-// norms and rotates the queries of its group and the keys of those rows of the step that lie in its
-// chunk (recomputed by each item that needs them: cheaper than a crossing), writes its own row's key
-// and value into the cache, and attends. Rows with several chunks leave their parts in memory, and
-// the SM that finishes a row's last chunk adds them up, in the order of the chunks.
+// A run is a sequence's rows in the step; their positions follow each other. An item is a run, a KV head
+// and a chunk of CHUNK positions; items are dealt out over the SMs. It norms and rotates the keys of
+// those of its rows that lie in the chunk and writes them and their values into the cache, then attends
+// for all rows of the run and all query heads of the KV head, eight such pairs (queries) in a pass. So a
+// chunk of the cache is read once for all rows of its sequence.
 //
-// Chunks lie at absolute positions and every sum has a fixed order, so a row's bits depend only on
-// its own sequence.
+// A warp has 16 positions of the chunk and keeps their keys and values in registers, as they come from
+// memory. Lane 4g + t:
+//   keys     16 bytes of the positions 4(g/2) + 2i + g%2 (tile i of 2), columns 32s + 8t and on
+//   scores   query g, positions 4t to 4t + 3, whole: the product has 16 rows, the upper 8 are the queries
+//            in the cache's type, the lower 8 what that rounding left over, and a lane has both sums
+//   values   16 bytes of the positions 4t to 4t + 3, columns 64s + 8g and on
+//   sums     query g, columns 64s + 16t to 64s + 16t + 15
+// The orders of positions and columns inside the products are chosen so that nothing moves between lanes;
+// weights are split into rounded and left over as the queries are.
+//
+// Queries whose row has several chunks leave their parts in memory. Whoever finishes the last of the
+// eight chunks of a span adds these up, and whoever finishes the last span adds up the spans, each in the
+// order of the positions. Chunks and spans lie at absolute positions and every sum has a fixed order, so
+// a row's bits depend only on its own sequence.
 //
 // A stage A says:
 //   HEADS, KV_HEADS, QK, V     query heads, KV heads, columns of a key and of a value
@@ -21,42 +34,48 @@
 
 constexpr u32 CHUNK = 128;
 constexpr u32 WARP_POSITIONS = CHUNK / CONSUMERS;
+constexpr u32 SPAN = 8;     // chunks
+constexpr u32 QUERIES = 8;  // of a pass
+constexpr u32 SUMMED = 4;   // queries whose sums are in shared memory at a time
 constexpr float LOG2_E = 1.44269504f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
-
-// Lanes that share a key or value of n pieces of 8 columns: at least 2, so that a warp has a load for its
-// 16 positions.
-__host__ __device__ constexpr u32 lanes_of_row(u32 n) { u32 p = 2; while (p < n) p *= 2; return p; }
+static_assert(WARP_POSITIONS == 16 && QUERIES == CONSUMERS, "a warp's share of a product; a warp prepares a query");
 
 template <class A> struct AttentionSpace {
-  static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
-  static constexpr u32 AT_ONCE = GROUP < 4 ? GROUP : 4;  // query heads whose sums fit in registers
-  float q[GROUP][A::QK];
-  float keys[STEP_ROWS][A::QK];    // of the step's own rows, rounded as the cache rounds
-  float values[STEP_ROWS][A::V];
-  float heads[CONSUMERS][A::QK];   // a warp's head between norm and rope
-  float sums[CONSUMERS][AT_ONCE][A::V];
-  float2 weight[CONSUMERS][AT_ONCE];  // largest score, and the sum of the weights relative to it
+  static constexpr u32 K_STEPS = (A::QK + 31) / 32, V_STEPS = (A::V + 63) / 64;
+  // Rows of queries, so that eight of them meet all banks.
+  static constexpr u32 Q_STRIDE = K_STEPS * 32 + (K_STEPS % 2 ? 0 : 32);
+  u16 q[2][QUERIES][Q_STRIDE];   // rounded, and what is left over
+  u16 keys[STEP_ROWS][A::QK];    // of the run's rows in the chunk, as they go into the cache
+  u16 values[STEP_ROWS][A::V];
+  union {
+    float heads[CONSUMERS][A::QK];          // a warp's head between norm and rope
+    float sums[CONSUMERS][SUMMED][A::V];
+  };
+  float2 weight[CONSUMERS][QUERIES];  // largest score, and the sum of the weights relative to it
 };
 
-// The parts of rows that have several chunks: [row][kv head][chunk][head of the group].
+// The parts of rows that have several chunks: [row][kv head][chunk of the row, then span of the row][head
+// of the group].
 template <class A> struct Parts {
   float* base;
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
-  __device__ __forceinline__ u64 at(u32 row, u32 kv_head, u32 chunk, u32 h) const {
-    return (((u64)row * A::KV_HEADS + kv_head) * A::MAX_CHUNKS + chunk) * GROUP + h;
+  static constexpr u32 SPANS = (A::MAX_CHUNKS + SPAN - 1) / SPAN;
+  static constexpr u32 SLOTS = A::MAX_CHUNKS + SPANS;
+  __device__ __forceinline__ u64 at(u32 row, u32 kv_head, u32 slot, u32 h) const {
+    return (((u64)row * A::KV_HEADS + kv_head) * SLOTS + slot) * GROUP + h;
   }
   __device__ __forceinline__ float* sum(u64 at) const { return base + at * A::V; }
   __device__ __forceinline__ float2* weight(u64 at) const {
-    return reinterpret_cast<float2*>(base + (u64)STEP_ROWS * A::HEADS * A::MAX_CHUNKS * A::V) + at;
+    return reinterpret_cast<float2*>(base + (u64)STEP_ROWS * A::HEADS * SLOTS * A::V) + at;
   }
 };
 
-// Norms and rotates one head of `QK` columns; a warp.
+// Norms and rotates one head of QK columns; a warp. Lane l has the columns l, l + 32, ...
 template <class A, bool NORM>
-__device__ __forceinline__ void prepare_head(float* scratch, const float* raw, const float* gain, const float* rope, u32 position, float* to, bool round) {
+__device__ __forceinline__ void prepare_head(float* scratch, const float* raw, const float* gain, const float* rope, u32 position, float (&v)[(A::QK + LANES - 1) / LANES]) {
   constexpr u32 EACH = (A::QK + LANES - 1) / LANES;
-  float v[EACH], sum = 0.f;
+  float sum = 0.f;
 #pragma unroll
   for (u32 i = 0; i < EACH; ++i) {
     const u32 d = lane_id() + i * LANES;
@@ -73,295 +92,440 @@ __device__ __forceinline__ void prepare_head(float* scratch, const float* raw, c
       if (d < A::QK) v[i] = v[i] * rms * gain[d];
     }
   }
+  if constexpr (A::ROPE > 0) {
 #pragma unroll
-  for (u32 i = 0; i < EACH; ++i) {
-    const u32 d = lane_id() + i * LANES;
-    if (d < A::QK) scratch[d] = v[i];
-  }
-  __syncwarp();
-#pragma unroll
-  for (u32 i = 0; i < EACH; ++i) {
-    const u32 d = lane_id() + i * LANES;
-    float r = v[i];
-    if (A::ROPE > 0 && d < A::ROPE) {
-      constexpr u32 HALF = A::ROPE / 2;
-      const u32 pair = d < HALF ? d : d - HALF;
-      const u64 at = (u64)position * HALF + pair;
-      const float c = rope[at], s = rope[(u64)A::POSITIONS * HALF + at];
-      r = d < HALF ? v[i] * c - scratch[d + HALF] * s : v[i] * c + scratch[d - HALF] * s;
+    for (u32 i = 0; i < EACH; ++i) {
+      const u32 d = lane_id() + i * LANES;
+      if (d < A::QK) scratch[d] = v[i];
     }
-    if (d < A::QK) to[d] = round ? widen<typename A::Kv>(narrow<typename A::Kv>(r)) : r;
+    __syncwarp();
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) {
+      const u32 d = lane_id() + i * LANES;
+      if (d < A::ROPE) {
+        constexpr u32 HALF = A::ROPE / 2;
+        const u64 at = (u64)position * HALF + (d < HALF ? d : d - HALF);
+        const float c = rope[at], s = rope[(u64)A::POSITIONS * HALF + at];
+        v[i] = d < HALF ? v[i] * c - scratch[d + HALF] * s : v[i] * c + scratch[d - HALF] * s;
+      }
+    }
+    __syncwarp();  // `scratch` may be used again
   }
-  __syncwarp();  // `scratch` may be used again
-}
-
-template <class Kv> __device__ __forceinline__ void unpack(const uint4& raw, float (&v)[8]) {
-  v[0] = Kv::low(raw.x); v[1] = Kv::high(raw.x); v[2] = Kv::low(raw.y); v[3] = Kv::high(raw.y);
-  v[4] = Kv::low(raw.z); v[5] = Kv::high(raw.z); v[6] = Kv::low(raw.w); v[7] = Kv::high(raw.w);
 }
 
 __device__ __forceinline__ void store_out(Bf16, u16* out, u64 at, float v) { out[at] = narrow<Bf16>(v); }
 __device__ __forceinline__ void store_out(F32, float* out, u64 at, float v) { out[at] = v; }
 
-template <class A> __device__ __forceinline__ void attend_item(Consumer& b, u32 cache, u32 row, u32 kv_head, u32 chunk, u32 first_chunk, u32 chunks, bool first) {
+// The first chunk that a row sees.
+template <class A> __device__ __forceinline__ u32 first_chunk(u32 position) {
+  return A::WINDOW && position + 1 > A::WINDOW ? (position + 1 - A::WINDOW) / CHUNK : 0;
+}
+
+// An SM's way through the items of a stage.
+template <class A> struct Walk {
+  u32 item, begin = 0;    // this item, and the first of its run
+  u32 row = 0, rows = 0;  // of the run
+  u32 from = 0, chunks = 0;
+
+  __device__ __forceinline__ Walk(const Consumer& b) : item(blockIdx.x) { enter(b); settle(b); }
+  __device__ __forceinline__ bool there(const Consumer& b) const { return row < b.args.rows; }
+  __device__ __forceinline__ void next(const Consumer& b) { item += gridDim.x; settle(b); }
+  __device__ __forceinline__ u32 kv_head() const { return (item - begin) % A::KV_HEADS; }
+  __device__ __forceinline__ u32 chunk() const { return from + (item - begin) / A::KV_HEADS; }
+
+  __device__ __forceinline__ void enter(const Consumer& b) {
+    if (!there(b)) return;
+    rows = 1;
+    while (row + rows < b.args.rows && b.shared.first_row[row + rows] == row) ++rows;
+    from = first_chunk<A>(b.shared.position[row]);
+    chunks = b.shared.position[row + rows - 1] / CHUNK - from + 1;
+  }
+  __device__ __forceinline__ void settle(const Consumer& b) {
+    while (there(b) && item - begin >= chunks * A::KV_HEADS) {
+      begin += chunks * A::KV_HEADS;
+      row += rows;
+      enter(b);
+    }
+  }
+};
+
+// A warp's keys and values of a chunk, in registers.
+template <class A> struct Cached {
   using Space = AttentionSpace<A>;
-  using Kv = typename A::Kv;
-  constexpr u32 GROUP = Space::GROUP, AT_ONCE = Space::AT_ONCE;
-  constexpr u32 QKV = (A::HEADS + A::KV_HEADS) * A::QK + A::KV_HEADS * A::V;
-  Space& space = *reinterpret_cast<Space*>(b.scratch);
-  const LaunchArgs& args = b.args;
-  const u32 warp = anew(warp_id()), lane = anew(lane_id());
-  const u32 position = b.shared.position[row], sequence = b.shared.sequence[row];
-  const u32 first_row = b.shared.first_row[row], first_new = b.shared.position[first_row];
-  const u32 from = A::WINDOW && position + 1 > A::WINDOW ? position + 1 - A::WINDOW : 0;
+  uint4 k[2][Space::K_STEPS];
+  uint4 v[Space::V_STEPS][4];
 
-  // The cache's keys and values of this warp's positions, all loads in flight at once. Positions of
-  // this step's rows come from shared memory below; those that the row does not see stay zero.
-  constexpr u32 K_LANES = lanes_of_row(A::QK / 8), V_LANES = lanes_of_row(A::V / 8);
-  constexpr u32 K_AT_ONCE = LANES / K_LANES, V_AT_ONCE = LANES / V_LANES;
-  constexpr u32 K_LOADS = WARP_POSITIONS / K_AT_ONCE, V_LOADS = WARP_POSITIONS / V_AT_ONCE;
-  const u32 base = chunk * CHUNK + warp * WARP_POSITIONS;
-  const u32 k_column = lane % K_LANES * 8, v_column = lane % V_LANES * 8;
-  uint4 k[K_LOADS], v[V_LOADS];
-  const u8* block = nullptr;
-  if (base < first_new && base <= position) {
-    const u32 page = args.page_table[(u64)sequence * args.pages_per_sequence + base / A::PAGE_TOKENS];
-    block = args.kv + (((u64)cache * args.kv_pages + page) * A::KV_HEADS + kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2);
+  __device__ __forceinline__ static u32 key_position(u32 tile) {
+    const u32 g = lane_id() / 4;
+    return g / 2 * 4 + tile * 2 + g % 2;
   }
-  const u32 in_page = base % A::PAGE_TOKENS;
+  // Block of the cache with the warp's positions, or null if none of them is older than the step.
+  __device__ __forceinline__ static const u8* block(const Consumer& b, u32 cache, const Walk<A>& at) {
+    const u32 base = at.chunk() * CHUNK + warp_id() * WARP_POSITIONS;
+    if (base >= b.shared.position[at.row]) return nullptr;
+    const LaunchArgs& args = b.args;
+    const u32 page = args.page_table[(u64)b.shared.sequence[at.row] * args.pages_per_sequence + base / A::PAGE_TOKENS];
+    return args.kv + (((u64)cache * args.kv_pages + page) * A::KV_HEADS + at.kv_head()) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2);
+  }
+  // Positions that the step's rows do not have themselves and that any of them sees; all else is zero.
+  __device__ __forceinline__ static bool old(const Consumer& b, const Walk<A>& at, u32 p) {
+    const u32 first = b.shared.position[at.row];
+    return p < first && (A::WINDOW == 0 || p + A::WINDOW > first);
+  }
+  __device__ __forceinline__ void load_keys(const Consumer& b, const u8* block, const Walk<A>& at) {
+    const u32 base = at.chunk() * CHUNK + warp_id() * WARP_POSITIONS, in_page = base % A::PAGE_TOKENS;
+    const u32 column = lane_id() % 4 * 8;
 #pragma unroll
-  for (u32 i = 0; i < K_LOADS; ++i) {
-    const u32 at = i * K_AT_ONCE + lane / K_LANES, p = base + at;
-    k[i] = make_uint4(0, 0, 0, 0);
-    if (p >= from && p < first_new && p <= position && k_column < A::QK) {
-      k[i] = load4(reinterpret_cast<const u32*>(block + ((in_page + at) * A::QK + k_column) * 2));
+    for (u32 i = 0; i < 2; ++i) {
+      const u32 p = key_position(i);
+      const u8* from = block + ((in_page + p) * A::QK + column) * 2;
+#pragma unroll
+      for (u32 s = 0; s < Space::K_STEPS; ++s) {
+        k[i][s] = make_uint4(0, 0, 0, 0);
+        if (block && old(b, at, base + p) && s * 32 + column < A::QK) k[i][s] = load4(reinterpret_cast<const u32*>(from + s * 64));
+      }
+    }
+  }
+  __device__ __forceinline__ void load_values(const Consumer& b, const u8* block, const Walk<A>& at) {
+    const u32 base = at.chunk() * CHUNK + warp_id() * WARP_POSITIONS, in_page = base % A::PAGE_TOKENS;
+    const u32 column = lane_id() / 4 * 8;
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      const u32 p = lane_id() % 4 * 4 + i;
+      const u8* from = block + (A::PAGE_TOKENS * A::QK + (in_page + p) * A::V_PAD + column) * 2;
+#pragma unroll
+      for (u32 s = 0; s < Space::V_STEPS; ++s) {
+        v[s][i] = make_uint4(0, 0, 0, 0);
+        if (block && old(b, at, base + p) && s * 64 + column < A::V) v[s][i] = load4(reinterpret_cast<const u32*>(from + s * 128));
+      }
+    }
+  }
+  // The step's own rows among the warp's positions, from shared memory; `from` is the first one's position.
+  __device__ __forceinline__ void take_fresh(const Space& space, u32 base, u32 from, u32 count) {
+    const u32 k_column = lane_id() % 4 * 8, v_column = lane_id() / 4 * 8;
+    if (base + WARP_POSITIONS <= from || base >= from + count) return;
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      const u32 n = base + key_position(i) - from;  // wraps around in front of them
+#pragma unroll
+      for (u32 s = 0; s < Space::K_STEPS; ++s) {
+        if (n < count && s * 32 + k_column < A::QK) k[i][s] = *reinterpret_cast<const uint4*>(&space.keys[n][s * 32 + k_column]);
+      }
+    }
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      const u32 n = base + lane_id() % 4 * 4 + i - from;
+#pragma unroll
+      for (u32 s = 0; s < Space::V_STEPS; ++s) {
+        if (n < count && s * 64 + v_column < A::V) v[s][i] = *reinterpret_cast<const uint4*>(&space.values[n][s * 64 + v_column]);
+      }
+    }
+  }
+};
+
+// One register of a pair of positions: their columns 2r (or 2r + 1, `high`) side by side.
+__device__ __forceinline__ u32 pair_up(u32 first, u32 second, bool high) { return __byte_perm(first, second, high ? 0x7632 : 0x5410); }
+
+// Two numbers as a pair of halves, and what the rounding left over.
+template <class Kv> __device__ __forceinline__ void split_pair(float low, float high, u32& rounded, u32& rest) {
+  rounded = Kv::pack(low, high);
+  rest = Kv::pack(low - Kv::low(rounded), high - Kv::high(rounded));
+}
+
+// Scores of the pass's query g at the positions 4t to 4t + 3, in units of log2.
+template <class A> __device__ __forceinline__ void scores(const AttentionSpace<A>& space, const Cached<A>& cached, float (&score)[4]) {
+  using Space = AttentionSpace<A>;
+  const u32 g = lane_id() / 4, t = lane_id() % 4;
+  float even[2][4] = {}, odd[2][4] = {};
+#pragma unroll
+  for (u32 s = 0; s < Space::K_STEPS; ++s) {
+    const uint4 q = *reinterpret_cast<const uint4*>(&space.q[0][g][s * 32 + t * 8]);
+    const uint4 rest = *reinterpret_cast<const uint4*>(&space.q[1][g][s * 32 + t * 8]);
+    const u32 first[4] = {q.x, rest.x, q.z, rest.z}, second[4] = {q.y, rest.y, q.w, rest.w};
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      mma(typename A::Kv(), even[i], first, cached.k[i][s].x, cached.k[i][s].z);
+      mma(typename A::Kv(), odd[i], second, cached.k[i][s].y, cached.k[i][s].w);
     }
   }
 #pragma unroll
-  for (u32 i = 0; i < V_LOADS; ++i) {
-    const u32 at = i * V_AT_ONCE + lane / V_LANES, p = base + at;
-    v[i] = make_uint4(0, 0, 0, 0);
-    if (p >= from && p < first_new && p <= position && v_column < A::V) {
-      v[i] = load4(reinterpret_cast<const u32*>(block + (A::PAGE_TOKENS * A::QK + (in_page + at) * A::V_PAD + v_column) * 2));
-    }
+  for (u32 i = 0; i < 2; ++i) {
+    score[2 * i] = (even[i][0] + odd[i][0]) + (even[i][2] + odd[i][2]);
+    score[2 * i + 1] = (even[i][1] + odd[i][1]) + (even[i][3] + odd[i][3]);
   }
+}
 
-  // Nothing before this needs what the step has made: the cache of older positions is read while the
-  // other SMs still multiply.
-  if (first) b.wait_inputs();
-
-  // Queries, and the keys and values of the step's rows in this chunk, up to this row.
-  const float* raw = A::input(b);
-  const u32 chunk_start = chunk * CHUNK;
-  const u32 new_from = first_new > chunk_start ? first_row : first_row + (chunk_start - first_new);
-  const u32 new_to = position < chunk_start + CHUNK ? row + 1 : row + 1 - (position - chunk_start - CHUNK + 1);
-  const u32 fresh = first_new < chunk_start + CHUNK && new_from < new_to ? new_to - new_from : 0;
-  for (u32 n = warp; n < GROUP + fresh; n += CONSUMERS) {
-    if (n < GROUP) {
-      prepare_head<A, A::Q_NORM>(space.heads[warp], raw + (u64)row * QKV + (kv_head * GROUP + n) * A::QK, A::q_gain(b), A::rope(b), position, space.q[n], false);
-    } else {
-      const u32 r = new_from + n - GROUP;
-      prepare_head<A, A::K_NORM>(space.heads[warp], raw + (u64)r * QKV + (A::HEADS + kv_head) * A::QK, A::k_gain(b), A::rope(b), b.shared.position[r], space.keys[n - GROUP], true);
+// Column d of parts that are GROUP apart, added up in their order, and their weight; eight at a time, so
+// that their loads wait together.
+template <class A> __device__ __forceinline__ float fold(const Parts<A>& parts, u64 at, u32 count, u32 d, float2& weight) {
+  float m = MINUS_INFINITY, sum = 0.f, total = 0.f;
+  for (u32 c = 0; c < count; c += SPAN) {
+    float2 w[SPAN];
+    float v[SPAN];
+    float top = m;
+#pragma unroll
+    for (u32 i = 0; i < SPAN; ++i) {
+      w[i] = make_float2(MINUS_INFINITY, 0.f);
+      v[i] = 0.f;
+      if (c + i < count) {
+        const u64 part = at + (c + i) * Parts<A>::GROUP;
+        w[i] = __ldcg(parts.weight(part));
+        v[i] = __ldcg(parts.sum(part) + d);
+      }
     }
+#pragma unroll
+    for (u32 i = 0; i < SPAN; ++i) top = fmaxf(top, w[i].x);
+    const float old = exp2f(m - top);
+    sum *= old;
+    total *= old;
+#pragma unroll
+    for (u32 i = 0; i < SPAN; ++i) {
+      const float f = exp2f(w[i].x - top);
+      sum = fmaf(f, v[i], sum);
+      total = fmaf(f, w[i].y, total);
+    }
+    m = top;
   }
-  for (u32 n = threadIdx.x; n < fresh * A::V; n += CONSUMER_THREADS) {
-    const u32 r = n / A::V, d = n % A::V;
-    space.values[r][d] = widen<Kv>(narrow<Kv>(raw[(u64)(new_from + r) * QKV + (A::HEADS + A::KV_HEADS) * A::QK + kv_head * A::V + d]));
-  }
+  weight = make_float2(m, total);
+  return sum;
+}
+
+// Whether this SM brings the last of `count` to a counter; all consumers. The increment releases this SM's
+// parts (ordered by the barrier in front) and acquires the others'. The counter is left ready for the
+// next stage: a crossing lies between.
+__device__ __forceinline__ bool last_of(Consumer& b, u32* counter, u32 count) {
   consumers_sync();
-
-  // The row's own key and value go to the cache, by the item that has its position.
-  if (position / CHUNK == chunk) {
-    const u32 page = args.page_table[(u64)sequence * args.pages_per_sequence + position / A::PAGE_TOKENS];
-    u16* to = reinterpret_cast<u16*>(args.kv + (((u64)cache * args.kv_pages + page) * A::KV_HEADS + kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
-    const u32 at = position % A::PAGE_TOKENS;
-    for (u32 d = threadIdx.x; d < A::QK; d += CONSUMER_THREADS) to[at * A::QK + d] = narrow<Kv>(space.keys[fresh - 1][d]);
-    for (u32 d = threadIdx.x; d < A::V; d += CONSUMER_THREADS) to[A::PAGE_TOKENS * A::QK + at * A::V_PAD + d] = narrow<Kv>(space.values[fresh - 1][d]);
-  }
-
-  for (u32 h0 = 0; h0 < GROUP; h0 += AT_ONCE) {
-    // Scores in units of log2, one per position and head, in all lanes that share the position.
-    float score[K_LOADS][AT_ONCE];
-#pragma unroll
-    for (u32 i = 0; i < K_LOADS; ++i) {
-      const u32 p = base + i * K_AT_ONCE + lane / K_LANES;
-      const bool seen = p >= from && p <= position;
-      float key[8];
-      unpack<Kv>(k[i], key);
-      if (seen && p >= first_new && k_column < A::QK) {
-        const float* fresh_key = &space.keys[p - first_new + first_row - new_from][k_column];
-#pragma unroll
-        for (u32 d = 0; d < 8; ++d) key[d] = fresh_key[d];
-      }
-#pragma unroll
-      for (u32 h = 0; h < AT_ONCE; ++h) {
-        float s = 0.f;
-        if (h0 + h < GROUP && k_column < A::QK) {
-          const float* q = &space.q[h0 + h][k_column];
-#pragma unroll
-          for (u32 d = 0; d < 8; ++d) s = fmaf(q[d], key[d], s);
-        }
-#pragma unroll
-        for (u32 x = K_LANES / 2; x > 0; x /= 2) s += __shfl_xor_sync(~0u, s, x);
-        score[i][h] = seen ? s * (A::SCALE * LOG2_E) : MINUS_INFINITY;
-      }
-    }
-    // The warp's largest score and its weights.
-    float top[AT_ONCE], total[AT_ONCE];
-#pragma unroll
-    for (u32 h = 0; h < AT_ONCE; ++h) {
-      float m = score[0][h];
-#pragma unroll
-      for (u32 i = 1; i < K_LOADS; ++i) m = fmaxf(m, score[i][h]);
-#pragma unroll
-      for (u32 x = K_LANES; x < LANES; x *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, x));
-      top[h] = m;
-      const float relative_to = m == MINUS_INFINITY ? 0.f : m;
-      float sum = 0.f;
-#pragma unroll
-      for (u32 i = 0; i < K_LOADS; ++i) {
-        score[i][h] = exp2f(score[i][h] - relative_to);
-        sum += score[i][h];
-      }
-#pragma unroll
-      for (u32 x = K_LANES; x < LANES; x *= 2) sum += __shfl_xor_sync(~0u, sum, x);
-      total[h] = sum;
-    }
-    // Weights times values. A lane's weight of a value's position lies in the lanes of that position.
-    float sums[AT_ONCE][8] = {};
-#pragma unroll
-    for (u32 i = 0; i < V_LOADS; ++i) {
-      const u32 at = i * V_AT_ONCE + lane / V_LANES, p = base + at;
-      float value[8];
-      unpack<Kv>(v[i], value);
-      if (p >= from && p <= position && p >= first_new && v_column < A::V) {
-        const float* fresh_value = &space.values[p - first_new + first_row - new_from][v_column];
-#pragma unroll
-        for (u32 d = 0; d < 8; ++d) value[d] = fresh_value[d];
-      }
-#pragma unroll
-      for (u32 h = 0; h < AT_ONCE; ++h) {
-        float w;
-        if constexpr (K_LANES == V_LANES) {
-          w = score[i][h];
-        } else if constexpr (K_AT_ONCE < V_AT_ONCE) {
-          // Several score registers hold the positions of one value load.
-          constexpr u32 RATIO = V_AT_ONCE / K_AT_ONCE;
-          w = 0.f;
-#pragma unroll
-          for (u32 j = 0; j < RATIO; ++j) {
-            const float other = __shfl_sync(~0u, score[i * RATIO + j][h], at % K_AT_ONCE * K_LANES);
-            if (at / K_AT_ONCE % RATIO == j) w = other;
-          }
-        } else {
-          constexpr u32 RATIO = K_AT_ONCE / V_AT_ONCE;
-          w = __shfl_sync(~0u, score[i / RATIO][h], at % K_AT_ONCE * K_LANES);
-        }
-#pragma unroll
-        for (u32 d = 0; d < 8; ++d) sums[h][d] = fmaf(w, value[d], sums[h][d]);
-      }
-    }
-#pragma unroll
-    for (u32 h = 0; h < AT_ONCE; ++h) {
-#pragma unroll
-      for (u32 d = 0; d < 8; ++d) {
-#pragma unroll
-        for (u32 x = V_LANES; x < LANES; x *= 2) sums[h][d] += __shfl_xor_sync(~0u, sums[h][d], x);
-        if (lane < V_LANES && v_column < A::V) space.sums[warp][h][v_column + d] = sums[h][d];
-      }
-      if (lane == 0) space.weight[warp][h] = make_float2(top[h], total[h]);
-    }
-    consumers_sync();
-    // The chunk's result over the warps.
-    for (u32 n = threadIdx.x; n < AT_ONCE * A::V; n += CONSUMER_THREADS) {
-      const u32 h = n / A::V, d = n % A::V;
-      if (h0 + h >= GROUP) break;
-      float m = MINUS_INFINITY, sum = 0.f, weight = 0.f;
-#pragma unroll
-      for (u32 w = 0; w < CONSUMERS; ++w) m = fmaxf(m, space.weight[w][h].x);
-#pragma unroll
-      for (u32 w = 0; w < CONSUMERS; ++w) {
-        const float f = exp2f(space.weight[w][h].x - m);
-        sum = fmaf(f, space.sums[w][h][d], sum);
-        weight = fmaf(f, space.weight[w][h].y, weight);
-      }
-      if (chunks == 1) {
-        store_out(typename A::Out(), A::out(b), ((u64)row * A::HEADS + kv_head * GROUP + h0 + h) * A::V + d, sum / weight);
-      } else {
-        const Parts<A> parts = {A::parts(b)};
-        const u64 at = parts.at(row, kv_head, chunk - first_chunk, h0 + h);
-        parts.sum(at)[d] = sum;
-        if (d == 0) *parts.weight(at) = make_float2(m, weight);
-      }
-    }
-    consumers_sync();  // the space may be used again; the parts are written
-  }
-  if (chunks == 1) return;
-
-  // Whoever brings the last part of this row and head adds all of them up. The increment releases this
-  // SM's parts (ordered by the barrier above) and acquires the others'.
   if (threadIdx.x == 0) {
-    u32* finished = &b.sync().splits[row * A::KV_HEADS + kv_head];
-    const bool last = add_acq_rel(finished, 1) == chunks - 1;
-    if (last) *finished = 0;  // for the next stage; a crossing lies between
+    const bool last = add_acq_rel(counter, 1) == count - 1;
+    if (last) *counter = 0;
     b.shared.last_split = last;
   }
   consumers_sync();
-  if (b.shared.last_split) {
-    const Parts<A> parts = {A::parts(b)};
+  return b.shared.last_split;
+}
+
+// Behind an item of a run with several chunks: adds up what it is the last to bring, the chunks of its
+// span, then the spans of its run.
+template <class A> __device__ __forceinline__ void join(Consumer& b, const Walk<A>& item) {
+  using P = Parts<A>;
+  constexpr u32 GROUP = P::GROUP;
+  const u32 kv_head = item.kv_head(), span = item.chunk() / SPAN;
+  u32* counters = b.sync().splits + (item.row * A::KV_HEADS + kv_head) * (P::SPANS + 1);
+  const u32 run_end = item.from + item.chunks;
+  const u32 begin = span * SPAN > item.from ? span * SPAN : item.from;
+  const u32 end = span * SPAN + SPAN < run_end ? span * SPAN + SPAN : run_end;
+  if (!last_of(b, counters + span, end - begin)) return;
+  const P parts = {A::parts(b)};
+  for (u32 r = item.row; r < item.row + item.rows; ++r) {
+    const u32 position = b.shared.position[r], from = first_chunk<A>(position), to = position / CHUNK + 1;
+    const u32 first = begin > from ? begin : from, behind = end < to ? end : to;
+    // A row's only chunk is stored by its item; and it may see nothing of this span.
+    if (to - from == 1 || first >= behind) continue;
+    const bool whole = from / SPAN == (to - 1) / SPAN;
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
       const u32 h = n / A::V, d = n % A::V;
-      const u64 at = parts.at(row, kv_head, 0, h);
-      // Eight chunks at a time: their loads wait together.
-      float m = MINUS_INFINITY, sum = 0.f, weight = 0.f;
-      for (u32 c = 0; c < chunks; c += 8) {
-        float2 w[8];
-        float s[8];
-        float top = m;
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) {
-          w[i] = make_float2(MINUS_INFINITY, 0.f);
-          s[i] = 0.f;
-          if (c + i < chunks) {
-            w[i] = __ldcg(parts.weight(at + (c + i) * GROUP));
-            s[i] = __ldcg(parts.sum(at + (c + i) * GROUP) + d);
-          }
-        }
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) top = fmaxf(top, w[i].x);
-        const float old = exp2f(m - top);
-        sum *= old;
-        weight *= old;
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) {
-          const float f = exp2f(w[i].x - top);
-          sum = fmaf(f, s[i], sum);
-          weight = fmaf(f, w[i].y, weight);
-        }
-        m = top;
+      float2 weight;
+      const float sum = fold(parts, parts.at(r, kv_head, first - from, h), behind - first, d, weight);
+      if (whole) {
+        store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / weight.y);
+      } else {
+        const u64 part = parts.at(r, kv_head, A::MAX_CHUNKS + span - from / SPAN, h);
+        parts.sum(part)[d] = sum;
+        if (d == 0) *parts.weight(part) = weight;
       }
-      store_out(typename A::Out(), A::out(b), ((u64)row * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / weight);
     }
   }
-  consumers_sync();  // before last_split is written again
+  const u32 spans = (run_end - 1) / SPAN - item.from / SPAN + 1;
+  if (spans == 1 || !last_of(b, counters + P::SPANS, spans)) return;
+  for (u32 r = item.row; r < item.row + item.rows; ++r) {
+    const u32 position = b.shared.position[r], from = first_chunk<A>(position) / SPAN, to = position / CHUNK / SPAN + 1;
+    if (to - from == 1) continue;
+    for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
+      const u32 h = n / A::V, d = n % A::V;
+      float2 weight;
+      const float sum = fold(parts, parts.at(r, kv_head, A::MAX_CHUNKS, h), to - from, d, weight);
+      store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / weight.y);
+    }
+  }
+}
+
+// Prepares a pass's queries, a warp each: heads of the rows from `row` on, GROUP to a row.
+template <class A> __device__ __forceinline__ void prepare_query(Consumer& b, AttentionSpace<A>& space, u32 row, u32 kv_head, u32 query, u32 count) {
+  using Space = AttentionSpace<A>;
+  constexpr u32 GROUP = A::HEADS / A::KV_HEADS, EACH = (A::QK + LANES - 1) / LANES;
+  constexpr u32 QKV = (A::HEADS + A::KV_HEADS) * A::QK + A::KV_HEADS * A::V;
+  const u32 warp = anew(warp_id()), n = query + warp, r = row + n / GROUP;
+  float v[EACH] = {};
+  if (n < count) {
+    const float* raw = A::input(b) + (u64)r * QKV + (kv_head * GROUP + n % GROUP) * A::QK;
+    prepare_head<A, A::Q_NORM>(space.heads[warp], raw, A::q_gain(b), A::rope(b), b.shared.position[r], v);
+  }
+#pragma unroll
+  for (u32 i = 0; i < Space::K_STEPS; ++i) {
+    const u32 d = lane_id() + i * LANES;
+    const float x = v[i] * (A::SCALE * LOG2_E);
+    const u16 rounded = narrow<typename A::Kv>(x);
+    space.q[0][warp][d] = rounded;
+    space.q[1][warp][d] = narrow<typename A::Kv>(x - widen<typename A::Kv>(rounded));
+  }
+}
+
+// Prepares keys and values of the run's rows in the chunk, `row` on, and writes them into the cache.
+template <class A> __device__ __forceinline__ void prepare_fresh(Consumer& b, AttentionSpace<A>& space, u32 cache, u32 kv_head, u32 row, u32 count) {
+  constexpr u32 EACH = (A::QK + LANES - 1) / LANES;
+  constexpr u32 QKV = (A::HEADS + A::KV_HEADS) * A::QK + A::KV_HEADS * A::V;
+  const LaunchArgs& args = b.args;
+  const u32 warp = anew(warp_id());
+  if (warp >= count) return;  // at most as many as warps
+  const u32 r = row + warp, position = b.shared.position[r];
+  const float* raw = A::input(b) + (u64)r * QKV + A::HEADS * A::QK;
+  float v[EACH];
+  prepare_head<A, A::K_NORM>(space.heads[warp], raw + kv_head * A::QK, A::k_gain(b), A::rope(b), position, v);
+  const u32 page = args.page_table[(u64)b.shared.sequence[r] * args.pages_per_sequence + position / A::PAGE_TOKENS];
+  u16* keys = reinterpret_cast<u16*>(args.kv + (((u64)cache * args.kv_pages + page) * A::KV_HEADS + kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
+  u16* values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
+  keys += position % A::PAGE_TOKENS * A::QK;
+#pragma unroll
+  for (u32 i = 0; i < EACH; ++i) {
+    const u32 d = lane_id() + i * LANES;
+    if (d < A::QK) keys[d] = space.keys[warp][d] = narrow<typename A::Kv>(v[i]);
+  }
+  raw += A::KV_HEADS * A::QK + kv_head * A::V;
+  for (u32 d = lane_id(); d < A::V; d += LANES) values[d] = space.values[warp][d] = narrow<typename A::Kv>(raw[d]);
 }
 
 template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache) {
-  u32 begin = 0;
-  u32 item = blockIdx.x;
-  bool first = true;
-  for (u32 row = 0; row < b.args.rows; ++row) {
-    const u32 position = b.shared.position[row];
-    const u32 first_chunk = A::WINDOW && position + 1 > A::WINDOW ? (position + 1 - A::WINDOW) / CHUNK : 0;
-    const u32 chunks = position / CHUNK - first_chunk + 1;
-    const u32 end = begin + chunks * A::KV_HEADS;
-    for (; item < end; item += gridDim.x) {
-      const u32 n = item - begin;
-      attend_item<A>(b, cache, row, n % A::KV_HEADS, first_chunk + n / A::KV_HEADS, first_chunk, chunks, first);
-      first = false;
-    }
-    begin = end;
+  using Space = AttentionSpace<A>;
+  constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
+  Space& space = *reinterpret_cast<Space*>(b.scratch);
+  const Parts<A> parts = {A::parts(b)};
+  const u32 warp = anew(warp_id()), lane = anew(lane_id());
+  const u32 g = lane / 4, t = lane % 4;
+  Walk<A> item(b);
+  if (!item.there(b)) {
+    b.wait_inputs();
+    b.finish_stage();
+    return;
   }
-  if (first) b.wait_inputs();
+  // Nothing here needs what the step has made: the cache of older positions is read while the other SMs
+  // still multiply.
+  Cached<A> cached;
+  {
+    const u8* block = Cached<A>::block(b, cache, item);
+    cached.load_keys(b, block, item);
+    cached.load_values(b, block, item);
+  }
+  b.wait_inputs();
+  for (bool more = true; more;) {
+    const Walk<A> now = item;
+    item.next(b);
+    more = item.there(b);
+    const u8* block = more ? Cached<A>::block(b, cache, item) : nullptr;
+    const u32 kv_head = now.kv_head(), start = now.chunk() * CHUNK, base = start + warp * WARP_POSITIONS;
+    const u32 run_position = b.shared.position[now.row], run_end = run_position + now.rows;
+    // Rows of the run that see the chunk, and those that lie in it.
+    const u32 row = now.row + (start > run_position ? start - run_position : 0);
+    u32 row_end = now.row + now.rows;
+    if (A::WINDOW && start + CHUNK + A::WINDOW - 1 < run_end) row_end = now.row + (start + CHUNK + A::WINDOW - 1 - run_position);
+    const u32 count = (row_end - row) * GROUP;
+    const u32 fresh_from = start > run_position ? start : run_position;
+    const u32 fresh_end = start + CHUNK < run_end ? start + CHUNK : run_end;
+    const u32 fresh = fresh_from < fresh_end ? fresh_end - fresh_from : 0;
+    if (fresh) prepare_fresh<A>(b, space, cache, kv_head, now.row + (fresh_from - run_position), fresh);
+    for (u32 query = 0; query < count; query += QUERIES) {
+      const bool last = query + QUERIES >= count;
+      prepare_query<A>(b, space, row, kv_head, query, count);
+      consumers_sync();
+      if (query == 0) cached.take_fresh(space, base, fresh_from, fresh);
+      float score[4];
+      scores<A>(space, cached, score);
+      // The next item's keys come while this one's values are multiplied, its values while sums are.
+      if (last && more) cached.load_keys(b, block, item);
+
+      // Weights relative to the query's largest score among the warp's positions.
+      const u32 position = query + g < count ? b.shared.position[row + (query + g) / GROUP] : 0;
+      const u32 from = A::WINDOW && position + 1 > A::WINDOW ? position + 1 - A::WINDOW : 0;
+      float top = MINUS_INFINITY;
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) {
+        const u32 p = base + t * 4 + i;
+        if (query + g >= count || p > position || (A::WINDOW && p < from)) score[i] = MINUS_INFINITY;
+        top = fmaxf(top, score[i]);
+      }
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const float relative_to = top == MINUS_INFINITY ? 0.f : top;
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) score[i] = exp2f(score[i] - relative_to);
+      float total = (score[0] + score[1]) + (score[2] + score[3]);
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      if (t == 0) space.weight[warp][g] = make_float2(top, total);
+
+      // Weights times values.
+      u32 weight[4];
+      split_pair<typename A::Kv>(score[0], score[1], weight[0], weight[1]);
+      split_pair<typename A::Kv>(score[2], score[3], weight[2], weight[3]);
+      float sums[Space::V_STEPS][16];
+#pragma unroll
+      for (u32 s = 0; s < Space::V_STEPS; ++s) {
+        const uint4(&v)[4] = cached.v[s];
+        const u32 first[4] = {v[0].x, v[0].y, v[0].z, v[0].w}, second[4] = {v[1].x, v[1].y, v[1].z, v[1].w};
+        const u32 third[4] = {v[2].x, v[2].y, v[2].z, v[2].w}, fourth[4] = {v[3].x, v[3].y, v[3].z, v[3].w};
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) {
+          float d[4] = {};
+          mma(typename A::Kv(), d, weight, pair_up(first[j / 2], second[j / 2], j % 2), pair_up(third[j / 2], fourth[j / 2], j % 2));
+          sums[s][j] = d[0] + d[2];
+          sums[s][8 + j] = d[1] + d[3];
+        }
+      }
+      if (last && more) cached.load_values(b, block, item);
+
+      // The chunk's result over the warps, SUMMED queries at a time.
+#pragma unroll
+      for (u32 half = 0; half < QUERIES; half += SUMMED) {
+        if (half > 0 && query + half >= count) break;
+        if (half > 0) consumers_sync();  // the sums of the first have been read
+        if (g >= half && g < half + SUMMED) {
+#pragma unroll
+          for (u32 s = 0; s < Space::V_STEPS; ++s) {
+#pragma unroll
+            for (u32 j = 0; j < 16; j += 4) {
+              const u32 column = s * 64 + t * 16 + j;
+              if (column < A::V) {
+                *reinterpret_cast<float4*>(&space.sums[warp][g - half][column]) = make_float4(sums[s][j], sums[s][j + 1], sums[s][j + 2], sums[s][j + 3]);
+              }
+            }
+          }
+        }
+        consumers_sync();
+        for (u32 n = threadIdx.x; n < SUMMED * A::V; n += CONSUMER_THREADS) {
+          const u32 q = half + n / A::V, d = n % A::V;
+          if (query + q >= count) break;
+          float m = MINUS_INFINITY, sum = 0.f, all = 0.f;
+#pragma unroll
+          for (u32 w = 0; w < CONSUMERS; ++w) m = fmaxf(m, space.weight[w][q].x);
+#pragma unroll
+          for (u32 w = 0; w < CONSUMERS; ++w) {
+            const float f = exp2f(space.weight[w][q].x - m);
+            sum = fmaf(f, space.sums[w][q - half][d], sum);
+            all = fmaf(f, space.weight[w][q].y, all);
+          }
+          const u32 r = row + (query + q) / GROUP, h = (query + q) % GROUP;
+          const u32 own_from = first_chunk<A>(b.shared.position[r]);
+          if (b.shared.position[r] / CHUNK == own_from) {
+            store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / all);
+          } else {
+            const u64 part = parts.at(r, kv_head, now.chunk() - own_from, h);
+            parts.sum(part)[d] = sum;
+            if (d == 0) *parts.weight(part) = make_float2(m, all);
+          }
+        }
+      }
+      consumers_sync();  // the space may be used again
+    }
+    if (now.chunks > 1) join(b, now);
+  }
   b.finish_stage();
 }

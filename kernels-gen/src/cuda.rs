@@ -61,8 +61,6 @@ pub struct SharedNeeds {
     pub norm_columns: usize,
     /// Octets of the largest tile: 2 with gated pairs.
     pub operands: usize,
-    /// Query heads of a KV head.
-    pub group: usize,
     /// Columns of a key.
     pub qk: usize,
     /// Columns of a value.
@@ -70,12 +68,18 @@ pub struct SharedNeeds {
 }
 
 impl SharedNeeds {
-    /// Bytes of attention's work space: queries, the step's own keys and values, heads between norm
-    /// and rope, sums and weights of the warps.
+    /// Bytes of attention's work space: queries in two halves, the step's own keys and values, then heads
+    /// between norm and rope, or sums of four queries; weights of the warps.
     pub const fn attention(&self) -> usize {
-        let at_once = if self.group < 4 { self.group } else { 4 };
-        let rows = 8 * (self.qk + self.v);
-        4 * (self.group * self.qk + rows + CONSUMERS * self.qk + CONSUMERS * at_once * (self.v + 2))
+        let (queries, summed) = (8, 4);
+        let steps = self.qk.div_ceil(32);
+        let stride = steps * 32 + if steps.is_multiple_of(2) { 32 } else { 0 };
+        let sums = if self.qk > summed * self.v { self.qk } else { summed * self.v };
+        2 * 2 * queries * stride
+            + 2 * 8 * (self.qk + self.v)
+            + 4 * CONSUMERS * sums
+            + 8 * CONSUMERS * queries
+            + 64
     }
 
     /// Bytes of the buffers in which consumers leave a tile's sums: two, so that they can go on.
@@ -160,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_block_of_hopper_holds_a_deep_ring() {
-        let needs = SharedNeeds { norm_columns: 4096, operands: 2, group: 4, qk: 128, v: 128 };
+        let needs = SharedNeeds { norm_columns: 4096, operands: 2, qk: 128, v: 128 };
         let layout = needs.layout(227 << 10).unwrap();
         assert!(layout.slots >= 10, "{layout:?}");
         assert!(layout.bytes() <= 227 << 10);

@@ -54,13 +54,15 @@ pub enum CudaError {
         /// Columns of a head.
         heads: usize,
     },
-    /// Too many heads.
-    #[error("{kv_heads} KV heads; the kernel counts at most {max}")]
-    Heads {
+    /// Too many parts of a context to count.
+    #[error(
+        "{kv_heads} KV heads over {context} positions: more parts than the kernel counts; lower limits.context"
+    )]
+    Counters {
         /// KV heads.
         kv_heads: usize,
-        /// The most.
-        max: usize,
+        /// Positions of a sequence.
+        context: usize,
     },
 }
 
@@ -86,9 +88,10 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
         norm_columns: needs.norm_columns,
         heads: needs.qk,
     })?;
-    let max = (SYNC_BYTES - 512) / 4 / tilec_ir::launch::STEP_ROWS;
-    if program.kv.kv_heads > max {
-        return Err(CudaError::Heads { kv_heads: program.kv.kv_heads, max });
+    // A counter for each span of a row and KV head, and one for its spans.
+    let counters = tilec_ir::launch::STEP_ROWS * program.kv.kv_heads * (program.max_spans() + 1);
+    if counters > (SYNC_BYTES - 512) / 4 {
+        return Err(CudaError::Counters { kv_heads: program.kv.kv_heads, context: program.context });
     }
     for (name, _, stage) in program.sequence() {
         if let Kind::Gemm(gemm) = &stage.kind
@@ -114,8 +117,7 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
 }
 
 fn needs(program: &ResidentProgram) -> SharedNeeds {
-    let mut needs =
-        SharedNeeds { operands: 1, group: 1, qk: program.kv.qk_dim, v: program.kv.v_dim, norm_columns: 0 };
+    let mut needs = SharedNeeds { operands: 1, qk: program.kv.qk_dim, v: program.kv.v_dim, norm_columns: 0 };
     for (_, _, stage) in program.sequence() {
         match &stage.kind {
             Kind::Gemm(gemm) => {
@@ -124,10 +126,7 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
                     needs.norm_columns = needs.norm_columns.max(gemm.k);
                 }
             }
-            Kind::Attention(attention) => {
-                needs.group = needs.group.max(attention.heads / program.kv.kv_heads)
-            }
-            Kind::Embed { .. } => {}
+            Kind::Attention(_) | Kind::Embed { .. } => {}
         }
     }
     needs

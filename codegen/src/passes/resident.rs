@@ -8,7 +8,9 @@ use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
 use tilec_ir::graph::ActivationFn;
 use tilec_ir::launch::{OCTET, STEP_ROWS};
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
-use tilec_ir::resident::{Attention, Bias, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Rope, Stage};
+use tilec_ir::resident::{
+    Attention, Bias, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Rope, SPAN, Stage,
+};
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer};
 
 use super::packer::Packer;
@@ -401,8 +403,9 @@ impl Lowering<'_> {
             Rope { table: self.packer.fixed(content), positions: self.context, dims: spec.dims }
         });
         let output = self.half_buffer("attn", value, heads * self.kv.v_dim);
-        let parts =
-            self.buffer("parts", BufferElem::F32, heads * self.context.div_ceil(CHUNK) * (self.kv.v_dim + 2));
+        let chunks = self.context.div_ceil(CHUNK);
+        let parts = heads * (chunks + chunks.div_ceil(SPAN)) * (self.kv.v_dim + 2);
+        let parts = self.buffer("parts", BufferElem::F32, parts);
         Ok(Kind::Attention(Attention {
             input: qkv,
             output,
