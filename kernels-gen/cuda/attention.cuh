@@ -127,7 +127,7 @@ template <class A> struct Walk {
   u32 row = 0, rows = 0;  // of the run
   u32 from = 0, chunks = 0;
 
-  __device__ __forceinline__ Walk(const Consumer& b) : item(blockIdx.x) { enter(b); settle(b); }
+  __device__ __forceinline__ Walk(const Consumer& b, u32 item) : item(item) { enter(b); settle(b); }
   __device__ __forceinline__ bool there(const Consumer& b) const { return row < b.args.rows; }
   __device__ __forceinline__ void next(const Consumer& b) { item += gridDim.x; settle(b); }
   __device__ __forceinline__ u32 kv_head() const { return (item - begin) % A::KV_HEADS; }
@@ -290,36 +290,28 @@ template <class A> __device__ __forceinline__ float fold(const Parts<A>& parts, 
   return sum;
 }
 
-// Whether this SM brings the last of `count` to a counter; all consumers. The increment releases this SM's
-// parts (ordered by the barrier in front) and acquires the others'. The counter is left ready for the
-// next stage: a crossing lies between.
-__device__ __forceinline__ bool last_of(Consumer& b, u32* counter, u32 count) {
-  consumers_sync();
-  if (threadIdx.x == 0) {
-    const bool last = add_acq_rel(counter, 1) == count - 1;
-    if (last) *counter = 0;
-    b.shared.last_split = last;
+// What a run has of the span that an item lies in: chunks `begin` to `end`.
+template <class A> struct Share {
+  u32 span, begin, end, spans;
+  __device__ __forceinline__ explicit Share(const Walk<A>& item) {
+    const u32 run_end = item.from + item.chunks;
+    span = item.chunk() / SPAN;
+    begin = span * SPAN > item.from ? span * SPAN : item.from;
+    end = span * SPAN + SPAN < run_end ? span * SPAN + SPAN : run_end;
+    spans = (run_end - 1) / SPAN - item.from / SPAN + 1;
   }
-  consumers_sync();
-  return b.shared.last_split;
-}
+};
 
-// Behind an item of a run with several chunks: adds up what it is the last to bring, the chunks of its
-// span, then the spans of its run.
-template <class A> __device__ __forceinline__ void join(Consumer& b, const Walk<A>& item) {
+// Adds up a span's chunks for every row of the run that sees several, at least one of them here.
+template <class A> __device__ __forceinline__ void join_chunks(Consumer& b, const Walk<A>& item) {
   using P = Parts<A>;
   constexpr u32 GROUP = P::GROUP;
-  const u32 kv_head = item.kv_head(), span = item.chunk() / SPAN;
-  u32* counters = b.sync().splits + (item.row * A::KV_HEADS + kv_head) * (P::SPANS + 1);
-  const u32 run_end = item.from + item.chunks;
-  const u32 begin = span * SPAN > item.from ? span * SPAN : item.from;
-  const u32 end = span * SPAN + SPAN < run_end ? span * SPAN + SPAN : run_end;
-  if (!last_of(b, counters + span, end - begin)) return;
   const P parts = {A::parts(b)};
+  const Share<A> share(item);
+  const u32 kv_head = item.kv_head();
   for (u32 r = item.row; r < item.row + item.rows; ++r) {
     const u32 position = b.shared.position[r], from = first_chunk<A>(position), to = position / CHUNK + 1;
-    const u32 first = begin > from ? begin : from, behind = end < to ? end : to;
-    // A row's only chunk is stored by its item; and it may see nothing of this span.
+    const u32 first = share.begin > from ? share.begin : from, behind = share.end < to ? share.end : to;
     if (to - from == 1 || first >= behind) continue;
     const bool whole = from / SPAN == (to - 1) / SPAN;
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
@@ -329,14 +321,20 @@ template <class A> __device__ __forceinline__ void join(Consumer& b, const Walk<
       if (whole) {
         store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / weight.y);
       } else {
-        const u64 part = parts.at(r, kv_head, A::MAX_CHUNKS + span - from / SPAN, h);
+        const u64 part = parts.at(r, kv_head, A::MAX_CHUNKS + share.span - from / SPAN, h);
         parts.sum(part)[d] = sum;
         if (d == 0) *parts.weight(part) = weight;
       }
     }
   }
-  const u32 spans = (run_end - 1) / SPAN - item.from / SPAN + 1;
-  if (spans == 1 || !last_of(b, counters + P::SPANS, spans)) return;
+}
+
+// Adds up the spans of every row of the run that has several.
+template <class A> __device__ __forceinline__ void join_spans(Consumer& b, const Walk<A>& item) {
+  using P = Parts<A>;
+  constexpr u32 GROUP = P::GROUP;
+  const P parts = {A::parts(b)};
+  const u32 kv_head = item.kv_head();
   for (u32 r = item.row; r < item.row + item.rows; ++r) {
     const u32 position = b.shared.position[r], from = first_chunk<A>(position) / SPAN, to = position / CHUNK / SPAN + 1;
     if (to - from == 1) continue;
@@ -346,6 +344,52 @@ template <class A> __device__ __forceinline__ void join(Consumer& b, const Walk<
       const float sum = fold(parts, parts.at(r, kv_head, A::MAX_CHUNKS, h), to - from, d, weight);
       store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / weight.y);
     }
+  }
+}
+
+// Behind all of this SM's items: adds up what it is the last to bring. A lane counts for an item, so that
+// 32 of them cost the way to L2 and back once. The increment releases this SM's parts (ordered by the
+// barrier in front) and acquires the others'. Who ends a count leaves the counter ready for the next
+// stage: a crossing lies between.
+template <class A> __device__ __forceinline__ void join(Consumer& b) {
+  constexpr u32 COUNTERS = Parts<A>::SPANS + 1;
+  const u32 warp = anew(warp_id());
+  for (u32 first = blockIdx.x;; first += LANES * gridDim.x) {
+    const Walk<A> mine(b, first + lane_id() * gridDim.x);
+    const bool there = mine.there(b) && mine.chunks > 1;
+    u32* counters = b.sync().splits + (mine.row * A::KV_HEADS + (there ? mine.kv_head() : 0)) * COUNTERS;
+    bool last = false;
+    consumers_sync();  // the parts are written
+    if (warp == 0) {
+      if (there) {
+        const Share<A> share(mine);
+        last = add_acq_rel(counters + share.span, 1) == share.end - share.begin - 1;
+        if (last) counters[share.span] = 0;
+      }
+      const u32 all = __ballot_sync(~0u, last);
+      if (lane_id() == 0) b.shared.last_splits[0] = all;
+    }
+    consumers_sync();
+    const u32 ended = b.shared.last_splits[0];
+    for (u32 left = ended; left; left &= left - 1) join_chunks(b, Walk<A>(b, first + (__ffs(left) - 1) * gridDim.x));
+    if (A::MAX_CHUNKS > SPAN && ended) {
+      consumers_sync();  // the spans' parts are written
+      if (warp == 0) {
+        bool whole = false;
+        if (last) {
+          const u32 spans = Share<A>(mine).spans;
+          whole = spans > 1 && add_acq_rel(counters + COUNTERS - 1, 1) == spans - 1;
+          if (whole) counters[COUNTERS - 1] = 0;
+        }
+        const u32 all = __ballot_sync(~0u, whole);
+        if (lane_id() == 0) b.shared.last_splits[1] = all;
+      }
+      consumers_sync();
+      for (u32 left = b.shared.last_splits[1]; left; left &= left - 1) join_spans(b, Walk<A>(b, first + (__ffs(left) - 1) * gridDim.x));
+    }
+    const Walk<A> next(b, first + LANES * gridDim.x);
+    if (!next.there(b)) return;
+    consumers_sync();  // `last_splits` was read
   }
 }
 
@@ -401,7 +445,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   const Parts<A> parts = {A::parts(b)};
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
   const u32 g = lane / 4, t = lane % 4;
-  Walk<A> item(b);
+  Walk<A> item(b, blockIdx.x);
   if (!item.there(b)) {
     b.wait_inputs();
     b.finish_stage();
@@ -416,7 +460,9 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     cached.load_values(b, block, item);
   }
   b.wait_inputs();
+  bool several = false;
   for (bool more = true; more;) {
+    several |= item.chunks > 1;
     const Walk<A> now = item;
     item.next(b);
     more = item.there(b);
@@ -525,7 +571,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       }
       consumers_sync();  // the space may be used again
     }
-    if (now.chunks > 1) join(b, now);
   }
+  if (several) join<A>(b);
   b.finish_stage();
 }

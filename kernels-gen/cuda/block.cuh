@@ -50,7 +50,7 @@ struct Shared {
   u32 first_row[STEP_ROWS];     // first row of the step that is of the row's sequence
   u32 logit_row[STEP_ROWS];
   u32 steps;                    // steps of this launch, lowered by control when it ends early
-  u32 last_split;               // attention: whether this SM's chunk of a row was the last to finish
+  u32 last_splits[2];           // attention: items of which this SM brought the last, a bit each
   float row_sums[2][CONSUMERS][STEP_ROWS];
 };
 

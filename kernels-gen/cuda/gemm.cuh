@@ -26,10 +26,13 @@
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
+// Tiles of the stage in this launch: a step whose logits nobody wants has no head.
+template <class S> __device__ __forceinline__ u32 tiles(const Block& b) { return S::LOGITS && b.args.logit_rows == 0 ? 0 : S::TILES; }
+
 // Tiles through the ring. False if the launch ended.
 template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* weights) {
   constexpr u32 OCTET_BYTES = S::BLOCKS * OCTET_BLOCK;
-  for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) {
+  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
     const u8* from = weights + (u64)tile * (S::OPERANDS * OCTET_BYTES);
     for (u32 operand = 0; operand < S::OPERANDS; ++operand, from += OCTET_BYTES) {
       for (u32 at = 0; at < OCTET_BYTES; at += SLOT_BYTES) {
@@ -37,7 +40,7 @@ template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* w
       }
     }
   }
-  b.pass_tiles(S::TILES);
+  b.pass_tiles(tiles<S>(b));
   b.next_stage();
   return true;
 }
@@ -158,7 +161,7 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
   const u32 thread = anew(threadIdx.x), warp = thread / LANES;
   Activations<S> a;
   load_inputs<S>(b, a);
-  for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) {
+  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
     float2 results[S::OPERANDS];
 #pragma unroll
     for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
@@ -203,8 +206,8 @@ template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
   b.wait_inputs();
   // An SM without a tile has no use for the rows. The activations live only inside: declared out here,
   // and filled on one path, they would hold their registers through all other stages.
-  if (b.first_tile() < S::TILES) multiply_tiles<S>(b);
-  b.pass_tiles(S::TILES);
+  if (b.first_tile() < tiles<S>(b)) multiply_tiles<S>(b);
+  b.pass_tiles(tiles<S>(b));
   b.finish_stage();
 }
 
@@ -223,7 +226,7 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
   const u32 lane = anew(lane_id());
   const u32 row = lane / 4;
   const bool active = row < (S::LOGITS ? b.args.logit_rows : b.args.rows);
-  for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) {
+  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
     const u32 feature = tile * OCTET + 2 * (lane % 4);
     typename S::Carry carry = {};
     if (active) S::before(b, row, feature, carry);
@@ -245,5 +248,5 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
     if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
     if (active) S::finish(b, row, feature, v, carry);
   }
-  b.pass_tiles(S::TILES);
+  b.pass_tiles(tiles<S>(b));
 }
