@@ -2,8 +2,9 @@
 // the tensor cores.
 //
 // A run is a sequence's rows in the step; their positions follow each other. An item is a run, a KV head
-// and a chunk of CHUNK positions; items are dealt out over the SMs. It norms and rotates the keys of
-// those of its rows that lie in the chunk and writes them and their values into the cache, then attends
+// and a chunk of CHUNK positions; each SM has a row of neighbours, so that queries stay as they are from
+// chunk to chunk. An item norms and rotates the keys of
+// those of the run's rows that lie in the chunk and writes them and their values into the cache, then attends
 // for all rows of the run and all query heads of the KV head, eight such pairs (queries) in a pass. So a
 // chunk of the cache is read once for all rows of its sequence.
 //
@@ -71,10 +72,19 @@ template <class A> struct Parts {
   }
 };
 
-// Norms and rotates one head of QK columns; a warp. Lane l has the columns l, l + 32, ...
+// Norms and rotates one head of QK columns; a warp. Lane l has the columns l, l + 32, ... All loads are
+// asked for at once.
 template <class A, bool NORM>
 __device__ __forceinline__ void prepare_head(float* scratch, const float* raw, const float* gain, const float* rope, u32 position, float (&v)[(A::QK + LANES - 1) / LANES]) {
-  constexpr u32 EACH = (A::QK + LANES - 1) / LANES;
+  constexpr u32 EACH = (A::QK + LANES - 1) / LANES, TURNED = (A::ROPE + LANES - 1) / LANES, HALF = A::ROPE / 2;
+  float c[TURNED > 0 ? TURNED : 1], s[TURNED > 0 ? TURNED : 1];
+#pragma unroll
+  for (u32 i = 0; i < TURNED; ++i) {
+    const u32 d = lane_id() + i * LANES;
+    const u64 at = (u64)position * HALF + (d < HALF ? d : d - HALF);
+    c[i] = d < A::ROPE ? rope[at] : 1.f;
+    s[i] = d < A::ROPE ? rope[(u64)A::POSITIONS * HALF + at] : 0.f;
+  }
   float sum = 0.f;
 #pragma unroll
   for (u32 i = 0; i < EACH; ++i) {
@@ -100,14 +110,9 @@ __device__ __forceinline__ void prepare_head(float* scratch, const float* raw, c
     }
     __syncwarp();
 #pragma unroll
-    for (u32 i = 0; i < EACH; ++i) {
+    for (u32 i = 0; i < TURNED; ++i) {
       const u32 d = lane_id() + i * LANES;
-      if (d < A::ROPE) {
-        constexpr u32 HALF = A::ROPE / 2;
-        const u64 at = (u64)position * HALF + (d < HALF ? d : d - HALF);
-        const float c = rope[at], s = rope[(u64)A::POSITIONS * HALF + at];
-        v[i] = d < HALF ? v[i] * c - scratch[d + HALF] * s : v[i] * c + scratch[d - HALF] * s;
-      }
+      if (d < A::ROPE) v[i] = d < HALF ? v[i] * c[i] - scratch[d + HALF] * s[i] : v[i] * c[i] + scratch[d - HALF] * s[i];
     }
     __syncwarp();  // `scratch` may be used again
   }
@@ -121,18 +126,25 @@ template <class A> __device__ __forceinline__ u32 first_chunk(u32 position) {
   return A::WINDOW && position + 1 > A::WINDOW ? (position + 1 - A::WINDOW) / CHUNK : 0;
 }
 
-// An SM's way through the items of a stage.
+// A place among the items of a stage, which are ordered by run, KV head and chunk.
 template <class A> struct Walk {
-  u32 item, begin = 0;    // this item, and the first of its run
-  u32 row = 0, rows = 0;  // of the run
+  u32 item = 0, begin = 0;  // this item, and the first of its run
+  u32 row = 0, rows = 0;    // of the run
   u32 from = 0, chunks = 0;
 
-  __device__ __forceinline__ Walk(const Consumer& b, u32 item) : item(item) { enter(b); settle(b); }
+  __device__ __forceinline__ explicit Walk(const Consumer& b) { enter(b); }
   __device__ __forceinline__ bool there(const Consumer& b) const { return row < b.args.rows; }
-  __device__ __forceinline__ void next(const Consumer& b) { item += gridDim.x; settle(b); }
-  __device__ __forceinline__ u32 kv_head() const { return (item - begin) % A::KV_HEADS; }
-  __device__ __forceinline__ u32 chunk() const { return from + (item - begin) / A::KV_HEADS; }
-
+  __device__ __forceinline__ u32 kv_head() const { return (item - begin) / chunks; }
+  __device__ __forceinline__ u32 chunk() const { return from + (item - begin) % chunks; }
+  // So many items on.
+  __device__ __forceinline__ void skip(const Consumer& b, u32 items) {
+    item += items;
+    while (there(b) && item - begin >= chunks * A::KV_HEADS) {
+      begin += chunks * A::KV_HEADS;
+      row += rows;
+      enter(b);
+    }
+  }
   __device__ __forceinline__ void enter(const Consumer& b) {
     if (!there(b)) return;
     rows = 1;
@@ -140,12 +152,11 @@ template <class A> struct Walk {
     from = first_chunk<A>(b.shared.position[row]);
     chunks = b.shared.position[row + rows - 1] / CHUNK - from + 1;
   }
-  __device__ __forceinline__ void settle(const Consumer& b) {
-    while (there(b) && item - begin >= chunks * A::KV_HEADS) {
-      begin += chunks * A::KV_HEADS;
-      row += rows;
-      enter(b);
-    }
+  // Items of the stage in all.
+  __device__ __forceinline__ static u32 count(const Consumer& b) {
+    Walk all(b);
+    while (all.there(b)) all.skip(b, all.chunks * A::KV_HEADS);
+    return all.item;
   }
 };
 
@@ -347,49 +358,53 @@ template <class A> __device__ __forceinline__ void join_spans(Consumer& b, const
   }
 }
 
-// Behind all of this SM's items: adds up what it is the last to bring. A lane counts for an item, so that
-// 32 of them cost the way to L2 and back once. The increment releases this SM's parts (ordered by the
-// barrier in front) and acquires the others'. Who ends a count leaves the counter ready for the next
-// stage: a crossing lies between.
-template <class A> __device__ __forceinline__ void join(Consumer& b) {
+// Behind all of this SM's items, `count` from `own` on: adds up what it is the last to bring. A lane
+// counts for an item, so that 32 of them cost the way to L2 and back once. The increment releases this
+// SM's parts (ordered by the barrier behind each item) and acquires the others'. Who ends a count leaves
+// the counter ready for the next stage: a crossing lies between.
+template <class A> __device__ __forceinline__ void join(Consumer& b, const Walk<A>& own, u32 count) {
   constexpr u32 COUNTERS = Parts<A>::SPANS + 1;
   const u32 warp = anew(warp_id());
-  for (u32 first = blockIdx.x;; first += LANES * gridDim.x) {
-    const Walk<A> mine(b, first + lane_id() * gridDim.x);
-    const bool there = mine.there(b) && mine.chunks > 1;
-    u32* counters = b.sync().splits + (mine.row * A::KV_HEADS + (there ? mine.kv_head() : 0)) * COUNTERS;
-    bool last = false;
-    consumers_sync();  // the parts are written
+  auto number = [&](u32 n) {
+    Walk<A> item = own;
+    item.skip(b, n);
+    return item;
+  };
+  for (u32 first = 0; first < count; first += LANES) {
+    bool last = false, whole = false;
+    u32* counters = nullptr;
+    u32 spans = 0;
     if (warp == 0) {
-      if (there) {
-        const Share<A> share(mine);
-        last = add_acq_rel(counters + share.span, 1) == share.end - share.begin - 1;
-        if (last) counters[share.span] = 0;
+      if (first + lane_id() < count) {
+        const Walk<A> item = number(first + lane_id());
+        if (item.chunks > 1) {
+          const Share<A> share(item);
+          counters = b.sync().splits + (item.row * A::KV_HEADS + item.kv_head()) * COUNTERS;
+          spans = share.spans;
+          last = add_acq_rel(counters + share.span, 1) == share.end - share.begin - 1;
+          if (last) counters[share.span] = 0;
+        }
       }
       const u32 all = __ballot_sync(~0u, last);
       if (lane_id() == 0) b.shared.last_splits[0] = all;
     }
     consumers_sync();
     const u32 ended = b.shared.last_splits[0];
-    for (u32 left = ended; left; left &= left - 1) join_chunks(b, Walk<A>(b, first + (__ffs(left) - 1) * gridDim.x));
+    for (u32 left = ended; left; left &= left - 1) join_chunks(b, number(first + __ffs(left) - 1));
     if (A::MAX_CHUNKS > SPAN && ended) {
       consumers_sync();  // the spans' parts are written
       if (warp == 0) {
-        bool whole = false;
-        if (last) {
-          const u32 spans = Share<A>(mine).spans;
-          whole = spans > 1 && add_acq_rel(counters + COUNTERS - 1, 1) == spans - 1;
+        if (last && spans > 1) {
+          whole = add_acq_rel(counters + COUNTERS - 1, 1) == spans - 1;
           if (whole) counters[COUNTERS - 1] = 0;
         }
         const u32 all = __ballot_sync(~0u, whole);
         if (lane_id() == 0) b.shared.last_splits[1] = all;
       }
       consumers_sync();
-      for (u32 left = b.shared.last_splits[1]; left; left &= left - 1) join_spans(b, Walk<A>(b, first + (__ffs(left) - 1) * gridDim.x));
+      for (u32 left = b.shared.last_splits[1]; left; left &= left - 1) join_spans(b, number(first + __ffs(left) - 1));
     }
-    const Walk<A> next(b, first + LANES * gridDim.x);
-    if (!next.there(b)) return;
-    consumers_sync();  // `last_splits` was read
+    if (first + LANES < count) consumers_sync();  // `last_splits` was read
   }
 }
 
@@ -419,11 +434,18 @@ template <class A> __device__ __forceinline__ void prepare_fresh(Consumer& b, At
   constexpr u32 EACH = (A::QK + LANES - 1) / LANES;
   constexpr u32 QKV = (A::HEADS + A::KV_HEADS) * A::QK + A::KV_HEADS * A::V;
   const LaunchArgs& args = b.args;
-  const u32 warp = anew(warp_id());
-  if (warp >= count) return;  // at most as many as warps
-  const u32 r = row + warp, position = b.shared.position[r];
+  // At most as many as warps; the last ones, because the first have queries to prepare.
+  const u32 warp = anew(warp_id()), n = CONSUMERS - 1 - warp;
+  if (n >= count) return;
+  const u32 r = row + n, position = b.shared.position[r];
   const float* raw = A::input(b) + (u64)r * QKV + A::HEADS * A::QK;
-  float v[EACH];
+  constexpr u32 V_EACH = (A::V + LANES - 1) / LANES;
+  float v[EACH], value[V_EACH];
+#pragma unroll
+  for (u32 i = 0; i < V_EACH; ++i) {
+    const u32 d = lane_id() + i * LANES;
+    value[i] = d < A::V ? raw[A::KV_HEADS * A::QK + kv_head * A::V + d] : 0.f;
+  }
   prepare_head<A, A::K_NORM>(space.heads[warp], raw + kv_head * A::QK, A::k_gain(b), A::rope(b), position, v);
   const u32 page = args.page_table[(u64)b.shared.sequence[r] * args.pages_per_sequence + position / A::PAGE_TOKENS];
   u16* keys = reinterpret_cast<u16*>(args.kv + (((u64)cache * args.kv_pages + page) * A::KV_HEADS + kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
@@ -432,10 +454,13 @@ template <class A> __device__ __forceinline__ void prepare_fresh(Consumer& b, At
 #pragma unroll
   for (u32 i = 0; i < EACH; ++i) {
     const u32 d = lane_id() + i * LANES;
-    if (d < A::QK) keys[d] = space.keys[warp][d] = narrow<typename A::Kv>(v[i]);
+    if (d < A::QK) keys[d] = space.keys[n][d] = narrow<typename A::Kv>(v[i]);
   }
-  raw += A::KV_HEADS * A::QK + kv_head * A::V;
-  for (u32 d = lane_id(); d < A::V; d += LANES) values[d] = space.values[warp][d] = narrow<typename A::Kv>(raw[d]);
+#pragma unroll
+  for (u32 i = 0; i < V_EACH; ++i) {
+    const u32 d = lane_id() + i * LANES;
+    if (d < A::V) values[d] = space.values[n][d] = narrow<typename A::Kv>(value[i]);
+  }
 }
 
 template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache) {
@@ -445,8 +470,12 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   const Parts<A> parts = {A::parts(b)};
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
   const u32 g = lane / 4, t = lane % 4;
-  Walk<A> item(b, blockIdx.x);
-  if (!item.there(b)) {
+  const u32 all = Walk<A>::count(b), each = (all + gridDim.x - 1) / gridDim.x;
+  const u32 first = blockIdx.x * each, items = first >= all ? 0 : all - first < each ? all - first : each;
+  Walk<A> item(b);
+  item.skip(b, first);
+  const Walk<A> own = item;
+  if (items == 0) {
     b.wait_inputs();
     b.finish_stage();
     return;
@@ -461,11 +490,12 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   }
   b.wait_inputs();
   bool several = false;
-  for (bool more = true; more;) {
+  u32 prepared = ~0u;  // the rows and the KV head whose queries lie in `space.q`
+  for (u32 n = 0; n < items; ++n) {
     several |= item.chunks > 1;
+    const bool more = n + 1 < items;
     const Walk<A> now = item;
-    item.next(b);
-    more = item.there(b);
+    item.skip(b, 1);
     const u8* block = more ? Cached<A>::block(b, cache, item) : nullptr;
     const u32 kv_head = now.kv_head(), start = now.chunk() * CHUNK, base = start + warp * WARP_POSITIONS;
     const u32 run_position = b.shared.position[now.row], run_end = run_position + now.rows;
@@ -480,8 +510,12 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     if (fresh) prepare_fresh<A>(b, space, cache, kv_head, now.row + (fresh_from - run_position), fresh);
     for (u32 query = 0; query < count; query += QUERIES) {
       const bool last = query + QUERIES >= count;
-      prepare_query<A>(b, space, row, kv_head, query, count);
-      consumers_sync();
+      // Queries stay for the next chunk if there is one pass of them and the same rows see it.
+      const u32 queries = (row * (STEP_ROWS + 1) + row_end) * A::KV_HEADS + kv_head;
+      const bool known = queries == prepared;
+      if (!known) prepare_query<A>(b, space, row, kv_head, query, count);
+      prepared = count <= QUERIES ? queries : ~0u;
+      if (!known || fresh) consumers_sync();
       if (query == 0) cached.take_fresh(space, base, fresh_from, fresh);
       float score[4];
       scores<A>(space, cached, score);
@@ -572,6 +606,6 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       consumers_sync();  // the space may be used again
     }
   }
-  if (several) join<A>(b);
+  if (several) join<A>(b, own, items);
   b.finish_stage();
 }

@@ -256,7 +256,8 @@ struct Control : Block {
   __device__ __forceinline__ void open_step() {
     if (lane_id() == 0) {
       shared.stage = 0;
-      if (args.trace) trace_row()[0] = trace_row()[1] = global_timer();
+      // There may be no such step: the times of the last one stay.
+      if (args.trace && step < *(volatile u32*)&shared.steps) trace_row()[0] = trace_row()[1] = global_timer();
     }
     open_stage();
   }
