@@ -10,7 +10,7 @@ use crate::cost::StageCost;
 use crate::format::Format;
 use crate::graph::{ActivationFn, RopeSpec};
 use crate::launch::{OCTET, OCTET_BLOCK, STEP_ROWS};
-use crate::pack::{Packing, octet_blocks};
+use crate::pack::{FP8_COLUMNS, Packing, octet_blocks};
 use crate::stages::{Buffer, BufferElem, BufferId, Layer, Slot};
 use std::fmt;
 
@@ -79,6 +79,8 @@ pub struct Gemm {
     pub weights: Slot,
     /// Format of the weights.
     pub format: Format,
+    /// Scales of block FP8: see [`crate::pack::PackContent::OctetScales`].
+    pub scales: Option<Slot>,
     /// Columns of the input.
     pub k: usize,
     /// Features of one operand.
@@ -104,9 +106,10 @@ impl Gemm {
         octet_blocks(self.format, self.k)
     }
 
-    /// Bytes that the stage streams.
+    /// Bytes of weights that the stage reads, scales included.
     pub const fn weight_bytes(&self) -> usize {
-        self.tiles() * self.operands * self.blocks() * OCTET_BLOCK
+        let scales = if self.scales.is_some() { 4 * self.k.div_ceil(FP8_COLUMNS) } else { 0 };
+        self.tiles() * self.operands * (self.blocks() * OCTET_BLOCK + scales)
     }
 }
 
@@ -142,6 +145,8 @@ pub enum Kind {
         table: Slot,
         /// Their format.
         format: Format,
+        /// Scales of block FP8.
+        scales: Option<Slot>,
         /// Rows of the table.
         vocab: usize,
         /// Columns.
@@ -249,11 +254,14 @@ impl ResidentProgram {
                 (Slot::Layer(_), None) => false,
             };
             let (reads, writes, weights) = match &stage.kind {
-                Kind::Embed { table, output, k, .. } => {
+                Kind::Embed { table, format, scales, output, k, .. } => {
+                    if scales.is_some() != format.scale.is_some() {
+                        return fail(format!("{format} and its scales do not fit"));
+                    }
                     if self.buffer(*output).cols != *k {
                         return fail(format!("{k} columns do not fit {}", self.buffer(*output).name));
                     }
-                    (None, *output, vec![*table])
+                    (None, *output, scales.iter().copied().chain([*table]).collect())
                 }
                 Kind::Gemm(gemm) => {
                     if self.buffer(gemm.input).cols != gemm.k {
@@ -283,7 +291,11 @@ impl ResidentProgram {
                     if matches!(gemm.epilogue, Epilogue::Gated(_)) != (gemm.operands == 2) {
                         return fail("a gate has two operands".into());
                     }
+                    if gemm.scales.is_some() != gemm.format.scale.is_some() {
+                        return fail(format!("{} and its scales do not fit", gemm.format));
+                    }
                     let mut slots = vec![gemm.weights];
+                    slots.extend(gemm.scales);
                     slots.extend(gemm.bias.iter().map(|bias| bias.slot));
                     slots.extend(gemm.norm.map(|norm| norm.gain));
                     (Some(gemm.input), gemm.output, slots)
@@ -379,7 +391,7 @@ impl ResidentProgram {
             None => String::new(),
         };
         match &stage.kind {
-            Kind::Embed { table, format, vocab, k, output } => {
+            Kind::Embed { table, format, vocab, k, output, .. } => {
                 format!("embed {format} {vocab}x{k} {table} -> {}", name(output))
             }
             Kind::Gemm(gemm) => {

@@ -122,8 +122,11 @@ __device__ __forceinline__ uint4 load4(const u32* p) {
 // ---- Number formats --------------------------------------------------------------------------
 
 // Two floats as two halves in one register, `low` in the lower half; nearest even.
+// As weights: `Act` is the type of the activations that they are multiplied with, a block of an octet has
+// BLOCK_COLUMNS of each feature, a lane LANE_COLUMNS of them.
 struct Bf16 {
-  static constexpr u32 WEIGHT_BYTES = 2;
+  using Act = Bf16;
+  static constexpr u32 BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
   __device__ __forceinline__ static u32 pack(float low, float high) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -133,7 +136,8 @@ struct Bf16 {
   __device__ __forceinline__ static float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 };
 struct F16 {
-  static constexpr u32 WEIGHT_BYTES = 2;
+  using Act = F16;
+  static constexpr u32 BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
   __device__ __forceinline__ static u32 pack(float low, float high) {
     u32 r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -148,6 +152,27 @@ struct F16 {
   }
 };
 struct F32 {};
+// Codes of block FP8. Every one of them is a float16.
+struct E4m3 {
+  using Act = F16;
+  static constexpr u32 BLOCK_COLUMNS = 64, LANE_COLUMNS = 16;
+  // Two codes as a pair of float16.
+  __device__ __forceinline__ static u32 pair(u32 codes) {
+#if __CUDA_ARCH__ >= 890
+    u32 r;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((u16)codes));
+    return r;
+#else
+    return (u32)half(codes & 0xff) | (u32)half(codes >> 8 & 0xff) << 16;
+#endif
+  }
+  // The bits of a code lie in a float16 as they are, eight binary orders too small.
+  __device__ __forceinline__ static u16 half(u32 code) {
+    if ((code & 0x7f) == 0x7f) return 0x7e00;  // NaN
+    const u32 bits = (code & 0x80) << 8 | (code & 0x7f) << 7;
+    return (u16)F16::pack(F16::half_to_float((u16)bits) * 256.f, 0.f);
+  }
+};
 
 // One value of a half format.
 template <class T> __device__ __forceinline__ u16 narrow(float v) { return (u16)T::pack(v, 0.f); }

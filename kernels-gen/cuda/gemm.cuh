@@ -14,8 +14,12 @@
 // chain has an upper and a lower sum, these are added in order, then the warps' in order. A row's bits
 // depend on no other row.
 //
+// Block FP8 is widened to float16 in registers, which loses nothing: a lane then has 16 columns of a row
+// in a block, two such sets of pairs, and a block's sums are multiplied by its scale before they join.
+//
 // A stage S says:
-//   Weights              Bf16, F16
+//   Weights              Bf16, F16, E4m3
+//   SCALES, scales(b)    of E4m3: scales of an octet, and all of them
 //   K, BLOCKS, COLS      columns of x, blocks of an octet, features of one operand
 //   OPERANDS, TILES      octets of a tile, tiles of the stage
 //   Input                F32, or the half type of the products
@@ -46,10 +50,12 @@ template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* w
 }
 
 // The activations of a warp's columns, as the tensor cores take them. Lane 4r + q holds row r and the
-// columns 8q to 8q + 7 of each of its blocks: the piece of a weight block that it loads as well.
+// columns 8q to 8q + 7 (16q to 16q + 15) of each of its blocks: the piece of a weight block that it loads
+// as well.
 template <class S> struct Activations {
   static constexpr u32 COUNT = (S::BLOCKS + CONSUMERS - 1) / CONSUMERS;
-  u32 pair[COUNT][4];
+  static constexpr u32 SETS = S::Weights::LANE_COLUMNS / 8;
+  u32 pair[COUNT][SETS][4];
   float scale;  // of the row: the products are multiplied by it
 };
 
@@ -72,44 +78,47 @@ __device__ __forceinline__ float row_scale(F16, float amax) {
 }
 
 template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a) {
-  using W = typename S::Weights;
+  using W = typename S::Weights::Act;
+  constexpr u32 BLOCK = S::Weights::BLOCK_COLUMNS, STRIDE = BLOCK * CONSUMERS, QUADS = S::Weights::LANE_COLUMNS / 4;
   const u32 lane = anew(lane_id()), warp = anew(warp_id());
   const u32 row = lane / 4, quarter = lane % 4;
   const u32 rows = S::LOGITS ? b.args.logit_rows : b.args.rows;
   const bool active = row < rows;
   const u32 source = S::LOGITS ? b.shared.logit_row[row] : row;
-  const u32 column = warp * 32 + quarter * 8;  // of block `warp`; blocks are 8 apart
+  const u32 column = warp * BLOCK + quarter * S::Weights::LANE_COLUMNS;  // of block `warp`; blocks are 8 apart
   constexpr u32 COUNT = Activations<S>::COUNT;
-  auto inside = [&](u32 i) { return active && (i * CONSUMERS + CONSUMERS <= S::K / 32 || column + i * 256 < S::K); };
+  // Whether there are the columns 4h and on of block i.
+  auto inside = [&](u32 i, u32 h) { return active && (i * CONSUMERS + CONSUMERS <= S::K / BLOCK || column + i * STRIDE + h * 4 < S::K); };
 
   if constexpr (S::HALF_INPUT) {
+    static_assert(QUADS == 2, "rows of halves are for weights that are halves");
     const u16* x = S::input(b) + (u64)source * S::K + column;
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
       uint4 v = make_uint4(0, 0, 0, 0);
-      if (inside(i)) v = load4(reinterpret_cast<const u32*>(x + i * 256));
-      a.pair[i][0] = v.x; a.pair[i][1] = v.y; a.pair[i][2] = v.z; a.pair[i][3] = v.w;
+      if (inside(i, 0)) v = load4(reinterpret_cast<const u32*>(x + i * STRIDE));
+      a.pair[i][0][0] = v.x; a.pair[i][0][1] = v.y; a.pair[i][0][2] = v.z; a.pair[i][0][3] = v.w;
     }
     a.scale = 1.f;
   } else {
     const float* x = S::input(b) + (u64)source * S::K + column;
     const float* gain = reinterpret_cast<const float*>(b.gain) + column;
     // Long rows do not fit in registers beside their halves: they are read again from L2.
-    constexpr bool KEEP = COUNT <= 16;
-    float4 kept[KEEP ? COUNT : 1][2];
+    constexpr bool KEEP = COUNT * QUADS <= 32;
+    float4 kept[KEEP ? COUNT : 1][QUADS];
     float sum = 0.f, amax = 0.f;
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
-      float4 v[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
-      if (inside(i)) { v[0] = load4(x + i * 256); v[1] = load4(x + i * 256 + 4); }
-      if constexpr (KEEP) { kept[i][0] = v[0]; kept[i][1] = v[1]; }
 #pragma unroll
-      for (u32 h = 0; h < 2; ++h) {
+      for (u32 h = 0; h < QUADS; ++h) {
+        float4 v = make_float4(0, 0, 0, 0);
+        if (inside(i, h)) v = load4(x + i * STRIDE + h * 4);
+        if constexpr (KEEP) kept[i][h] = v;
         if constexpr (S::NORM) {
-          sum = squares(sum, v[h]);
-          if (S::ROW_SCALE && inside(i)) v[h] = times(v[h], *reinterpret_cast<const float4*>(gain + i * 256 + h * 4));
+          sum = squares(sum, v);
+          if (S::ROW_SCALE && inside(i, h)) v = times(v, *reinterpret_cast<const float4*>(gain + i * STRIDE + h * 4));
         }
-        if constexpr (S::ROW_SCALE) amax = largest(amax, v[h]);
+        if constexpr (S::ROW_SCALE) amax = largest(amax, v);
       }
     }
     // The row over its 4 lanes, then over the 8 warps.
@@ -129,14 +138,14 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
-      for (u32 h = 0; h < 2; ++h) {
+      for (u32 h = 0; h < QUADS; ++h) {
         float4 v = make_float4(0, 0, 0, 0);
         if constexpr (KEEP) v = kept[i][h];
-        else if (inside(i)) v = load4(x + i * 256 + h * 4);
-        if (S::NORM && inside(i)) v = times(scaled(v, rms), *reinterpret_cast<const float4*>(gain + i * 256 + h * 4));
+        else if (inside(i, h)) v = load4(x + i * STRIDE + h * 4);
+        if (S::NORM && inside(i, h)) v = times(scaled(v, rms), *reinterpret_cast<const float4*>(gain + i * STRIDE + h * 4));
         if (S::ROW_SCALE) v = scaled(v, to_half);
-        a.pair[i][2 * h] = W::pack(v.x, v.y);
-        a.pair[i][2 * h + 1] = W::pack(v.z, v.w);
+        a.pair[i][h / 2][h % 2 * 2] = W::pack(v.x, v.y);
+        a.pair[i][h / 2][h % 2 * 2 + 1] = W::pack(v.z, v.w);
       }
     }
   }
@@ -155,17 +164,49 @@ __device__ __forceinline__ float2 chains_total(const float (&upper)[CHAINS][4], 
   return total;
 }
 
+// The scales of a warp's blocks of an octet: lane i has that of block i.
+template <class S> __device__ __forceinline__ float block_scale(const Consumer& b, u32 octet, u32 warp) {
+  const u32 block = warp + lane_id() * CONSUMERS;
+  return block < S::BLOCKS ? S::scales(b)[(u64)octet * S::SCALES + block / 2] : 0.f;
+}
+
+// Products of one block of E4m3 and the activations, as in `chains_total`.
+__device__ __forceinline__ float2 multiply_codes(const u32 (&x)[2][4], const uint4& w) {
+  float upper[4] = {}, lower[4] = {};
+  mma(F16(), upper, x[0], E4m3::pair(w.x), E4m3::pair(w.y));
+  mma(F16(), lower, x[0], E4m3::pair(w.x >> 16), E4m3::pair(w.y >> 16));
+  mma(F16(), upper, x[1], E4m3::pair(w.z), E4m3::pair(w.w));
+  mma(F16(), lower, x[1], E4m3::pair(w.z >> 16), E4m3::pair(w.w >> 16));
+  return make_float2(upper[0] + lower[2], upper[1] + lower[3]);
+}
+
 template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
   using W = typename S::Weights;
+  constexpr bool SCALED = W::LANE_COLUMNS == 16;
+  static_assert(!SCALED || Activations<S>::COUNT <= LANES, "a lane for the scale of each block");
   constexpr u32 SLOTS = (S::BLOCKS + SLOT_BLOCKS - 1) / SLOT_BLOCKS;
   const u32 thread = anew(threadIdx.x), warp = thread / LANES;
   Activations<S> a;
+  // Scales are asked for a tile ahead.
+  float scale[S::OPERANDS], ahead[S::OPERANDS];
+  if constexpr (SCALED) {
+#pragma unroll
+    for (u32 operand = 0; operand < S::OPERANDS; ++operand) ahead[operand] = block_scale<S>(b, b.first_tile() * S::OPERANDS + operand, warp);
+  }
   load_inputs<S>(b, a);
   for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
     float2 results[S::OPERANDS];
+    if constexpr (SCALED) {
+#pragma unroll
+      for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+        scale[operand] = ahead[operand];
+        if (tile + gridDim.x < S::TILES) ahead[operand] = block_scale<S>(b, (tile + gridDim.x) * S::OPERANDS + operand, warp);
+      }
+    }
 #pragma unroll
     for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-      float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};
+      float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of halves
+      float2 total = make_float2(0.f, 0.f);                // of codes
 #pragma unroll
       for (u32 s = 0; s < SLOTS; ++s) {
         const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + thread;
@@ -179,9 +220,16 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
 #pragma unroll
         for (u32 i = 0; i < WARP_BLOCKS; ++i) {
           const u32 block = s * WARP_BLOCKS + i;
-          if (block < Activations<S>::COUNT) {
-            mma(W(), upper[i % CHAINS], a.pair[block], w[i].x, w[i].z);
-            mma(W(), lower[i % CHAINS], a.pair[block], w[i].y, w[i].w);
+          if constexpr (SCALED) {
+            if (block < Activations<S>::COUNT) {
+              const float2 sums = multiply_codes(a.pair[block], w[i]);
+              const float factor = __shfl_sync(~0u, scale[operand], block);
+              total.x = fmaf(factor, sums.x, total.x);
+              total.y = fmaf(factor, sums.y, total.y);
+            }
+          } else if (block < Activations<S>::COUNT) {
+            mma(W(), upper[i % CHAINS], a.pair[block][0], w[i].x, w[i].z);
+            mma(W(), lower[i % CHAINS], a.pair[block][0], w[i].y, w[i].w);
           }
         }
         u32 read = 0;
@@ -189,7 +237,7 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
         for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x;
         b.release_slot(read);
       }
-      results[operand] = chains_total(upper, lower);
+      results[operand] = SCALED ? total : chains_total(upper, lower);
       if constexpr (S::ROW_SCALE) { results[operand].x *= a.scale; results[operand].y *= a.scale; }
     }
     barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);

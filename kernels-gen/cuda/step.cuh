@@ -1,13 +1,22 @@
 // The beginning and the end of a step: which tokens, and what comes of the logits.
 
 // Rows of the packed embedding table by token id, to f32. A stage E says: BLOCKS, K, Weights, table(b),
-// out(b) [rows][K].
+// out(b) [rows][K]; of block FP8 also SCALES and scales(b).
 template <class E> __device__ __forceinline__ void embed(Consumer& b) {
   const u32 lane = lane_id();
   for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.args.rows * E::BLOCKS; n += gridDim.x * CONSUMERS) {
-    const u32 row = n / E::BLOCKS, block = n % E::BLOCKS, token = b.shared.token[row], column = block * 32 + lane;
+    const u32 row = n / E::BLOCKS, block = n % E::BLOCKS, token = b.shared.token[row];
     const u8* from = E::table(b) + ((u64)(token / OCTET) * E::BLOCKS + block) * OCTET_BLOCK + token % OCTET * 64;
-    if (column < E::K) E::out(b)[(u64)row * E::K + column] = widen<typename E::Weights>(reinterpret_cast<const u16*>(from)[lane]);
+    const u16 word = reinterpret_cast<const u16*>(from)[lane];  // one half, or two codes
+    float* to = E::out(b) + (u64)row * E::K;
+    if constexpr (E::Weights::BLOCK_COLUMNS == 64) {
+      const u32 column = block * 64 + lane * 2, pair = E::Weights::pair(word);
+      const float scale = E::scales(b)[(u64)(token / OCTET) * E::SCALES + block / 2];
+      if (column < E::K) *reinterpret_cast<float2*>(to + column) = make_float2(F16::low(pair) * scale, F16::high(pair) * scale);
+    } else {
+      const u32 column = block * 32 + lane;
+      if (column < E::K) to[column] = widen<typename E::Weights>(word);
+    }
   }
   b.finish_stage();
 }

@@ -6,6 +6,7 @@ use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::graph::ActivationFn;
 use tilec_ir::launch::{KERNEL, SYNC_BYTES};
+use tilec_ir::pack::FP8_COLUMNS;
 use tilec_ir::resident::{Attention, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Stage};
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
@@ -229,7 +230,7 @@ impl<'p> Writer<'p> {
         line!(self);
         let name = type_name(prefix, &stage.name);
         match &stage.kind {
-            Kind::Embed { table, format, vocab, k, output } => {
+            Kind::Embed { table, format, scales, vocab, k, output } => {
                 line!(self, "// {}: a row of {vocab} x {k} {format} for each token.", stage.name);
                 line!(self, "struct {name} {{");
                 line!(self, "  using Weights = {};", weights_type(*format));
@@ -240,6 +241,7 @@ impl<'p> Writer<'p> {
                 );
                 let table = self.weight(*table);
                 self.function("const u8*", "table", "const Block& b", &format!("return {table};"));
+                self.scales(*scales, *k);
                 let out = self.buffer(*output);
                 self.function("float*", "out", "const Block& b", &format!("return {out};"));
                 line!(self, "}};");
@@ -251,6 +253,15 @@ impl<'p> Writer<'p> {
 
     fn function(&mut self, result: &str, name: &str, arguments: &str, body: &str) {
         line!(self, "  __device__ __forceinline__ static {result} {name}({arguments}) {{ {body} }}");
+    }
+
+    /// Scales of block FP8, a row for each octet.
+    fn scales(&mut self, slot: Option<Slot>, k: usize) {
+        if let Some(slot) = slot {
+            line!(self, "  static constexpr u32 SCALES = {};", k.div_ceil(FP8_COLUMNS));
+            let scales = format!("return reinterpret_cast<const float*>({});", self.weight(slot));
+            self.function("const float*", "scales", "const Block& b", &scales);
+        }
     }
 
     fn gemm(&mut self, name: &str, stage: &str, gemm: &Gemm) {
@@ -281,11 +292,12 @@ impl<'p> Writer<'p> {
             self,
             "  static constexpr bool NORM = {}, HALF_INPUT = {half}, ROW_SCALE = {}, LOGITS = {logits};",
             gemm.norm.is_some(),
-            gemm.format == Format::F16
+            gemm.format != Format::BF16
         );
         line!(self, "  static constexpr float EPS = {};", float(gemm.norm.map_or(0.0, |norm| norm.eps)));
         let weights = self.weight(gemm.weights);
         self.function("const u8*", "weights", "const Block& b", &format!("return {weights};"));
+        self.scales(gemm.scales, gemm.k);
         let input = self.buffer(gemm.input);
         let elem = if half { "u16" } else { "float" };
         self.function(&format!("const {elem}*"), "input", "const Block& b", &format!("return {input};"));
@@ -641,7 +653,11 @@ fn type_name(prefix: &str, name: &str) -> String {
 }
 
 fn weights_type(format: Format) -> &'static str {
-    if format == Format::BF16 { "Bf16" } else { "F16" }
+    match format {
+        Format::BF16 => "Bf16",
+        Format::FP8_BLOCK => "E4m3",
+        _ => "F16",
+    }
 }
 
 /// A float literal that reads back as the same number.

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use tilec_ir::abi::{KvLayout, KvType};
-use tilec_ir::format::Format;
+use tilec_ir::format::{Code, Format};
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
 use tilec_ir::graph::ActivationFn;
 use tilec_ir::launch::{OCTET, STEP_ROWS};
@@ -21,10 +21,11 @@ const WEIGHT_ALIGN: u64 = 256;
 
 /// The format that a matrix has in the kernel: what the tensor cores multiply. Formats without
 /// tensor-core products of their own are widened to halves, which hold all their digits but those
-/// of a float32.
+/// of a float32. Block FP8 stays as it is in memory; the kernel widens its codes.
 pub const fn kernel_format(format: Format) -> Format {
-    match format.code {
-        tilec_ir::format::Code::Bf16 => Format::BF16,
+    match (format.code, format.block, format.block_rows) {
+        (Code::Bf16, ..) => Format::BF16,
+        (Code::E4m3, 128, 128) => Format::FP8_BLOCK,
         _ => Format::F16,
     }
 }
@@ -144,6 +145,17 @@ fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
     }
 }
 
+/// The scales of octets of block FP8.
+fn octet_scales(octets: &PackContent) -> Option<PackContent> {
+    match octets {
+        PackContent::Octets { format, k, segments, interleave, octets } if format.scale.is_some() => {
+            let (k, segments, interleave, octets) = (*k, segments.clone(), *interleave, *octets);
+            Some(PackContent::OctetScales { k, segments, interleave, octets })
+        }
+        _ => None,
+    }
+}
+
 fn error(op: &FusedOp, what: impl Into<String>) -> TileError {
     TileError { op: op.name.clone(), what: what.into() }
 }
@@ -220,6 +232,7 @@ impl Lowering<'_> {
         let info = &self.fused.weights[weight];
         let format = kernel_format(info.format);
         let octets = self.octets(format, &[weight.to_string()], 1)?;
+        let scales = octet_scales(&octets).map(|scales| self.packer.fixed(scales));
         let table = self.packer.fixed(octets);
         if !cols.is_multiple_of(OCTET) {
             return Err(error(
@@ -229,7 +242,7 @@ impl Lowering<'_> {
         }
         let output = self.buffer("x", BufferElem::F32, *cols);
         self.of_value.insert(value, output);
-        Ok(Kind::Embed { table, format, vocab: info.shape[0], k: *cols, output })
+        Ok(Kind::Embed { table, format, scales, vocab: info.shape[0], k: *cols, output })
     }
 
     fn rows(&mut self, op: &FusedOp, source: ValueId) -> Result<(), TileError> {
@@ -283,6 +296,7 @@ impl Lowering<'_> {
         let bias = self.bias(op, offsets);
         let (epilogue, output) = self.sinks(op, source, cols)?;
         let octets = self.octets(format, &names, operands)?;
+        let scales = octet_scales(&octets).map(|scales| self.packer.slot(scales, offsets.as_mut()));
         let weights = self.packer.slot(octets, offsets.as_mut());
         let select = normed.is_some_and(|normed| normed.select);
         Ok(Kind::Gemm(Gemm {
@@ -291,6 +305,7 @@ impl Lowering<'_> {
             select,
             weights,
             format,
+            scales,
             k,
             operands,
             bias,

@@ -31,6 +31,9 @@ const LOUD: f32 = 300.0;
 /// The case with heads of one 16-byte piece.
 pub const NARROW_HEADS: usize = 40;
 
+/// From here on, cases multiply block FP8.
+pub const FP8: usize = 42;
+
 /// The case whose rows a consumer cannot keep in registers from the norm's sum to its products.
 pub const LONG_ROWS: usize = 41;
 
@@ -87,6 +90,8 @@ pub struct Case {
     pub config: Value,
     /// How its matrices are stored.
     pub stored: Format,
+    /// Whether they are converted to block FP8.
+    pub fp8: bool,
     /// Elements of its KV cache.
     pub kv: KvType,
     /// Decoder layers.
@@ -170,8 +175,9 @@ impl Case {
             stored.name().unwrap_or_default(),
             kv.name(),
         );
+        let fp8 = number >= FP8;
         for (part, there) in
-            [("tied", tied), ("bias", attention_bias), ("mlp-bias", mlp_bias), ("loud", loud)]
+            [("fp8", fp8), ("tied", tied), ("bias", attention_bias), ("mlp-bias", mlp_bias), ("loud", loud)]
         {
             if there {
                 name.push(' ');
@@ -186,6 +192,7 @@ impl Case {
             seed: random.next(),
             config,
             stored,
+            fp8,
             kv,
             layers,
             vocab,
@@ -196,7 +203,7 @@ impl Case {
 
     /// Whether the products' inputs are bfloat16; else they are float16.
     pub fn multiplies_bf16(&self) -> bool {
-        self.stored == Format::BF16
+        self.stored == Format::BF16 && !self.fp8
     }
 
     /// Random tokens, a list for each purpose `stream`.
@@ -209,6 +216,9 @@ impl Case {
     pub fn spec(&self, folder: PathBuf, arch: &str) -> ModelSpec {
         let mut spec = ModelSpec::for_checkpoint(folder);
         spec.precision.kv_cache = Some(self.kv);
+        if self.fp8 {
+            spec.precision.weights = spec::WeightFormat::Converted(Format::FP8_BLOCK);
+        }
         spec.precision.activations = spec::Activations::F32;
         spec.target.device = spec::Device::Cuda;
         spec.target.arch = arch.into();
