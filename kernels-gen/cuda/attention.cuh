@@ -139,6 +139,7 @@ template <class A> struct Walk {
   // So many items on.
   __device__ __forceinline__ void skip(const Consumer& b, u32 items) {
     item += items;
+#pragma unroll 1
     while (there(b) && item - begin >= chunks * A::KV_HEADS) {
       begin += chunks * A::KV_HEADS;
       row += rows;
@@ -148,6 +149,7 @@ template <class A> struct Walk {
   __device__ __forceinline__ void enter(const Consumer& b) {
     if (!there(b)) return;
     rows = 1;
+#pragma unroll 1
     while (row + rows < b.args.rows && b.shared.first_row[row + rows] == row) ++rows;
     from = first_chunk<A>(b.shared.position[row]);
     chunks = b.shared.position[row + rows - 1] / CHUNK - from + 1;
@@ -270,6 +272,7 @@ template <class A> __device__ __forceinline__ void scores(const AttentionSpace<A
 // that their loads wait together.
 template <class A> __device__ __forceinline__ float fold(const Parts<A>& parts, u64 at, u32 count, u32 d, float2& weight) {
   float m = MINUS_INFINITY, sum = 0.f, total = 0.f;
+#pragma unroll 1
   for (u32 c = 0; c < count; c += SPAN) {
     float2 w[SPAN];
     float v[SPAN];
@@ -320,11 +323,13 @@ template <class A> __device__ __forceinline__ void join_chunks(Consumer& b, cons
   const P parts = {A::parts(b)};
   const Share<A> share(item);
   const u32 kv_head = item.kv_head();
+#pragma unroll 1
   for (u32 r = item.row; r < item.row + item.rows; ++r) {
     const u32 position = b.shared.position[r], from = first_chunk<A>(position), to = position / CHUNK + 1;
     const u32 first = share.begin > from ? share.begin : from, behind = share.end < to ? share.end : to;
     if (to - from == 1 || first >= behind) continue;
     const bool whole = from / SPAN == (to - 1) / SPAN;
+#pragma unroll 1
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
       const u32 h = n / A::V, d = n % A::V;
       float2 weight;
@@ -346,9 +351,11 @@ template <class A> __device__ __forceinline__ void join_spans(Consumer& b, const
   constexpr u32 GROUP = P::GROUP;
   const P parts = {A::parts(b)};
   const u32 kv_head = item.kv_head();
+#pragma unroll 1
   for (u32 r = item.row; r < item.row + item.rows; ++r) {
     const u32 position = b.shared.position[r], from = first_chunk<A>(position) / SPAN, to = position / CHUNK / SPAN + 1;
     if (to - from == 1) continue;
+#pragma unroll 1
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
       const u32 h = n / A::V, d = n % A::V;
       float2 weight;
@@ -390,6 +397,7 @@ template <class A> __device__ __forceinline__ void join(Consumer& b, const Walk<
     }
     consumers_sync();
     const u32 ended = b.shared.last_splits[0];
+#pragma unroll 1
     for (u32 left = ended; left; left &= left - 1) join_chunks(b, number(first + __ffs(left) - 1));
     if (A::MAX_CHUNKS > SPAN && ended) {
       consumers_sync();  // the spans' parts are written
@@ -402,6 +410,7 @@ template <class A> __device__ __forceinline__ void join(Consumer& b, const Walk<
         if (lane_id() == 0) b.shared.last_splits[1] = all;
       }
       consumers_sync();
+#pragma unroll 1
       for (u32 left = b.shared.last_splits[1]; left; left &= left - 1) join_spans(b, number(first + __ffs(left) - 1));
     }
     if (first + LANES < count) consumers_sync();  // `last_splits` was read
@@ -563,7 +572,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       if (last && more) cached.load_values(b, block, item);
 
       // The chunk's result over the warps, SUMMED queries at a time.
-#pragma unroll
+#pragma unroll 1
       for (u32 half = 0; half < QUERIES; half += SUMMED) {
         if (half > 0 && query + half >= count) break;
         if (half > 0) consumers_sync();  // the sums of the first have been read
@@ -580,6 +589,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           }
         }
         consumers_sync();
+#pragma unroll 1
         for (u32 n = threadIdx.x; n < SUMMED * A::V; n += CONSUMER_THREADS) {
           const u32 q = half + n / A::V, d = n % A::V;
           if (query + q >= count) break;

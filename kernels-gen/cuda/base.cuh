@@ -64,6 +64,13 @@ __device__ __forceinline__ u32 anew(u32 v) {
   return v;
 }
 
+// An offset beyond 4 GB. Left as a literal it is folded into addresses, and NVRTC 13.0 has lost its upper
+// half on the way.
+__device__ __forceinline__ u64 far(u64 offset) {
+  asm volatile("" : "+l"(offset));
+  return offset;
+}
+
 __device__ __forceinline__ u64 global_timer() {
   u64 ns;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
@@ -152,25 +159,16 @@ struct F16 {
   }
 };
 struct F32 {};
-// Codes of block FP8. Every one of them is a float16.
+// Codes of block FP8. Every one of them is a bfloat16: its bits stay as they are, which makes it 2^120 times
+// too small (the subnormal ones too), and the scale makes up for that.
 struct E4m3 {
-  using Act = F16;
+  using Act = Bf16;
   static constexpr u32 BLOCK_COLUMNS = 64, LANE_COLUMNS = 16;
-  // Two codes as a pair of float16.
-  __device__ __forceinline__ static u32 pair(u32 codes) {
-#if __CUDA_ARCH__ >= 890
-    u32 r;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((u16)codes));
-    return r;
-#else
-    return (u32)half(codes & 0xff) | (u32)half(codes >> 8 & 0xff) << 16;
-#endif
-  }
-  // The bits of a code lie in a float16 as they are, eight binary orders too small.
-  __device__ __forceinline__ static u16 half(u32 code) {
-    if ((code & 0x7f) == 0x7f) return 0x7e00;  // NaN
-    const u32 bits = (code & 0x80) << 8 | (code & 0x7f) << 7;
-    return (u16)F16::pack(F16::half_to_float((u16)bits) * 256.f, 0.f);
+  static constexpr float UNIT = 1.329227995784916e36f;  // 2^120
+  // The codes 2 * PAIR and 2 * PAIR + 1 of four.
+  template <u32 PAIR> __device__ __forceinline__ static u32 pair(u32 codes) {
+    const u32 high = __byte_perm(codes, 0, PAIR == 0 ? 0x1404 : 0x3424);  // each in the upper byte of a half
+    return (high & 0x80008000u) | (high >> 4 & 0x07f007f0u);
   }
 };
 
@@ -233,6 +231,14 @@ __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) {
   return done != 0;
 }
 #endif
+
+// Four bytes into shared memory, by the lane that asks; a group of them is what was asked for since the last.
+__device__ __forceinline__ void copy_word(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups of this lane but the last LEFT.
+template <u32 LEFT> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
 // Registers of the warps of a warpgroup: the roles need very different numbers of them.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)

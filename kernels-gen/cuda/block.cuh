@@ -110,12 +110,14 @@ __device__ __forceinline__ void stall(const Block& b, u32 role, u32 seen, u32 ex
 // Waits until the phase of this parity is over; a whole warp. Lanes may see the end at different tries,
 // and what follows (tensor-core products, shuffles) needs all of them together: the vote joins them.
 __device__ __forceinline__ void barrier_wait(const Block& b, u64* barrier, u32 parity, Role role) {
-  if (__all_sync(~0u, barrier_try(barrier, parity))) return;
-  u64 start = global_timer();
-  for (u32 tries = 1; !__all_sync(~0u, barrier_try(barrier, parity)); ++tries) {
-    if (tries % 256 == 0 && global_timer() - start > b.args.patience_ns) {
-      stall(b, role, parity ^ 1, parity);
-    }
+  u64 start = 0;
+  // Rolled up: there are a hundred waits, and a layer's instructions should stay in the SM's cache.
+#pragma unroll 1
+  for (u32 tries = 0; !__all_sync(~0u, barrier_try(barrier, parity)); ++tries) {
+    if (tries % 256 != 0) continue;
+    const u64 now = global_timer();
+    if (tries == 0) start = now;
+    if (now - start > b.args.patience_ns) stall(b, role, parity ^ 1, parity);
   }
 }
 
@@ -147,13 +149,14 @@ struct Loader : Block {
 
   // False if the launch ended while waiting: nobody will empty the slot any more.
   __device__ __forceinline__ bool wait_empty() {
-    if (__all_sync(~0u, barrier_try(&shared.empty[slot], parity))) return true;
-    u64 start = global_timer();
-    for (u32 tries = 1; !__all_sync(~0u, barrier_try(&shared.empty[slot], parity)); ++tries) {
-      if (tries % 64 == 0) {
-        if (!more()) return false;
-        if (global_timer() - start > args.patience_ns) stall(*this, LOADER_SLOT, slot, parity);
-      }
+    u64 start = 0;
+#pragma unroll 1
+    for (u32 tries = 0; !__all_sync(~0u, barrier_try(&shared.empty[slot], parity)); ++tries) {
+      if (tries % 64 != 0) continue;
+      if (!more()) return false;
+      const u64 now = global_timer();
+      if (tries == 0) start = now;
+      if (now - start > args.patience_ns) stall(*this, LOADER_SLOT, slot, parity);
     }
     return true;
   }

@@ -14,7 +14,7 @@
 // chain has an upper and a lower sum, these are added in order, then the warps' in order. A row's bits
 // depend on no other row.
 //
-// Block FP8 is widened to float16 in registers, which loses nothing: a lane then has 16 columns of a row
+// Block FP8 is widened to bfloat16 in registers, which loses nothing: a lane then has 16 columns of a row
 // in a block, two such sets of pairs, and a block's sums are multiplied by its scale before they join.
 //
 // A stage S says:
@@ -91,13 +91,15 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
   auto inside = [&](u32 i, u32 h) { return active && (i * CONSUMERS + CONSUMERS <= S::K / BLOCK || column + i * STRIDE + h * 4 < S::K); };
 
   if constexpr (S::HALF_INPUT) {
-    static_assert(QUADS == 2, "rows of halves are for weights that are halves");
     const u16* x = S::input(b) + (u64)source * S::K + column;
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (inside(i, 0)) v = load4(reinterpret_cast<const u32*>(x + i * STRIDE));
-      a.pair[i][0][0] = v.x; a.pair[i][0][1] = v.y; a.pair[i][0][2] = v.z; a.pair[i][0][3] = v.w;
+#pragma unroll
+      for (u32 set = 0; set < Activations<S>::SETS; ++set) {
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (inside(i, set * 2)) v = load4(reinterpret_cast<const u32*>(x + i * STRIDE + set * 8));
+        a.pair[i][set][0] = v.x; a.pair[i][set][1] = v.y; a.pair[i][set][2] = v.z; a.pair[i][set][3] = v.w;
+      }
     }
     a.scale = 1.f;
   } else {
@@ -107,7 +109,7 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
     constexpr bool KEEP = COUNT * QUADS <= 32;
     float4 kept[KEEP ? COUNT : 1][QUADS];
     float sum = 0.f, amax = 0.f;
-#pragma unroll
+#pragma unroll(KEEP ? COUNT : 4)
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (u32 h = 0; h < QUADS; ++h) {
@@ -164,19 +166,33 @@ __device__ __forceinline__ float2 chains_total(const float (&upper)[CHAINS][4], 
   return total;
 }
 
-// The scales of a warp's blocks of an octet: lane i has that of block i.
-template <class S> __device__ __forceinline__ float block_scale(const Consumer& b, u32 octet, u32 warp) {
-  const u32 block = warp + lane_id() * CONSUMERS;
-  return block < S::BLOCKS ? S::scales(b)[(u64)octet * S::SCALES + block / 2] : 0.f;
+// Scales come a few octets ahead, each warp's into a ring of its own behind the rest of the scratch: the
+// time of an octet is shorter than the way to memory.
+constexpr u32 SCALES_AHEAD = 4;
+typedef float ScaleRing[SCALES_AHEAD][LANES];
+
+template <class S> __device__ __forceinline__ ScaleRing& scale_ring(const Block& b) {
+  static_assert(S::Weights::LANE_COLUMNS != 16 || SCALE_BYTES == sizeof(ScaleRing) * CONSUMERS, "the emitter's size");
+  return reinterpret_cast<ScaleRing*>(b.scratch + SCRATCH_BYTES - SCALE_BYTES)[warp_id()];
+}
+
+// Asks for the scales of this SM's octet number `n` of the stage: lane i has that of the warp's block i.
+template <class S> __device__ __forceinline__ void fetch_scales(const Consumer& b, u32 n) {
+  const u32 tile = b.first_tile() + n / S::OPERANDS * gridDim.x, block = warp_id() + lane_id() * CONSUMERS;
+  if (tile < tiles<S>(b) && block < S::BLOCKS) {
+    const u64 octet = (u64)tile * S::OPERANDS + n % S::OPERANDS;
+    copy_word(&scale_ring<S>(b)[n % SCALES_AHEAD][lane_id()], S::scales(b) + octet * S::SCALES + block / 2);
+  }
+  copy_group();
 }
 
 // Products of one block of E4m3 and the activations, as in `chains_total`.
 __device__ __forceinline__ float2 multiply_codes(const u32 (&x)[2][4], const uint4& w) {
   float upper[4] = {}, lower[4] = {};
-  mma(F16(), upper, x[0], E4m3::pair(w.x), E4m3::pair(w.y));
-  mma(F16(), lower, x[0], E4m3::pair(w.x >> 16), E4m3::pair(w.y >> 16));
-  mma(F16(), upper, x[1], E4m3::pair(w.z), E4m3::pair(w.w));
-  mma(F16(), lower, x[1], E4m3::pair(w.z >> 16), E4m3::pair(w.w >> 16));
+  mma(Bf16(), upper, x[0], E4m3::pair<0>(w.x), E4m3::pair<0>(w.y));
+  mma(Bf16(), lower, x[0], E4m3::pair<1>(w.x), E4m3::pair<1>(w.y));
+  mma(Bf16(), upper, x[1], E4m3::pair<0>(w.z), E4m3::pair<0>(w.w));
+  mma(Bf16(), lower, x[1], E4m3::pair<1>(w.z), E4m3::pair<1>(w.w));
   return make_float2(upper[0] + lower[2], upper[1] + lower[3]);
 }
 
@@ -187,28 +203,27 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
   constexpr u32 SLOTS = (S::BLOCKS + SLOT_BLOCKS - 1) / SLOT_BLOCKS;
   const u32 thread = anew(threadIdx.x), warp = thread / LANES;
   Activations<S> a;
-  // Scales are asked for a tile ahead.
-  float scale[S::OPERANDS], ahead[S::OPERANDS];
-  if constexpr (SCALED) {
-#pragma unroll
-    for (u32 operand = 0; operand < S::OPERANDS; ++operand) ahead[operand] = block_scale<S>(b, b.first_tile() * S::OPERANDS + operand, warp);
-  }
   load_inputs<S>(b, a);
+  u32 octet = 0;  // of this SM's
   for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
-    float2 results[S::OPERANDS];
-    if constexpr (SCALED) {
-#pragma unroll
-      for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-        scale[operand] = ahead[operand];
-        if (tile + gridDim.x < S::TILES) ahead[operand] = block_scale<S>(b, (tile + gridDim.x) * S::OPERANDS + operand, warp);
-      }
-    }
-#pragma unroll
+    barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
+    WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
+    // Not unrolled, so that a stage's instructions are few: a layer's should stay in the SM's cache.
+#pragma unroll 1
     for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+      if constexpr (SCALED) {
+        copy_wait<SCALES_AHEAD - 1>();
+        __syncwarp();  // the other lanes' as well
+      }
       float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of halves
       float2 total = make_float2(0.f, 0.f);                // of codes
 #pragma unroll
       for (u32 s = 0; s < SLOTS; ++s) {
+        float factor[WARP_BLOCKS];
+        if constexpr (SCALED) {
+#pragma unroll
+          for (u32 i = 0; i < WARP_BLOCKS; ++i) factor[i] = scale_ring<S>(b)[octet % SCALES_AHEAD][(s * WARP_BLOCKS + i) % LANES] * S::Weights::UNIT;
+        }
         const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + thread;
         uint4 w[WARP_BLOCKS];
 #pragma unroll
@@ -220,14 +235,12 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
 #pragma unroll
         for (u32 i = 0; i < WARP_BLOCKS; ++i) {
           const u32 block = s * WARP_BLOCKS + i;
+          if (block >= Activations<S>::COUNT) continue;
           if constexpr (SCALED) {
-            if (block < Activations<S>::COUNT) {
-              const float2 sums = multiply_codes(a.pair[block], w[i]);
-              const float factor = __shfl_sync(~0u, scale[operand], block);
-              total.x = fmaf(factor, sums.x, total.x);
-              total.y = fmaf(factor, sums.y, total.y);
-            }
-          } else if (block < Activations<S>::COUNT) {
+            const float2 products = multiply_codes(a.pair[block], w[i]);
+            total.x = fmaf(factor[i], products.x, total.x);
+            total.y = fmaf(factor[i], products.y, total.y);
+          } else {
             mma(W(), upper[i % CHAINS], a.pair[block][0], w[i].x, w[i].z);
             mma(W(), lower[i % CHAINS], a.pair[block][0], w[i].y, w[i].w);
           }
@@ -237,13 +250,15 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
         for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x;
         b.release_slot(read);
       }
-      results[operand] = SCALED ? total : chains_total(upper, lower);
-      if constexpr (S::ROW_SCALE) { results[operand].x *= a.scale; results[operand].y *= a.scale; }
+      if constexpr (!SCALED) total = chains_total(upper, lower);
+      if constexpr (S::ROW_SCALE) { total.x *= a.scale; total.y *= a.scale; }
+      sums[operand][warp][thread % LANES] = total;
+      if constexpr (SCALED) {
+        __syncwarp();  // all lanes have read the octet's scales
+        fetch_scales<S>(b, octet + SCALES_AHEAD);
+        ++octet;
+      }
     }
-    barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
-    WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
-#pragma unroll
-    for (u32 operand = 0; operand < S::OPERANDS; ++operand) sums[operand][warp][thread % LANES] = results[operand];
     __syncwarp();
     if (lane_id() == 0) barrier_arrive(&b.shared.sums_full[b.sum_buffer]);
     if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
@@ -251,6 +266,10 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
 }
 
 template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
+  if constexpr (S::Weights::LANE_COLUMNS == 16) {
+#pragma unroll
+    for (u32 n = 0; n < SCALES_AHEAD; ++n) fetch_scales<S>(b, n);
+  }
   b.wait_inputs();
   // An SM without a tile has no use for the rows. The activations live only inside: declared out here,
   // and filled on one path, they would hold their registers through all other stages.

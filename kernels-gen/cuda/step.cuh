@@ -10,9 +10,9 @@ template <class E> __device__ __forceinline__ void embed(Consumer& b) {
     const u16 word = reinterpret_cast<const u16*>(from)[lane];  // one half, or two codes
     float* to = E::out(b) + (u64)row * E::K;
     if constexpr (E::Weights::BLOCK_COLUMNS == 64) {
-      const u32 column = block * 64 + lane * 2, pair = E::Weights::pair(word);
-      const float scale = E::scales(b)[(u64)(token / OCTET) * E::SCALES + block / 2];
-      if (column < E::K) *reinterpret_cast<float2*>(to + column) = make_float2(F16::low(pair) * scale, F16::high(pair) * scale);
+      const u32 column = block * 64 + lane * 2, pair = E::Weights::template pair<0>(word);
+      const float scale = E::scales(b)[(u64)(token / OCTET) * E::SCALES + block / 2] * E::Weights::UNIT;
+      if (column < E::K) *reinterpret_cast<float2*>(to + column) = make_float2(Bf16::low(pair) * scale, Bf16::high(pair) * scale);
     } else {
       const u32 column = block * 32 + lane;
       if (column < E::K) to[column] = widen<typename E::Weights>(word);

@@ -61,6 +61,8 @@ pub struct SharedNeeds {
     pub norm_columns: usize,
     /// Octets of the largest tile: 2 with gated pairs.
     pub operands: usize,
+    /// Whether weights have scales.
+    pub scaled: bool,
     /// Columns of a key.
     pub qk: usize,
     /// Columns of a value.
@@ -87,11 +89,17 @@ impl SharedNeeds {
         2 * self.operands * CONSUMERS * 256
     }
 
+    /// Bytes of the scales that are on their way: of 32 blocks a consumer, four octets ahead. They are at
+    /// the end of the scratch and share it with nothing.
+    pub const fn scales(&self) -> usize {
+        if self.scaled { CONSUMERS * 4 * 32 * 4 } else { 0 }
+    }
+
     /// The layout within `available` bytes, or `None` if too little is left for a ring.
     pub fn layout(&self, available: usize) -> Option<SharedLayout> {
         let fixed = 2048;
         let gain = (self.norm_columns * 4).next_multiple_of(128);
-        let scratch = self.attention().max(self.sums()).next_multiple_of(128);
+        let scratch = self.attention().max(self.sums()).next_multiple_of(128) + self.scales();
         let slots = available.checked_sub(fixed + gain + scratch)? / SLOT_BYTES;
         let slots = slots.min(MAX_SLOTS);
         (slots >= MIN_SLOTS).then_some(SharedLayout { slots, fixed, gain, scratch })
@@ -164,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_block_of_hopper_holds_a_deep_ring() {
-        let needs = SharedNeeds { norm_columns: 4096, operands: 2, qk: 128, v: 128 };
+        let needs = SharedNeeds { norm_columns: 4096, operands: 2, scaled: false, qk: 128, v: 128 };
         let layout = needs.layout(227 << 10).unwrap();
         assert!(layout.slots >= 10, "{layout:?}");
         assert!(layout.bytes() <= 227 << 10);

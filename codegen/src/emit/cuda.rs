@@ -102,7 +102,7 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
         }
     }
     let mut out = Writer { text: String::new(), program };
-    out.head(&shared);
+    out.head(&shared, needs.scales());
     out.tables();
     out.header(&ATTENTION);
     out.header(&GEMM);
@@ -118,11 +118,18 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
 }
 
 fn needs(program: &ResidentProgram) -> SharedNeeds {
-    let mut needs = SharedNeeds { operands: 1, qk: program.kv.qk_dim, v: program.kv.v_dim, norm_columns: 0 };
+    let mut needs = SharedNeeds {
+        operands: 1,
+        scaled: false,
+        qk: program.kv.qk_dim,
+        v: program.kv.v_dim,
+        norm_columns: 0,
+    };
     for (_, _, stage) in program.sequence() {
         match &stage.kind {
             Kind::Gemm(gemm) => {
                 needs.operands = needs.operands.max(gemm.operands);
+                needs.scaled |= gemm.scales.is_some();
                 if gemm.norm.is_some() {
                     needs.norm_columns = needs.norm_columns.max(gemm.k);
                 }
@@ -160,7 +167,7 @@ impl<'p> Writer<'p> {
         self.text.push_str(header.text);
     }
 
-    fn head(&mut self, shared: &SharedLayout) {
+    fn head(&mut self, shared: &SharedLayout, scales: usize) {
         let program = self.program;
         let bytes: u64 = program.costs().iter().map(|cost| cost.weight_bytes * cost.runs as u64).sum();
         line!(
@@ -183,6 +190,7 @@ impl<'p> Writer<'p> {
         line!(self, "constexpr u32 FIXED_BYTES = {};", shared.fixed);
         line!(self, "constexpr u32 GAIN_BYTES = {};", shared.gain);
         line!(self, "constexpr u32 SCRATCH_BYTES = {};", shared.scratch);
+        line!(self, "constexpr u32 SCALE_BYTES = {scales};  // of these, at the end");
         line!(self, "constexpr u32 LAYERS = {};", program.layers.len());
         line!(self, "constexpr u32 STAGES = {};  // of a step", program.sequence().len());
         self.header(&BLOCK);
@@ -292,7 +300,7 @@ impl<'p> Writer<'p> {
             self,
             "  static constexpr bool NORM = {}, HALF_INPUT = {half}, ROW_SCALE = {}, LOGITS = {logits};",
             gemm.norm.is_some(),
-            gemm.format != Format::BF16
+            gemm.format == Format::F16
         );
         line!(self, "  static constexpr float EPS = {};", float(gemm.norm.map_or(0.0, |norm| norm.eps)));
         let weights = self.weight(gemm.weights);
@@ -558,7 +566,7 @@ impl<'p> Writer<'p> {
             .collect();
         line!(self);
         for name in spaces {
-            line!(self, "static_assert(sizeof(AttentionSpace<{name}>) <= SCRATCH_BYTES);");
+            line!(self, "static_assert(sizeof(AttentionSpace<{name}>) <= SCRATCH_BYTES - SCALE_BYTES);");
         }
         let _ = write!(
             self.text,
@@ -618,6 +626,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
     /// The address of packed weights.
     fn weight(&self, slot: Slot) -> String {
         match slot {
+            Slot::Fixed(at) if at >= 1 << 32 => format!("b.args.weights + far({at:#x})"),
             Slot::Fixed(at) => format!("b.args.weights + {at:#x}"),
             Slot::Layer(n) => format!("b.args.weights + LAYER_OFFSETS[b.layer][{n}]"),
         }

@@ -440,7 +440,7 @@ impl Lowering<'_> {
         let reader = self.fused.ops.iter().find(|op| op.inputs.contains(&value));
         let weight = reader.and_then(|op| op.parts.first()?.weights.first());
         let elem = match weight.map(|name| kernel_format(self.fused.weights[name].format)) {
-            Some(Format::BF16) => BufferElem::Bf16,
+            Some(Format::BF16 | Format::FP8_BLOCK) => BufferElem::Bf16,
             _ => BufferElem::F32,
         };
         let buffer = self.buffer(name, elem, cols);
