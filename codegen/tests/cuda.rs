@@ -57,9 +57,11 @@ fn own_text(program: &ResidentProgram) -> String {
 
 #[test]
 fn levels_of_the_resident_kernel() {
-    for (name, config, format) in
-        [("llama-q4_1", odd_llama(), Format::Q4_1), ("qwen3-bf16", qwen3(), Format::BF16)]
-    {
+    for (name, config, format) in [
+        ("llama-q4_1", odd_llama(), Format::Q4_1),
+        ("qwen3-bf16", qwen3(), Format::BF16),
+        ("llama-fp8", odd_llama(), Format::FP8_BLOCK),
+    ] {
         let program = program(name, &config, format, 200);
         insta::assert_snapshot!(format!("{name}.resident"), program.to_string());
         insta::assert_snapshot!(format!("{name}.cuda"), own_text(&program));
@@ -69,7 +71,11 @@ fn levels_of_the_resident_kernel() {
 #[test]
 fn every_architecture_gets_machine_code() {
     let nvrtc = Nvrtc::find().unwrap();
-    for (name, config, format) in [("llama", odd_llama(), Format::Q4_1), ("qwen3", qwen3(), Format::BF16)] {
+    for (name, config, format) in [
+        ("llama", odd_llama(), Format::Q4_1),
+        ("qwen3", qwen3(), Format::BF16),
+        ("fp8", odd_llama(), Format::FP8_BLOCK),
+    ] {
         let program = program(name, &config, format, 200);
         for arch in [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100a, Arch::Sm120a] {
             let text = emit(&program, arch).unwrap().text;
@@ -91,6 +97,27 @@ fn the_tuned_kernel_keeps_within_its_registers() {
 }
 
 #[test]
+fn far_offsets_are_no_literals_in_addresses() {
+    let text = |layers| {
+        let program = program("qwen3-8b", &example("qwen3-8b", layers), Format::BF16, 256);
+        emit(&program, Arch::Sm90a).unwrap().text
+    };
+    assert!(!text(1).contains("weights + far("), "2.9 GB are not far");
+    // The head lies behind 13 GB of layers.
+    assert!(text(36).contains("struct Head") && text(36).contains("return b.args.weights + far(0x3"));
+}
+
+#[test]
+fn a_context_with_more_parts_than_counters_is_refused() {
+    let program = program("llama", &odd_llama(), Format::BF16, 1 << 22);
+    let error = emit(&program, Arch::Sm90a).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "2 KV heads over 4194304 positions: more parts than the kernel counts; lower limits.context"
+    );
+}
+
+#[test]
 fn the_text_grows_by_a_line_of_offsets_a_layer() {
     let text = |layers| {
         let program = program("llama", &example("llama-3.2-1b", layers), Format::BF16, 4096);
@@ -104,13 +131,17 @@ type Damage = fn(&mut ResidentProgram);
 
 #[test]
 fn damaged_programs_are_refused() {
-    let damages: [(&str, Damage); 7] = [
+    let damages: [(&str, Damage); 8] = [
         ("a stage that reads what nobody wrote", |p| drop(p.bodies[0].remove(0))),
         ("stages in another order", |p| p.bodies[0].swap(1, 2)),
         ("a stage that writes what it reads", |p| {
             let Kind::Gemm(gemm) = &mut p.bodies[0][2].kind else { panic!("the output projection") };
             gemm.input = gemm.output;
             gemm.k = 64;
+        }),
+        ("codes without their scales", |p| {
+            let Kind::Gemm(gemm) = &mut p.bodies[0][0].kind else { panic!("queries, keys and values") };
+            gemm.format = Format::FP8_BLOCK;
         }),
         ("a residual that is not there", |p| p.before.clear()),
         ("weights behind the packed ones", |p| p.layers[1].offsets[1] = p.packing.bytes),
