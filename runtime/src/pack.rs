@@ -888,6 +888,16 @@ impl<'a> Fp8Rows<'a> {
         let (rows, cols) = (stored.rows, stored.cols);
         let scale_row = cols.div_ceil(FP8_COLUMNS) * 4;
         let same_format = stored.format == row_format(Format::FP8_BLOCK);
+        // A kernel reads the bits of a code without asking what they mean.
+        if let Some(at) = stored.codes.iter().position(|code| code & 0x7f == 0x7f).filter(|_| same_format) {
+            let problem = format!("the weight in row {}, column {} is NaN", first + at / cols, at % cols);
+            return Err(checkpoint.fault(
+                tensor,
+                ErrorKind::Value,
+                problem,
+                "check that the checkpoint is sound",
+            ));
+        }
         let octets = || stored.scales.chunks(OCTET * scale_row).map(|scales| scales.split_at(scale_row));
         if same_format && octets().all(|(first, rest)| rest.chunks_exact(scale_row).all(|row| row == first)) {
             let scales = octets().flat_map(|(first, _)| first.iter().copied()).collect();

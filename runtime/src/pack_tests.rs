@@ -792,6 +792,8 @@ fn octets_that_do_not_fit_are_refused() {
     large[9 * 4 + 1] = -65520.0;
     let mut huge = vec![1.0f32; 4];
     huge[2] = f32::MAX;
+    let mut odd_code = vec![0x38; 800];
+    odd_code[150 * 4 + 3] = 0xff;
     let (_folder, checkpoint) = folder(&[
         ("nan", "F32", vec![200, 4], floats(&bad)),
         ("infinite", "F32", vec![20, 4], floats(&infinite)),
@@ -799,6 +801,8 @@ fn octets_that_do_not_fit_are_refused() {
         ("huge", "F32", vec![1, 4], floats(&huge)),
         ("fp8", "F8_E4M3", vec![200, 4], vec![0x38; 800]),
         ("fp8_scale_inv", "F32", vec![2, 1], floats(&[1.0, f32::NAN])),
+        ("code", "F8_E4M3", vec![200, 4], odd_code),
+        ("code_scale_inv", "F32", vec![2, 1], floats(&[1.0, 1.0])),
     ]);
     let refused = |content: PackContent, words: &[&str]| {
         let folder = tempfile::tempdir().unwrap();
@@ -829,6 +833,7 @@ fn octets_that_do_not_fit_are_refused() {
     for item in [|s| octets(Format::FP8_BLOCK, 4, s, 1), |s| octet_scales(4, s, 1)] {
         refused(item(one("nan", 160, 16)), &["\"nan\"", "row 170, column 2", "NaN"]);
         refused(item(one("fp8", 128, 8)), &["\"fp8\"", "row 128", "scale"]);
+        refused(item(one("code", 144, 8)), &["\"code\"", "row 150, column 3", "NaN"]);
         refused(item(one("large", 16, 5)), &["large", "16..21"]);
         refused(item(one("large", 4, 8)), &["row 4 of large", "compile the model again"]);
     }
