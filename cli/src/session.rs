@@ -31,7 +31,11 @@ pub fn load(folder: &Path, weights: &WeightsArgs, profile: bool, draft: bool) ->
         progress.set_position(done);
     });
     progress.finish_and_clear();
-    Ok(engine?)
+    let engine = engine?;
+    for conversion in engine.conversions() {
+        ui::note(format!("packed {conversion}"));
+    }
+    Ok(engine)
 }
 
 /// A loaded plan and how far its one sequence is.

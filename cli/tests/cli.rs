@@ -222,6 +222,43 @@ mod compiled {
     }
 
     #[test]
+    fn a_mixture_of_experts_completes_code() {
+        let bench = Bench::new();
+        let model = fixture("../../examples/mimo-mini/model.yaml");
+        let prompt = "def fibonacci(n):";
+        let run = |threads: &str| {
+            bench.ok(&["run", &model, "--prompt", prompt, "-n", "24", "--temp", "0", "-t", threads])
+        };
+        let (one, two) = (run("1"), run("2"));
+        assert_eq!(one, two, "the number of threads changes the text");
+        assert!(one.contains("return") || one.contains("\"\"\""), "{one:?} is no body of a function");
+        let inspect = bench.ok(&["inspect", &model, "--bandwidth", "10", "--rows", "8"]);
+        assert!(inspect.contains("experts mxfp4") && inspect.contains("Experts: 4 of 32 a row"), "{inspect}");
+        // 32 experts, of which 8 rows that choose 4 each miss (7/8)^8.
+        assert!(inspect.contains("21.0 of a layer are read"), "{inspect}");
+    }
+
+    #[test]
+    fn experts_are_quantized_when_asked_and_what_it_cost_is_told() {
+        let bench = Bench::new();
+        let yaml = format!(
+            "model: {{checkpoint: {}}}\nprecision: {{experts: mxfp4}}\nlimits: {{context: 64}}\n",
+            fixture("hf/qwen3-moe")
+        );
+        bench.write("moe.yaml", yaml);
+        let output = bench.run(&["logits", "moe.yaml", "--tokens", "1,2,3", "-o", "logits.safetensors"]);
+        let stderr = text(&output.stderr);
+        assert!(output.status.success(), "{stderr}");
+        assert!(stderr.contains("weights of experts from f32 to mxfp4: off by"), "{stderr}");
+        bench.write(
+            "wrong.yaml",
+            format!("model: {{checkpoint: {}}}\nprecision: {{experts: mxfp4}}\n", fixture(TINY)),
+        );
+        let error = bench.fails(&["compile", "wrong.yaml"]);
+        assert!(error.contains("precision.experts") && error.contains("no experts"), "{error}");
+    }
+
+    #[test]
     fn a_reader_that_leaves_early_is_no_error() {
         let bench = Bench::new();
         let mut command = bench.command(&["compile", &fixture(TINY), "--emit", "llvm"]);

@@ -2,6 +2,7 @@
 
 pub mod chat;
 pub mod checkpoint;
+pub mod conversion;
 pub mod cuda;
 pub mod engine;
 pub mod generate;

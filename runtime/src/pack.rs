@@ -14,6 +14,7 @@
 //! | 4096.. | the weights |
 
 use crate::checkpoint::{Checkpoint, CheckpointError, ErrorKind, StoredRows};
+use crate::conversion::{Conversion, Ledger};
 use memmap2::{Mmap, MmapMut};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
@@ -88,6 +89,7 @@ pub struct PackedWeights {
     offset: usize,
     len: usize,
     cached: bool,
+    conversions: Vec<Conversion>,
 }
 
 impl PackedWeights {
@@ -109,6 +111,11 @@ impl PackedWeights {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// What was converted while packing, and what it cost; nothing of what came from the cache.
+    pub fn conversions(&self) -> &[Conversion] {
+        &self.conversions
     }
 
     /// Whether they came from the cache.
@@ -140,9 +147,9 @@ pub fn pack(
     if let Err(error) = map.advise(memmap2::Advice::HugePage) {
         tracing::debug!(%error, "packing into pages of the usual size");
     }
-    fill(checkpoint, packing, &mut map[..len], progress)?;
+    let conversions = fill(checkpoint, packing, &mut map[..len], progress)?;
     let map = map.make_read_only().map_err(memory)?;
-    Ok(PackedWeights { map, offset: 0, len, cached: false })
+    Ok(PackedWeights { map, offset: 0, len, cached: false, conversions })
 }
 
 /// Maps the packed weights from `cache`, or packs them into a file there first.
@@ -195,7 +202,7 @@ pub fn pack_cached(
     // SAFETY: the file is new, has a name that is used once, and its space is
     // reserved, so that no write to the map can fail for want of it.
     let mut map = unsafe { MmapMut::map_mut(&file) }.map_err(fault("mapping the file", &temporary.0))?;
-    fill(checkpoint, packing, &mut map[DATA_OFFSET..], progress)?;
+    let conversions = fill(checkpoint, packing, &mut map[DATA_OFFSET..], progress)?;
     map[..HEADER_BYTES].copy_from_slice(&header(bytes, &key));
     map.flush().map_err(fault("writing", &temporary.0))?;
     drop(map);
@@ -204,7 +211,7 @@ pub fn pack_cached(
     std::mem::forget(temporary);
     // SAFETY: see `load`.
     let map = unsafe { Mmap::map(&file) }.map_err(fault("mapping the file", &path))?;
-    Ok(PackedWeights { map, offset: DATA_OFFSET, len: len - DATA_OFFSET, cached: false })
+    Ok(PackedWeights { map, offset: DATA_OFFSET, len: len - DATA_OFFSET, cached: false, conversions })
 }
 
 /// Removes its file when dropped: what is left half-done by an error.
@@ -260,7 +267,7 @@ fn load(path: &Path, expected: &[u8; HEADER_BYTES], bytes: u64) -> Result<Option
         return Err("the header is damaged".to_string());
     }
     let len = map.len() - DATA_OFFSET;
-    Ok(Some(PackedWeights { map, offset: DATA_OFFSET, len, cached: true }))
+    Ok(Some(PackedWeights { map, offset: DATA_OFFSET, len, cached: true, conversions: Vec::new() }))
 }
 
 /// Hash of everything that the packed bytes depend on.
@@ -431,14 +438,16 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
     jobs
 }
 
-/// Fills `out` with what the recipe asks for: every byte of every item. The gaps between them stay.
+/// Fills `out` with what the recipe asks for: every byte of every item. The gaps between them stay. Gives
+/// what was converted.
 fn fill(
     checkpoint: &Checkpoint,
     packing: &Packing,
     out: &mut [u8],
     progress: Progress<'_>,
-) -> Result<(), PackError> {
+) -> Result<Vec<Conversion>, PackError> {
     check(checkpoint, packing)?;
+    let ledger = Ledger::default();
     let total: u64 = packing.items.iter().filter_map(|item| item.content.bytes()).sum();
     let queue = Mutex::new(jobs(packing, out).into_iter());
     let failed = AtomicBool::new(false);
@@ -449,12 +458,13 @@ fn fill(
         let mut threads = Vec::new();
         for _ in 0..workers {
             let (queue, failed, since_release, sender) = (&queue, &failed, &since_release, sender.clone());
+            let ledger = &ledger;
             threads.push(scope.spawn(move || -> Result<(), PackError> {
                 loop {
                     let job = queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).next();
                     let Some(job) = job.filter(|_| !failed.load(Ordering::Relaxed)) else { return Ok(()) };
-                    let bytes =
-                        run(checkpoint, job).inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+                    let bytes = run(checkpoint, job, ledger)
+                        .inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
                     if since_release.fetch_add(bytes, Ordering::Relaxed) + bytes >= RELEASE_EVERY {
                         since_release.store(0, Ordering::Relaxed);
                         checkpoint.release_pages();
@@ -477,7 +487,7 @@ fn fill(
         })
     })?;
     checkpoint.release_pages();
-    Ok(())
+    Ok(ledger.conversions())
 }
 
 /// Checks the recipe against the checkpoint's shapes before any work, and says what will be converted.
@@ -590,6 +600,7 @@ fn pack_expert(
     checkpoint: &Checkpoint,
     experts: &Experts<'_>,
     expert: usize,
+    ledger: &Ledger,
     out: &mut [u8],
 ) -> Result<(), CheckpointError> {
     let Experts { layout, rows, sources } = experts;
@@ -611,13 +622,13 @@ fn pack_expert(
             stored.rows = *rows;
         }
         let places = out.chunks_exact_mut(layout.bytes()).skip(index).step_by(sources.len());
-        pack_rows(checkpoint, layout, &name, &stored, places)?;
+        pack_rows(checkpoint, layout, ("experts", &name), &stored, ledger, places)?;
     }
     Ok(())
 }
 
 /// Does a job and returns the bytes that it filled.
-fn run(checkpoint: &Checkpoint, job: Job<'_>) -> Result<u64, PackError> {
+fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, PackError> {
     match job {
         Job::F32 { tensor, len, out } => {
             let values = checkpoint.tensor_f32(tensor)?;
@@ -628,7 +639,7 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>) -> Result<u64, PackError> {
             Ok(out.len() as u64)
         }
         Job::Experts { experts, expert, out } => {
-            pack_expert(checkpoint, &experts, expert, out)?;
+            pack_expert(checkpoint, &experts, expert, ledger, out)?;
             Ok(out.len() as u64)
         }
         Job::Elements { tensor, view: Lie { start, block, stride }, out } => {
@@ -645,7 +656,7 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>) -> Result<u64, PackError> {
         }
         Job::Panels { layout, groups, out } => {
             for_each_part(&groups, layout.bytes(), out, |segment, units, panels| {
-                pack_segment(checkpoint, &layout, segment, units.start, units.end, panels)
+                pack_segment(checkpoint, &layout, segment, units, ledger, panels)
             })?;
             Ok(out.len() as u64)
         }
@@ -708,26 +719,28 @@ fn for_each_part<'a>(
     Ok(())
 }
 
-/// Packs panels `first..end` of a segment into `panels`.
+/// Packs panels `units` of a segment into `panels`.
 fn pack_segment<'a>(
     checkpoint: &Checkpoint,
     layout: &PanelLayout,
     segment: &RowSegment,
-    first: usize,
-    end: usize,
+    units: Range<usize>,
+    ledger: &Ledger,
     panels: impl Iterator<Item = &'a mut [u8]>,
 ) -> Result<(), CheckpointError> {
-    let rows = segment.row_start + first * PANEL..segment.row_start + segment.rows.min(end * PANEL);
+    let (first, end) = (units.start * PANEL, segment.rows.min(units.end * PANEL));
+    let rows = segment.row_start + first..segment.row_start + end;
     let stored = checkpoint.rows(&segment.tensor, rows)?;
-    pack_rows(checkpoint, layout, &segment.tensor, &stored, panels)
+    pack_rows(checkpoint, layout, ("matrices", &segment.tensor), &stored, ledger, panels)
 }
 
-/// Packs rows of the tensor `name` into `panels`.
+/// Packs rows of the tensor `name` into `panels`; `what` it is, conversions are noted by.
 fn pack_rows<'a>(
     checkpoint: &Checkpoint,
     layout: &PanelLayout,
-    name: &str,
+    (what, name): (&'static str, &str),
     stored: &StoredRows<'_>,
+    ledger: &Ledger,
     panels: impl Iterator<Item = &'a mut [u8]>,
 ) -> Result<(), CheckpointError> {
     let fault = |error| checkpoint.convert_fault(name, &error);
@@ -738,6 +751,8 @@ fn pack_rows<'a>(
         dequantize(&view, &mut values).map_err(fault)?;
         converted = quantize(layout.format, stored.rows, stored.cols, &values).map_err(fault)?;
         view = converted.view();
+        let (from, to) = (stored.format.to_string(), layout.format.to_string());
+        ledger.add(what, from, to, &values, &view).map_err(fault)?;
     }
     for (index, out) in panels.enumerate() {
         let start = index * PANEL;

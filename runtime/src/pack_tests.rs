@@ -250,6 +250,16 @@ fn another_format_is_converted_through_float32() {
         .collect();
     found.truncate(100 * K);
     assert_eq!(found, decoded(&direct.view()));
+
+    // What that cost is told, per kind.
+    let [told] = weights.conversions() else { panic!("{:?}", weights.conversions()) };
+    let changes = values.iter().zip(&found).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+    let squares = values.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>();
+    assert!((told.relative_error - (changes / squares).sqrt()).abs() < 1e-9, "{told}");
+    assert_eq!((told.what, told.from.as_str(), told.to.as_str()), ("matrices", "f32", "q8_0"));
+    assert_eq!(told.weights, 100 * K as u64);
+    let as_stored = recipe(vec![panels(Format::F32, vec![segment("f32.a", 0, 100)], 1)]);
+    assert!(packed(&checkpoint, &as_stored).conversions().is_empty());
 }
 
 #[test]

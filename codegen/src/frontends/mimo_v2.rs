@@ -1,4 +1,4 @@
-//! MiMo-V2 (V2.5, V2.5-Pro, V2.6): global layers among layers with a window, sinks in the latter, keys
+//! MiMo-V2 (V2-Flash, V2.5, V2.5-Pro, V2.6): global layers among layers with a window, sinks in the latter, keys
 //! wider than values, values scaled, part of a head rotated, q, k and v in one matrix, and a sigmoid
 //! router with a correction that only chooses.
 
@@ -10,6 +10,11 @@ use tilec_ir::graph::{ActivationFn, RopeScaling, RopeSpec, Router, Scoring};
 
 pub(super) const FAMILY: Family =
     Family { model_type: DEFAULTS.family, architecture: "MiMoV2ForCausalLM", parse };
+
+/// V2-Flash: separate matrices of q, k and v. transformers writes its configs in another spelling than
+/// they were published in; both are read.
+pub(super) const FLASH: Family =
+    Family { model_type: "mimo_v2_flash", architecture: "MiMoV2FlashForCausalLM", parse };
 
 const DEFAULTS: Defaults = Defaults {
     family: "mimo_v2",
@@ -36,7 +41,7 @@ fn parse(config: &Config) -> Result<Decoder, FrontendError> {
         Some(window) => window,
         None => config.positions("sliding_window_size")?.unwrap_or(128),
     };
-    let windowed = pattern(config, "hybrid_layer_pattern", count)?;
+    let windowed = pattern(config, "hybrid_layer_pattern", ("layer_types", FULL, SLIDING), count)?;
     let of = |windowed: &bool| if *windowed { LayerKind::sliding(window) } else { LayerKind::FULL };
     let kinds: Vec<LayerKind> = windowed.iter().map(of).collect();
     let mut decoder = Decoder::parse_with_ropes(config, &DEFAULTS, &kinds, |layer_type, head_dim| {
@@ -73,7 +78,11 @@ fn parse(config: &Config) -> Result<Decoder, FrontendError> {
     };
     let swa = Kind {
         prefix: "swa_",
-        kv_heads: config.size_or("swa_num_key_value_heads", decoder.kv_heads)?,
+        kv_heads: match config.has("layer_types") {
+            // As transformers' class has it, which knows no key for this.
+            true => config.size_or("swa_num_key_value_heads", 2 * decoder.kv_heads)?,
+            false => config.size_or("swa_num_key_value_heads", decoder.kv_heads)?,
+        },
         sinks: config.bool_or("add_swa_attention_sink_bias", true)?,
     };
     for (key, have) in [
@@ -110,7 +119,7 @@ fn parse(config: &Config) -> Result<Decoder, FrontendError> {
         (layer.kv_heads, layer.sinks) = (kind.kv_heads, kind.sinks);
     }
 
-    let sparse = pattern(config, "moe_layer_freq", count)?;
+    let sparse = pattern(config, "moe_layer_freq", ("mlp_layer_types", "dense", "sparse"), count)?;
     let of = |sparse: &bool| if *sparse { FeedForward::Experts } else { FeedForward::Dense };
     decoder.feed_forward = sparse.iter().map(of).collect();
     if sparse.contains(&true) {
@@ -175,10 +184,25 @@ fn experts(config: &Config) -> Result<Experts, FrontendError> {
     })
 }
 
-/// A list of 0 and 1, one a layer.
-fn pattern(config: &Config, key: &str, layers: usize) -> Result<Vec<bool>, FrontendError> {
+/// A list of 0 and 1, one a layer; or a list of names under another key, of which the first is 0.
+fn pattern(
+    config: &Config,
+    key: &str,
+    (named, zero, one): (&str, &str, &str),
+    layers: usize,
+) -> Result<Vec<bool>, FrontendError> {
     let Some(list) = config.counts(key)? else {
-        return Err(config.error(key, "is missing: it says which layers are of which kind"));
+        let Some(names) = config.strings(named)? else {
+            return Err(config.error(key, "is missing: it says which layers are of which kind"));
+        };
+        if names.len() != layers {
+            let what = format!("has {} entries for {layers} layers", names.len());
+            return Err(config.error(named, what));
+        }
+        return match names.iter().find(|name| **name != zero && **name != one) {
+            Some(name) => Err(config.error(named, format!("{name:?} is neither {zero} nor {one}"))),
+            None => Ok(names.into_iter().map(|name| name == one).collect()),
+        };
     };
     if list.len() != layers {
         return Err(config.error(key, format!("has {} entries for {layers} layers", list.len())));
@@ -190,7 +214,22 @@ fn pattern(config: &Config, key: &str, layers: usize) -> Result<Vec<bool>, Front
 }
 
 /// The rotation of a kind of layer: its base, over the leading part of each head.
-fn rope(config: &Config, layer_type: &str, head_dim: usize) -> Result<(String, RopeSpec), FrontendError> {
+fn rope(
+    config: &Config,
+    layer_type: &'static str,
+    head_dim: usize,
+) -> Result<(String, RopeSpec), FrontendError> {
+    let name = if layer_type == FULL { "global" } else { "window" };
+    if let Some(all) = config.section("rope_parameters")? {
+        let Some(own) = all.section(layer_type)? else {
+            return Err(all.error(layer_type, "is missing, but the model has such layers"));
+        };
+        if let Some(kind) = own.string("rope_type")?.filter(|kind| *kind != "default") {
+            return Err(own.error("rope_type", format!("{kind:?} is not supported in this family")));
+        }
+        let (theta, dims) = (own.positive_required("rope_theta")?, rotary_dims(&own, head_dim)?);
+        return Ok((name.into(), RopeSpec { dims, theta, scaling: RopeScaling::None }));
+    }
     if config.section("rope_scaling")?.is_some_and(|section| {
         !matches!(section.string("rope_type").or(section.string("type")), Ok(None | Some("default")))
     }) {
@@ -200,6 +239,12 @@ fn rope(config: &Config, layer_type: &str, head_dim: usize) -> Result<(String, R
         SLIDING => config.positive("swa_rope_theta")?.unwrap_or(10_000.0),
         _ => config.positive("rope_theta")?.unwrap_or(5_000_000.0),
     };
+    let dims = rotary_dims(config, head_dim)?;
+    Ok((name.into(), RopeSpec { dims, theta, scaling: RopeScaling::None }))
+}
+
+/// Columns of a head that are rotated.
+fn rotary_dims(config: &Config, head_dim: usize) -> Result<usize, FrontendError> {
     let factor = config.positive("partial_rotary_factor")?.unwrap_or(0.334);
     // Cut off, as transformers does it.
     let dims = (head_dim as f64 * factor) as usize;
@@ -207,6 +252,5 @@ fn rope(config: &Config, layer_type: &str, head_dim: usize) -> Result<(String, R
         let what = format!("{factor} of heads of {head_dim} is {dims} columns: no whole pairs within a head");
         return Err(config.error("partial_rotary_factor", what));
     }
-    let name = if layer_type == FULL { "global" } else { "window" };
-    Ok((name.into(), RopeSpec { dims, theta, scaling: RopeScaling::None }))
+    Ok(dims)
 }

@@ -37,7 +37,7 @@ pub struct Family {
 
 /// The families that are known.
 pub const FAMILIES: &[Family] =
-    &[llama::FAMILY, qwen3::FAMILY, qwen3_moe::FAMILY, gpt_oss::FAMILY, mimo_v2::FAMILY];
+    &[llama::FAMILY, qwen3::FAMILY, qwen3_moe::FAMILY, gpt_oss::FAMILY, mimo_v2::FAMILY, mimo_v2::FLASH];
 
 /// What is wrong with a config or a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

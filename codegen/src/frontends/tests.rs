@@ -506,6 +506,14 @@ fn impossible_mixtures_are_refused() {
         (mimo_v2(json!({"swa_num_key_value_heads": 3})), &["`swa_num_key_value_heads`", "3 KV heads"]),
         (mimo_v2(json!({"partial_rotary_factor": 0.01})), &["`partial_rotary_factor`", "no whole pairs"]),
         (mimo_v2(json!({"attention_projection_layout": "x"})), &["`attention_projection_layout`"]),
+        (
+            mimo_v2(json!({"hybrid_layer_pattern": "remove!", "layer_types": ["full_attention", "x"]})),
+            &["`layer_types`", "\"x\" is neither full_attention nor sliding_attention"],
+        ),
+        (
+            mimo_v2(json!({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}})),
+            &["`rope_parameters.sliding_attention`", "missing"],
+        ),
     ];
     for (config, parts) in cases {
         let error = parse(&config).expect_err(&config.to_string()).to_string();

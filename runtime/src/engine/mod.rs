@@ -15,6 +15,7 @@ pub(crate) mod tests;
 pub use error::{EngineError, StepError};
 
 use crate::checkpoint::Checkpoint;
+use crate::conversion::Conversion;
 use crate::cuda::{self, CudaEngine};
 use crate::kv::PageTable;
 use crate::memory::Breakdown;
@@ -123,6 +124,8 @@ pub struct Engine {
     tapped: Vec<RowInput>,
     /// Positions of every sequence in the draft's context.
     draft_lengths: Vec<usize>,
+    /// What was converted while packing.
+    conversions: Vec<Conversion>,
     back: Back,
 }
 
@@ -164,8 +167,17 @@ impl Engine {
         let entry = code.entry().expect("a loaded plan has its entry: `load` checks");
         let checkpoint = open_checkpoint(&plan, options)?;
         let weights = packed_weights(&checkpoint, &plan, options, progress)?;
+        let conversions = weights.conversions().to_vec();
         // SAFETY: the code came with the plan, under its checksum, and stays loaded beside it.
-        unsafe { Engine::on_threads(plan, Box::new(weights), entry, Some(code), draft, options) }
+        let engine =
+            unsafe { Engine::on_threads(plan, Box::new(weights), entry, Some(code), draft, options) };
+        Ok(Engine { conversions, ..engine? })
+    }
+
+    /// What was converted when the weights were packed, and what it cost; nothing of weights that came
+    /// from the cache, or for a GPU.
+    pub fn conversions(&self) -> &[Conversion] {
+        &self.conversions
     }
 
     /// An engine on a function in place of a plan's native code.
@@ -222,6 +234,7 @@ impl Engine {
             steps: 0,
             tapped: Vec::new(),
             draft_lengths: vec![0; plan.limits.sequences],
+            conversions: Vec::new(),
             back,
             plan,
         }
