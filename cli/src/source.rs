@@ -163,8 +163,11 @@ impl Model {
             limits.sequences = size(sequences);
         }
         if let Some(checkpoint) = &args.draft {
-            let block = draft.as_ref().and_then(|draft| draft.dflash.block);
-            *draft = Some(spec::Draft { dflash: spec::DflashSpec { checkpoint: checkpoint.clone(), block } });
+            let settings = draft.as_ref().map(|draft| &draft.dflash);
+            let (block, context_rope_theta) =
+                settings.map_or((None, None), |own| (own.block, own.context_rope_theta));
+            let checkpoint = checkpoint.clone();
+            *draft = Some(spec::Draft { dflash: spec::DflashSpec { checkpoint, block, context_rope_theta } });
         }
         precision.kv_cache = args.kv_cache_type.or(precision.kv_cache);
         precision.weights = args.weights.unwrap_or(precision.weights);

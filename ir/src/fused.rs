@@ -91,6 +91,13 @@ impl Anchor {
 pub enum Piece {
     /// Takes the rows whose logits are wanted. Only first, behind [`Anchor::Rows`].
     SelectRows,
+    /// Puts a vector in place of the rows of one token. Only alone, behind [`Anchor::Rows`].
+    Replace {
+        /// `[cols]`.
+        weight: String,
+        /// The token.
+        token: u32,
+    },
     /// Adds a vector to operand `operand` of the part (1 for the second weight of a pair).
     Bias {
         /// `[cols]`.
@@ -386,6 +393,7 @@ impl Fused {
         let value = |id: &ValueId| format!("%{}: {}", self.value(*id).name, self.value(*id).ty);
         match piece {
             Piece::SelectRows => "select_rows".into(),
+            Piece::Replace { weight, token } => format!("replace token {token} by {weight:?}"),
             Piece::Bias { weight, operand: 0 } => format!("bias {weight:?}"),
             Piece::Bias { weight, operand } => format!("bias {weight:?} on operand {operand}"),
             Piece::RmsNorm { weight, group, eps } => format!("rms_norm {weight:?} group={group} eps={eps:e}"),

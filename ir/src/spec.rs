@@ -63,6 +63,15 @@ pub struct DflashSpec {
     #[serde(default, deserialize_with = "block", skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 2, max = MAX_BLOCK))]
     pub block: Option<usize>,
+    /// Base of the rotary embedding of the context's keys, where it is not the draft's own `rope_theta`:
+    /// drafts are known of which loaders disagree. Try it if guesses are hardly ever right.
+    #[serde(
+        default,
+        deserialize_with = "some_count::<_, 1_000_000_000>",
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schemars(range(min = 1, max = 1_000_000_000))]
+    pub context_rope_theta: Option<usize>,
 }
 
 /// A number of rows from 2 up.

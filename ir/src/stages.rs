@@ -208,6 +208,13 @@ pub struct PartWeights {
 /// A step in the chain behind an anchor; see [`crate::fused::Piece`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum StagePiece {
+    /// Puts a vector in place of the rows of one token.
+    Replace {
+        /// f32 vector.
+        slot: Slot,
+        /// The token.
+        token: u32,
+    },
     /// Adds a vector to an operand's columns.
     Bias {
         /// f32 vector.
@@ -646,6 +653,7 @@ impl StageProgram {
                     .pieces
                     .iter()
                     .map(|piece| match piece {
+                        StagePiece::Replace { slot, token } => format!("replace token {token} by {slot}"),
                         StagePiece::Bias { slot, operand: 0 } => format!("bias {slot}"),
                         StagePiece::Bias { slot, operand } => format!("bias {slot} on operand {operand}"),
                         StagePiece::RmsNorm { slot, group, eps } => {

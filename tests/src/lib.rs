@@ -98,10 +98,9 @@ impl Fixture {
         let mut spec = ModelSpec::for_checkpoint(&self.path);
         spec.limits.rows = 16;
         spec.limits.sequences = 4;
-        spec.draft = self
-            .draft
-            .as_ref()
-            .map(|draft| Draft { dflash: DflashSpec { checkpoint: draft.path.clone(), block: None } });
+        spec.draft = self.draft.as_ref().map(|draft| Draft {
+            dflash: DflashSpec { checkpoint: draft.path.clone(), block: None, context_rope_theta: None },
+        });
         spec
     }
 }

@@ -589,3 +589,56 @@ fn levels_of_a_pair() {
         });
     assert_eq!(heads.count(), 1);
 }
+
+/// The trained demo, a mixture with FP4 experts and MiMo's kind of draft (sinks, scaled values, half of a head
+/// rotated, a mask with an embedding of its own): as many tokens a round as its PyTorch loop accepts, and the
+/// same texts without the draft.
+#[test]
+fn the_demos_draft_accepts_what_its_own_loop_does() {
+    let bytes = std::fs::read(fixtures().join("mimo-mini/draft.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let numbers = |name: &str| -> Option<Vec<u32>> {
+        let tensor = file.tensor(name).ok()?;
+        Some(tensor.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect())
+    };
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/mimo-mini/checkpoint");
+    let fixture = fixture_at(&folder).with_draft(&folder.join("dflash"));
+    let mut spec = f32_everywhere(&fixture);
+    (spec.limits.rows, spec.limits.context) = (48, Some(512));
+    let (mut generator, _folder) = generator(&fixture, &spec, 2);
+    let mut requests = Vec::new();
+    let mut texts_there = Vec::new();
+    let (mut tokens_there, mut rounds_there) = (0, 0);
+    for number in 0.. {
+        let Some(prompt) = numbers(&format!("prompt.{number}")) else { break };
+        let text = numbers(&format!("tokens.{number}")).unwrap();
+        for (size, rounds) in (1..).zip(numbers(&format!("rounds.{number}")).unwrap()) {
+            tokens_there += size * rounds;
+            rounds_there += rounds;
+        }
+        // 0 ends a text.
+        let new = text.len() - prompt.len();
+        requests.push(Request { stop_tokens: vec![0], ..request(&prompt, new, SamplingParams::greedy()) });
+        texts_there.push(text[prompt.len()..].to_vec());
+    }
+    assert!(rounds_there >= 2000, "{rounds_there}");
+    let drafted = run(&mut generator, &requests);
+    let there = f64::from(tokens_there) / f64::from(rounds_there);
+    let here = drafted.draft.acceptance().unwrap();
+    let same = |(done, there): (&tilec_runtime::generate::Completion, &Vec<u32>)| {
+        done.tokens == there.strip_suffix(&[0]).unwrap_or(there)
+    };
+    let equal = drafted.completions.iter().zip(&texts_there).filter(|pair| same(*pair)).count();
+    println!(
+        "{here:.3} tokens a round in {} rounds, {there:.3} in {rounds_there} by PyTorch; {equal} of {} texts \
+         are the same",
+        drafted.draft.rounds,
+        requests.len()
+    );
+    assert!((here / there - 1.0).abs() < 0.02, "{here} tokens a round, not {there}");
+    // Float32 sums in another order may tip a near tie.
+    assert!(equal * 10 >= requests.len() * 9, "{equal} of {}", requests.len());
+    generator.set_draft_rows(0);
+    generator.clear();
+    assert!(texts(&run(&mut generator, &requests)) == texts(&drafted));
+}

@@ -13,7 +13,7 @@ use crate::passes::{precision, tile};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use tilec_ir::graph::{Graph, GraphError, verify};
+use tilec_ir::graph::{Graph, GraphError, RopeSpec, verify};
 use tilec_ir::plan::{MANIFEST, Plan, PlanError, PlanFile, PlanLimits, WeightsFrom};
 use tilec_ir::spec::{Device, ModelSpec, Precision, SpecError};
 use tilec_ir::tensor::TensorInfo;
@@ -228,7 +228,10 @@ pub fn graphs(input: &Input<'_>, spec: &ModelSpec) -> Result<(Graph, Option<Draf
         (Some(asked), Some(input_draft)) => {
             let facts = frontends::facts(input.config)?;
             let target = DraftTarget { vocab: facts.vocab, hidden: facts.hidden, layers: facts.layers };
-            let draft = Dflash::parse(input_draft.config, target)?;
+            let mut draft = Dflash::parse(input_draft.config, target)?;
+            if let Some(theta) = asked.dflash.context_rope_theta {
+                draft.context_rope = Some(RopeSpec { theta: theta as f64, ..draft.rope.clone() });
+            }
             let rows = block_rows(&draft, asked.dflash.block, spec.limits.rows)?;
             draft.tap(&mut graph)?;
             let mut inject = draft.inject(input_draft.tensors)?;

@@ -42,8 +42,6 @@ const UNSUPPORTED: &[(&str, Option<f64>)] = &[
     ("gru_hidden_dim", None),
     ("shift_label", None),
     ("sample_from_anchor", None),
-    ("attention_sink_bias", None),
-    ("attention_value_scale", Some(1.0)),
 ];
 
 /// What a draft has to know of its target.
@@ -81,10 +79,18 @@ pub struct Dflash {
     pub head_dim: usize,
     /// Added to the mean of squares in norms.
     pub eps: f32,
+    /// Columns of a value's head.
+    pub v_dim: usize,
     /// Whether q, k, v and o have biases.
     pub attention_bias: bool,
+    /// Whether each head of each layer has a sink.
+    pub sinks: bool,
+    /// Factor on values, but for 1.
+    pub value_scale: Option<f32>,
     /// The rotary embedding.
     pub rope: RopeSpec,
+    /// That of the context's keys, where it is another.
+    pub context_rope: Option<RopeSpec>,
     /// Attention of each layer.
     pub layers: Vec<DraftAttention>,
     /// Rows of a block that the draft was trained with.
@@ -174,12 +180,6 @@ impl Dflash {
         if !head_dim.is_multiple_of(2) {
             return Err(config.error("head_dim", format!("{head_dim} is odd: it cannot be rotated in pairs")));
         }
-        match config.size("v_head_dim")? {
-            Some(v_dim) if v_dim != head_dim => {
-                return Err(config.error("v_head_dim", format!("{v_dim} is not head_dim {head_dim}")));
-            }
-            _ => {}
-        }
         let count = config.layers_or("num_hidden_layers", 0)?;
         if count == 0 {
             return Err(config.error("num_hidden_layers", "is missing"));
@@ -222,8 +222,15 @@ impl Dflash {
             kv_heads,
             head_dim,
             eps: config.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            v_dim: config.size("v_head_dim")?.unwrap_or(head_dim),
             attention_bias: config.bool_or("attention_bias", false)?,
-            rope: rope::parse(&config, super::decoder::FULL, head_dim, positions)?.spec,
+            sinks: place("attention_sink_bias").bool_or("attention_sink_bias", false)?,
+            value_scale: place("attention_value_scale")
+                .number("attention_value_scale")?
+                .map(|scale| scale as f32)
+                .filter(|scale| *scale != 1.0),
+            rope: rope::parse_partial(&config, super::decoder::FULL, head_dim, positions)?.spec,
+            context_rope: None,
             layers: attention(&config, own, count)?,
             block,
             mask_token,
@@ -233,7 +240,8 @@ impl Dflash {
 
     /// Names (without the prefix that they have beside a target's) and shapes of all tensors.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let (hidden, q, kv) = (self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let (hidden, q, k) = (self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let (v, mixed) = (self.kv_heads * self.v_dim, self.heads * self.v_dim);
         let mut tensors = vec![
             ("fc.weight".to_string(), vec![hidden, self.taps.len() * hidden]),
             ("hidden_norm.weight".to_string(), vec![hidden]),
@@ -246,13 +254,19 @@ impl Dflash {
             add("self_attn.q_norm.weight", vec![self.head_dim]);
             add("self_attn.k_norm.weight", vec![self.head_dim]);
             add("post_attention_layernorm.weight", vec![hidden]);
-            for (name, out, input) in
-                [("q_proj", q, hidden), ("k_proj", kv, hidden), ("v_proj", kv, hidden), ("o_proj", hidden, q)]
-            {
+            for (name, out, input) in [
+                ("q_proj", q, hidden),
+                ("k_proj", k, hidden),
+                ("v_proj", v, hidden),
+                ("o_proj", hidden, mixed),
+            ] {
                 add(&format!("self_attn.{name}.weight"), vec![out, input]);
                 if self.attention_bias {
                     add(&format!("self_attn.{name}.bias"), vec![out]);
                 }
+            }
+            if self.sinks {
+                add("self_attn.attention_sink_bias", vec![self.heads]);
             }
             add("mlp.gate_proj.weight", vec![self.intermediate, hidden]);
             add("mlp.up_proj.weight", vec![self.intermediate, hidden]);
@@ -294,6 +308,8 @@ impl Dflash {
     pub fn inject(&self, tensors: &BTreeMap<String, TensorInfo>) -> Result<Graph, FrontendError> {
         self.check(tensors)?;
         let mut builder = Builder::new(self, tensors, "dflash inject");
+        let rope = self.context_rope.as_ref().unwrap_or(&self.rope);
+        builder.graph.ropes.insert(ROPE.into(), rope.clone());
         let taps = builder.graph.add("taps", None, Op::Input { cols: self.taps.len() * self.hidden }, &[])?;
         let fc = builder.linear(None, "fc", "fc", false, taps)?;
         let feature = builder.norm(None, "feature", "hidden_norm.weight", fc)?;
@@ -315,10 +331,15 @@ impl Dflash {
         self.check(tensors)?;
         let shared = Shared::of(target)?;
         let mut builder = Builder::new(self, tensors, "dflash block");
+        builder.graph.ropes.insert(ROPE.into(), self.rope.clone());
         for name in [&shared.embedding, &shared.head] {
             builder.graph.declare_weight(name, target.weights[name].clone())?;
         }
         let mut x = builder.graph.add("embed", None, Op::Embed { weight: shared.embedding }, &[])?;
+        if tensors.contains_key(MASK_EMBEDDING) {
+            let weight = builder.weight(MASK_EMBEDDING)?;
+            x = builder.add(None, "masked", Op::Replace { weight, token: self.mask_token }, &[x])?;
+        }
         for layer in 0..self.layers.len() {
             x = builder.layer(layer, x)?;
         }
@@ -331,7 +352,10 @@ impl Dflash {
 
     /// Checks the checkpoint's tensors against the config's.
     fn check(&self, tensors: &BTreeMap<String, TensorInfo>) -> Result<(), FrontendError> {
-        let expected = self.tensors();
+        let mut expected = self.tensors();
+        if tensors.contains_key(MASK_EMBEDDING) {
+            expected.push(mask_embedding(self.hidden));
+        }
         let mut missing = expected.iter().filter(|(name, _)| !tensors.contains_key(name));
         if let Some((name, shape)) = missing.next() {
             let (name, expected, others) = (shown(name), shape.clone(), missing.count());
@@ -362,6 +386,13 @@ impl Dflash {
         }
         Ok(())
     }
+}
+
+/// The embedding of a mask that the target's table has not: MiMo's row of it is nearly zero.
+pub const MASK_EMBEDDING: &str = "mask_embedding";
+
+fn mask_embedding(hidden: usize) -> (String, Vec<usize>) {
+    (MASK_EMBEDDING.to_string(), vec![hidden])
 }
 
 /// A draft's tensor in errors.
@@ -462,15 +493,16 @@ struct Builder<'d> {
 impl<'d> Builder<'d> {
     fn new(draft: &'d Dflash, tensors: &'d BTreeMap<String, TensorInfo>, name: &str) -> Builder<'d> {
         let mut graph = Graph::new(name);
-        graph.ropes.insert(ROPE.into(), draft.rope.clone());
+        let mut shapes: BTreeMap<String, Vec<usize>> = draft.tensors().into_iter().collect();
+        shapes.extend([mask_embedding(draft.hidden)]);
         let cache = Cache {
             kv_heads: draft.kv_heads,
             qk_dim: draft.head_dim,
-            v_dim: draft.head_dim,
+            v_dim: draft.v_dim,
             kv_type: KvType::F32,
         };
         graph.caches = vec![cache; draft.layers.len()];
-        Builder { draft, graph, tensors, shapes: draft.tensors().into_iter().collect() }
+        Builder { draft, graph, tensors, shapes }
     }
 
     /// Declares a tensor of the draft, by its name in the draft's checkpoint; returns its name in the graph.
@@ -536,7 +568,10 @@ impl<'d> Builder<'d> {
     fn keys_and_values(&mut self, layer: usize, x: NodeId) -> Result<NodeId, FrontendError> {
         let k = self.rotated(layer, "k", x)?;
         let module = format!("layers.{layer}.self_attn.v_proj");
-        let v = self.linear(Some(layer), "v", &module, self.draft.attention_bias, x)?;
+        let mut v = self.linear(Some(layer), "v", &module, self.draft.attention_bias, x)?;
+        if let Some(factor) = self.draft.value_scale {
+            v = self.add(Some(layer), "v_scaled", Op::Scale { factor }, &[v])?;
+        }
         self.add(Some(layer), "kv", Op::KvWrite { cache: layer }, &[k, v])
     }
 
@@ -547,12 +582,16 @@ impl<'d> Builder<'d> {
         let q = self.rotated(layer, "q", normed)?;
         let kv = self.keys_and_values(layer, normed)?;
         let DraftAttention { window, bidirectional } = draft.layers[layer];
+        let sinks = match draft.sinks {
+            true => Some(self.weight(&format!("{module}.self_attn.attention_sink_bias"))?),
+            false => None,
+        };
         let attention = Op::Attention {
             cache: layer,
             heads: draft.heads,
             scale: (1.0 / (draft.head_dim as f64).sqrt()) as f32,
             window,
-            sinks: None,
+            sinks,
             bidirectional,
         };
         let mixed = self.add(own, "attn", attention, &[q, kv])?;
@@ -569,3 +608,159 @@ impl<'d> Builder<'d> {
 
 /// Name of the draft's rope.
 const ROPE: &str = "rope";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use tilec_ir::format::Format;
+    use tilec_ir::graph::verify;
+
+    const TARGET: DraftTarget = DraftTarget { vocab: 100, hidden: 32, layers: 6 };
+
+    fn config(patch: Value) -> Value {
+        let mut config = json!({
+            "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_size": 32,
+            "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "vocab_size": 100,
+            "rope_theta": 1e6, "block_size": 8,
+            "dflash_config": {"mask_token_id": 99, "target_layer_ids": [1, 3, 4]},
+        });
+        for (key, value) in patch.as_object().unwrap() {
+            match (&mut config[key], value) {
+                (Value::Object(old), Value::Object(new)) => old.extend(new.clone()),
+                (old, new) => *old = new.clone(),
+            }
+        }
+        config
+    }
+
+    fn parsed(patch: Value) -> Dflash {
+        Dflash::parse(&config(patch), TARGET).unwrap()
+    }
+
+    fn refused(patch: Value) -> String {
+        Dflash::parse(&config(patch.clone()), TARGET).expect_err(&patch.to_string()).to_string()
+    }
+
+    fn tensors(draft: &Dflash) -> BTreeMap<String, TensorInfo> {
+        let info = |shape: Vec<usize>| TensorInfo { shape, format: Format::BF16 };
+        draft.tensors().into_iter().map(|(name, shape)| (name, info(shape))).collect()
+    }
+
+    #[test]
+    fn default_taps_are_those_of_the_trainer() {
+        assert_eq!(default_taps(36, 5), [1, 9, 17, 25, 33]);
+        assert_eq!(default_taps(64, 5), [1, 16, 31, 46, 61]);
+        assert_eq!(default_taps(24, 5), [1, 6, 11, 16, 21]);
+        // Halves go to the even neighbour.
+        assert_eq!(default_taps(30, 5), [1, 8, 14, 20, 27]);
+        assert_eq!(default_taps(30, 1), [15]);
+    }
+
+    #[test]
+    fn keys_are_found_at_both_levels() {
+        let nested =
+            parsed(json!({"block_size": null, "dflash_config": {"block_size": 4, "num_target_layers": 6}}));
+        assert_eq!((nested.block, nested.mask_token, &nested.taps[..]), (4, 99, &[1, 3, 4][..]));
+        let flat = parsed(json!({"dflash_config": null, "mask_token_id": 7, "num_target_layers": 6}));
+        assert_eq!((flat.block, flat.mask_token, &flat.taps[..]), (8, 7, &[1, 3][..]));
+    }
+
+    #[test]
+    fn attention_by_the_first_key_that_says_it() {
+        let kinds = |patch| -> Vec<(Option<usize>, bool)> {
+            parsed(patch).layers.iter().map(|layer| (layer.window, layer.bidirectional)).collect()
+        };
+        let types = json!(["sliding_attention", "full_attention"]);
+        assert_eq!(kinds(json!({})), [(None, true), (None, true)]);
+        let mixed = json!({"layer_types": types, "sliding_window": 9});
+        assert_eq!(kinds(mixed), [(Some(9), false), (None, true)]);
+        let both = json!({"layer_types": types, "sliding_window": 9, "is_causal": false});
+        assert_eq!(kinds(both), [(Some(9), true), (None, true)]);
+        let causal = json!({"layer_types": types, "sliding_window": 9, "is_causal": true, "dflash_config": {"causal": false}});
+        assert_eq!(kinds(causal), [(Some(9), false), (None, false)]);
+        let own = json!({"layer_types": types, "sliding_window": 9, "dflash_config": {"causal": false, "swa_window_size": 5}});
+        assert_eq!(kinds(own), [(Some(5), true), (None, true)]);
+        let swa = json!({"sliding_window": 9, "dflash_config": {"use_swa": true}});
+        assert_eq!(kinds(swa), [(Some(9), true), (Some(9), true)]);
+    }
+
+    #[test]
+    fn mimos_variant() {
+        let draft = parsed(json!({
+            "partial_rotary_factor": 0.5, "v_head_dim": 8, "num_target_layers": 6,
+            "dflash_config": {"attention_sink_bias": true, "attention_value_scale": 0.612},
+        }));
+        assert_eq!((draft.rope.dims, draft.v_dim, draft.sinks), (8, 8, true));
+        assert_eq!(draft.value_scale, Some(0.612));
+        let mut tensors = tensors(&draft);
+        assert_eq!(tensors["layers.1.self_attn.attention_sink_bias"].shape, [4]);
+        assert_eq!(tensors["layers.1.self_attn.o_proj.weight"].shape, [32, 32]);
+        let vector = TensorInfo { shape: vec![32], format: Format::BF16 };
+        tensors.insert(MASK_EMBEDDING.into(), vector);
+        verify(&draft.inject(&tensors).unwrap()).unwrap();
+        tensors.insert(MASK_EMBEDDING.into(), TensorInfo { shape: vec![31], format: Format::BF16 });
+        let error = draft.inject(&tensors).unwrap_err().to_string();
+        assert!(error.contains("mask_embedding") && error.contains("[31]"), "{error}");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let cases = [
+            (json!({"hidden_size": 64}), ["hidden_size", "the target's 32"]),
+            (json!({"target_hidden_size": 64}), ["target_hidden_size", "another model"]),
+            (json!({"vocab_size": 101}), ["vocab_size", "the target's 100"]),
+            (json!({"num_target_layers": 7}), ["num_target_layers", "the target's 6"]),
+            (json!({"dflash_config": {"target_layer_ids": [1, 6]}}), ["target_layer_ids", "6 is beyond"]),
+            (json!({"dflash_config": {"target_layer_ids": []}}), ["target_layer_ids", "names 0 layers"]),
+            (json!({"dflash_config": {"target_layer_ids": [1, -2]}}), ["target_layer_ids", "whole numbers"]),
+            (json!({"dflash_config": {"mask_token_id": 100}}), ["mask_token_id", "not below vocab_size"]),
+            (json!({"dflash_config": {"mask_token_id": null}}), ["mask_token_id", "one token id"]),
+            (json!({"dflash_config": {"mask_token_id": [1, 2]}}), ["mask_token_id", "one token id"]),
+            (json!({"block_size": 1}), ["block_size", "from 2"]),
+            (json!({"block_size": 65}), ["block_size", "from 2 to 64"]),
+            (json!({"block_size": null}), ["block_size", "missing"]),
+            (json!({"num_attention_heads": null}), ["num_attention_heads", "missing"]),
+            (json!({"num_key_value_heads": 3}), ["num_key_value_heads", "does not divide"]),
+            (json!({"head_dim": 15}), ["head_dim", "odd"]),
+            (json!({"num_hidden_layers": null}), ["num_hidden_layers", "missing"]),
+            (json!({"hidden_act": "gelu"}), ["hidden_act", "silu"]),
+            (json!({"layer_types": ["full_attention"]}), ["layer_types", "1 entries for 2"]),
+            (json!({"layer_types": ["sliding_attention", "full_attention"]}), ["layer_types", "no window"]),
+            (json!({"dflash_config": {"use_swa": true}}), ["use_swa", "no window"]),
+            (json!({"architectures": ["DFlash2DraftModel"]}), ["architectures", "first version"]),
+            (json!({"dflash_config": {"selector_rank": 256}}), ["selector_rank", "not supported yet"]),
+            (json!({"draft_vocab_size": 50}), ["draft_vocab_size", "not supported yet"]),
+            (json!({"partial_rotary_factor": 0.1}), ["partial_rotary_factor", "no whole pairs"]),
+        ];
+        for (patch, parts) in cases {
+            let error = refused(patch.clone());
+            for part in parts {
+                assert!(error.contains(part), "{patch}: {part:?} is not in {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn tensors_are_checked_and_named_as_the_drafts() {
+        let draft = parsed(json!({}));
+        let whole = tensors(&draft);
+        assert_eq!(whole.len(), 11 * 2 + 3);
+        let error = |change: &dyn Fn(&mut BTreeMap<String, TensorInfo>)| {
+            let mut tensors = whole.clone();
+            change(&mut tensors);
+            draft.inject(&tensors).unwrap_err().to_string()
+        };
+        let missing = error(&|tensors| drop(tensors.remove("layers.1.mlp.up_proj.weight")));
+        assert!(missing.contains("layers.1.mlp.up_proj.weight (of the draft)"), "{missing}");
+        let shape = error(&|tensors| tensors.get_mut("fc.weight").unwrap().shape = vec![32, 64]);
+        assert!(shape.contains("fc.weight") && shape.contains("[32, 96]"), "{shape}");
+        let format = error(&|tensors| tensors.get_mut("norm.weight").unwrap().format = Format::Q8_0);
+        assert!(format.contains("norm.weight") && format.contains("q8_0"), "{format}");
+        let other = TensorInfo { shape: vec![2, 2, 32], format: Format::BF16 };
+        let unknown =
+            error(&|tensors| drop(tensors.insert("layers.0.mlp_conv.base_kernel".into(), other.clone())));
+        assert!(unknown.contains("mlp_conv.base_kernel") && unknown.contains("no place"), "{unknown}");
+    }
+}

@@ -9,6 +9,9 @@ use tilec_ir::graph::{RopeScaling, RopeSpec};
 /// factors of GGUF's `rope_freqs.weight` in `factors`, one per pair of dimensions.
 const TYPES: &[&str] = &["default", "linear", "dynamic", "llama3", "yarn", "factors"];
 
+/// Key of the part of a head that is rotated.
+const PARTIAL: &str = "partial_rotary_factor";
+
 /// The rotary embedding of one layer type.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
@@ -32,21 +35,53 @@ pub fn parse<'a>(
     head_dim: usize,
     max_position_embeddings: usize,
 ) -> Result<Rope, FrontendError> {
-    let Some(parameters) = parameters(config)? else {
-        partial(config)?;
+    partial(config)?;
+    if let Some(parameters) = of_layers(config, layer_type)? {
+        partial(&parameters)?;
+    }
+    parse_dims(config, layer_type, head_dim, max_position_embeddings)
+}
+
+/// As [`parse`], but for families that may rotate the first part of a head, `partial_rotary_factor` of it.
+pub fn parse_partial<'a>(
+    config: &Config<'a>,
+    layer_type: &'a str,
+    head_dim: usize,
+    max_position_embeddings: usize,
+) -> Result<Rope, FrontendError> {
+    let own = of_layers(config, layer_type)?.filter(|own| own.has(PARTIAL)).unwrap_or(*config);
+    let factor = own.positive(PARTIAL)?.unwrap_or(1.0);
+    // Cut off, as transformers does it.
+    let dims = (head_dim as f64 * factor) as usize;
+    if dims < 2 || !dims.is_multiple_of(2) || dims > head_dim {
+        let what = format!("{factor} of heads of {head_dim} is {dims} columns: no whole pairs within a head");
+        return Err(own.error(PARTIAL, what));
+    }
+    parse_dims(config, layer_type, dims, max_position_embeddings)
+}
+
+/// The parameters of layers of a type, if there are any.
+fn of_layers<'a>(config: &Config<'a>, layer_type: &'a str) -> Result<Option<Config<'a>>, FrontendError> {
+    let Some(parameters) = parameters(config)? else { return Ok(None) };
+    if !parameters.is_nested() {
+        return Ok(Some(parameters));
+    }
+    let missing = || parameters.error(layer_type, "is missing, but the model has such layers");
+    parameters.section(layer_type)?.ok_or_else(missing).map(Some)
+}
+
+/// Reads a rope over `head_dim` columns of a head.
+fn parse_dims<'a>(
+    config: &Config<'a>,
+    layer_type: &'a str,
+    head_dim: usize,
+    max_position_embeddings: usize,
+) -> Result<Rope, FrontendError> {
+    let Some(parameters) = of_layers(config, layer_type)? else {
         let spec = RopeSpec { dims: head_dim, theta: theta(config, config)?, scaling: RopeScaling::None };
         return Ok(Rope { spec, context: max_position_embeddings });
     };
-    let nested = parameters.is_nested();
-    let parameters = if nested {
-        parameters
-            .section(layer_type)?
-            .ok_or_else(|| parameters.error(layer_type, "is missing, but the model has such layers"))?
-    } else {
-        parameters
-    };
-    partial(config)?;
-    partial(&parameters)?;
+    let nested = self::parameters(config)?.is_some_and(|parameters| parameters.is_nested());
     let theta = theta(config, &parameters)?;
     let mut context = max_position_embeddings;
     let kind_key = if parameters.has("rope_type") { "rope_type" } else { "type" };
@@ -166,10 +201,10 @@ fn original(
 
 /// The families here rotate whole heads.
 fn partial(config: &Config) -> Result<(), FrontendError> {
-    const KEY: &str = "partial_rotary_factor";
-    match config.number(KEY)? {
+    match config.number(PARTIAL)? {
         Some(factor) if factor != 1.0 => {
-            Err(config.error(KEY, format!("{factor} is not supported: heads of this family rotate whole")))
+            Err(config
+                .error(PARTIAL, format!("{factor} is not supported: heads of this family rotate whole")))
         }
         _ => Ok(()),
     }

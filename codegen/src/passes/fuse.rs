@@ -144,6 +144,9 @@ fn one_to_one(graph: &Graph) -> Result<Fused, GraphError> {
         match &node.op {
             Op::Embed { weight } => op.anchor = Anchor::Embed { weight: weight.clone() },
             Op::Input { .. } => op.anchor = Anchor::Input,
+            Op::Replace { weight, token } => {
+                part.pieces.push(Piece::Replace { weight: weight.clone(), token: *token });
+            }
             Op::RmsNorm { weight, eps } => {
                 let group = graph.weights[weight].shape[0];
                 part.pieces.push(Piece::RmsNorm { weight: weight.clone(), group, eps: *eps });

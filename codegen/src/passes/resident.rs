@@ -124,6 +124,7 @@ fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
             Anchor::Attention { sinks: Some(_), .. } => Some("attention with sinks"),
             _ => op.parts.iter().flat_map(|part| &part.pieces).find_map(|piece| match piece {
                 Piece::Scale(_) => Some("scaled values"),
+                Piece::Replace { .. } => Some("tokens with an embedding of their own"),
                 Piece::Gated(ActivationFn::Clamped { .. }) => Some("a clamped gate"),
                 _ => None,
             }),

@@ -366,6 +366,9 @@ impl Tiler<'_> {
                     };
                     match chain {
                         [] => stored.is_some_and(|buffer| buffer.quantized() && !select),
+                        [StagePiece::Replace { .. }] => {
+                            stored.is_some_and(|buffer| !buffer.quantized() && !select)
+                        }
                         [piece] => norm(piece) && stored.is_some(),
                         _ => false,
                     }
@@ -416,6 +419,10 @@ impl Tiler<'_> {
                     let slot = self.vector(weight, len, offsets.as_deref_mut());
                     StagePiece::ExpertBias { slot, operand: *operand }
                 }
+                Piece::Replace { weight, token } => StagePiece::Replace {
+                    slot: self.vector(weight, part.cols, offsets.as_deref_mut()),
+                    token: *token,
+                },
                 Piece::Combine => StagePiece::Combine,
                 Piece::Scale(factor) => StagePiece::Scale(*factor),
                 Piece::RmsNorm { weight, group, eps } => StagePiece::RmsNorm {

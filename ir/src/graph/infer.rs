@@ -20,6 +20,13 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
     }
     match op {
         Op::Embed { weight } => Ok(Type::f32(matrix(graph, weight)?.1)),
+        Op::Replace { weight, .. } => {
+            let x = f32_operand(operands, 0)?;
+            match vector(graph, weight)? {
+                len if len == x.cols && x.rows == Dim::Rows => Ok(x),
+                len => Err(format!("{weight} has {len} values for rows {x} of tokens")),
+            }
+        }
         Op::Input { cols: 0 } => Err("an input has no columns".into()),
         Op::Input { cols } => Ok(Type::f32(*cols)),
         Op::RmsNorm { weight, eps } => {

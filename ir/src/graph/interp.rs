@@ -269,6 +269,14 @@ impl<'a> Interpreter<'a> {
                 let table = &self.weights[weight.as_str()];
                 rows.iter().flat_map(|row| &table[row.token as usize * cols..][..cols]).copied().collect()
             }
+            Op::Replace { weight, token } => {
+                let vector = &self.weights[weight.as_str()];
+                let pairs = rows.iter().zip(inputs[0].chunks_exact(cols));
+                pairs
+                    .flat_map(|(row, x)| if row.token == *token { &vector[..] } else { x })
+                    .copied()
+                    .collect()
+            }
             Op::Input { .. } => self.input.clone(),
             Op::RmsNorm { weight, eps } => rms_norm(inputs[0], &self.weights[weight.as_str()], *eps),
             Op::Linear { weight } => {

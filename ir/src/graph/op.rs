@@ -97,6 +97,13 @@ pub enum Op {
         /// `[vocab, hidden]`.
         weight: String,
     },
+    /// `x`, but for rows of one token, which become a vector: a mask whose embedding the table has not.
+    Replace {
+        /// `[cols]`.
+        weight: String,
+        /// The token.
+        token: u32,
+    },
     /// Rows of float32 that the runtime hands over with the step: `[rows, cols]`.
     Input {
         /// Columns.
@@ -200,6 +207,7 @@ impl Op {
     pub fn name(&self) -> &'static str {
         match self {
             Op::Embed { .. } => "embed",
+            Op::Replace { .. } => "replace",
             Op::Input { .. } => "input",
             Op::RmsNorm { .. } => "rms_norm",
             Op::Linear { .. } => "linear",
@@ -228,6 +236,7 @@ impl Op {
             | Op::RmsNorm { weight, .. }
             | Op::Linear { weight }
             | Op::Bias { weight }
+            | Op::Replace { weight, .. }
             | Op::ExpertLinear { weight, .. }
             | Op::ExpertBias { weight } => Some(weight),
             Op::Route(router) => router.correction.as_deref(),

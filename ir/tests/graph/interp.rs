@@ -506,3 +506,89 @@ fn views_and_experts_of_their_own_are_put_together() {
     let error = Interpreter::new(&far.graph, &far.weights).err().unwrap().to_string();
     assert!(error.contains("8 values of stored do not hold"), "{error}");
 }
+
+/// Two rows behind a context of one: with both ways each sees the other, as far as a window reaches.
+#[test]
+fn rows_may_see_what_comes_behind_them_in_the_step() {
+    // Queries of zeros weigh all that is seen alike: the result is the mean of the values.
+    let means = |window, bidirectional| {
+        let mut graph = Graph::new("both ways");
+        let format = tilec_ir::format::Format::F32;
+        graph.declare_weight("e", tilec_ir::graph::Weight::whole([4, 2], format)).unwrap();
+        graph.declare_weight("zero", tilec_ir::graph::Weight::whole([2, 2], format)).unwrap();
+        graph.caches.push(Cache { kv_heads: 1, qk_dim: 2, v_dim: 2, kv_type: tilec_ir::abi::KvType::F32 });
+        let x = graph.add("x", None, Op::Embed { weight: "e".into() }, &[]).unwrap();
+        let q = graph.add("q", None, Op::Linear { weight: "zero".into() }, &[x]).unwrap();
+        let kv = graph.add("kv", None, Op::KvWrite { cache: 0 }, &[x, x]).unwrap();
+        let op = Op::Attention { cache: 0, heads: 1, scale: 1.0, window, sinks: None, bidirectional };
+        let y = graph.add("y", None, op, &[q, kv]).unwrap();
+        let y = graph.add("rows", None, Op::SelectRows, &[y]).unwrap();
+        graph.add("logits", None, Op::Logits, &[y]).unwrap();
+        let weights = std::collections::BTreeMap::from([
+            ("e".to_string(), vec![0.0, 0.0, 3.0, 0.0, 6.0, 0.0, 12.0, 0.0]),
+            ("zero".to_string(), vec![0.0; 4]),
+        ]);
+        let mut interpreter = Interpreter::new(&graph, &weights).unwrap();
+        let row = |position: usize| Row { token: position as u32, position, sequence: 5 };
+        interpreter.step(&[row(0)], &[]).unwrap();
+        let y = interpreter.step(&[row(1), row(2), row(3)], &[0, 1, 2]).unwrap();
+        [y[0], y[2], y[4]]
+    };
+    assert_eq!(means(None, false), [1.5, 3.0, 5.25]);
+    assert_eq!(means(None, true), [5.25; 3]);
+    assert_eq!(means(Some(2), false), [1.5, 4.5, 9.0]);
+    assert_eq!(means(Some(2), true), [3.0, 7.0, 9.0]);
+}
+
+/// Input, replaced tokens and taps; and a graph whose result is what it writes into its cache.
+#[test]
+fn a_graph_may_be_fed_and_tapped() {
+    let format = tilec_ir::format::Format::F32;
+    let mut graph = Graph::new("fed");
+    graph.declare_weight("e", tilec_ir::graph::Weight::whole([3, 2], format)).unwrap();
+    graph.declare_weight("mask", tilec_ir::graph::Weight::whole([2], format)).unwrap();
+    let x = graph.add("x", None, Op::Embed { weight: "e".into() }, &[]).unwrap();
+    let input = graph.add("input", None, Op::Input { cols: 2 }, &[]).unwrap();
+    let op = Op::Replace { weight: "mask".into(), token: 1 };
+    let masked = graph.add("masked", None, op, &[x]).unwrap();
+    let sum = graph.add("sum", None, Op::Add, &[masked, input]).unwrap();
+    graph.add("taps", None, Op::Taps, &[sum, x]).unwrap();
+    let rows = graph.add("rows", None, Op::SelectRows, &[sum]).unwrap();
+    graph.add("logits", None, Op::Logits, &[rows]).unwrap();
+    assert_eq!(graph.node(graph.find("taps").unwrap()).ty.to_string(), "f32[rows, 4]");
+    // Taps come last, whatever their number.
+    assert_eq!(graph.topological().unwrap().last().copied(), graph.find("taps"));
+    let weights = std::collections::BTreeMap::from([
+        ("e".to_string(), vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+        ("mask".to_string(), vec![-1.0, -2.0]),
+    ]);
+    let mut interpreter = Interpreter::new(&graph, &weights).unwrap();
+    let rows = [0, 1].map(|position| Row { token: position as u32, position, sequence: 0 });
+    let error = interpreter.step(&rows, &[]).unwrap_err().to_string();
+    assert!(error.contains("0 input values are not 2 rows of 2"), "{error}");
+    interpreter.set_input(&[10.0, 20.0, 30.0, 40.0]);
+    let mut taps = Vec::new();
+    let logits = interpreter.step_observed(&rows, &[1], &mut |node, values| {
+        if node.op == Op::Taps {
+            taps = values.to_vec();
+        }
+    });
+    assert_eq!(logits.unwrap(), [29.0, 38.0]);
+    assert_eq!(taps, [11.0, 22.0, 1.0, 2.0, 29.0, 38.0, 3.0, 4.0]);
+
+    let mut filled = Graph::new("filled");
+    filled.caches.push(Cache { kv_heads: 1, qk_dim: 2, v_dim: 2, kv_type: tilec_ir::abi::KvType::F32 });
+    let x = filled.add("x", None, Op::Input { cols: 2 }, &[]).unwrap();
+    filled.add("kv", None, Op::KvWrite { cache: 0 }, &[x, x]).unwrap();
+    tilec_ir::graph::verify(&filled).unwrap();
+    assert_eq!(tilec_ir::graph::parse(&filled.to_string()).unwrap().to_string(), filled.to_string());
+    let none = BTreeMap::new();
+    let mut filler = Interpreter::new(&filled, &none).unwrap();
+    assert!(filler.exchange_caches(&mut interpreter).unwrap_err().contains("other caches"));
+    filler.set_input(&[1.0, 2.0, 3.0, 4.0]);
+    assert!(filler.step(&rows, &[]).unwrap().is_empty());
+    assert_eq!(filler.positions(0), 2);
+    let mut other = Interpreter::new(&filled, &none).unwrap();
+    other.exchange_caches(&mut filler).unwrap();
+    assert_eq!((other.positions(0), filler.positions(0)), (2, 0));
+}

@@ -235,6 +235,7 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
                     self.code
                         .call(kernel, &[tile.at.into(), stride.into(), self.rows.into(), tile.cols.into()]);
                 }
+                StagePiece::Replace { .. } => unreachable!("tiling lets it stand behind rows alone"),
                 // Emitted between the two halves of the chain.
                 StagePiece::Combine => {}
                 StagePiece::RmsNorm { slot, group, eps } => {
@@ -515,6 +516,33 @@ impl<'ctx> StageEmitter<'_, '_, 'ctx> {
         let to_stride = self.code.size(target.cols);
         let source_rows = if select { from } else { from_own };
         match self.stage.parts[0].pieces.first() {
+            Some(StagePiece::Replace { slot, token }) => {
+                let kernel = self.emitter.copy_rows()?;
+                let vector = self.packed(*slot);
+                let tokens = self.floats(self.arg(offset_of!(StepArgs, tokens)), start);
+                let code = &self.code;
+                let copy = |from: PointerValue<'ctx>, rows: IntValue<'ctx>, to: PointerValue<'ctx>| {
+                    code.call(
+                        kernel,
+                        &[
+                            from.into(),
+                            stride.into(),
+                            rows.into(),
+                            stride.into(),
+                            to.into(),
+                            to_stride.into(),
+                        ],
+                    );
+                };
+                copy(from_own, count, to_own);
+                code.each(code.int(0), count, |row| {
+                    let own = code.load_u32(self.floats(tokens, row));
+                    let masked = code.compare(IntPredicate::EQ, own, code.int(u64::from(*token)));
+                    code.when(masked, || {
+                        copy(vector, code.int(1), self.floats(to_own, code.mul(row, to_stride)));
+                    });
+                });
+            }
             Some(StagePiece::RmsNorm { slot, eps, .. }) => {
                 let quant_out = target.quantized().then(|| target.quant_rows());
                 let norm = RmsNorm {
