@@ -189,6 +189,13 @@ fn sizes_without_a_kernel_are_named() {
 fn mixtures_are_refused_in_words() {
     let mut config = qwen3();
     config["architectures"] = vec!["Qwen3MoeForCausalLM"].into();
-    let error = lower("mixture", &config, Format::BF16, 64).unwrap_err().to_string();
-    assert!(error.contains("mixture of experts") && error.contains("device: cpu"), "{error}");
+    for config in [config, models::gpt_oss(), models::mimo_v2()] {
+        let error = lower("mixture", &config, Format::BF16, 64).unwrap_err().to_string();
+        assert!(error.contains("mixtures of experts yet") && error.contains("device: cpu"), "{error}");
+    }
+    // A model without experts whose layers have what the kernel does not.
+    let mut dense = models::mimo_v2();
+    dense["moe_layer_freq"] = vec![0, 0].into();
+    let error = lower("dense", &dense, Format::BF16, 64).unwrap_err().to_string();
+    assert!(error.contains("does not have") && error.contains("device: cpu"), "{error}");
 }

@@ -118,9 +118,16 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
 /// What mixtures of experts have and the resident kernel does not yet.
 fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
     const REMEDY: &str = "compile for the processor instead (`target: {device: cpu}`)";
+    // What the model is comes before what it also has.
+    let mixture = |op: &&FusedOp| matches!(op.anchor, Anchor::Route(_) | Anchor::Experts { .. });
+    if let Some(op) = fused.ops.iter().find(mixture) {
+        return Err(error(
+            op,
+            format!("the resident kernel does not have mixtures of experts yet: {REMEDY}"),
+        ));
+    }
     for op in &fused.ops {
         let missing = match &op.anchor {
-            Anchor::Route(_) | Anchor::Experts { .. } => Some("a mixture of experts"),
             Anchor::Attention { sinks: Some(_), .. } => Some("attention with sinks"),
             _ => op.parts.iter().flat_map(|part| &part.pieces).find_map(|piece| match piece {
                 Piece::Scale(_) => Some("scaled values"),
