@@ -395,6 +395,13 @@ pub struct BenchArgs {
     /// On a GPU: also measure steps of N rows of one sequence, with all of their logits
     #[arg(long, value_name = "N", value_parser = count(1024))]
     pub block: Option<u64>,
+    /// With a draft: tokens that a round adds on average, whatever the guesses are worth on random tokens
+    /// [default: half a block]
+    #[arg(long, value_name = "TOKENS", value_parser = non_negative, help_heading = "Draft")]
+    pub accept: Option<f32>,
+    /// Its draft
+    #[command(flatten)]
+    pub draft: DraftArgs,
     /// How to print
     #[arg(short, long, value_name = "FORMAT", value_enum, default_value_t = BenchOutput::Md, help_heading = "Output")]
     pub output: BenchOutput,

@@ -61,6 +61,19 @@ impl Session {
         Session { engine, length: 0, rows: Vec::new(), logit_rows: Vec::new() }
     }
 
+    /// A session with the plan's draft loaded, if it has one and it is wanted.
+    ///
+    /// # Errors
+    /// As [`load`].
+    pub fn open_with_draft(folder: &Path, weights: &WeightsArgs, draft: bool) -> Result<Session> {
+        Ok(Session::new(load(folder, weights, false, draft)?))
+    }
+
+    /// The engine, to run steps that the session knows nothing of: reset it behind them.
+    pub fn engine_mut(&mut self) -> &mut Engine {
+        &mut self.engine
+    }
+
     /// Forgets everything that was fed.
     pub fn reset(&mut self) {
         self.engine.reset(SEQUENCE as usize);

@@ -511,3 +511,47 @@ fn a_full_disk_leaves_no_partial_plan() {
     assert_eq!(names(), ["old.plan"]);
     assert_eq!(std::fs::read(bench.path("old.plan").join("plan.json")).unwrap(), before);
 }
+
+/// The demo with its draft and without: the same tokens; and what became of the guesses.
+#[cfg(feature = "llvm")]
+#[test]
+fn a_draft_changes_no_token() {
+    let bench = Bench::new();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/mimo-mini/model.yaml");
+    let model = model.to_str().unwrap();
+    let run = |more: &[&str]| -> Value {
+        let args = ["run", model, "-p", "def fibonacci(n):", "-n", "48", "--json"];
+        serde_json::from_str(&bench.ok(&[&args[..], more].concat())).unwrap()
+    };
+    let plain = run(&["--no-draft"]);
+    assert!(plain["draft"].is_null());
+    for (more, rows) in [(&[][..], 8), (&["--draft-max", "3"], 4)] {
+        let drafted = run(more);
+        assert_eq!((&drafted["tokens"], &drafted["text"]), (&plain["tokens"], &plain["text"]));
+        let draft = &drafted["draft"];
+        assert!(draft["acceptance"].as_f64().unwrap() > 1.5, "{draft}");
+        assert!(draft["histogram"].as_array().unwrap().len() <= rows, "{draft}");
+    }
+    let error = bench.fails(&["run", model, "-p", "x", "--draft-max", "8"]);
+    assert!(error.contains("--draft-max 8") && error.contains("at most 7"), "{error}");
+}
+
+#[cfg(feature = "llvm")]
+#[test]
+fn bench_takes_guesses_as_right() {
+    let bench = Bench::new();
+    let (target, draft) = (fixture("dflash/target-llama"), fixture("dflash/sliding-both-ways"));
+    let args = ["bench", &target, "--draft", &draft, "--pp", "8", "--tg", "24", "-r", "1", "-t", "1"];
+    let json = bench.ok(&[&args[..], &["--accept", "3", "--json"]].concat());
+    let report: Value = serde_json::from_str(&json).unwrap();
+    let rounds = &report["draft"]["samples"][0];
+    assert_eq!((rounds["rounds"].as_u64(), rounds["tokens"].as_u64()), (Some(8), Some(24)), "{report}");
+    let none = bench.ok(&[&args[..], &["--no-draft"]].concat());
+    assert!(!none.contains("draft of"), "{none}");
+    assert!(bench.ok(&args).contains("draft of 8 rows, 4 accepted"));
+    let error = bench.fails(&[&args[..], &["--accept", "9"]].concat());
+    assert!(error.contains("--accept 9") && error.contains('8'), "{error}");
+    let wrong = fixture("dflash/full");
+    let error = bench.fails(&["bench", &target, "--draft", &wrong]);
+    assert!(error.contains("num_target_layers") && error.contains("another model"), "{error}");
+}

@@ -19,6 +19,7 @@ use serde_json::json;
 use std::io::Write as _;
 use std::time::Instant;
 use tilec_ir::plan::Plan;
+use tilec_runtime::engine::{BlockInput, RowInput};
 
 /// Measures the ceiling of memory, then the model.
 pub fn run(args: &BenchArgs) -> Result<()> {
@@ -48,20 +49,26 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
     let floor = Floor::measure(&plan, prompt, generated);
     host::reset_peak();
-    let mut session = Session::open(&folder, &args.weights)?;
+    let mut session = Session::open_with_draft(&folder, &args.weights, !args.draft.no_draft)?;
+    let forced = Forced::new(args, &session)?;
     let tokens = random_tokens(prompt + generated, plan.vocab);
     let progress = ui::step_progress("measuring", repeats + 1);
-    let mut samples = Vec::new();
+    let (mut samples, mut drafted) = (Vec::new(), Vec::new());
     for repeat in 0..=repeats {
         let sample = measure(&mut session, &tokens, prompt)?;
+        let rounds = match forced.filter(|_| generated > 0) {
+            Some(forced) => Some(measure_rounds(&mut session, &tokens, prompt, forced)?),
+            None => None,
+        };
         progress.inc(1);
         // The first warms caches and branch predictors.
         if repeat > 0 {
             samples.push(sample);
+            drafted.extend(rounds);
         }
     }
     progress.finish_and_clear();
-    let report = Report { plan: &plan, floor, samples, resident: host::resident() };
+    let report = Report { plan: &plan, floor, samples, forced, drafted, resident: host::resident() };
     let text = if args.json || args.output == BenchOutput::Json { report.json() } else { report.markdown() };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())
@@ -93,6 +100,114 @@ fn measure(session: &mut Session, tokens: &[u32], prompt: usize) -> Result<Sampl
     }
     let generate_s = start.elapsed().as_secs_f64();
     Ok(Sample { prompt_tokens: prompt, prompt_s, generated_tokens: behind.len(), generate_s })
+}
+
+/// Rounds with a draft whose guesses are taken as right as often as asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Forced {
+    /// Rows of a block.
+    block: usize,
+    /// Tokens that a round adds on average.
+    accept: f64,
+}
+
+impl Forced {
+    /// `None` without a draft.
+    fn new(args: &BenchArgs, session: &Session) -> Result<Option<Forced>> {
+        let Some(most) = session.draft_block() else {
+            if args.accept.is_some() {
+                bail!("--accept is for plans with a draft, and this one has none, or --no-draft is given");
+            }
+            return Ok(None);
+        };
+        let block = match args.draft.draft_max {
+            Some(guesses) if guesses as usize >= most => {
+                bail!("--draft-max {guesses}: the plan's draft guesses at most {} tokens at a time", most - 1)
+            }
+            _ => args.draft.rows().min(most),
+        };
+        let accept = args.accept.map_or(block as f64 / 2.0, f64::from);
+        if !(1.0..=block as f64).contains(&accept) {
+            bail!("--accept {accept}: a round adds from 1 token to the {block} of a block");
+        }
+        Ok(Some(Forced { block, accept }))
+    }
+}
+
+/// Rounds of one repeat.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Rounds {
+    rounds: usize,
+    tokens: usize,
+    /// Seconds for guessing.
+    draft_s: f64,
+    /// Seconds for the model's steps.
+    verify_s: f64,
+    /// Seconds for telling the draft of what was accepted.
+    inject_s: f64,
+}
+
+impl Rounds {
+    fn seconds(&self) -> f64 {
+        self.draft_s + self.verify_s + self.inject_s
+    }
+}
+
+/// Reads the prompt, then runs whole rounds until all tokens are there.
+fn measure_rounds(session: &mut Session, tokens: &[u32], prompt: usize, forced: Forced) -> Result<Rounds> {
+    session.reset();
+    let engine = session.engine_mut();
+    let (max_rows, context) = (engine.plan().limits.max_rows, engine.plan().limits.context);
+    let row = |position: usize, token: u32| RowInput { token, position: position as u32, sequence: 0 };
+    for start in (0..prompt).step_by(max_rows) {
+        let chunk: Vec<RowInput> =
+            (start..prompt.min(start + max_rows)).map(|at| row(at, tokens[at])).collect();
+        engine.step(&chunk, &[])?;
+        engine.inject(&(0..chunk.len() as u32).collect::<Vec<_>>())?;
+    }
+    let mut sum = Rounds { rounds: 0, tokens: 0, draft_s: 0.0, verify_s: 0.0, inject_s: 0.0 };
+    let vocab = engine.plan().vocab;
+    while prompt + sum.tokens < tokens.len() {
+        let position = prompt + sum.tokens;
+        let rows = forced.block.min(context - position);
+        let start = Instant::now();
+        let mut block = vec![row(position, tokens[position])];
+        if rows >= 2 {
+            let wanted = rows - 1;
+            let input =
+                BlockInput { token: tokens[position], position: position as u32, sequence: 0, rows, wanted };
+            let logits = engine.draft(&[input])?;
+            block.extend(
+                (position + 1..)
+                    .zip(logits.chunks_exact(vocab))
+                    .map(|(at, row_logits)| row(at, best(row_logits))),
+            );
+        }
+        let guessed = Instant::now();
+        let all: Vec<u32> = (0..block.len() as u32).collect();
+        let chosen: u32 = engine.step(&block, &all)?.chunks_exact(vocab).map(best).fold(0, u32::wrapping_add);
+        std::hint::black_box(chosen);
+        let verified = Instant::now();
+        sum.rounds += 1;
+        // The whole number nearest to the average so far.
+        let due = (forced.accept * sum.rounds as f64).round() as usize;
+        let added = due.saturating_sub(sum.tokens).clamp(1, rows).min(tokens.len() - position);
+        engine.inject(&all[..added])?;
+        sum.tokens += added;
+        sum.draft_s += (guessed - start).as_secs_f64();
+        sum.verify_s += (verified - guessed).as_secs_f64();
+        sum.inject_s += verified.elapsed().as_secs_f64();
+    }
+    session.reset();
+    Ok(sum)
+}
+
+/// The largest logit's token.
+fn best(logits: &[f32]) -> u32 {
+    (0u32..)
+        .zip(logits)
+        .fold((0, f32::NEG_INFINITY), |best, (token, x)| if *x > best.1 { (token, *x) } else { best })
+        .0
 }
 
 /// Token ids without a pattern, the same ones every time.
@@ -168,6 +283,8 @@ struct Report<'a> {
     plan: &'a Plan,
     floor: Floor,
     samples: Vec<Sample>,
+    forced: Option<Forced>,
+    drafted: Vec<Rounds>,
     resident: Option<Resident>,
 }
 
@@ -187,7 +304,25 @@ impl Report<'_> {
                 sample.generate_s
             }),
         ];
-        tests.into_iter().flatten().collect()
+        tests.into_iter().flatten().chain(self.draft_test(&behind)).collect()
+    }
+
+    /// The rounds with a draft.
+    fn draft_test(&self, behind: &str) -> Option<Test> {
+        let (Forced { block, accept }, draft) = (self.forced?, self.plan.draft.as_ref()?);
+        let first = self.drafted.first()?;
+        let rate = Spread::of(self.drafted.iter().map(|rounds| rounds.tokens as f64 / rounds.seconds()))?;
+        let context = self.samples.first()?.prompt_tokens + first.tokens / 2;
+        let own = draft.inject.costs.iter().chain(&draft.block_pass.costs);
+        let own: f64 = own.map(|cost| cost.runs as f64 * cost.bytes(block, context) as f64).sum();
+        let bytes = first.rounds as f64 * (own + step_bytes(self.plan, block, context, true));
+        let name = format!("tg{}{behind}, draft of {block} rows, {accept} accepted", first.tokens);
+        Some(Test {
+            name,
+            tokens: first.tokens,
+            rate,
+            floor: first.tokens as f64 * self.floor.rate() / bytes,
+        })
     }
 
     fn markdown(&self) -> String {
@@ -223,6 +358,16 @@ impl Report<'_> {
             self.floor.far / 1e9,
             self.floor.near / 1e9
         ));
+        let total: f64 = self.drafted.iter().map(Rounds::seconds).sum();
+        if total > 0.0 {
+            let share = |part: fn(&Rounds) -> f64| 100.0 * self.drafted.iter().map(part).sum::<f64>() / total;
+            text.push_str(&format!(
+                "rounds: draft {:.0} %, its context {:.0} %, verify {:.0} % of the time\n",
+                share(|rounds| rounds.draft_s),
+                share(|rounds| rounds.inject_s),
+                share(|rounds| rounds.verify_s),
+            ));
+        }
         if let Some(resident) = self.resident {
             text.push_str(&format!("resident {}, at most {}\n", mib(resident.now), mib(resident.peak)));
         }
@@ -254,6 +399,7 @@ impl Report<'_> {
             "threads": plan.target.workers,
             "tests": tests,
             "samples": self.samples,
+            "draft": self.forced.map(|forced| json!({ "forced": forced, "samples": self.drafted })),
             "read_ceiling_bytes_per_s": { "memory": self.floor.far, "bytes_of_a_token": self.floor.near },
             "floor_bytes": { "prompt": self.floor.prompt_bytes, "generate": self.floor.generate_bytes },
             "resident_bytes": self.resident.map(|held| json!({ "steady": held.now, "peak": held.peak })),
