@@ -1,8 +1,6 @@
 //! The `tilec` program as a user meets it: what it prints, where, and with which exit code.
 
-use safetensors::SafeTensors;
 use serde_json::Value;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
@@ -169,6 +167,8 @@ fn doctor_finds_the_machine() {
 #[cfg(feature = "llvm")]
 mod compiled {
     use super::*;
+    use safetensors::SafeTensors;
+    use std::io::Write;
 
     const TINY: &str = "hf/llama-gqa-tied";
     /// A tiny model with a tokenizer and a chat template.
