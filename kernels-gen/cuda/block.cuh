@@ -102,7 +102,7 @@ __device__ __forceinline__ void stall(const Block& b, u32 role, u32 seen, u32 ex
   } else {
     for (u64 start = global_timer(); global_timer() - start < 1000000;) {}
   }
-  asm volatile("trap;");
+  trap();
   // Without this the compiler sees a path from here back into every wait, and keeps everything alive.
   __builtin_unreachable();
 }
@@ -122,7 +122,7 @@ __device__ __forceinline__ void barrier_wait(const Block& b, u64* barrier, u32 p
 }
 
 // All consumer warps, and no other.
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMER_THREADS) : "memory"); }
+__device__ __forceinline__ void consumers_sync() { block_barrier<1, CONSUMER_THREADS>(); }
 
 // ---- The loader ------------------------------------------------------------------------------
 
@@ -177,10 +177,8 @@ struct Loader : Block {
       bulk_copy(ring + slot * SLOT_BYTES, from, bytes, &shared.full[slot]);
     }
 #else
-    for (u32 at = lane_id() * 16; at < bytes; at += LANES * 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(ring + slot * SLOT_BYTES + at)), "l"(from + at) : "memory");
-    }
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&shared.full[slot])) : "memory");
+    for (u32 at = lane_id() * 16; at < bytes; at += LANES * 16) copy_piece(ring + slot * SLOT_BYTES + at, from + at);
+    copy_arrive(&shared.full[slot]);
 #endif
     if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
     if (issued < RING_SLOTS) ++issued;

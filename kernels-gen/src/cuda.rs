@@ -10,8 +10,14 @@ pub struct Header {
     pub text: &'static str,
 }
 
-/// Integers, PTX in functions, the structures that the host shares with the kernel. First.
+/// Integers, and the structures that the host shares with the kernel. First.
 pub const BASE: Header = Header { name: "base.cuh", text: include_str!("../cuda/base.cuh") };
+
+/// Every instruction that C++ does not have, in functions. Behind [`BASE`].
+pub const PTX: Header = Header { name: "ptx.cuh", text: include_str!("../cuda/ptx.cuh") };
+
+/// Number formats. Behind [`PTX`].
+pub const FORMATS: Header = Header { name: "formats.cuh", text: include_str!("../cuda/formats.cuh") };
 
 /// Roles, barriers, crossings. Behind the constants that size a block.
 pub const BLOCK: Header = Header { name: "block.cuh", text: include_str!("../cuda/block.cuh") };
@@ -113,7 +119,7 @@ impl SharedLayout {
     }
 }
 
-/// How fast a GPU reads memory. Behind [`BASE`]; see [`CeilingKernel`].
+/// How fast a GPU reads memory. Behind [`PTX`]; see [`CeilingKernel`].
 pub const CEILING: Header = Header { name: "ceiling.cuh", text: include_str!("../cuda/ceiling.cuh") };
 
 /// The kernels that measure how fast a GPU reads memory: `tilec_ceiling_fill` writes a buffer,
@@ -158,8 +164,9 @@ impl CeilingKernel {
     /// Their text, complete.
     pub fn text(&self) -> String {
         format!(
-            "{}\nconstexpr u32 SLOT_BYTES = {SLOT_BYTES};\nconstexpr u32 RING_SLOTS = {};\n\n{}",
+            "{}\n{}\nconstexpr u32 SLOT_BYTES = {SLOT_BYTES};\nconstexpr u32 RING_SLOTS = {};\n\n{}",
             BASE.text,
+            PTX.text,
             self.slots.max(1),
             CEILING.text
         )

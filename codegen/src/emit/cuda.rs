@@ -10,7 +10,7 @@ use tilec_ir::pack::FP8_COLUMNS;
 use tilec_ir::resident::{Attention, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Stage};
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, GEMM, Header, SLOT_BYTES, STEP, SharedLayout, SharedNeeds,
+    ATTENTION, BASE, BLOCK, FORMATS, GEMM, Header, PTX, SLOT_BYTES, STEP, SharedLayout, SharedNeeds,
 };
 
 use crate::nvrtc::Arch;
@@ -184,6 +184,8 @@ impl<'p> Writer<'p> {
             FLOOR_BYTES_PER_SECOND / 1e12
         );
         self.header(&BASE);
+        self.header(&PTX);
+        self.header(&FORMATS);
         line!(self, "\n// Sizes of this kernel.");
         line!(self, "constexpr u32 SLOT_BYTES = {SLOT_BYTES};");
         line!(self, "constexpr u32 RING_SLOTS = {};", shared.slots);
@@ -573,7 +575,7 @@ impl<'p> Writer<'p> {
             r#"static_assert(sizeof(Shared) <= FIXED_BYTES);
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __grid_constant__ LaunchArgs args) {{
-  extern __shared__ __align__(128) u8 memory[];
+  u8* const memory = shared_memory();
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   u8* const gain = memory + FIXED_BYTES;
   u8* const scratch = gain + GAIN_BYTES;

@@ -1,0 +1,41 @@
+// Number formats of activations and weights.
+
+// Halves in pairs, the first in the lower half. As weights: `Act` is the type of the activations that they are multiplied with, a block of an octet has
+// BLOCK_COLUMNS of each feature, a lane LANE_COLUMNS of them.
+struct Bf16 {
+  using Act = Bf16;
+  static constexpr u32 BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
+  __device__ __forceinline__ static u32 pack(float low, float high) { return pack_bf16(low, high); }
+  __device__ __forceinline__ static float low(u32 pair) { return __uint_as_float(pair << 16); }
+  __device__ __forceinline__ static float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+};
+struct F16 {
+  using Act = F16;
+  static constexpr u32 BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
+  __device__ __forceinline__ static u32 pack(float low, float high) { return pack_f16(low, high); }
+  __device__ __forceinline__ static float low(u32 pair) { return widen_f16((u16)pair); }
+  __device__ __forceinline__ static float high(u32 pair) { return widen_f16((u16)(pair >> 16)); }
+};
+struct F32 {};
+// Codes of block FP8. Every one of them is a bfloat16: its bits stay as they are, which makes it 2^120 times
+// too small (the subnormal ones too), and the scale makes up for that.
+struct E4m3 {
+  using Act = Bf16;
+  static constexpr u32 BLOCK_COLUMNS = 64, LANE_COLUMNS = 16;
+  static constexpr float UNIT = 1.329227995784916e36f;  // 2^120
+  // The codes 2 * PAIR and 2 * PAIR + 1 of four.
+  template <u32 PAIR> __device__ __forceinline__ static u32 pair(u32 codes) {
+    const u32 high = __byte_perm(codes, 0, PAIR == 0 ? 0x1404 : 0x3424);  // each in the upper byte of a half
+    return (high & 0x80008000u) | (high >> 4 & 0x07f007f0u);
+  }
+};
+
+// One value of a half format.
+template <class T> __device__ __forceinline__ u16 narrow(float v) { return (u16)T::pack(v, 0.f); }
+template <class T> __device__ __forceinline__ float widen(u16 v) { return T::low((u32)v); }
+
+// D (16 x 8) += A (16 rows x 16 columns) x B (16 columns x 8 features). The rows do not touch each
+// other. A step has at most 8 rows, so A's upper and lower half hold the same rows at other columns:
+// see gemm.cuh.
+__device__ __forceinline__ void mma(Bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(d, a, b0, b1); }
+__device__ __forceinline__ void mma(F16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(d, a, b0, b1); }
