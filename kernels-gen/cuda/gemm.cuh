@@ -179,9 +179,12 @@ template <class S> __device__ __forceinline__ ScaleRing& scale_ring(const Block&
 // Asks for the scales of this SM's octet number `n` of the stage: lane i has that of the warp's block i.
 template <class S> __device__ __forceinline__ void fetch_scales(const Consumer& b, u32 n) {
   const u32 tile = b.first_tile() + n / S::OPERANDS * gridDim.x, block = warp_id() + lane_id() * CONSUMERS;
-  if (tile < tiles<S>(b) && block < S::BLOCKS) {
+  float& to = scale_ring<S>(b)[n % SCALES_AHEAD][lane_id()];
+  if (block >= S::BLOCKS) {
+    to = 0.f;  // of no block: its codes are 0, and the scale must not be NaN
+  } else if (tile < tiles<S>(b)) {
     const u64 octet = (u64)tile * S::OPERANDS + n % S::OPERANDS;
-    copy_word(&scale_ring<S>(b)[n % SCALES_AHEAD][lane_id()], S::scales(b) + octet * S::SCALES + block / 2);
+    copy_word(&to, S::scales(b) + octet * S::SCALES + block / 2);
   }
   copy_group();
 }

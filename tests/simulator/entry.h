@@ -1,0 +1,37 @@
+// Behind the kernel's text: how machine.cpp starts it.
+
+void __syncthreads() { machine::meet(0, BLOCK_THREADS); }
+
+extern "C" void simulator_kernel(const void* args) { tilec_resident(*static_cast<const LaunchArgs*>(args)); }
+extern "C" uint32_t simulator_threads() { return BLOCK_THREADS; }
+
+// As in machine.cpp.
+struct Launch {
+  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes;
+  uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
+};
+
+extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail) {
+  LaunchArgs args = {};
+  args.weights = weights;
+  args.kv = kv;
+  args.arena = arena;
+  args.sync = sync;
+  args.logits = logits;
+  args.tokens = launch.tokens;
+  args.positions = launch.positions;
+  args.sequences = launch.sequences;
+  args.logit_index = launch.logit_index;
+  args.page_table = pages;
+  args.stall = mail;
+  args.halt = mail + 32;
+  args.chosen = mail + 64;
+  args.patience_ns = 20000000;  // turns
+  args.rows = launch.rows;
+  args.logit_rows = launch.logit_rows;
+  args.pages_per_sequence = launch.pages_per_sequence;
+  args.kv_pages = launch.kv_pages;
+  args.steps = launch.steps;
+  args.in_flight = 2;
+  *static_cast<LaunchArgs*>(to) = args;
+}

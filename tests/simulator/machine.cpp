@@ -1,0 +1,310 @@
+// See machine.h. Run as: simulator FOLDER BLOCKS SEED; the files in the folder are those of `main`.
+#include "machine.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+// Of the kernel's text.
+extern "C" void simulator_kernel(const void* args);
+extern "C" uint32_t simulator_threads();
+
+namespace machine {
+namespace {
+
+constexpr size_t STACK = 128 << 10;
+
+struct Lane {
+  ucontext_t context;
+  uint32_t thread, block;
+  bool done = false;
+  std::function<bool()> condition;  // none: may run
+};
+
+struct Warp {
+  uint64_t sleeps_until = 0;
+  uint32_t arrived = 0;
+  uint64_t round = 0;
+  uint64_t in[WARP], out[WARP];
+};
+
+struct Barrier {
+  uint32_t arrivals, pending;
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+};
+
+struct Meeting {
+  uint32_t arrived = 0;
+  uint64_t round = 0;
+};
+
+struct Copy {
+  uint8_t* to;
+  const uint8_t* from;
+  uint32_t bytes;
+  Barrier* barrier;
+  uint64_t at;
+};
+
+std::vector<Lane> lanes;
+std::vector<Warp> warps;
+std::vector<Meeting> meetings;  // [block][number]
+std::unordered_map<uint64_t*, Barrier> barriers;
+std::vector<Copy> copies;
+std::mt19937_64 dice;
+std::vector<uint8_t> shared_memory;
+size_t shared_bytes;
+uint32_t block_count;
+uint64_t now;
+ucontext_t scheduler;
+Lane* current;
+const void* arguments;
+
+Warp& warp_of(const Lane& lane) { return warps[(&lane - lanes.data()) / WARP]; }
+
+void settle(Barrier& barrier) {
+  if (barrier.pending == 0 && barrier.bytes == 0) {
+    ++barrier.phase;
+    barrier.pending = barrier.arrivals;
+  }
+}
+
+Barrier& known(uint64_t* barrier) {
+  const auto found = barriers.find(barrier);
+  if (found == barriers.end()) fail("a barrier that was not initialized");
+  return found->second;
+}
+
+void run_lane() {
+  simulator_kernel(arguments);
+  current->done = true;
+  swapcontext(&current->context, &scheduler);
+}
+
+bool ready(const Lane& lane) { return !lane.done && (!lane.condition || lane.condition()); }
+
+void finish_copies() {
+  for (size_t i = 0; i < copies.size();) {
+    if (copies[i].at > now) {
+      ++i;
+      continue;
+    }
+    const Copy copy = copies[i];
+    copies[i] = copies.back();
+    copies.pop_back();
+    memcpy(copy.to, copy.from, copy.bytes);
+    copy.barrier->bytes -= copy.bytes;
+    settle(*copy.barrier);
+  }
+}
+
+// Runs the lanes of a warp that may run; whether there was one.
+bool run_warp(size_t warp) {
+  bool ran = false;
+  for (size_t i = warp * WARP; i < (warp + 1) * WARP; ++i) {
+    if (!ready(lanes[i])) continue;
+    current = &lanes[i];
+    current->condition = nullptr;
+    swapcontext(&scheduler, &current->context);
+    current = nullptr;
+    ran = true;
+  }
+  return ran;
+}
+
+void report() {
+  for (const Lane& lane : lanes) {
+    if (!lane.done && lane.thread % WARP == 0) fprintf(stderr, "block %u, warp %u waits\n", lane.block, lane.thread / WARP);
+  }
+}
+
+void run(uint64_t seed, const void* args, size_t shared_size) {
+  dice.seed(seed);
+  arguments = args;
+  shared_bytes = (shared_size + 127) / 128 * 128;
+  shared_memory.assign(shared_bytes * block_count + 128, 0xff);
+  const uint32_t threads = simulator_threads();
+  lanes = std::vector<Lane>(size_t(threads) * block_count);
+  warps.assign(lanes.size() / WARP, Warp());
+  meetings.assign(size_t(block_count) * 2, Meeting());
+  const size_t bytes = lanes.size() * STACK;
+  void* stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks == MAP_FAILED) fail("no memory for stacks");
+  for (size_t i = 0; i < lanes.size(); ++i) {
+    Lane& lane = lanes[i];
+    lane.thread = i % threads;
+    lane.block = i / threads;
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = static_cast<uint8_t*>(stacks) + i * STACK;
+    lane.context.uc_stack.ss_size = STACK;
+    lane.context.uc_link = nullptr;
+    makecontext(&lane.context, run_lane, 0);
+  }
+  for (uint64_t idle = 0;; ++now) {
+    finish_copies();
+    const size_t warp = dice() % warps.size();
+    if (warps[warp].sleeps_until <= now && run_warp(warp)) {
+      idle = 0;
+      if (dice() % 200 == 0) warps[warp].sleeps_until = now + dice() % 4000;
+      continue;
+    }
+    // Many picks in vain: all is done, or those that can go on sleep, or nobody can.
+    if (++idle < 16 * warps.size() || !copies.empty()) continue;
+    idle = 0;
+    bool done = true, alive = false;
+    for (const Lane& lane : lanes) {
+      done = done && lane.done;
+      alive = alive || ready(lane);
+    }
+    if (done) break;
+    if (!alive) {
+      report();
+      fail("a deadlock");
+    }
+  }
+  munmap(stacks, bytes);
+  barriers.clear();
+}
+
+}  // namespace
+
+uint32_t thread() { return current->thread; }
+uint32_t block() { return current->block; }
+uint32_t blocks() { return block_count; }
+uint64_t time() { return now; }
+
+uint8_t* shared() {
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(shared_memory.data()) + 127) / 128 * 128;
+  return reinterpret_cast<uint8_t*>(start) + shared_bytes * current->block;
+}
+
+void yield() { swapcontext(&current->context, &scheduler); }
+
+void wait(std::function<bool()> condition) {
+  if (condition()) return;
+  current->condition = std::move(condition);
+  yield();
+}
+
+const uint64_t* exchange(uint64_t value) {
+  Warp& warp = warp_of(*current);
+  warp.in[current->thread % WARP] = value;
+  const uint64_t round = warp.round;
+  if (++warp.arrived == WARP) {
+    memcpy(warp.out, warp.in, sizeof warp.in);
+    warp.arrived = 0;
+    ++warp.round;
+  }
+  wait([&warp, round] { return warp.round != round; });
+  return warp.out;
+}
+
+void meet(uint32_t number, uint32_t threads) {
+  Meeting& meeting = meetings[current->block * 2 + number];
+  const uint64_t round = meeting.round;
+  if (++meeting.arrived == threads) {
+    meeting.arrived = 0;
+    ++meeting.round;
+  }
+  wait([&meeting, round] { return meeting.round != round; });
+}
+
+void fail(const char* what) {
+  fprintf(stderr, "the simulation failed: %s\n", what);
+  exit(1);
+}
+
+void barrier_init(uint64_t* barrier, uint32_t arrivals) { barriers[barrier] = Barrier{arrivals, arrivals}; }
+
+void barrier_arrive(uint64_t* barrier) {
+  yield();
+  Barrier& found = known(barrier);
+  if (found.pending == 0) fail("more arrivals on a barrier than it counts");
+  --found.pending;
+  settle(found);
+}
+
+void barrier_expect(uint64_t* barrier, uint32_t bytes) { known(barrier).bytes += bytes; }
+
+bool barrier_try(uint64_t* barrier, uint32_t parity) {
+  Barrier& found = known(barrier);
+  wait([&found, parity] { return (found.phase & 1) != parity || dice() % 2000 == 0; });
+  return (found.phase & 1) != parity;
+}
+
+void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  memset(to, 0xff, bytes);
+  const uint64_t late = dice() % 16 == 0 ? dice() % 20000 : dice() % 400;
+  copies.push_back({static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from), bytes, &known(barrier), now + late});
+}
+
+}  // namespace machine
+
+namespace {
+
+// A file's bytes, at an address that weights may have.
+uint8_t* load(const std::string& path, size_t& bytes) {
+  FILE* file = fopen(path.c_str(), "rb");
+  if (!file) machine::fail(("cannot open " + path).c_str());
+  fseek(file, 0, SEEK_END);
+  bytes = ftell(file);
+  rewind(file);
+  uint8_t* memory = static_cast<uint8_t*>(aligned_alloc(256, (bytes + 511) / 256 * 256));
+  if (fread(memory, 1, bytes, file) != bytes) machine::fail(("cannot read " + path).c_str());
+  fclose(file);
+  return memory;
+}
+
+void store(const std::string& path, const void* from, size_t bytes) {
+  FILE* file = fopen(path.c_str(), "wb");
+  if (!file || fwrite(from, 1, bytes, file) != bytes || fclose(file) != 0) machine::fail(("cannot write " + path).c_str());
+}
+
+uint8_t* poisoned(size_t bytes) {
+  uint8_t* memory = static_cast<uint8_t*>(aligned_alloc(256, (bytes + 511) / 256 * 256));
+  memset(memory, 0xff, bytes);
+  return memory;
+}
+
+}  // namespace
+
+// Words of launch.bin, then the page table.
+struct Launch {
+  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes;
+  uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
+};
+
+extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail);
+
+// Reads weights.bin, kv.bin and launch.bin; writes kv.bin, arena.bin, sync.bin, logits.bin and chosen.bin.
+int main(int, char** argv) {
+  const std::string folder = std::string(argv[1]) + "/";
+  machine::block_count = atoi(argv[2]);
+  size_t weight_bytes, kv_bytes, launch_bytes;
+  const uint8_t* weights = load(folder + "weights.bin", weight_bytes);
+  uint8_t* kv = load(folder + "kv.bin", kv_bytes);
+  const uint8_t* words = load(folder + "launch.bin", launch_bytes);
+  const Launch& launch = *reinterpret_cast<const Launch*>(words);
+  uint8_t* arena = poisoned(launch.arena_bytes);
+  uint8_t* sync = poisoned(launch.sync_bytes);
+  memset(sync, 0, launch.sync_bytes);
+  const size_t logit_bytes = size_t(8) * launch.vocab * 4;
+  uint8_t* logits = poisoned(logit_bytes);
+  std::vector<uint32_t> mail(1024);  // the record of a stall, a word that halts, from 64 on the tokens
+  uint64_t args[64];
+  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data());
+  machine::run(atoll(argv[3]), args, launch.shared_bytes);
+  store(folder + "kv.bin", kv, kv_bytes);
+  store(folder + "arena.bin", arena, launch.arena_bytes);
+  store(folder + "sync.bin", sync, launch.sync_bytes);
+  store(folder + "logits.bin", logits, logit_bytes);
+  store(folder + "chosen.bin", mail.data() + 64, size_t(8) * launch.steps * 4);
+}

@@ -1,0 +1,82 @@
+// In place of kernels-gen/cuda/ptx.cuh: the same functions, by machine.h.
+#pragma once
+
+__device__ __forceinline__ u8* shared_memory() { return machine::shared(); }
+__device__ __forceinline__ void trap() { machine::fail("the kernel gave up waiting"); }
+template <u32 NUMBER, u32 THREADS> __device__ __forceinline__ void block_barrier() { machine::meet(NUMBER, THREADS); }
+
+__device__ __forceinline__ u32 anew(u32 v) { return v; }
+__device__ __forceinline__ u64 far(u64 offset) { return offset; }
+__device__ __forceinline__ u64 global_timer() { return machine::time(); }
+
+__device__ __forceinline__ void add_release(u32* p, u32 n) { machine::yield(); *p += n; }
+__device__ __forceinline__ u32 load_acquire(const u32* p) { machine::yield(); return *(const volatile u32*)p; }
+__device__ __forceinline__ u32 add_acq_rel(u32* p, u32 n) { machine::yield(); const u32 old = *p; *p += n; return old; }
+__device__ __forceinline__ void max_relaxed(u64* p, u64 v) { machine::yield(); if (v > *p) *p = v; }
+__device__ __forceinline__ u64 load_relaxed(const u64* p) { machine::yield(); return *p; }
+__device__ __forceinline__ u32 load_host(const u32* p) { return *(const volatile u32*)p; }
+__device__ __forceinline__ void store_host(u32* p, u32 v) { *(volatile u32*)p = v; }
+__device__ __forceinline__ float4 load4(const float* p) { float4 v; memcpy(&v, p, sizeof v); return v; }
+__device__ __forceinline__ uint4 load4(const u32* p) { uint4 v; memcpy(&v, p, sizeof v); return v; }
+
+__device__ __forceinline__ u32 half_bf16(float f) {
+  const u32 u = __float_as_uint(f);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+__device__ __forceinline__ u32 half_f16(float f) {
+  const _Float16 h = (_Float16)f;
+  u16 bits;
+  memcpy(&bits, &h, sizeof bits);
+  return bits;
+}
+__device__ __forceinline__ u32 pack_bf16(float low, float high) { return half_bf16(low) | half_bf16(high) << 16; }
+__device__ __forceinline__ u32 pack_f16(float low, float high) { return half_f16(low) | half_f16(high) << 16; }
+__device__ __forceinline__ float widen_f16(u16 bits) {
+  _Float16 h;
+  memcpy(&h, &bits, sizeof h);
+  return (float)h;
+}
+__device__ __forceinline__ float widen_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); }
+
+// A lane's two words of A or B at a time: what the others have, column by column.
+template <float WIDEN(u16)> __device__ __forceinline__ void product(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  float rows[16][16], columns[16][8];
+  for (u32 half = 0; half < 3; ++half) {
+    const u64 mine = half == 0 ? a[0] | (u64)a[1] << 32 : half == 1 ? a[2] | (u64)a[3] << 32 : b0 | (u64)b1 << 32;
+    const uint64_t* all = machine::exchange(mine);
+    for (u32 lane = 0; lane < 32; ++lane) {
+      const u32 g = lane / 4, at = lane % 4 * 2;
+      for (u32 i = 0; i < 4; ++i) {
+        const float value = WIDEN((u16)(all[lane] >> 16 * i));
+        if (half < 2) rows[g + i / 2 * 8][half * 8 + at + i % 2] = value;
+        else columns[i / 2 * 8 + at + i % 2][g] = value;
+      }
+    }
+  }
+  const u32 g = lane_id() / 4, at = lane_id() % 4 * 2;
+  for (u32 i = 0; i < 4; ++i) {
+    for (u32 k = 0; k < 16; ++k) d[i] += rows[g + i / 2 * 8][k] * columns[k][at + i % 2];
+  }
+}
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { product<widen_bf16>(d, a, b0, b1); }
+__device__ __forceinline__ void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { product<widen_f16>(d, a, b0, b1); }
+
+__device__ __forceinline__ void barrier_init(u64* b, u32 arrivals) { machine::barrier_init((uint64_t*)b, arrivals); }
+__device__ __forceinline__ void barriers_visible() {}
+__device__ __forceinline__ void barrier_arrive(u64* b) { machine::barrier_arrive((uint64_t*)b); }
+__device__ __forceinline__ bool barrier_try(u64* b, u32 parity) { return machine::barrier_try((uint64_t*)b, parity); }
+__device__ __forceinline__ void barrier_expect(u64* b, u32 bytes) { machine::barrier_expect((uint64_t*)b, bytes); }
+__device__ __forceinline__ void barrier_arrive_expect(u64* b, u32 bytes) {
+  machine::barrier_expect((uint64_t*)b, bytes);
+  machine::barrier_arrive((uint64_t*)b);
+}
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* b) { machine::copy(to, from, bytes, (uint64_t*)b); }
+
+// At once: the ring that these go to is a warp's own.
+__device__ __forceinline__ void copy_word(void* to, const void* from) { memcpy(to, from, 4); }
+__device__ __forceinline__ void copy_group() {}
+template <u32 LEFT> __device__ __forceinline__ void copy_wait() {}
+
+template <u32 N> __device__ __forceinline__ void registers_up() {}
+template <u32 N> __device__ __forceinline__ void registers_down() {}

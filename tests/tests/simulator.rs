@@ -1,0 +1,375 @@
+//! The resident kernel without a GPU: the text that is emitted, compiled for the processor with a
+//! simulated machine (`tests/simulator`) in place of its one header of instructions. Blocks, warps and
+//! copies run in a random order, unread memory is NaN, and whatever waits for ever is found.
+
+use serde_json::{Value, json};
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tilec_codegen::emit::cuda::emit;
+use tilec_codegen::frontends;
+use tilec_codegen::nvrtc::Arch;
+use tilec_codegen::passes::{fuse, precision, resident};
+use tilec_ir::abi::KvType;
+use tilec_ir::format::Format;
+use tilec_ir::graph::Graph;
+use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
+use tilec_ir::launch::{STEP_ROWS, SYNC_BYTES};
+use tilec_ir::resident::{Kind, ResidentProgram};
+use tilec_ir::spec::{Activations, ModelSpec};
+use tilec_runtime::checkpoint::Checkpoint;
+use tilec_runtime::pack::pack;
+
+/// Sequences that have pages.
+const SEQUENCES: usize = 8;
+
+/// A model as the simulator runs it.
+struct Simulation {
+    folder: tempfile::TempDir,
+    program: ResidentProgram,
+    graph: Graph,
+    checkpoint: Checkpoint,
+    shared_bytes: usize,
+}
+
+/// What a launch left.
+struct Outcome {
+    logits: Vec<f32>,
+    chosen: Vec<u32>,
+    arena: Vec<u8>,
+    sync: Vec<u8>,
+}
+
+struct Weights<'a>(&'a Checkpoint);
+
+impl WeightSource for Weights<'_> {
+    fn tensor(&self, name: &str) -> Result<Cow<'_, [f32]>, String> {
+        self.0.tensor_f32(name).map(Cow::Owned).map_err(|error| error.to_string())
+    }
+}
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)).collect()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    words(bytes).into_iter().map(f32::from_bits).collect()
+}
+
+fn brains(bytes: &[u8]) -> Vec<f64> {
+    let halves = bytes.as_chunks::<2>().0.iter();
+    halves.map(|half| half::bf16::from_le_bytes(*half).to_f64()).collect()
+}
+
+fn row(token: u32, position: usize, sequence: usize) -> Row {
+    Row { token, position, sequence: sequence as u32 }
+}
+
+impl Simulation {
+    fn new(config: &Value, stored: Format, context: usize) -> Simulation {
+        let tensors = frontends::synthetic_tensors(config, stored).unwrap();
+        let mut graph = frontends::build(config, &tensors).unwrap();
+        let mut spec = ModelSpec::for_checkpoint("unused").precision;
+        spec.activations = Activations::F32;
+        spec.kv_cache = Some(KvType::Bf16);
+        precision::precision(&mut graph, &spec).unwrap();
+        let program = resident::resident(&fuse::fuse(&graph).unwrap(), context).unwrap();
+        let text = emit(&program, Arch::Sm90a).unwrap();
+        let checkpoint = Checkpoint::synthetic(config.clone(), 7, tensors);
+
+        let folder = tempfile::tempdir().unwrap();
+        let packed = pack(&checkpoint, &program.packing, &mut |_, _| ()).unwrap();
+        std::fs::write(folder.path().join("weights.bin"), packed.as_slice()).unwrap();
+        let simulation = Simulation { folder, program, graph, checkpoint, shared_bytes: text.shared.bytes() };
+        simulation.build(&text.text);
+        // Whoever reads what was never written gets NaN.
+        simulation.write_cache(&vec![0xff; simulation.cache_bytes()]);
+        simulation
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Compiles the kernel's text behind the simulator's own headers.
+    fn build(&self, text: &str) {
+        let (before, rest) = text.split_once("// ==== ptx.cuh").unwrap();
+        let (_, behind) = rest.split_once("// ==== formats.cuh").unwrap();
+        let formats = "#include \"ptx.h\"\n// ==== formats.cuh";
+        let source = format!("#include \"prelude.h\"\n{before}\n{formats}{behind}\n#include \"entry.h\"\n");
+        std::fs::write(self.path("kernel.cpp"), source).unwrap();
+        let simulator = Path::new(env!("CARGO_MANIFEST_DIR")).join("simulator");
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+        let output = Command::new(&compiler)
+            .args(["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-I"])
+            .arg(&simulator)
+            .arg(self.path("kernel.cpp"))
+            .arg(simulator.join("machine.cpp"))
+            .arg("-o")
+            .arg(self.path("simulator"))
+            .output()
+            .unwrap_or_else(|error| panic!("{compiler}: {error}; install g++, or set CXX"));
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn pages_per_sequence(&self) -> usize {
+        self.program.context.div_ceil(self.program.kv.page_tokens)
+    }
+
+    fn cache_bytes(&self) -> usize {
+        let kv = &self.program.kv;
+        kv.layers * SEQUENCES * self.pages_per_sequence() * kv.kv_heads * kv.block_bytes()
+    }
+
+    fn cache(&self) -> Vec<u8> {
+        std::fs::read(self.path("kv.bin")).unwrap()
+    }
+
+    fn write_cache(&self, bytes: &[u8]) {
+        std::fs::write(self.path("kv.bin"), bytes).unwrap();
+    }
+
+    /// Runs a launch on so many blocks; all rows want logits.
+    fn launch(&self, rows: &[Row], steps: usize, blocks: usize, seed: u64) -> Outcome {
+        assert!(rows.len() <= STEP_ROWS);
+        let buffers = self.program.buffers.iter();
+        let arena = buffers.map(|buffer| buffer.offset + STEP_ROWS * buffer.cols * 4).max().unwrap();
+        let pages = SEQUENCES * self.pages_per_sequence();
+        let mut launch: Vec<u32> = [
+            arena,
+            SYNC_BYTES,
+            self.program.vocab,
+            rows.len(),
+            rows.len(),
+            steps,
+            self.pages_per_sequence(),
+            pages,
+            self.shared_bytes,
+        ]
+        .map(|value| value as u32)
+        .to_vec();
+        let mut column = |value: &dyn Fn(usize, &Row) -> u32| {
+            let mut all: Vec<u32> = rows.iter().enumerate().map(|(at, row)| value(at, row)).collect();
+            all.resize(STEP_ROWS, 0);
+            launch.extend(all);
+        };
+        column(&|_, row| row.token);
+        column(&|_, row| row.position as u32);
+        column(&|_, row| row.sequence);
+        column(&|at, _| at as u32);
+        launch.extend(0..pages as u32);
+        let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
+        std::fs::write(self.path("launch.bin"), bytes).unwrap();
+        let output = Command::new(self.path("simulator"))
+            .arg(self.folder.path())
+            .args([blocks.to_string(), seed.to_string()])
+            .output()
+            .unwrap();
+        let problem = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "seed {seed}, {blocks} blocks: {problem}");
+        let read = |name: &str| std::fs::read(self.path(name)).unwrap();
+        let mut logits = floats(&read("logits.bin"));
+        logits.truncate(rows.len() * self.program.vocab);
+        let chosen = words(&read("chosen.bin"));
+        let chosen = chosen.chunks(STEP_ROWS).flat_map(|step| step[..rows.len()].to_vec());
+        let chosen = chosen.map(|word| word - 1).collect();
+        Outcome { logits, chosen, arena: read("arena.bin"), sync: read("sync.bin") }
+    }
+}
+
+/// The largest deviation of a row from the wanted one, relative to its size.
+fn deviation(found: &[f32], wanted: &[f32], cols: usize) -> f64 {
+    assert_eq!(found.len(), wanted.len());
+    let rows = found.chunks(cols).zip(wanted.chunks(cols));
+    let error = |(found, wanted): (&[f32], &[f32])| {
+        let square = |x: f32| f64::from(x) * f64::from(x);
+        let off: f64 = found.iter().zip(wanted).map(|(f, w)| square(f - w)).sum();
+        let size: f64 = wanted.iter().map(|w| square(*w)).sum();
+        (off / size).sqrt()
+    };
+    // NaN is no small number.
+    rows.map(error).fold(0.0, |worst, error| if error <= worst { worst } else { error })
+}
+
+fn llama() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": 200, "intermediate_size": 72, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 40, "vocab_size": 83,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 3072,
+        "tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true
+    })
+}
+
+fn qwen3(window: usize) -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
+        "hidden_size": 64, "intermediate_size": 264, "num_hidden_layers": 1,
+        "num_attention_heads": 9, "num_key_value_heads": 1, "head_dim": 72, "vocab_size": 96,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 3072,
+        "tie_word_embeddings": false, "attention_bias": false,
+        "use_sliding_window": true, "sliding_window": window, "max_window_layers": 0
+    })
+}
+
+#[test]
+fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() {
+    for (name, config, stored, bound) in [
+        ("llama bf16", llama(), Format::BF16, 0.03),
+        ("llama f16", llama(), Format::F16, 0.01),
+        ("llama fp8", llama(), Format::FP8_BLOCK, 0.03),
+        ("qwen3 bf16", qwen3(5), Format::BF16, 0.03),
+    ] {
+        let simulation = Simulation::new(&config, stored, 256);
+        let vocab = simulation.program.vocab;
+        let weights = Weights(&simulation.checkpoint);
+        let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+        let first: Vec<Row> =
+            (0..6).map(|n| row(n * 7 % 80, n as usize, 0)).chain([row(3, 0, 1), row(9, 1, 1)]).collect();
+        let second: Vec<Row> = (6..9)
+            .map(|n| row(n * 7 % 80, n as usize, 0))
+            .chain((2..6).map(|n| row(n * 5, n as usize, 1)))
+            .collect();
+        for (number, rows) in [&first, &second].into_iter().enumerate() {
+            let wanted: Vec<usize> = (0..rows.len()).collect();
+            let wanted = interpreter.step(rows, &wanted).unwrap();
+            let before = simulation.cache();
+            let found = simulation.launch(rows, 1, 3 + number, number as u64);
+            let off = deviation(&found.logits, &wanted, vocab);
+            assert!(off < bound, "{name}, step {number}: off by {off}");
+            // Other orders, other numbers of blocks: the same bits, in the cache as well.
+            let cache = simulation.cache();
+            for seed in 10..if name == "llama bf16" { 13 } else { 11 } {
+                simulation.write_cache(&before);
+                let again = simulation.launch(rows, 1, 2 + seed as usize % 5, seed);
+                assert!(again.logits == found.logits, "{name}, step {number}: seed {seed} has other bits");
+                assert!(simulation.cache() == cache, "{name}, step {number}: seed {seed} has another cache");
+            }
+        }
+        // The second sequence's rows alone.
+        let ends: Vec<Row> = [row(1, 9, 0), row(2, 6, 1)].into();
+        let before = simulation.cache();
+        let both = simulation.launch(&ends, 1, 4, 20);
+        simulation.write_cache(&before);
+        let alone = simulation.launch(&ends[1..], 1, 4, 21);
+        assert!(alone.logits == both.logits[vocab..], "{name}: alone and in company differ");
+        // Three steps of one launch choose what three launches choose.
+        simulation.write_cache(&before);
+        let launched = simulation.launch(&ends, 3, 4, 22);
+        simulation.write_cache(&before);
+        let mut rows = ends.clone();
+        for step in 0..3 {
+            let single = simulation.launch(&rows, 1, 5, 23 + step);
+            assert_eq!(single.chosen, launched.chosen[step as usize * 2..][..2], "{name}, step {step}");
+            for (row, token) in rows.iter_mut().zip(&single.chosen) {
+                (row.token, row.position) = (*token, row.position + 1);
+            }
+        }
+    }
+}
+
+/// Attention of one launch against its formula in float64, over a cache of random numbers.
+fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) {
+    let program = &simulation.program;
+    let kv = program.kv;
+    let Some(attention) = program.bodies[0].iter().find_map(|stage| match &stage.kind {
+        Kind::Attention(attention) => Some(attention),
+        _ => None,
+    }) else {
+        panic!("no attention")
+    };
+    let outcome = simulation.launch(rows, 1, blocks, seed);
+    let counters = words(&outcome.sync);
+    // The counts of parts lie behind the three cells of the best logits; a crossing's count stays.
+    assert!(counters[112..].iter().all(|count| *count == 0), "counts are left for the next stage");
+    let buffer = |id| {
+        let buffer = program.buffer(id);
+        (&outcome.arena[buffer.offset..], buffer.cols)
+    };
+    let (qkv, cols) = buffer(attention.input);
+    let qkv: Vec<f64> = floats(&qkv[..STEP_ROWS * cols * 4]).into_iter().map(f64::from).collect();
+    let (out, out_cols) = buffer(attention.output);
+    let out = brains(&out[..STEP_ROWS * out_cols * 2]);
+    let cache = brains(&simulation.cache());
+    let inv_freq = program.ropes[0].1.inv_freq();
+    let (heads, group) = (attention.heads, attention.heads / kv.kv_heads);
+    for (at, row) in rows.iter().enumerate() {
+        let from = attention.window.map_or(0, |window| (row.position + 1).saturating_sub(window));
+        let page = |p: usize, kv_head: usize| {
+            let page = row.sequence as usize * simulation.pages_per_sequence() + p / kv.page_tokens;
+            (page * kv.kv_heads + kv_head) * kv.page_tokens * (kv.qk_dim + kv.v_pad())
+        };
+        for head in 0..heads {
+            let mut q = qkv[at * cols + head * kv.qk_dim..][..kv.qk_dim].to_vec();
+            if let Some(norm) = attention.q_norm {
+                let mean = q.iter().map(|x| x * x).sum::<f64>() / kv.qk_dim as f64;
+                let gains =
+                    simulation.checkpoint.tensor_f32("model.layers.0.self_attn.q_norm.weight").unwrap();
+                let scale = 1.0 / (mean + f64::from(norm.eps)).sqrt();
+                q.iter_mut().zip(gains).for_each(|(x, gain)| *x *= scale * f64::from(gain));
+            }
+            let raw = q.clone();
+            let half = inv_freq.len();
+            for (i, frequency) in inv_freq.iter().enumerate() {
+                let (sin, cos) = (f64::from(*frequency) * row.position as f64).sin_cos();
+                q[i] = raw[i] * cos - raw[i + half] * sin;
+                q[i + half] = raw[i + half] * cos + raw[i] * sin;
+            }
+            let score = |p: usize| {
+                let key = &cache[page(p, head / group) + p % kv.page_tokens * kv.qk_dim..][..kv.qk_dim];
+                q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() * f64::from(attention.scale)
+            };
+            let scores: Vec<f64> = (from..=row.position).map(score).collect();
+            let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let total: f64 = scores.iter().map(|score| (score - top).exp()).sum();
+            let mut wanted = vec![0.0f64; kv.v_dim];
+            for (p, score) in (from..=row.position).zip(&scores) {
+                let base =
+                    page(p, head / group) + kv.page_tokens * kv.qk_dim + p % kv.page_tokens * kv.v_pad();
+                let weight = (score - top).exp() / total;
+                wanted.iter_mut().zip(&cache[base..]).for_each(|(sum, v)| *sum += weight * v);
+            }
+            let size = wanted.iter().fold(0.0f64, |size, x| size.max(x.abs()));
+            for (d, wanted) in wanted.iter().enumerate() {
+                let found = out[at * out_cols + head * kv.v_dim + d];
+                // Half a unit of a bfloat16 is 2^-9 of a number.
+                let close = (found - wanted).abs() <= size * 0.005;
+                assert!(
+                    close,
+                    "position {}, head {head}, column {d}: {found}, wanted {wanted}",
+                    row.position
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_adds_up_chunks_and_spans() {
+    for config in [llama(), qwen3(1500)] {
+        let mut config = config;
+        config["num_hidden_layers"] = 1.into();
+        let simulation = Simulation::new(&config, Format::BF16, 3072);
+        // Numbers from -2 to 2, and the padding of values, which nobody reads, as well.
+        let mut state = 1u64;
+        let mut random = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1 << 22) as f32 - 2.0
+        };
+        let numbers = simulation.cache_bytes() / 2;
+        let cache: Vec<u8> =
+            (0..numbers).flat_map(|_| half::bf16::from_f32(random()).to_le_bytes()).collect();
+        simulation.write_cache(&cache);
+        // Around the ends of chunks (128) and spans (1,024); a run over an end; all rows of one sequence.
+        let mixed = [(2046, 0), (2047, 0), (2048, 0), (1023, 1), (1024, 1), (2900, 2), (5, 3), (1500, 4)];
+        let run: Vec<(usize, usize)> = (1020..1028).map(|position| (position, 5)).collect();
+        let single = [(3071, 6)];
+        for (seed, (places, blocks)) in
+            [(&mixed[..], 6), (&mixed[..], 40), (&run[..], 3), (&single[..], 7)].into_iter().enumerate()
+        {
+            let rows: Vec<Row> =
+                places.iter().enumerate().map(|(n, (p, s))| row(n as u32 * 9, *p, *s)).collect();
+            check_attention(&simulation, &rows, blocks, seed as u64);
+        }
+    }
+}
