@@ -11,12 +11,13 @@ use tilec_codegen::frontends;
 use tilec_codegen::nvrtc::Arch;
 use tilec_codegen::passes::{fuse, precision, resident};
 use tilec_ir::abi::KvType;
+use tilec_ir::convert::{dequantize, quantize};
 use tilec_ir::format::Format;
 use tilec_ir::graph::Graph;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
 use tilec_ir::launch::{STEP_ROWS, SYNC_BYTES};
 use tilec_ir::resident::{Kind, ResidentProgram};
-use tilec_ir::spec::{Activations, ModelSpec};
+use tilec_ir::spec::{Activations, ModelSpec, WeightFormat};
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::pack::pack;
 
@@ -40,11 +41,18 @@ struct Outcome {
     sync: Vec<u8>,
 }
 
-struct Weights<'a>(&'a Checkpoint);
+/// The checkpoint's weights, in the formats that the graph reads.
+struct Weights<'a>(&'a Simulation);
 
 impl WeightSource for Weights<'_> {
     fn tensor(&self, name: &str) -> Result<Cow<'_, [f32]>, String> {
-        self.0.tensor_f32(name).map(Cow::Owned).map_err(|error| error.to_string())
+        let mut values = self.0.checkpoint.tensor_f32(name).map_err(|error| error.to_string())?;
+        let weight = &self.0.graph.weights[name];
+        if let [rows, cols] = weight.shape[..] {
+            let planes = quantize(weight.format, rows, cols, &values).map_err(|error| error.to_string())?;
+            dequantize(&planes.view(), &mut values).map_err(|error| error.to_string())?;
+        }
+        Ok(values.into())
     }
 }
 
@@ -66,12 +74,13 @@ fn row(token: u32, position: usize, sequence: usize) -> Row {
 }
 
 impl Simulation {
-    fn new(config: &Value, stored: Format, context: usize) -> Simulation {
-        let tensors = frontends::synthetic_tensors(config, stored).unwrap();
+    fn new(config: &Value, weights: Format, context: usize) -> Simulation {
+        let tensors = frontends::synthetic_tensors(config, Format::BF16).unwrap();
         let mut graph = frontends::build(config, &tensors).unwrap();
         let mut spec = ModelSpec::for_checkpoint("unused").precision;
         spec.activations = Activations::F32;
         spec.kv_cache = Some(KvType::Bf16);
+        spec.weights = WeightFormat::Converted(weights);
         precision::precision(&mut graph, &spec).unwrap();
         let program = resident::resident(&fuse::fuse(&graph).unwrap(), context).unwrap();
         let text = emit(&program, Arch::Sm90a).unwrap();
@@ -214,15 +223,15 @@ fn qwen3(window: usize) -> Value {
 
 #[test]
 fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() {
-    for (name, config, stored, bound) in [
+    for (name, config, format, bound) in [
         ("llama bf16", llama(), Format::BF16, 0.03),
         ("llama f16", llama(), Format::F16, 0.01),
         ("llama fp8", llama(), Format::FP8_BLOCK, 0.03),
         ("qwen3 bf16", qwen3(5), Format::BF16, 0.03),
     ] {
-        let simulation = Simulation::new(&config, stored, 256);
+        let simulation = Simulation::new(&config, format, 256);
         let vocab = simulation.program.vocab;
-        let weights = Weights(&simulation.checkpoint);
+        let weights = Weights(&simulation);
         let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
         let first: Vec<Row> =
             (0..6).map(|n| row(n * 7 % 80, n as usize, 0)).chain([row(3, 0, 1), row(9, 1, 1)]).collect();
