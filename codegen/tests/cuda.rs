@@ -149,7 +149,7 @@ fn damaged_programs_are_refused() {
         ("a gate with one operand", |p| {
             for stage in &mut p.bodies[0] {
                 if let Kind::Gemm(gemm) = &mut stage.kind
-                    && matches!(gemm.epilogue, Epilogue::Gated(_))
+                    && gemm.epilogue == Epilogue::SiluGated
                 {
                     gemm.operands = 1;
                 }

@@ -8,7 +8,7 @@
 use crate::abi::KvLayout;
 use crate::cost::StageCost;
 use crate::format::Format;
-use crate::graph::{ActivationFn, RopeSpec};
+use crate::graph::RopeSpec;
 use crate::launch::{OCTET, OCTET_BLOCK, STEP_ROWS};
 use crate::pack::{FP8_COLUMNS, Packing, octet_blocks};
 use crate::stages::{Buffer, BufferElem, BufferId, Layer, Slot};
@@ -45,8 +45,8 @@ pub struct Rope {
 pub enum Epilogue {
     /// Stored.
     Store,
-    /// `activation(operand 0) * operand 1`, stored.
-    Gated(ActivationFn),
+    /// `silu(operand 0) * operand 1`, stored.
+    SiluGated,
     /// Added to what the buffer holds.
     Residual,
     /// The logits; the largest of each row is kept.
@@ -288,7 +288,7 @@ impl ResidentProgram {
                             self.buffer(gemm.output).name
                         ));
                     }
-                    if matches!(gemm.epilogue, Epilogue::Gated(_)) != (gemm.operands == 2) {
+                    if (gemm.epilogue == Epilogue::SiluGated) != (gemm.operands == 2) {
                         return fail("a gate has two operands".into());
                     }
                     if gemm.scales.is_some() != gemm.format.scale.is_some() {
@@ -400,9 +400,7 @@ impl ResidentProgram {
                 let bias: String = gemm.bias.iter().map(|bias| format!(" -> bias {}", bias.slot)).collect();
                 let end = match gemm.epilogue {
                     Epilogue::Store => format!("store {}", name(&gemm.output)),
-                    Epilogue::Gated(activation) => {
-                        format!("{activation} -> store {}", name(&gemm.output))
-                    }
+                    Epilogue::SiluGated => format!("silu_gate -> store {}", name(&gemm.output)),
                     Epilogue::Residual => format!("add to {}", name(&gemm.output)),
                     Epilogue::Logits => "logits".into(),
                 };

@@ -21,7 +21,8 @@
 // Queries whose row has several chunks leave their parts in memory. Whoever finishes the last of the
 // eight chunks of a span adds these up, and whoever finishes the last span adds up the spans, each in the
 // order of the positions. Chunks and spans lie at absolute positions and every sum has a fixed order, so
-// a row's bits depend only on its own sequence.
+// a row's bits depend only on its own sequence; and only on the rows before it, as long as the values of
+// those behind it in the run are finite (an unseen value is multiplied by 0).
 //
 // A stage A says:
 //   HEADS, KV_HEADS, QK, V     query heads, KV heads, columns of a key and of a value

@@ -369,12 +369,13 @@ fn attention_adds_up_chunks_and_spans() {
         let cache: Vec<u8> =
             (0..numbers).flat_map(|_| half::bf16::from_f32(random()).to_le_bytes()).collect();
         simulation.write_cache(&cache);
-        // Around the ends of chunks (128) and spans (1,024); a run over an end; all rows of one sequence.
+        // Around the ends of chunks (128) and spans (1,024); a run over an end; all rows of one sequence. On
+        // two blocks an SM has more than the 32 items that are counted at once.
         let mixed = [(2046, 0), (2047, 0), (2048, 0), (1023, 1), (1024, 1), (2900, 2), (5, 3), (1500, 4)];
         let run: Vec<(usize, usize)> = (1020..1028).map(|position| (position, 5)).collect();
         let single = [(3071, 6)];
         for (seed, (places, blocks)) in
-            [(&mixed[..], 6), (&mixed[..], 40), (&run[..], 3), (&single[..], 7)].into_iter().enumerate()
+            [(&mixed[..], 2), (&mixed[..], 40), (&run[..], 3), (&single[..], 7)].into_iter().enumerate()
         {
             let rows: Vec<Row> =
                 places.iter().enumerate().map(|(n, (p, s))| row(n as u32 * 9, *p, *s)).collect();

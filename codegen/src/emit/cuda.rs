@@ -4,10 +4,9 @@
 use std::fmt::Write as _;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
-use tilec_ir::graph::ActivationFn;
 use tilec_ir::launch::{KERNEL, SYNC_BYTES};
 use tilec_ir::pack::FP8_COLUMNS;
-use tilec_ir::resident::{Attention, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Stage};
+use tilec_ir::resident::{Attention, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, SPAN, Stage};
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
     ATTENTION, BASE, BLOCK, FORMATS, GEMM, Header, PTX, SLOT_BYTES, STEP, SharedLayout, SharedNeeds,
@@ -342,19 +341,8 @@ impl<'p> Writer<'p> {
         };
         match gemm.epilogue {
             Epilogue::Store => body.push(store),
-            Epilogue::Gated(ActivationFn::Silu) => {
+            Epilogue::SiluGated => {
                 body.push("v[0].x = silu(v[0].x) * v[1].x; v[0].y = silu(v[0].y) * v[1].y;".into());
-                body.push(store);
-            }
-            Epilogue::Gated(ActivationFn::Clamped { alpha, limit }) => {
-                let (alpha, limit) = (float(alpha), float(limit));
-                for part in ["x", "y"] {
-                    body.push(format!(
-                        "{{ const float g = fminf(v[0].{part}, {limit}), \
-                         u = fminf(fmaxf(v[1].{part}, -({limit})), {limit}); \
-                         v[0].{part} = g / (1.f + expf(-({alpha}) * g)) * (u + 1.f); }}"
-                    ));
-                }
                 body.push(store);
             }
             Epilogue::Residual => {
@@ -459,7 +447,7 @@ impl<'p> Writer<'p> {
         self.function(&format!("{out_elem}*"), "out", "const Block& b", &format!("return {out};"));
         self.function("float*", "parts", "const Block& b", &format!("return {parts};"));
         line!(self, "}};");
-        debug_assert_eq!(CHUNK, 128, "attention.cuh says so too");
+        debug_assert_eq!((CHUNK, SPAN), (128, 8), "attention.cuh says so too");
     }
 
     /// The work of each role in a step.

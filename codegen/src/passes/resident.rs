@@ -346,9 +346,9 @@ impl Lowering<'_> {
                     self.of_value.insert(*new, buffer);
                     Ok((Epilogue::Residual, buffer))
                 }
-                [Piece::Gated(activation), Piece::Store(new)] => {
+                [Piece::Gated(ActivationFn::Silu), Piece::Store(new)] => {
                     let buffer = self.half_buffer("act", *new, cols);
-                    Ok((Epilogue::Gated(*activation), buffer))
+                    Ok((Epilogue::SiluGated, buffer))
                 }
                 [Piece::Store(new)] => {
                     let buffer = self.half_buffer(layerless(&op.name), *new, cols);
