@@ -24,6 +24,24 @@ fn odd_llama() -> Value {
     config
 }
 
+/// MiMo's attention, with its sizes of heads, and dense feed-forward layers: a layer with everything, and
+/// one with a window and sinks.
+fn dense_mimo() -> Value {
+    let mut config = models::mimo_v2();
+    for (key, value) in [
+        ("num_attention_heads", 16.into()),
+        ("swa_num_key_value_heads", 1.into()),
+        ("head_dim", 192.into()),
+        ("v_head_dim", 128.into()),
+        ("moe_layer_freq", vec![0, 0].into()),
+        ("attention_value_scale", Value::Null),
+        ("attention_projection_layout", "split".into()),
+    ] {
+        config[key] = value;
+    }
+    config
+}
+
 /// The example of this name, with so many layers.
 fn example(name: &str, layers: usize) -> Value {
     let path = format!("{}/../examples/{name}/config.json", env!("CARGO_MANIFEST_DIR"));
@@ -61,6 +79,7 @@ fn levels_of_the_resident_kernel() {
         ("llama-q4_1", odd_llama(), Format::Q4_1),
         ("qwen3-bf16", qwen3(), Format::BF16),
         ("llama-fp8", odd_llama(), Format::FP8_BLOCK),
+        ("mimo-bf16", dense_mimo(), Format::BF16),
     ] {
         let program = program(name, &config, format, 200);
         insta::assert_snapshot!(format!("{name}.resident"), program.to_string());
@@ -75,6 +94,7 @@ fn every_architecture_gets_machine_code() {
         ("llama", odd_llama(), Format::Q4_1),
         ("qwen3", qwen3(), Format::BF16),
         ("fp8", odd_llama(), Format::FP8_BLOCK),
+        ("mimo", dense_mimo(), Format::BF16),
     ] {
         let program = program(name, &config, format, 200);
         for arch in [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100a, Arch::Sm120a] {

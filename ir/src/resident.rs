@@ -134,6 +134,8 @@ pub struct Attention {
     pub scale: f32,
     /// Positions that a row sees, itself included.
     pub window: Option<usize>,
+    /// `f32 [heads]`: a score that joins each head's softmax and carries no value.
+    pub sinks: Option<Slot>,
 }
 
 /// What a stage does.
@@ -311,6 +313,7 @@ impl ResidentProgram {
                     let norms = [attention.q_norm, attention.k_norm].into_iter().flatten();
                     let mut slots: Vec<Slot> = norms.map(|norm| norm.gain).collect();
                     slots.extend(attention.rope.map(|rope| rope.table));
+                    slots.extend(attention.sinks);
                     (Some(attention.input), attention.output, slots)
                 }
             };
@@ -421,8 +424,9 @@ impl ResidentProgram {
                     .rope
                     .map_or(String::new(), |rope| format!("rope {} dims={} -> ", rope.table, rope.dims));
                 let window = attention.window.map_or(String::new(), |window| format!(" window={window}"));
+                let sinks = attention.sinks.map_or(String::new(), |sinks| format!(" sinks={sinks}"));
                 format!(
-                    "{} -> {}{}{rope}cache -> attention heads={} scale={}{window} -> {}",
+                    "{} -> {}{}{rope}cache -> attention heads={} scale={}{window}{sinks} -> {}",
                     name(&attention.input),
                     norm("q_norm", &attention.q_norm),
                     norm("k_norm", &attention.k_norm),

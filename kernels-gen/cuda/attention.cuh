@@ -29,6 +29,7 @@
 //   SCALE, WINDOW              factor on the scores; positions that a row sees, 0 for all
 //   Kv, Out                    Bf16 or F16; Bf16 or F32
 //   Q_NORM, K_NORM, EPS        whether heads are normed
+//   SINKS, sinks(b)            whether each head has a score that carries no value, and these [HEADS]
 //   ROPE                       leading columns of a head that are rotated, 0 for none
 //   PAGE_TOKENS, V_PAD, MAX_CHUNKS
 //   q_gain(b), k_gain(b), rope(b) [positions][ROPE/2] cosines then sines, input(b) [rows][(HEADS +
@@ -121,6 +122,14 @@ __device__ __forceinline__ void prepare_head(float* scratch, const float* raw, c
 
 __device__ __forceinline__ void store_out(Bf16, u16* out, u64 at, float v) { out[at] = narrow<Bf16>(v); }
 __device__ __forceinline__ void store_out(F32, float* out, u64 at, float v) { out[at] = v; }
+
+// The end of a head's softmax: `sum` and `total` relative to the largest score `top` of a position, in
+// units of log2. A sink joins only here, so that parts of a context need not know of it. One far above all
+// scores makes the divisor infinite and the result 0.
+template <class A> __device__ __forceinline__ float normalize(const Consumer& b, u32 head, float top, float sum, float total) {
+  if constexpr (A::SINKS) total += exp2f(A::sinks(b)[head] * LOG2_E - top);
+  return sum / total;
+}
 
 // The first chunk that a row sees.
 template <class A> __device__ __forceinline__ u32 first_chunk(u32 position) {
@@ -332,11 +341,11 @@ template <class A> __device__ __forceinline__ void join_chunks(Consumer& b, cons
     const bool whole = from / SPAN == (to - 1) / SPAN;
 #pragma unroll 1
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
-      const u32 h = n / A::V, d = n % A::V;
+      const u32 h = n / A::V, d = n % A::V, head = kv_head * GROUP + h;
       float2 weight;
       const float sum = fold(parts, parts.at(r, kv_head, first - from, h), behind - first, d, weight);
       if (whole) {
-        store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / weight.y);
+        store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + head) * A::V + d, normalize<A>(b, head, weight.x, sum, weight.y));
       } else {
         const u64 part = parts.at(r, kv_head, A::MAX_CHUNKS + share.span - from / SPAN, h);
         parts.sum(part)[d] = sum;
@@ -358,10 +367,10 @@ template <class A> __device__ __forceinline__ void join_spans(Consumer& b, const
     if (to - from == 1) continue;
 #pragma unroll 1
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
-      const u32 h = n / A::V, d = n % A::V;
+      const u32 h = n / A::V, d = n % A::V, head = kv_head * GROUP + h;
       float2 weight;
       const float sum = fold(parts, parts.at(r, kv_head, A::MAX_CHUNKS, h), to - from, d, weight);
-      store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / weight.y);
+      store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + head) * A::V + d, normalize<A>(b, head, weight.x, sum, weight.y));
     }
   }
 }
@@ -603,10 +612,10 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
             sum = fmaf(f, space.sums[w][q - half][d], sum);
             all = fmaf(f, space.weight[w][q].y, all);
           }
-          const u32 r = row + (query + q) / GROUP, h = (query + q) % GROUP;
+          const u32 r = row + (query + q) / GROUP, h = (query + q) % GROUP, head = kv_head * GROUP + h;
           const u32 own_from = first_chunk<A>(b.shared.position[r]);
           if (b.shared.position[r] / CHUNK == own_from) {
-            store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + kv_head * GROUP + h) * A::V + d, sum / all);
+            store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + head) * A::V + d, normalize<A>(b, head, m, sum, all));
           } else {
             const u64 part = parts.at(r, kv_head, now.chunk() - own_from, h);
             parts.sum(part)[d] = sum;

@@ -4,6 +4,7 @@
 
 use serde_json::{Value, json};
 use std::borrow::Cow;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tilec_codegen::emit::cuda::emit;
@@ -16,8 +17,9 @@ use tilec_ir::format::Format;
 use tilec_ir::graph::Graph;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
 use tilec_ir::launch::{STEP_ROWS, SYNC_BYTES};
-use tilec_ir::resident::{Kind, ResidentProgram};
+use tilec_ir::resident::{Attention, Kind, ResidentProgram};
 use tilec_ir::spec::{Activations, ModelSpec, WeightFormat};
+use tilec_ir::stages::Slot;
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::pack::pack;
 
@@ -121,13 +123,48 @@ impl Simulation {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
+    /// Attention of the last layer.
+    fn last_attention(&self) -> &Attention {
+        let body = &self.program.bodies[self.program.layers.last().unwrap().body];
+        let found = body.iter().find_map(|stage| match &stage.kind {
+            Kind::Attention(attention) => Some(attention),
+            _ => None,
+        });
+        found.expect("every layer has attention")
+    }
+
+    /// Where the sinks of the last layer lie among the weights; nothing if it has none.
+    fn sinks_at(&self) -> Range<usize> {
+        let attention = self.last_attention();
+        let Some(Slot::Layer(number)) = attention.sinks else { return 0..0 };
+        let at = self.program.layers.last().unwrap().offsets[number] as usize;
+        at..at + attention.heads * 4
+    }
+
+    /// Sinks of the last layer.
+    fn sinks(&self) -> Vec<f32> {
+        floats(&std::fs::read(self.path("weights.bin")).unwrap()[self.sinks_at()])
+    }
+
+    /// Gives the last layer other sinks.
+    fn set_sinks(&self, sinks: &[f32]) {
+        let mut weights = std::fs::read(self.path("weights.bin")).unwrap();
+        let bytes: Vec<u8> = sinks.iter().flat_map(|sink| sink.to_le_bytes()).collect();
+        weights[self.sinks_at()].copy_from_slice(&bytes);
+        std::fs::write(self.path("weights.bin"), weights).unwrap();
+    }
+
+    /// Pages of the cache in all.
+    fn pages(&self) -> usize {
+        SEQUENCES * self.pages_per_sequence()
+    }
+
     fn pages_per_sequence(&self) -> usize {
         self.program.context.div_ceil(self.program.kv.page_tokens)
     }
 
     fn cache_bytes(&self) -> usize {
-        let kv = &self.program.kv;
-        kv.layers * SEQUENCES * self.pages_per_sequence() * kv.kv_heads * kv.block_bytes()
+        self.program.kv.total_bytes(self.pages()).unwrap()
     }
 
     fn cache(&self) -> Vec<u8> {
@@ -143,7 +180,7 @@ impl Simulation {
         assert!(rows.len() <= STEP_ROWS);
         let buffers = self.program.buffers.iter();
         let arena = buffers.map(|buffer| buffer.offset + STEP_ROWS * buffer.cols * 4).max().unwrap();
-        let pages = SEQUENCES * self.pages_per_sequence();
+        let pages = self.pages();
         let mut launch: Vec<u32> = [
             arena,
             SYNC_BYTES,
@@ -221,6 +258,19 @@ fn qwen3(window: usize) -> Value {
     })
 }
 
+/// MiMo without experts: a layer with a window and sinks, then one without either.
+fn mimo(window: usize) -> Value {
+    json!({
+        "architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "hidden_act": "silu",
+        "hidden_size": 72, "intermediate_size": 136, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "swa_num_key_value_heads": 2,
+        "head_dim": 48, "v_head_dim": 40, "vocab_size": 96, "layernorm_epsilon": 1e-5,
+        "rope_theta": 1000000.0, "swa_rope_theta": 10000.0, "partial_rotary_factor": 0.334,
+        "max_position_embeddings": 3072, "sliding_window": window, "hybrid_layer_pattern": [1, 0],
+        "moe_layer_freq": [0, 0], "attention_projection_layout": "split", "tie_word_embeddings": false
+    })
+}
+
 #[test]
 fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() {
     for (name, config, format, bound) in [
@@ -228,6 +278,7 @@ fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() 
         ("llama f16", llama(), Format::F16, 0.01),
         ("llama fp8", llama(), Format::FP8_BLOCK, 0.03),
         ("qwen3 bf16", qwen3(5), Format::BF16, 0.03),
+        ("mimo bf16", mimo(5), Format::BF16, 0.03),
     ] {
         let simulation = Simulation::new(&config, format, 256);
         let vocab = simulation.program.vocab;
@@ -277,16 +328,12 @@ fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() 
     }
 }
 
-/// Attention of one launch against its formula in float64, over a cache of random numbers.
-fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) {
+/// Attention of the last layer in one launch against its formula in float64, over a cache of random
+/// numbers. Gives whether a head's sink had a part of its weights, and not all of them.
+fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) -> bool {
     let program = &simulation.program;
     let kv = program.kv;
-    let Some(attention) = program.bodies[0].iter().find_map(|stage| match &stage.kind {
-        Kind::Attention(attention) => Some(attention),
-        _ => None,
-    }) else {
-        panic!("no attention")
-    };
+    let attention = simulation.last_attention();
     let outcome = simulation.launch(rows, 1, blocks, seed);
     let counters = words(&outcome.sync);
     // The counts of parts lie behind the three cells of the best logits; a crossing's count stays.
@@ -300,20 +347,23 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
     let (out, out_cols) = buffer(attention.output);
     let out = brains(&out[..STEP_ROWS * out_cols * 2]);
     let cache = brains(&simulation.cache());
+    let layer = program.layers.last().unwrap();
+    let sinks = simulation.sinks();
+    let mut sink_counts = false;
     let inv_freq = program.ropes[0].1.inv_freq();
     let (heads, group) = (attention.heads, attention.heads / kv.kv_heads);
     for (at, row) in rows.iter().enumerate() {
         let from = attention.window.map_or(0, |window| (row.position + 1).saturating_sub(window));
         let page = |p: usize, kv_head: usize| {
             let page = row.sequence as usize * simulation.pages_per_sequence() + p / kv.page_tokens;
-            (page * kv.kv_heads + kv_head) * kv.page_tokens * (kv.qk_dim + kv.v_pad())
+            kv.block_offset(simulation.pages(), layer.cache, page, kv_head) / 2
         };
         for head in 0..heads {
             let mut q = qkv[at * cols + head * kv.qk_dim..][..kv.qk_dim].to_vec();
             if let Some(norm) = attention.q_norm {
                 let mean = q.iter().map(|x| x * x).sum::<f64>() / kv.qk_dim as f64;
-                let gains =
-                    simulation.checkpoint.tensor_f32("model.layers.0.self_attn.q_norm.weight").unwrap();
+                let name = format!("model.layers.{}.self_attn.q_norm.weight", program.layers.len() - 1);
+                let gains = simulation.checkpoint.tensor_f32(&name).unwrap();
                 let scale = 1.0 / (mean + f64::from(norm.eps)).sqrt();
                 q.iter_mut().zip(gains).for_each(|(x, gain)| *x *= scale * f64::from(gain));
             }
@@ -329,8 +379,10 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
                 q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() * f64::from(attention.scale)
             };
             let scores: Vec<f64> = (from..=row.position).map(score).collect();
-            let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let total: f64 = scores.iter().map(|score| (score - top).exp()).sum();
+            let sink = sinks.get(head).map_or(f64::NEG_INFINITY, |sink| f64::from(*sink));
+            let top = scores.iter().copied().fold(sink, f64::max);
+            let total = scores.iter().map(|score| (score - top).exp()).sum::<f64>() + (sink - top).exp();
+            sink_counts |= (0.01..0.99).contains(&((sink - top).exp() / total));
             let mut wanted = vec![0.0f64; kv.v_dim];
             for (p, score) in (from..=row.position).zip(&scores) {
                 let base =
@@ -342,7 +394,7 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
             for (d, wanted) in wanted.iter().enumerate() {
                 let found = out[at * out_cols + head * kv.v_dim + d];
                 // Half a unit of a bfloat16 is 2^-9 of a number.
-                let close = (found - wanted).abs() <= size * 0.005;
+                let close = (found - wanted).abs() <= size * 0.005 + f64::from(f32::MIN_POSITIVE);
                 assert!(
                     close,
                     "position {}, head {head}, column {d}: {found}, wanted {wanted}",
@@ -351,14 +403,21 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
             }
         }
     }
+    sink_counts
 }
 
 #[test]
 fn attention_adds_up_chunks_and_spans() {
-    for config in [llama(), qwen3(1500)] {
+    let mut sunk = mimo(1500);
+    (sunk["hybrid_layer_pattern"], sunk["moe_layer_freq"]) = (json!([1]), json!([0]));
+    for config in [llama(), qwen3(1500), sunk] {
         let mut config = config;
         config["num_hidden_layers"] = 1.into();
         let simulation = Simulation::new(&config, Format::BF16, 3072);
+        if config["model_type"] == "mimo_v2_flash" {
+            // Among the scores, below all of them, and so far above that their weights vanish.
+            simulation.set_sinks(&[0.5, 3.0, -7.0, f32::NEG_INFINITY, 300.0, 6.5]);
+        }
         // Numbers from -2 to 2, and the padding of values, which nobody reads, as well.
         let mut state = 1u64;
         let mut random = || {
@@ -379,7 +438,8 @@ fn attention_adds_up_chunks_and_spans() {
         {
             let rows: Vec<Row> =
                 places.iter().enumerate().map(|(n, (p, s))| row(n as u32 * 9, *p, *s)).collect();
-            check_attention(&simulation, &rows, blocks, seed as u64);
+            let sink_counts = check_attention(&simulation, &rows, blocks, seed as u64);
+            assert_eq!(sink_counts, !simulation.sinks().is_empty());
         }
     }
 }

@@ -416,9 +416,10 @@ impl<'p> Writer<'p> {
         let eps = attention.q_norm.or(attention.k_norm).map_or(0.0, |norm| norm.eps);
         line!(
             self,
-            "  static constexpr bool Q_NORM = {}, K_NORM = {};",
+            "  static constexpr bool Q_NORM = {}, K_NORM = {}, SINKS = {};",
             attention.q_norm.is_some(),
-            attention.k_norm.is_some()
+            attention.k_norm.is_some(),
+            attention.sinks.is_some()
         );
         line!(self, "  static constexpr float EPS = {};", float(eps));
         let (dims, positions) = attention.rope.map_or((0, 0), |rope| (rope.dims, rope.positions));
@@ -437,6 +438,7 @@ impl<'p> Writer<'p> {
             ("q_gain", floats(attention.q_norm.map(|norm| norm.gain))),
             ("k_gain", floats(attention.k_norm.map(|norm| norm.gain))),
             ("rope", floats(attention.rope.map(|rope| rope.table))),
+            ("sinks", floats(attention.sinks)),
         ];
         for (function, body) in gains {
             self.function("const float*", function, "const Block& b", &body);

@@ -127,15 +127,12 @@ fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
         ));
     }
     for op in &fused.ops {
-        let missing = match &op.anchor {
-            Anchor::Attention { sinks: Some(_), .. } => Some("attention with sinks"),
-            _ => op.parts.iter().flat_map(|part| &part.pieces).find_map(|piece| match piece {
-                Piece::Scale(_) => Some("scaled values"),
-                Piece::Replace { .. } => Some("tokens with an embedding of their own"),
-                Piece::Gated(ActivationFn::Clamped { .. }) => Some("a clamped gate"),
-                _ => None,
-            }),
-        };
+        let missing = op.parts.iter().flat_map(|part| &part.pieces).find_map(|piece| match piece {
+            Piece::Scale(_) => Some("scaled values"),
+            Piece::Replace { .. } => Some("tokens with an embedding of their own"),
+            Piece::Gated(ActivationFn::Clamped { .. }) => Some("a clamped gate"),
+            _ => None,
+        });
         if let Some(missing) = missing {
             return Err(error(op, format!("the resident kernel does not have {missing} yet: {REMEDY}")));
         }
@@ -225,9 +222,7 @@ impl Lowering<'_> {
             Anchor::Attention { bidirectional: true, .. } => {
                 return Err(error(op, "the resident kernel has no attention that sees both ways yet"));
             }
-            Anchor::Attention { heads, scale, window, .. } => {
-                Some(self.attention(op, input()?, *heads, *scale, *window, offsets)?)
-            }
+            Anchor::Attention { .. } => Some(self.attention(op, input()?, offsets)?),
         };
         Ok(kind.map(|kind| Stage { name: layerless(&op.name).to_string(), kind }))
     }
@@ -394,11 +389,12 @@ impl Lowering<'_> {
         &mut self,
         op: &FusedOp,
         queries: ValueId,
-        heads: usize,
-        scale: f32,
-        window: Option<usize>,
         offsets: &mut Option<Vec<u64>>,
     ) -> Result<Kind, TileError> {
+        let Anchor::Attention { heads, scale, window, sinks, .. } = &op.anchor else {
+            return Err(error(op, "is no attention"));
+        };
+        let (heads, scale, window) = (*heads, *scale, *window);
         let Some(Heads { qkv, q, k }) = self.heads.get(&queries).cloned() else {
             return Err(error(op, "its queries do not come from one product with keys and values"));
         };
@@ -425,6 +421,10 @@ impl Lowering<'_> {
             };
             Rope { table: self.packer.fixed(content), positions: self.context, dims: spec.dims }
         });
+        let sinks = sinks.as_ref().map(|name| {
+            let content = PackContent::F32 { tensor: name.clone(), len: heads };
+            self.packer.slot(content, offsets.as_mut())
+        });
         let output = self.half_buffer("attn", value, heads * self.kv.v_dim);
         let chunks = self.context.div_ceil(CHUNK);
         let parts = heads * (chunks + chunks.div_ceil(SPAN)) * (self.kv.v_dim + 2);
@@ -439,6 +439,7 @@ impl Lowering<'_> {
             rope,
             scale,
             window,
+            sinks,
         }))
     }
 

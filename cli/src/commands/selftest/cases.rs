@@ -37,6 +37,10 @@ pub const FP8: std::ops::Range<usize> = 42..46;
 /// The case whose rows a consumer cannot keep in registers from the norm's sum to its products.
 pub const LONG_ROWS: usize = 41;
 
+/// The cases of MiMo's attention: sinks in layers with a window, keys wider than values, a third of a head
+/// rotated.
+pub const MIMO: std::ops::Range<usize> = 46..47;
+
 /// Numbers from a seed: splitmix64.
 #[derive(Clone, Debug)]
 pub struct Random(u64);
@@ -109,6 +113,9 @@ impl Case {
     /// turns; all else is random, but for [`NARROW_HEADS`] and [`LONG_ROWS`].
     pub fn new(seed: u64, number: usize) -> Case {
         let mut random = Random::new(seed, number as u64);
+        if MIMO.contains(&number) {
+            return Case::mimo(random, number);
+        }
         let qwen = !number.is_multiple_of(2);
         // A float32 matrix is rounded to float16 on packing.
         let stored = match number % 8 {
@@ -201,6 +208,61 @@ impl Case {
         }
     }
 
+    /// MiMo with a dense feed-forward layer in place of its experts.
+    fn mimo(mut random: Random, number: usize) -> Case {
+        let (head_dim, v_head_dim) = random.pick(&[(48, 32), (96, 64), (192, 128)]);
+        let (kv_heads, group) = (random.pick(&[1, 2]), random.pick(&[2, 4, 16]));
+        let heads = kv_heads * group;
+        let hidden = random.pick(&[72, 128, 200, 256]);
+        let intermediate = random.pick(&[72, 200, 256]);
+        let vocab = random.pick(&[161, 512, 1003]);
+        let window = random.pick(&[5, 64, 128, 200]);
+        let kv = random.pick(&[KvType::F16, KvType::Bf16]);
+        let config = json!({
+            "architectures": ["MiMoV2FlashForCausalLM"],
+            "model_type": "mimo_v2_flash",
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "swa_num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": v_head_dim,
+            "partial_rotary_factor": 0.334,
+            "vocab_size": vocab,
+            "layernorm_epsilon": 1e-5,
+            "rope_theta": 5_000_000.0,
+            "swa_rope_theta": 10_000.0,
+            "max_position_embeddings": CONTEXT,
+            "sliding_window": window,
+            "hybrid_layer_pattern": [1, 0],
+            "moe_layer_freq": [0, 0],
+            "attention_projection_layout": "split",
+            "tie_word_embeddings": false,
+            "bos_token_id": null,
+            "eos_token_id": null,
+        });
+        let qkvo = heads * (head_dim + v_head_dim) + kv_heads * (head_dim + v_head_dim);
+        Case {
+            name: format!(
+                "{number} mimo bf16 kv-{} {hidden}x{intermediate} {heads}/{kv_heads}x{head_dim}+{v_head_dim} \
+                 v{vocab} sinks w{window}",
+                kv.name()
+            ),
+            seed: random.next(),
+            config,
+            stored: Format::BF16,
+            fp8: false,
+            kv,
+            layers: 2,
+            vocab,
+            products: 2 * hidden * (qkvo + 3 * intermediate) + vocab * hidden,
+            loud: 1.0,
+        }
+    }
+
     /// Whether the products' inputs are bfloat16; else they are float16.
     pub fn multiplies_bf16(&self) -> bool {
         self.stored == Format::BF16 || self.fp8
@@ -238,6 +300,7 @@ impl Case {
             1 if of("q_norm") => (sharp, 0.3 * sharp),
             1 if of(&last) => (self.loud, 0.3 * self.loud),
             1 if of("norm") => (1.0, 0.3),
+            1 if of("sink") => (2.0, 0.5),
             1 => (0.0, 0.3),
             _ if of("q_proj") && !qk_norm => (0.0, sharp / cols.sqrt()),
             // What attention and the feed-forward layer add is then about as large as the residual.
