@@ -136,6 +136,8 @@ pub struct Attention {
     pub window: Option<usize>,
     /// `f32 [heads]`: a score that joins each head's softmax and carries no value.
     pub sinks: Option<Slot>,
+    /// Factor on the values, before they are cached.
+    pub value_scale: f32,
 }
 
 /// What a stage does.
@@ -425,8 +427,12 @@ impl ResidentProgram {
                     .map_or(String::new(), |rope| format!("rope {} dims={} -> ", rope.table, rope.dims));
                 let window = attention.window.map_or(String::new(), |window| format!(" window={window}"));
                 let sinks = attention.sinks.map_or(String::new(), |sinks| format!(" sinks={sinks}"));
+                let values = match attention.value_scale {
+                    1.0 => String::new(),
+                    factor => format!("values x {factor} -> "),
+                };
                 format!(
-                    "{} -> {}{}{rope}cache -> attention heads={} scale={}{window}{sinks} -> {}",
+                    "{} -> {}{}{rope}{values}cache -> attention heads={} scale={}{window}{sinks} -> {}",
                     name(&attention.input),
                     norm("q_norm", &attention.q_norm),
                     norm("k_norm", &attention.k_norm),

@@ -26,7 +26,8 @@
 //
 // A stage A says:
 //   HEADS, KV_HEADS, QK, V     query heads, KV heads, columns of a key and of a value
-//   SCALE, WINDOW              factor on the scores; positions that a row sees, 0 for all
+//   SCALE, VALUE_SCALE         factors on the scores and, before they are cached, on the values
+//   WINDOW                     positions that a row sees, 0 for all
 //   Kv, Out                    Bf16 or F16; Bf16 or F32
 //   Q_NORM, K_NORM, EPS        whether heads are normed
 //   SINKS, sinks(b)            whether each head has a score that carries no value, and these [HEADS]
@@ -478,7 +479,7 @@ template <class A> __device__ __forceinline__ void prepare_fresh(Consumer& b, At
 #pragma unroll
   for (u32 i = 0; i < V_EACH; ++i) {
     const u32 d = lane_id() + i * LANES;
-    if (d < A::V) values[d] = space.values[n][d] = narrow<typename A::Kv>(value[i]);
+    if (d < A::V) values[d] = space.values[n][d] = narrow<typename A::Kv>(value[i] * A::VALUE_SCALE);
   }
 }
 

@@ -258,7 +258,7 @@ fn qwen3(window: usize) -> Value {
     })
 }
 
-/// MiMo without experts: a layer with a window and sinks, then one without either.
+/// MiMo without experts: a layer with a window and sinks, then one without either; values are scaled.
 fn mimo(window: usize) -> Value {
     json!({
         "architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "hidden_act": "silu",
@@ -267,7 +267,8 @@ fn mimo(window: usize) -> Value {
         "head_dim": 48, "v_head_dim": 40, "vocab_size": 96, "layernorm_epsilon": 1e-5,
         "rope_theta": 1000000.0, "swa_rope_theta": 10000.0, "partial_rotary_factor": 0.334,
         "max_position_embeddings": 3072, "sliding_window": window, "hybrid_layer_pattern": [1, 0],
-        "moe_layer_freq": [0, 0], "attention_projection_layout": "split", "tie_word_embeddings": false
+        "moe_layer_freq": [0, 0], "attention_value_scale": 0.612,
+        "attention_projection_layout": "split", "tie_word_embeddings": false
     })
 }
 

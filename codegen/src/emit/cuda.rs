@@ -412,7 +412,12 @@ impl<'p> Writer<'p> {
             kv.v_dim,
             attention.window.unwrap_or(0)
         );
-        line!(self, "  static constexpr float SCALE = {};", float(attention.scale));
+        line!(
+            self,
+            "  static constexpr float SCALE = {}, VALUE_SCALE = {};",
+            float(attention.scale),
+            float(attention.value_scale)
+        );
         let eps = attention.q_norm.or(attention.k_norm).map_or(0.0, |norm| norm.eps);
         line!(
             self,

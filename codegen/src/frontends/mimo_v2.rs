@@ -57,8 +57,12 @@ fn parse(config: &Config) -> Result<Decoder, FrontendError> {
         }
     }
     decoder.v_dim = config.size_or("v_head_dim", 128)?;
-    decoder.value_scale =
-        config.number("attention_value_scale")?.map(|scale| scale as f32).filter(|scale| *scale != 1.0);
+    decoder.value_scale = match config.number("attention_value_scale")? {
+        Some(scale) if !(scale as f32).is_finite() => {
+            return Err(config.error("attention_value_scale", format!("{scale} does not fit float32")));
+        }
+        scale => scale.map(|scale| scale as f32).filter(|scale| *scale != 1.0),
+    };
     decoder.fused_qkv = match config.string("attention_projection_layout")?.unwrap_or("split") {
         "fused_qkv" => true,
         "split" | "split_qkv" => false,

@@ -505,6 +505,7 @@ fn impossible_mixtures_are_refused() {
         (mimo_v2(json!({"swa_head_dim": 32})), &["`swa_head_dim`", "must have 24"]),
         (mimo_v2(json!({"swa_num_key_value_heads": 3})), &["`swa_num_key_value_heads`", "3 KV heads"]),
         (mimo_v2(json!({"partial_rotary_factor": 0.01})), &["`partial_rotary_factor`", "no whole pairs"]),
+        (mimo_v2(json!({"attention_value_scale": 1e300})), &["`attention_value_scale`", "float32"]),
         (mimo_v2(json!({"attention_projection_layout": "x"})), &["`attention_projection_layout`"]),
         (
             mimo_v2(json!({"hybrid_layer_pattern": "remove!", "layer_types": ["full_attention", "x"]})),

@@ -128,7 +128,6 @@ fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
     }
     for op in &fused.ops {
         let missing = op.parts.iter().flat_map(|part| &part.pieces).find_map(|piece| match piece {
-            Piece::Scale(_) => Some("scaled values"),
             Piece::Replace { .. } => Some("tokens with an embedding of their own"),
             Piece::Gated(ActivationFn::Clamped { .. }) => Some("a clamped gate"),
             _ => None,
@@ -181,6 +180,8 @@ struct Heads {
     qkv: BufferId,
     q: HeadChain,
     k: HeadChain,
+    /// Factor on the values.
+    value_scale: f32,
 }
 
 /// Norm and rotation of heads.
@@ -326,8 +327,13 @@ impl Lowering<'_> {
         cols: usize,
     ) -> Result<(Epilogue, BufferId), TileError> {
         let refuse = || error(op, format!("the kernel has no epilogue for {:?}", op.parts));
+        // Biases are added first of all.
+        let is_bias = |piece: &Piece| matches!(piece, Piece::Bias { .. });
+        if op.parts.iter().any(|part| !part.pieces.is_sorted_by_key(|piece| !is_bias(piece))) {
+            return Err(refuse());
+        }
         let chain = |part: &Part| -> Vec<Piece> {
-            part.pieces.iter().filter(|piece| !matches!(piece, Piece::Bias { .. })).cloned().collect()
+            part.pieces.iter().filter(|piece| !is_bias(piece)).cloned().collect()
         };
         if let [part] = &op.parts[..] {
             return match &chain(part)[..] {
@@ -354,9 +360,12 @@ impl Lowering<'_> {
         }
         let [q, k, v] = &op.parts[..] else { return Err(refuse()) };
         let (q, k, v) = (chain(q), chain(k), chain(v));
-        let (Some(Piece::Store(queries)), Some(Piece::WriteKeys(_)), [Piece::WriteValues(_)]) =
-            (q.last(), k.last(), &v[..])
-        else {
+        let value_scale = match &v[..] {
+            [Piece::WriteValues(_)] => 1.0,
+            [Piece::Scale(factor), Piece::WriteValues(_)] if factor.is_finite() => *factor,
+            _ => return Err(refuse()),
+        };
+        let (Some(Piece::Store(queries)), Some(Piece::WriteKeys(_))) = (q.last(), k.last()) else {
             return Err(refuse());
         };
         let heads = |pieces: &[Piece]| -> Result<HeadChain, TileError> {
@@ -381,7 +390,7 @@ impl Lowering<'_> {
             return Err(error(op, "queries and keys are rotated differently"));
         }
         let qkv = self.buffer("qkv", BufferElem::F32, cols);
-        self.heads.insert(*queries, Heads { qkv, q, k });
+        self.heads.insert(*queries, Heads { qkv, q, k, value_scale });
         Ok((Epilogue::Store, qkv))
     }
 
@@ -395,7 +404,7 @@ impl Lowering<'_> {
             return Err(error(op, "is no attention"));
         };
         let (heads, scale, window) = (*heads, *scale, *window);
-        let Some(Heads { qkv, q, k }) = self.heads.get(&queries).cloned() else {
+        let Some(Heads { qkv, q, k, value_scale }) = self.heads.get(&queries).cloned() else {
             return Err(error(op, "its queries do not come from one product with keys and values"));
         };
         let [Part { pieces, .. }] = &op.parts[..] else { return Err(error(op, "has several parts")) };
@@ -440,6 +449,7 @@ impl Lowering<'_> {
             scale,
             window,
             sinks,
+            value_scale,
         }))
     }
 

@@ -38,8 +38,8 @@ pub const FP8: std::ops::Range<usize> = 42..46;
 pub const LONG_ROWS: usize = 41;
 
 /// The cases of MiMo's attention: sinks in layers with a window, keys wider than values, a third of a head
-/// rotated.
-pub const MIMO: std::ops::Range<usize> = 46..47;
+/// rotated. All but the first scale values.
+pub const MIMO: std::ops::Range<usize> = 46..48;
 
 /// Numbers from a seed: splitmix64.
 #[derive(Clone, Debug)]
@@ -218,6 +218,7 @@ impl Case {
         let vocab = random.pick(&[161, 512, 1003]);
         let window = random.pick(&[5, 64, 128, 200]);
         let kv = random.pick(&[KvType::F16, KvType::Bf16]);
+        let value_scale = (number > MIMO.start).then_some(0.612);
         let config = json!({
             "architectures": ["MiMoV2FlashForCausalLM"],
             "model_type": "mimo_v2_flash",
@@ -239,6 +240,7 @@ impl Case {
             "sliding_window": window,
             "hybrid_layer_pattern": [1, 0],
             "moe_layer_freq": [0, 0],
+            "attention_value_scale": value_scale,
             "attention_projection_layout": "split",
             "tie_word_embeddings": false,
             "bos_token_id": null,
