@@ -24,13 +24,12 @@ fn odd_llama() -> Value {
     config
 }
 
-/// MiMo's attention, with its sizes of heads, and dense feed-forward layers: a layer with everything, and
-/// one with a window and sinks.
+/// MiMo's attention, with its sizes of heads, and dense feed-forward layers: a layer that sees everything,
+/// and one with a window, sinks and more KV heads.
 fn dense_mimo() -> Value {
     let mut config = models::mimo_v2();
     for (key, value) in [
         ("num_attention_heads", 16.into()),
-        ("swa_num_key_value_heads", 1.into()),
         ("head_dim", 192.into()),
         ("v_head_dim", 128.into()),
         ("moe_layer_freq", vec![0, 0].into()),
@@ -150,7 +149,8 @@ type Damage = fn(&mut ResidentProgram);
 
 #[test]
 fn damaged_programs_are_refused() {
-    let damages: [(&str, Damage); 8] = [
+    let damages: [(&str, Damage); 9] = [
+        ("more KV heads than the cache has", |p| p.kv.kv_heads = 1),
         ("a stage that reads what nobody wrote", |p| drop(p.bodies[0].remove(0))),
         ("stages in another order", |p| p.bodies[0].swap(1, 2)),
         ("a stage that writes what it reads", |p| {

@@ -43,7 +43,8 @@ pub struct LaunchArgs {
     /// The packed weights, at the offsets that the plan's packing gives.
     pub weights: u64,
     /// The KV cache: `[layer][page][kv head]` blocks, in each the keys `[page_tokens][qk_dim]`, then
-    /// the values `[page_tokens][v_pad]`. Pages start zeroed.
+    /// the values `[page_tokens][v_pad]`. A page has blocks for the most KV heads that a layer has; those
+    /// that a layer lacks stay unused. Pages start zeroed.
     pub kv: u64,
     /// The activation buffers, at the offsets that the plan's buffers give.
     pub arena: u64,

@@ -124,6 +124,8 @@ pub struct Attention {
     pub parts: BufferId,
     /// Query heads.
     pub heads: usize,
+    /// KV heads: at most as many as a page of the cache has room for in each layer.
+    pub kv_heads: usize,
     /// Norm of each query head.
     pub q_norm: Option<Norm>,
     /// Norm of each key.
@@ -305,10 +307,11 @@ impl ResidentProgram {
                     (Some(gemm.input), gemm.output, slots)
                 }
                 Kind::Attention(attention) => {
-                    let qk = (attention.heads + self.kv.kv_heads) * self.kv.qk_dim;
-                    if self.buffer(attention.input).cols != qk + self.kv.kv_heads * self.kv.v_dim
+                    let qk = (attention.heads + attention.kv_heads) * self.kv.qk_dim;
+                    if self.buffer(attention.input).cols != qk + attention.kv_heads * self.kv.v_dim
                         || self.buffer(attention.output).cols != attention.heads * self.kv.v_dim
-                        || !attention.heads.is_multiple_of(self.kv.kv_heads)
+                        || !(1..=self.kv.kv_heads).contains(&attention.kv_heads)
+                        || !attention.heads.is_multiple_of(attention.kv_heads)
                     {
                         return fail("heads and buffers do not fit".into());
                     }
@@ -380,7 +383,7 @@ impl ResidentProgram {
             Kind::Attention(attention) => {
                 let each = self.kv.qk_dim + self.kv.v_dim;
                 cost.anchor = "attention".into();
-                cost.kv_bytes_per_position = (self.kv.kv_heads * each * self.kv.kv_type.bytes()) as u64;
+                cost.kv_bytes_per_position = (attention.kv_heads * each * self.kv.kv_type.bytes()) as u64;
                 cost.kv_macs_per_position = (attention.heads * each) as u64;
                 cost.activation_bytes_per_row = row(attention.input) + row(attention.output);
             }
@@ -431,8 +434,12 @@ impl ResidentProgram {
                     1.0 => String::new(),
                     factor => format!("values x {factor} -> "),
                 };
+                let kv_heads = match attention.kv_heads {
+                    all if all == self.kv.kv_heads => String::new(),
+                    fewer => format!(" kv_heads={fewer}"),
+                };
                 format!(
-                    "{} -> {}{}{rope}{values}cache -> attention heads={} scale={}{window}{sinks} -> {}",
+                    "{} -> {}{}{rope}{values}cache -> attention heads={}{kv_heads} scale={}{window}{sinks} -> {}",
                     name(&attention.input),
                     norm("q_norm", &attention.q_norm),
                     norm("k_norm", &attention.k_norm),

@@ -26,6 +26,7 @@
 //
 // A stage A says:
 //   HEADS, KV_HEADS, QK, V     query heads, KV heads, columns of a key and of a value
+//   CACHE_HEADS                KV heads that the cache has room for: the most that a layer has
 //   SCALE, VALUE_SCALE         factors on the scores and, before they are cached, on the values
 //   WINDOW                     positions that a row sees, 0 for all
 //   Kv, Out                    Bf16 or F16; Bf16 or F32
@@ -189,7 +190,7 @@ template <class A> struct Cached {
     if (base >= b.shared.position[at.row]) return nullptr;
     const LaunchArgs& args = b.args;
     const u32 page = args.page_table[(u64)b.shared.sequence[at.row] * args.pages_per_sequence + base / A::PAGE_TOKENS];
-    return args.kv + (((u64)cache * args.kv_pages + page) * A::KV_HEADS + at.kv_head()) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2);
+    return args.kv + (((u64)cache * args.kv_pages + page) * A::CACHE_HEADS + at.kv_head()) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2);
   }
   // Positions that the step's rows do not have themselves and that any of them sees; all else is zero.
   __device__ __forceinline__ static bool old(const Consumer& b, const Walk<A>& at, u32 p) {
@@ -468,7 +469,7 @@ template <class A> __device__ __forceinline__ void prepare_fresh(Consumer& b, At
   }
   prepare_head<A, A::K_NORM>(space.heads[warp], raw + kv_head * A::QK, A::k_gain(b), A::rope(b), position, v);
   const u32 page = args.page_table[(u64)b.shared.sequence[r] * args.pages_per_sequence + position / A::PAGE_TOKENS];
-  u16* keys = reinterpret_cast<u16*>(args.kv + (((u64)cache * args.kv_pages + page) * A::KV_HEADS + kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
+  u16* keys = reinterpret_cast<u16*>(args.kv + (((u64)cache * args.kv_pages + page) * A::CACHE_HEADS + kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
   u16* values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
   keys += position % A::PAGE_TOKENS * A::QK;
 #pragma unroll

@@ -17,6 +17,7 @@ use tilec_ir::format::Format;
 use tilec_ir::graph::Graph;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
 use tilec_ir::launch::{STEP_ROWS, SYNC_BYTES};
+use tilec_ir::pack::PackContent;
 use tilec_ir::resident::{Attention, Kind, ResidentProgram};
 use tilec_ir::spec::{Activations, ModelSpec, WeightFormat};
 use tilec_ir::stages::Slot;
@@ -258,12 +259,13 @@ fn qwen3(window: usize) -> Value {
     })
 }
 
-/// MiMo without experts: a layer with a window and sinks, then one without either; values are scaled.
+/// MiMo without experts: a layer with a window and sinks, then one without either and with fewer KV heads;
+/// values are scaled.
 fn mimo(window: usize) -> Value {
     json!({
         "architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash", "hidden_act": "silu",
         "hidden_size": 72, "intermediate_size": 136, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "swa_num_key_value_heads": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 1, "swa_num_key_value_heads": 2,
         "head_dim": 48, "v_head_dim": 40, "vocab_size": 96, "layernorm_epsilon": 1e-5,
         "rope_theta": 1000000.0, "swa_rope_theta": 10000.0, "partial_rotary_factor": 0.334,
         "max_position_embeddings": 3072, "sliding_window": window, "hybrid_layer_pattern": [1, 0],
@@ -351,8 +353,13 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
     let layer = program.layers.last().unwrap();
     let sinks = simulation.sinks();
     let mut sink_counts = false;
-    let inv_freq = program.ropes[0].1.inv_freq();
-    let (heads, group) = (attention.heads, attention.heads / kv.kv_heads);
+    let table = attention.rope.map(|rope| rope.table);
+    let found = program.packing.items.iter().find_map(|item| match &item.content {
+        PackContent::RopeTable { inv_freq, .. } if table == Some(Slot::Fixed(item.offset)) => Some(inv_freq),
+        _ => None,
+    });
+    let inv_freq = found.expect("heads are rotated");
+    let (heads, group) = (attention.heads, attention.heads / attention.kv_heads);
     for (at, row) in rows.iter().enumerate() {
         let from = attention.window.map_or(0, |window| (row.position + 1).saturating_sub(window));
         let page = |p: usize, kv_head: usize| {
@@ -411,11 +418,12 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
 fn attention_adds_up_chunks_and_spans() {
     let mut sunk = mimo(1500);
     (sunk["hybrid_layer_pattern"], sunk["moe_layer_freq"]) = (json!([1]), json!([0]));
-    for config in [llama(), qwen3(1500), sunk] {
-        let mut config = config;
-        config["num_hidden_layers"] = 1.into();
+    sunk["num_hidden_layers"] = 1.into();
+    let [mut llama, mut qwen3] = [llama(), qwen3(1500)];
+    (llama["num_hidden_layers"], qwen3["num_hidden_layers"]) = (1.into(), 1.into());
+    for config in [llama, qwen3, sunk, mimo(5)] {
         let simulation = Simulation::new(&config, Format::BF16, 3072);
-        if config["model_type"] == "mimo_v2_flash" {
+        if !simulation.sinks().is_empty() {
             // Among the scores, below all of them, and so far above that their weights vanish.
             simulation.set_sinks(&[0.5, 3.0, -7.0, f32::NEG_INFINITY, 300.0, 6.5]);
         }

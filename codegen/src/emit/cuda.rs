@@ -390,10 +390,10 @@ impl<'p> Writer<'p> {
             self,
             "// {stage}: {} query heads over {} KV heads of {} and {} columns; {} B of cache a position.",
             attention.heads,
-            kv.kv_heads,
+            attention.kv_heads,
             kv.qk_dim,
             kv.v_dim,
-            kv.kv_heads * (kv.qk_dim + kv.v_dim) * kv.kv_type.bytes()
+            attention.kv_heads * (kv.qk_dim + kv.v_dim) * kv.kv_type.bytes()
         );
         line!(self, "struct {name} {{");
         let half = if kv.kv_type == KvType::Bf16 { "Bf16" } else { "F16" };
@@ -405,8 +405,9 @@ impl<'p> Writer<'p> {
         line!(self, "  using Out = {out_type};");
         line!(
             self,
-            "  static constexpr u32 HEADS = {}, KV_HEADS = {}, QK = {}, V = {}, WINDOW = {};",
+            "  static constexpr u32 HEADS = {}, KV_HEADS = {}, CACHE_HEADS = {}, QK = {}, V = {}, WINDOW = {};",
             attention.heads,
+            attention.kv_heads,
             kv.kv_heads,
             kv.qk_dim,
             kv.v_dim,

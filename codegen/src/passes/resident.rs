@@ -136,10 +136,6 @@ fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
             return Err(error(op, format!("the resident kernel does not have {missing} yet: {REMEDY}")));
         }
     }
-    if fused.caches.windows(2).any(|pair| pair[0] != pair[1]) {
-        let what = format!("the resident kernel wants the same KV heads in all layers: {REMEDY}");
-        return Err(TileError { op: fused.name.clone(), what });
-    }
     match fused.weights.iter().find(|(_, weight)| weight.view.is_some()) {
         Some((name, _)) => Err(TileError {
             op: name.clone(),
@@ -400,10 +396,11 @@ impl Lowering<'_> {
         queries: ValueId,
         offsets: &mut Option<Vec<u64>>,
     ) -> Result<Kind, TileError> {
-        let Anchor::Attention { heads, scale, window, sinks, .. } = &op.anchor else {
+        let Anchor::Attention { cache, heads, scale, window, sinks, .. } = &op.anchor else {
             return Err(error(op, "is no attention"));
         };
         let (heads, scale, window) = (*heads, *scale, *window);
+        let kv_heads = self.fused.caches[*cache].kv_heads;
         let Some(Heads { qkv, q, k, value_scale }) = self.heads.get(&queries).cloned() else {
             return Err(error(op, "its queries do not come from one product with keys and values"));
         };
@@ -443,6 +440,7 @@ impl Lowering<'_> {
             output,
             parts,
             heads,
+            kv_heads,
             q_norm,
             k_norm,
             rope,

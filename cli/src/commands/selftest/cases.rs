@@ -38,8 +38,8 @@ pub const FP8: std::ops::Range<usize> = 42..46;
 pub const LONG_ROWS: usize = 41;
 
 /// The cases of MiMo's attention: sinks in layers with a window, keys wider than values, a third of a head
-/// rotated. All but the first scale values.
-pub const MIMO: std::ops::Range<usize> = 46..48;
+/// rotated. All but the first scale values, and from the third on windows have more KV heads.
+pub const MIMO: std::ops::Range<usize> = 46..49;
 
 /// Numbers from a seed: splitmix64.
 #[derive(Clone, Debug)]
@@ -213,6 +213,7 @@ impl Case {
         let (head_dim, v_head_dim) = random.pick(&[(48, 32), (96, 64), (192, 128)]);
         let (kv_heads, group) = (random.pick(&[1, 2]), random.pick(&[2, 4, 16]));
         let heads = kv_heads * group;
+        let window_kv_heads = if number >= MIMO.start + 2 { 2 * kv_heads } else { kv_heads };
         let hidden = random.pick(&[72, 128, 200, 256]);
         let intermediate = random.pick(&[72, 200, 256]);
         let vocab = random.pick(&[161, 512, 1003]);
@@ -228,7 +229,7 @@ impl Case {
             "num_hidden_layers": 2,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
-            "swa_num_key_value_heads": kv_heads,
+            "swa_num_key_value_heads": window_kv_heads,
             "head_dim": head_dim,
             "v_head_dim": v_head_dim,
             "partial_rotary_factor": 0.334,
@@ -246,10 +247,10 @@ impl Case {
             "bos_token_id": null,
             "eos_token_id": null,
         });
-        let qkvo = heads * (head_dim + v_head_dim) + kv_heads * (head_dim + v_head_dim);
+        let all_heads = 2 * heads + kv_heads + window_kv_heads;
         Case {
             name: format!(
-                "{number} mimo bf16 kv-{} {hidden}x{intermediate} {heads}/{kv_heads}x{head_dim}+{v_head_dim} \
+                "{number} mimo bf16 kv-{} {hidden}x{intermediate} {heads}/{kv_heads}|{window_kv_heads}x{head_dim}+{v_head_dim} \
                  v{vocab} sinks w{window}",
                 kv.name()
             ),
@@ -260,7 +261,7 @@ impl Case {
             kv,
             layers: 2,
             vocab,
-            products: 2 * hidden * (qkvo + 3 * intermediate) + vocab * hidden,
+            products: hidden * (all_heads * (head_dim + v_head_dim) + 6 * intermediate) + vocab * hidden,
             loud: 1.0,
         }
     }
