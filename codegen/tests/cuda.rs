@@ -12,6 +12,8 @@ use tilec_codegen::nvrtc::{Arch, CudaText, Nvrtc, Options};
 use tilec_codegen::passes::tile::TileError;
 use tilec_codegen::passes::{fuse, precision, resident};
 use tilec_ir::format::Format;
+use tilec_ir::fused::Fused;
+use tilec_ir::graph::View;
 use tilec_ir::launch::KERNEL;
 use tilec_ir::resident::{Epilogue, Kind, ResidentProgram};
 use tilec_ir::spec::{Activations, ModelSpec};
@@ -24,16 +26,17 @@ fn odd_llama() -> Value {
     config
 }
 
-/// MiMo's attention, with its sizes of heads, and dense feed-forward layers: a layer that sees everything,
-/// and one with a window, sinks and more KV heads.
+/// MiMo's attention, with its sizes of heads and two of its groups of them in a matrix of q, k and v, and dense
+/// feed-forward layers: a layer that sees everything, and one with a window, sinks and more KV heads.
 fn dense_mimo() -> Value {
     let mut config = models::mimo_v2();
     for (key, value) in [
-        ("num_attention_heads", 16.into()),
+        ("num_attention_heads", 32.into()),
+        ("num_key_value_heads", 2.into()),
+        ("swa_num_key_value_heads", 4.into()),
         ("head_dim", 192.into()),
         ("v_head_dim", 128.into()),
         ("moe_layer_freq", vec![0, 0].into()),
-        ("attention_projection_layout", "split".into()),
     ] {
         config[key] = value;
     }
@@ -53,13 +56,17 @@ fn program(name: &str, config: &Value, stored: Format, context: usize) -> Reside
 }
 
 fn lower(name: &str, config: &Value, stored: Format, context: usize) -> Result<ResidentProgram, TileError> {
+    resident::resident(&fused(name, config, stored), context)
+}
+
+fn fused(name: &str, config: &Value, stored: Format) -> Fused {
     let tensors = frontends::synthetic_tensors(config, stored).unwrap();
     let mut graph = frontends::build(config, &tensors).unwrap();
     graph.name = name.into();
     let mut precision = ModelSpec::for_checkpoint("unused").precision;
     precision.activations = Activations::F32;
     precision::precision(&mut graph, &precision).unwrap();
-    resident::resident(&fuse::fuse(&graph).unwrap(), context)
+    fuse::fuse(&graph).unwrap()
 }
 
 /// What is emitted for the model itself, behind the device code that all kernels share.
@@ -77,7 +84,7 @@ fn levels_of_the_resident_kernel() {
         ("llama-q4_1", odd_llama(), Format::Q4_1),
         ("qwen3-bf16", qwen3(), Format::BF16),
         ("llama-fp8", odd_llama(), Format::FP8_BLOCK),
-        ("mimo-bf16", dense_mimo(), Format::BF16),
+        ("mimo-fp8", dense_mimo(), Format::FP8_BLOCK),
     ] {
         let program = program(name, &config, format, 200);
         insta::assert_snapshot!(format!("{name}.resident"), program.to_string());
@@ -92,7 +99,7 @@ fn every_architecture_gets_machine_code() {
         ("llama", odd_llama(), Format::Q4_1),
         ("qwen3", qwen3(), Format::BF16),
         ("fp8", odd_llama(), Format::FP8_BLOCK),
-        ("mimo", dense_mimo(), Format::BF16),
+        ("mimo", dense_mimo(), Format::FP8_BLOCK),
     ] {
         let program = program(name, &config, format, 200);
         for arch in [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100a, Arch::Sm120a] {
@@ -212,9 +219,27 @@ fn mixtures_are_refused_in_words() {
         let error = lower("mixture", &config, Format::BF16, 64).unwrap_err().to_string();
         assert!(error.contains("mixtures of experts yet") && error.contains("device: cpu"), "{error}");
     }
-    // A model without experts whose layers have what the kernel does not.
-    let mut dense = models::mimo_v2();
-    dense["moe_layer_freq"] = vec![0, 0].into();
-    let error = lower("dense", &dense, Format::BF16, 64).unwrap_err().to_string();
-    assert!(error.contains("device: cpu"), "{error}");
+}
+
+#[test]
+fn parts_of_a_matrix_that_octets_do_not_fit_are_refused() {
+    let with = |format, part: &str, change: fn(&mut View)| {
+        let mut fused = fused("mimo", &dense_mimo(), format);
+        let weight = fused.weights.get_mut(&format!("model.layers.1.self_attn.qkv_proj.weight[{part}]"));
+        change(weight.unwrap().view.as_mut().unwrap());
+        resident::resident(&fused, 64).map(drop).map_err(|error| error.to_string())
+    };
+    // Rows have 64 columns.
+    let shift: fn(&mut View) = |view| view.start += 4 * 64;
+    assert_eq!(with(Format::BF16, "k", shift), Ok(()));
+    let error = with(Format::FP8_BLOCK, "k", shift).unwrap_err();
+    assert!(error.contains("two scales") && error.contains("precision.weights to bf16"), "{error}");
+    for (change, said) in [
+        ((|view| view.start += 1) as fn(&mut View), "not cut at whole rows of 64"),
+        (|view| view.block = 100 * 64, "not multiples of 8"),
+        (|view| (view.block, view.stride) = (8 * 64, usize::MAX / 64 * 64), "overflows"),
+    ] {
+        let error = with(Format::BF16, "q", change).unwrap_err();
+        assert!(error.contains(said), "{error}");
+    }
 }

@@ -429,6 +429,11 @@ fn a_failure_leaves_no_file() {
 type Stored<'a> = (&'a str, &'a str, Vec<usize>, Vec<u8>);
 
 fn folder(tensors: &[Stored<'_>]) -> (tempfile::TempDir, Checkpoint) {
+    folder_with(r#"{"model_type": "llama"}"#, tensors)
+}
+
+/// The same with this config.
+fn folder_with(config: &str, tensors: &[Stored<'_>]) -> (tempfile::TempDir, Checkpoint) {
     let folder = tempfile::tempdir().unwrap();
     let mut header = serde_json::Map::new();
     let mut data = Vec::new();
@@ -443,7 +448,7 @@ fn folder(tensors: &[Stored<'_>]) -> (tempfile::TempDir, Checkpoint) {
     let header = serde_json::to_vec(&header).unwrap();
     let file = [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat();
     fs::write(folder.path().join("model.safetensors"), file).unwrap();
-    fs::write(folder.path().join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
+    fs::write(folder.path().join("config.json"), config).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     (folder, checkpoint)
 }
@@ -662,6 +667,38 @@ fn block_fp8_is_copied_as_stored_and_its_scales_are_repeated() {
             assert_eq!(floats(&found[1]), scales, "scales of {rows} x {k}, interleave {interleave}");
         }
     }
+}
+
+#[test]
+fn parts_of_a_fused_projection_keep_codes_and_scales() {
+    // Two groups of 136 rows, whose scales start anew: two rows of them each, and 128 + 8 rows.
+    const NAME: &str = "l.self_attn.qkv_proj.weight";
+    let (rows, k) = (272, 160);
+    let codes: Vec<u8> = noise(3, rows * k).into_iter().map(|code| code & 0x77).collect();
+    let scales: Vec<u8> = (0..8).flat_map(|i| (0.5f32 + i as f32).to_le_bytes()).collect();
+    let config =
+        r#"{"model_type": "mimo_v2", "attention_projection_layout": "fused_qkv", "num_key_value_heads": 2}"#;
+    let (_folder, checkpoint) = folder_with(
+        config,
+        &[
+            (NAME, "F8_E4M3", vec![rows, k], codes.clone()),
+            ("l.self_attn.qkv_proj.weight_scale_inv", "F32", vec![4, 2], scales),
+        ],
+    );
+    // Queries, keys and values of both groups, 96, 24 and 16 rows each.
+    let part = |start: usize, rows| [segment(NAME, start, rows), segment(NAME, 136 + start, rows)];
+    let segments = [part(0, 96), part(96, 24), part(120, 16)].concat();
+    let contents =
+        vec![octets(Format::FP8_BLOCK, k, segments.clone(), 1), octet_scales(k, segments.clone(), 1)];
+    let found = packed_over_poison(&checkpoint, contents);
+    assert!(found[0] == slow_octets(&segments, 1, k, |_, row, i| codes[row * k + i]));
+    let row_of_scales = |row: usize| row / 136 * 2 + row % 136 / 128;
+    let wanted: Vec<f32> = octet_order(&segments, 1)
+        .into_iter()
+        .map(|(s, octet)| row_of_scales(segments[s].row_start + octet * 8))
+        .flat_map(|row| [0, 1].map(|column| (row * 2 + column) as f32 + 0.5))
+        .collect();
+    assert_eq!(floats(&found[1]), wanted);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use tilec_ir::resident::{
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer};
 
 use super::packer::Packer;
-use super::tile::{TileError, kv_layout, layerless};
+use super::tile::{TileError, cut, kv_layout, layerless, rows_of, vector_content};
 
 /// Weights start on lines of this many bytes: an L2 line pair, and more than a bulk copy needs.
 const WEIGHT_ALIGN: u64 = 256;
@@ -136,13 +136,7 @@ fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
             return Err(error(op, format!("the resident kernel does not have {missing} yet: {REMEDY}")));
         }
     }
-    match fused.weights.iter().find(|(_, weight)| weight.view.is_some()) {
-        Some((name, _)) => Err(TileError {
-            op: name.clone(),
-            what: format!("the resident kernel does not read parts of a stored matrix yet: {REMEDY}"),
-        }),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// The scales of octets of block FP8.
@@ -231,7 +225,7 @@ impl Lowering<'_> {
         };
         let info = &self.fused.weights[weight];
         let format = kernel_format(info.format);
-        let octets = self.octets(format, &[weight.to_string()], 1)?;
+        let octets = self.octets(op, format, &[weight.to_string()], 1)?;
         let scales = octet_scales(&octets).map(|scales| self.packer.fixed(scales));
         let table = self.packer.fixed(octets);
         if !cols.is_multiple_of(OCTET) {
@@ -295,7 +289,7 @@ impl Lowering<'_> {
         let cols = if logits { sum } else { sum.next_multiple_of(OCTET) };
         let bias = self.bias(op, offsets);
         let (epilogue, output) = self.sinks(op, source, cols)?;
-        let octets = self.octets(format, &names, operands)?;
+        let octets = self.octets(op, format, &names, operands)?;
         let scales = octet_scales(&octets).map(|scales| self.packer.slot(scales, offsets.as_mut()));
         let weights = self.packer.slot(octets, offsets.as_mut());
         let select = normed.is_some_and(|normed| normed.select);
@@ -428,7 +422,7 @@ impl Lowering<'_> {
             Rope { table: self.packer.fixed(content), positions: self.context, dims: spec.dims }
         });
         let sinks = sinks.as_ref().map(|name| {
-            let content = PackContent::F32 { tensor: name.clone(), len: heads };
+            let content = vector_content(self.fused, name, heads);
             self.packer.slot(content, offsets.as_mut())
         });
         let output = self.half_buffer("attn", value, heads * self.kv.v_dim);
@@ -485,7 +479,7 @@ impl Lowering<'_> {
         for part in &op.parts {
             for piece in &part.pieces {
                 if let Piece::Bias { weight, operand } = piece {
-                    let content = PackContent::F32 { tensor: weight.clone(), len: part.cols };
+                    let content = vector_content(self.fused, weight, part.cols);
                     let slot = self.packer.slot(content, offsets.as_mut());
                     found.push(Bias { operand: *operand, start, slot, cols: part.cols });
                 }
@@ -497,18 +491,36 @@ impl Lowering<'_> {
 
     fn octets(
         &self,
+        op: &FusedOp,
         format: Format,
         weights: &[String],
         interleave: usize,
     ) -> Result<PackContent, TileError> {
-        let segments: Vec<RowSegment> = weights
-            .iter()
-            .map(|name| RowSegment {
-                tensor: name.clone(),
-                row_start: 0,
-                rows: self.fused.weights[name].shape[0],
-            })
-            .collect();
+        let k = self.fused.weights[&weights[0]].shape[1];
+        let mut segments = Vec::new();
+        for name in weights {
+            let weight = &self.fused.weights[name];
+            let all = RowSegment { tensor: name.clone(), row_start: 0, rows: weight.shape[0] };
+            let parts = match &weight.view {
+                None => vec![all],
+                Some(view) => cut(op, &rows_of(op, view, k)?, &all, OCTET)?,
+            };
+            if parts.len() > 1 && interleave > 1 {
+                return Err(error(op, format!("{name} lies in pieces, and a pair cannot")));
+            }
+            segments.extend(parts);
+        }
+        // Scales belong to blocks of 128 stored rows, and an octet has one scale for its columns.
+        if format.scale.is_some()
+            && let Some(crooked) = segments.iter().find(|segment| !segment.row_start.is_multiple_of(OCTET))
+        {
+            let RowSegment { tensor, row_start, .. } = crooked;
+            let what = format!(
+                "row {row_start} of {tensor} begins an octet of {format} that has two scales: set \
+                 precision.weights to bf16"
+            );
+            return Err(error(op, what));
+        }
         let octets = segments.iter().map(|segment| segment.rows.div_ceil(OCTET)).sum();
         // Pairs are padded alike; what lies one behind the other must not be.
         if interleave == 1
@@ -518,7 +530,6 @@ impl Lowering<'_> {
             let what = format!("{} rows are not whole octets", odd.rows);
             return Err(TileError { op: odd.tensor.clone(), what });
         }
-        let k = self.fused.weights[&weights[0]].shape[1];
         Ok(PackContent::Octets { format, k, segments, interleave, octets })
     }
 }

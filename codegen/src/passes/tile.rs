@@ -469,13 +469,7 @@ impl Tiler<'_> {
 
     /// The place of a vector, or of the vectors of all experts.
     fn vector(&mut self, name: &str, len: usize, offsets: Option<&mut Vec<u64>>) -> Slot {
-        let content = match &self.fused.weights[name].view {
-            None => PackContent::F32 { tensor: name.to_string(), len },
-            Some(View { tensor, start, block, stride }) => {
-                let (start, block, stride) = (*start, *block, *stride);
-                PackContent::Elements { tensor: tensor.clone(), len, start, block, stride }
-            }
-        };
+        let content = vector_content(self.fused, name, len);
         self.packer.slot(content, offsets)
     }
 
@@ -515,7 +509,7 @@ impl Tiler<'_> {
                 let all = RowSegment { tensor: tensor.clone(), row_start, rows: step.min(rows - row_start) };
                 let parts = match &self.fused.weights[tensor].view {
                     None => vec![all],
-                    Some(view) => cut(op, &rows_of(op, view, k)?, &all)?,
+                    Some(view) => cut(op, &rows_of(op, view, k)?, &all, tilec_ir::format::PANEL)?,
                 };
                 if parts.len() > 1 && weights.len() > 1 {
                     return Err(error(op, format!("{tensor} lies in pieces, and a pair cannot")));
@@ -528,8 +522,19 @@ impl Tiler<'_> {
     }
 }
 
+/// A vector, or the vectors of all experts, as float32.
+pub(super) fn vector_content(fused: &Fused, name: &str, len: usize) -> PackContent {
+    match &fused.weights[name].view {
+        None => PackContent::F32 { tensor: name.to_string(), len },
+        Some(View { tensor, start, block, stride }) => {
+            let (start, block, stride) = (*start, *block, *stride);
+            PackContent::Elements { tensor: tensor.clone(), len, start, block, stride }
+        }
+    }
+}
+
 /// A view of elements as one of rows of `k` columns.
-fn rows_of(op: &FusedOp, view: &View, k: usize) -> Result<RowView, TileError> {
+pub(super) fn rows_of(op: &FusedOp, view: &View, k: usize) -> Result<RowView, TileError> {
     if [view.start, view.block, view.stride].iter().any(|elements| !elements.is_multiple_of(k)) {
         return Err(error(op, format!("{} is not cut at whole rows of {k}: {view:?}", view.tensor)));
     }
@@ -537,15 +542,21 @@ fn rows_of(op: &FusedOp, view: &View, k: usize) -> Result<RowView, TileError> {
     Ok(RowView { tensor: view.tensor.clone(), start, block, stride })
 }
 
-/// Rows of a view as rows of the stored tensor that lie together.
-fn cut(op: &FusedOp, view: &RowView, rows: &RowSegment) -> Result<Vec<RowSegment>, TileError> {
+/// Rows of a view as rows of the stored tensor that lie together: whole panels or octets, of `unit` rows.
+pub(super) fn cut(
+    op: &FusedOp,
+    view: &RowView,
+    rows: &RowSegment,
+    unit: usize,
+) -> Result<Vec<RowSegment>, TileError> {
     let mut parts = Vec::new();
     let (mut at, end) = (rows.row_start, rows.row_start + rows.rows);
     while at < end {
         let count = (view.block - at % view.block).min(end - at);
         let Some(row_start) = view.row(at) else { return Err(error(op, format!("{view:?} overflows"))) };
-        if at + count < end && !count.is_multiple_of(tilec_ir::format::PANEL) {
-            let what = format!("{} lies in pieces of {count} rows, which fill no whole panels", view.tensor);
+        if at + count < end && !count.is_multiple_of(unit) {
+            let tensor = &view.tensor;
+            let what = format!("{tensor} lies in pieces of {count} rows, which are not multiples of {unit}");
             return Err(error(op, what));
         }
         parts.push(RowSegment { tensor: view.tensor.clone(), row_start, rows: count });

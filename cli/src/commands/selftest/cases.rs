@@ -38,8 +38,9 @@ pub const FP8: std::ops::Range<usize> = 42..46;
 pub const LONG_ROWS: usize = 41;
 
 /// The cases of MiMo's attention: sinks in layers with a window, keys wider than values, a third of a head
-/// rotated. All but the first scale values, and from the third on windows have more KV heads.
-pub const MIMO: std::ops::Range<usize> = 46..49;
+/// rotated. All but the first scale values, from the third on windows have more KV heads, and from the fourth
+/// on q, k and v are one matrix: in bfloat16, then in block FP8.
+pub const MIMO: std::ops::Range<usize> = 46..51;
 
 /// Numbers from a seed: splitmix64.
 #[derive(Clone, Debug)]
@@ -219,10 +220,11 @@ impl Case {
         let vocab = random.pick(&[161, 512, 1003]);
         let window = random.pick(&[5, 64, 128, 200]);
         let kv = random.pick(&[KvType::F16, KvType::Bf16]);
+        let (fused, fp8) = (number >= MIMO.start + 3, number >= MIMO.start + 4);
         let value_scale = (number > MIMO.start).then_some(0.612);
         let config = json!({
-            "architectures": ["MiMoV2FlashForCausalLM"],
-            "model_type": "mimo_v2_flash",
+            "architectures": [if fused { "MiMoV2ForCausalLM" } else { "MiMoV2FlashForCausalLM" }],
+            "model_type": if fused { "mimo_v2" } else { "mimo_v2_flash" },
             "hidden_act": "silu",
             "hidden_size": hidden,
             "intermediate_size": intermediate,
@@ -242,7 +244,7 @@ impl Case {
             "hybrid_layer_pattern": [1, 0],
             "moe_layer_freq": [0, 0],
             "attention_value_scale": value_scale,
-            "attention_projection_layout": "split",
+            "attention_projection_layout": if fused { "fused_qkv" } else { "split" },
             "tie_word_embeddings": false,
             "bos_token_id": null,
             "eos_token_id": null,
@@ -251,13 +253,15 @@ impl Case {
         Case {
             name: format!(
                 "{number} mimo bf16 kv-{} {hidden}x{intermediate} {heads}/{kv_heads}|{window_kv_heads}x{head_dim}+{v_head_dim} \
-                 v{vocab} sinks w{window}",
-                kv.name()
+                 v{vocab} sinks w{window}{}{}",
+                kv.name(),
+                if fused { " fused" } else { "" },
+                if fp8 { " fp8" } else { "" },
             ),
             seed: random.next(),
             config,
             stored: Format::BF16,
-            fp8: false,
+            fp8,
             kv,
             layers: 2,
             vocab,
@@ -306,6 +310,8 @@ impl Case {
             1 if of("sink") => (2.0, 0.5),
             1 => (0.0, 0.3),
             _ if of("q_proj") && !qk_norm => (0.0, sharp / cols.sqrt()),
+            // Queries and keys share it.
+            _ if of("qkv_proj") => (0.0, (sharp / cols).sqrt()),
             // What attention and the feed-forward layer add is then about as large as the residual.
             _ if of("o_proj") || of("down_proj") => (0.0, 2.0 / cols.sqrt()),
             // A head that is this matrix, too, would otherwise repeat its input for ever.

@@ -119,9 +119,11 @@ pub struct KernelWeights<'a> {
 impl WeightSource for KernelWeights<'_> {
     fn tensor(&self, name: &str) -> Result<Cow<'_, [f32]>, String> {
         let mut values = self.checkpoint.tensor_f32(name).map_err(|error| error.to_string())?;
-        if let Some(weight) = self.graph.weights.get(name).filter(|weight| weight.shape.len() == 2) {
-            let format = kernel_format(weight.format);
-            let planes = quantize(format, weight.shape[0], weight.shape[1], &values);
+        // What the graph calls weights may be parts of a stored matrix.
+        let known = self.graph.weights.iter().find(|(own, weight)| weight.tensor(own) == name);
+        let shape = &self.checkpoint.tensor(name).map_err(|error| error.to_string())?.shape;
+        if let (Some((_, weight)), [rows, cols]) = (known, &shape[..]) {
+            let planes = quantize(kernel_format(weight.format), *rows, *cols, &values);
             let planes = planes.map_err(|error| error.to_string())?;
             dequantize(&planes.view(), &mut values).map_err(|error| error.to_string())?;
         }
