@@ -495,7 +495,6 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   const u32 first = blockIdx.x * each, items = first >= all ? 0 : all - first < each ? all - first : each;
   Walk<A> item(b);
   item.skip(b, first);
-  const Walk<A> own = item;
   if (items == 0) {
     b.wait_inputs();
     b.finish_stage();
@@ -628,6 +627,11 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       consumers_sync();  // the space may be used again
     }
   }
-  if (several) join<A>(b, own, items);
+  if (several) {
+    // Looked for again: kept, it would take registers from the loop, where they are short.
+    Walk<A> own(b);
+    own.skip(b, anew(first));
+    join<A>(b, own, items);
+  }
   b.finish_stage();
 }
