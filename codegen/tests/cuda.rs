@@ -117,7 +117,7 @@ fn every_architecture_gets_machine_code() {
         ("llama", odd_llama(), Format::Q4_1),
         ("qwen3", qwen3(), Format::BF16),
         ("fp8", odd_llama(), Format::FP8_BLOCK),
-        ("mimo", dense_mimo(), Format::FP8_BLOCK),
+        ("mimo", flash_mimo(), Format::FP8_BLOCK),
     ] {
         let program = program(name, &config, format, 200);
         for arch in [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100a, Arch::Sm120a] {
