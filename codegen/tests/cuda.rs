@@ -163,6 +163,8 @@ fn far_offsets_are_no_literals_in_addresses() {
 
 #[test]
 fn a_context_with_more_parts_than_counters_is_refused() {
+    // All of MiMo's.
+    emit(&program("mimo", &flash_mimo(), Format::FP8_BLOCK, 262_144), Arch::Sm90a).unwrap();
     let program = program("llama", &odd_llama(), Format::BF16, 1 << 22);
     let error = emit(&program, Arch::Sm90a).unwrap_err().to_string();
     assert_eq!(

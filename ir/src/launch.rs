@@ -3,7 +3,7 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 3;
+pub const LAUNCH_VERSION: u32 = 4;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
@@ -25,8 +25,9 @@ pub const OCTET_BLOCK: usize = 512;
 /// Stop tokens that a launch can be given.
 pub const STOP_TOKENS: usize = 8;
 
-/// Bytes of the synchronization memory: the counters that SMs meet at. Zeroed before every launch.
-pub const SYNC_BYTES: usize = 64 << 10;
+/// Bytes of the synchronization memory: the counters that SMs meet at. Zeroed before every launch. Enough
+/// for 8 KV heads over half a million positions.
+pub const SYNC_BYTES: usize = 128 << 10;
 
 /// Words of the record that a stuck wait leaves: see [`StallRecord`].
 pub const STALL_WORDS: usize = 8;
