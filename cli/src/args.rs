@@ -395,6 +395,10 @@ pub struct BenchArgs {
     /// On a GPU: also measure steps of N rows of one sequence, with all of their logits
     #[arg(long, value_name = "N", value_parser = count(1024))]
     pub block: Option<u64>,
+    /// On a GPU, of a mixture of experts: who chooses. `model`; `uniform`: every row by itself, at random;
+    /// or the share of experts, from 0 to 1, that all rows choose alike
+    #[arg(long, value_name = "WHO", default_value = "model", value_parser = routing)]
+    pub routing: Routing,
     /// With a draft: tokens that a round adds on average, whatever the guesses are worth on random tokens
     /// [default: half a block]
     #[arg(long, value_name = "TOKENS", value_parser = non_negative, help_heading = "Draft")]
@@ -551,6 +555,26 @@ fn count(max: u64) -> clap::builder::RangedU64ValueParser<u64> {
 fn number(text: &str) -> Result<f32, String> {
     let value: f32 = text.parse().map_err(|_| "not a number".to_string())?;
     if value.is_finite() { Ok(value) } else { Err("not a finite number".into()) }
+}
+
+/// Who chooses experts in a measurement.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Routing {
+    /// The model's own router.
+    Model,
+    /// Chance, with this share of the experts the same for all rows.
+    Random(f32),
+}
+
+fn routing(text: &str) -> Result<Routing, String> {
+    match text {
+        "model" => Ok(Routing::Model),
+        "uniform" => Ok(Routing::Random(0.0)),
+        share => match share.parse::<f32>() {
+            Ok(share) if (0.0..=1.0).contains(&share) => Ok(Routing::Random(share)),
+            _ => Err("give model, uniform, or a share from 0 to 1".into()),
+        },
+    }
 }
 
 fn non_negative(text: &str) -> Result<f32, String> {

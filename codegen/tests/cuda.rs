@@ -3,7 +3,7 @@
 
 mod models;
 
-use models::{llama, qwen3};
+use models::{llama, qwen3, qwen3_moe};
 use serde_json::Value;
 use tilec_codegen::compile::BUDGET;
 use tilec_codegen::emit::cuda::emit;
@@ -16,7 +16,7 @@ use tilec_ir::fused::Fused;
 use tilec_ir::graph::View;
 use tilec_ir::launch::KERNEL;
 use tilec_ir::resident::{Epilogue, Kind, ResidentProgram};
-use tilec_ir::spec::{Activations, ModelSpec};
+use tilec_ir::spec::{Activations, ModelSpec, WeightFormat};
 
 /// A llama with sizes that fill no whole octet.
 fn odd_llama() -> Value {
@@ -108,18 +108,21 @@ fn levels_of_the_resident_kernel() {
         insta::assert_snapshot!(format!("{name}.resident"), program.to_string());
         insta::assert_snapshot!(format!("{name}.cuda"), own_text(&program));
     }
+    let experts = fp4_experts();
+    insta::assert_snapshot!("qwen3-moe-fp4.resident", experts.to_string());
+    insta::assert_snapshot!("qwen3-moe-fp4.cuda", own_text(&experts));
 }
 
 #[test]
 fn every_architecture_gets_machine_code() {
     let nvrtc = Nvrtc::find().unwrap();
-    for (name, config, format) in [
-        ("llama", odd_llama(), Format::Q4_1),
-        ("qwen3", qwen3(), Format::BF16),
-        ("fp8", odd_llama(), Format::FP8_BLOCK),
-        ("mimo", flash_mimo(), Format::FP8_BLOCK),
+    for program in [
+        program("llama", &odd_llama(), Format::Q4_1, 200),
+        program("qwen3", &qwen3(), Format::BF16, 200),
+        program("fp8", &odd_llama(), Format::FP8_BLOCK, 200),
+        fp4_experts(),
+        program("mimo", &flash_mimo(), Format::FP8_BLOCK, 200),
     ] {
-        let program = program(name, &config, format, 200);
         for arch in [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100a, Arch::Sm120a] {
             let text = emit(&program, arch).unwrap().text;
             let options = Options { fast: true, ..Options::default() };
@@ -206,7 +209,7 @@ fn damaged_programs_are_refused() {
         ("a gate with one operand", |p| {
             for stage in &mut p.bodies[0] {
                 if let Kind::Gemm(gemm) = &mut stage.kind
-                    && gemm.epilogue == Epilogue::SiluGated
+                    && matches!(gemm.epilogue, Epilogue::Gated(_))
                 {
                     gemm.operands = 1;
                 }
@@ -243,12 +246,10 @@ fn sizes_without_a_kernel_are_named() {
 }
 
 #[test]
-fn mixtures_are_refused_in_words() {
-    let mut config = qwen3();
-    config["architectures"] = vec!["Qwen3MoeForCausalLM"].into();
-    for config in [config, models::gpt_oss(), models::mimo_v2()] {
+fn what_the_kernel_does_not_have_is_refused_in_words() {
+    for config in [models::gpt_oss(), models::mimo_v2()] {
         let error = lower("mixture", &config, Format::BF16, 64).unwrap_err().to_string();
-        assert!(error.contains("mixtures of experts yet") && error.contains("device: cpu"), "{error}");
+        assert!(error.contains("does not have") && error.contains("device: cpu"), "{error}");
     }
 }
 
@@ -273,4 +274,45 @@ fn parts_of_a_matrix_that_octets_do_not_fit_are_refused() {
         let error = with(Format::BF16, "q", change).unwrap_err();
         assert!(error.contains(said), "{error}");
     }
+}
+
+#[test]
+fn damaged_choices_of_experts_are_refused() {
+    let damages: [(&str, Damage); 6] = [
+        ("slots that nobody chose", |p| drop(p.bodies[0].remove(4))),
+        ("a choice behind the slots", |p| p.bodies[0].swap(4, 5)),
+        ("more experts of a row than there are", |p| experts(p, 4).top_k = 99),
+        ("slots for another number of experts", |p| experts(p, 5).top_k = 1),
+        ("scores of other experts", |p| {
+            let x = p.bodies[0][3].kind.gemm().unwrap().input;
+            experts(p, 4).route.as_mut().unwrap().scores = x;
+        }),
+        ("slots that are stored", |p| experts(p, 5).gemm.epilogue = Epilogue::Store),
+    ];
+    let sound = program("moe", &qwen3_moe(), Format::BF16, 200);
+    sound.verify().unwrap();
+    for (what, damage) in damages {
+        let mut damaged = sound.clone();
+        damage(&mut damaged);
+        assert!(damaged.verify().is_err(), "{what} was accepted:\n{damaged}");
+    }
+}
+
+/// The experts of stage `number` of a layer.
+fn experts(program: &mut ResidentProgram, number: usize) -> &mut tilec_ir::resident::Experts {
+    let Kind::Experts(experts) = &mut program.bodies[0][number].kind else { panic!("no experts") };
+    experts
+}
+
+/// Experts in FP4, all else in bfloat16.
+fn fp4_experts() -> ResidentProgram {
+    let config = qwen3_moe();
+    let tensors = frontends::synthetic_tensors(&config, Format::BF16).unwrap();
+    let mut graph = frontends::build(&config, &tensors).unwrap();
+    graph.name = "qwen3-moe-fp4".into();
+    let mut precision = ModelSpec::for_checkpoint("unused").precision;
+    precision.activations = Activations::F32;
+    precision.experts = Some(WeightFormat::Converted(Format::MXFP4));
+    precision::precision(&mut graph, &precision).unwrap();
+    resident::resident(&fuse::fuse(&graph).unwrap(), 200).unwrap()
 }

@@ -326,6 +326,16 @@ impl<'a> PlaneView<'a> {
         self.cols
     }
 
+    /// The plane of codes.
+    pub fn codes(&self) -> &'a [u8] {
+        self.codes
+    }
+
+    /// The plane of scales.
+    pub fn scales(&self) -> &'a [u8] {
+        self.scales
+    }
+
     fn code_row(&self) -> usize {
         (self.cols * self.format.code.bits()).div_ceil(8)
     }
@@ -335,12 +345,12 @@ impl<'a> PlaneView<'a> {
     }
 
     /// The codes of a row.
-    fn row_codes(&self, row: usize) -> &'a [u8] {
+    pub(crate) fn row_codes(&self, row: usize) -> &'a [u8] {
         &self.codes[row * self.code_row()..][..self.code_row()]
     }
 
     /// The part of the plane of scales or minima that covers a row.
-    fn row_scales<'p>(&self, plane: &'p [u8], row: usize) -> &'p [u8] {
+    pub(crate) fn row_scales<'p>(&self, plane: &'p [u8], row: usize) -> &'p [u8] {
         if plane.is_empty() {
             return plane;
         }

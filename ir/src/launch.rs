@@ -73,6 +73,9 @@ pub struct LaunchArgs {
     pub halt: u64,
     /// `u64 [SMs][stages of a step][`[`TRACE_FIELDS`]`]` of the last step, or null.
     pub trace: u64,
+    /// Mapped host memory: one `u32`, to which the launch adds the experts whose weights were streamed, in
+    /// all steps and layers. Null if nobody wants to know.
+    pub experts: u64,
     /// Nanoseconds after which a wait gives up.
     pub patience_ns: u64,
     /// Rows, 1 to [`STEP_ROWS`].
@@ -96,6 +99,11 @@ pub struct LaunchArgs {
     pub in_flight: u32,
     /// 0, which the compiler cannot know: what is combined with it makes one access wait for another.
     pub zero: u32,
+    /// How experts are chosen: 0 as the model does; else at random, all with the same weight: 1 for every
+    /// row by itself, 1 + n with n thousandths of a row's experts the same for all rows.
+    pub routing: u32,
+    /// Start of the random numbers of a `routing` that is not the model's.
+    pub routing_seed: u32,
 }
 
 /// What a wait that gave up leaves in [`LaunchArgs::stall`].
@@ -130,6 +138,8 @@ impl StallRecord {
             4 => "a consumer, for room for its sums",
             5 => "the control warp, for the consumers",
             6 => "the control warp, for the other SMs",
+            7 => "the loader, for the choice of experts",
+            8 => "the control warp, for the choice of experts",
             _ => "an unknown part",
         }
     }
@@ -142,7 +152,7 @@ mod tests {
     #[test]
     fn the_arguments_have_no_holes() {
         // The kernel's structure is written by hand to the same layout.
-        assert_eq!(std::mem::size_of::<LaunchArgs>(), 15 * 8 + 8 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<LaunchArgs>(), 16 * 8 + 10 * 4 + STOP_TOKENS * 4);
         assert_eq!(std::mem::size_of::<StallRecord>(), STALL_WORDS * 4);
     }
 }

@@ -8,6 +8,7 @@ pub mod format;
 pub mod fused;
 pub mod graph;
 pub mod launch;
+pub mod octet;
 pub mod pack;
 pub mod plan;
 pub mod resident;

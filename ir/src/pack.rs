@@ -2,7 +2,8 @@
 //! layout. The runtime executes it against a checkpoint; nothing here reads weights.
 
 use crate::format::{Format, PANEL, PanelLayout};
-use crate::launch::{OCTET, OCTET_BLOCK};
+use crate::launch::OCTET;
+use crate::octet::octet_bytes;
 use serde::{Deserialize, Serialize};
 
 /// Alignment of every item, in bytes: a cache line, and a 512-bit vector.
@@ -55,11 +56,6 @@ impl RowView {
 /// Columns that share a scale of block FP8.
 pub const FP8_COLUMNS: usize = 128;
 
-/// Blocks of an octet of `k` columns: a block holds 64 bytes of each of its features.
-pub const fn octet_blocks(format: Format, k: usize) -> usize {
-    k.div_ceil(OCTET_BLOCK / OCTET * 8 / format.code.bits())
-}
-
 /// What one item of the packed weights holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -77,11 +73,10 @@ pub enum PackContent {
         /// Panels in all: the sum over the segments.
         panels: usize,
     },
-    /// Consecutive octets of 8 features each, for the tensor cores: an octet is its blocks one behind
-    /// the other, a block [`crate::launch::OCTET_BLOCK`] bytes: 8 features times 64 bytes of
-    /// consecutive columns. K and the last octet of a segment are padded with zeros.
+    /// Consecutive octets of 8 features each, for the tensor cores: see [`crate::octet`]. K and the last
+    /// octet of a segment are padded with zeros.
     Octets {
-        /// Format of the codes: f16, bf16 or fp8, without its scales.
+        /// Format of the codes: f16, bf16, mxfp4, or fp8 without its scales.
         format: Format,
         /// Columns of every feature.
         k: usize,
@@ -110,6 +105,20 @@ pub enum PackContent {
         /// Layout of every panel.
         layout: PanelLayout,
         /// How many there are.
+        experts: usize,
+        /// Features that each source has of each expert.
+        rows: usize,
+        /// Where the features come from: one, or gate and up.
+        sources: Vec<RowView>,
+    },
+    /// Octets of all experts, one expert behind the other. Those of an expert are the octets of its
+    /// sources, alternating as in [`PackContent::Octets`].
+    ExpertOctets {
+        /// Format of the codes: f16, bf16 or mxfp4.
+        format: Format,
+        /// Columns of every feature.
+        k: usize,
+        /// How many experts there are.
         experts: usize,
         /// Features that each source has of each expert.
         rows: usize,
@@ -161,7 +170,11 @@ impl PackContent {
                 layout.bytes().checked_mul(*panels)?
             }
             PackContent::Octets { format, k, octets, .. } => {
-                octet_blocks(*format, *k).checked_mul(OCTET_BLOCK)?.checked_mul(*octets)?
+                octet_bytes(*format, *k)?.checked_mul(*octets)?
+            }
+            PackContent::ExpertOctets { format, k, experts, rows, sources } => {
+                let octets = rows.div_ceil(OCTET).checked_mul(sources.len())?.checked_mul(*experts)?;
+                octet_bytes(*format, *k)?.checked_mul(octets)?
             }
             PackContent::OctetScales { k, octets, .. } => {
                 k.div_ceil(FP8_COLUMNS).checked_mul(4)?.checked_mul(*octets)?
@@ -287,8 +300,8 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
             verify_segments(segments, *interleave, *panels, "panels", RowSegment::panels)
         }
         PackContent::Octets { format, k, segments, interleave, octets } => {
-            if ![Format::F16, Format::BF16, Format::FP8_BLOCK].contains(format) {
-                return Err(format!("octets hold f16, bf16 or fp8, not {format}"));
+            if ![Format::F16, Format::BF16, Format::MXFP4, Format::FP8_BLOCK].contains(format) {
+                return Err(format!("octets hold f16, bf16, mxfp4 or fp8, not {format}"));
             }
             verify_octets(*k, segments, *format == Format::FP8_BLOCK)?;
             verify_segments(segments, *interleave, *octets, "octets", RowSegment::octets)
@@ -301,14 +314,16 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
             if layout.k == 0 || *layout != PanelLayout::new(layout.format, layout.k) {
                 return Err("the layout is not one that PanelLayout::new makes".into());
             }
-            if *experts == 0 || *rows == 0 || sources.is_empty() {
-                return Err(format!("{rows} rows of {experts} experts from {} sources", sources.len()));
+            verify_experts(*experts, *rows, sources)
+        }
+        PackContent::ExpertOctets { format, k, experts, rows, sources } => {
+            if ![Format::F16, Format::BF16, Format::MXFP4].contains(format) {
+                return Err(format!("octets of experts hold f16, bf16 or mxfp4, not {format}"));
             }
-            let last = experts.checked_mul(*rows).map(|rows| rows - 1);
-            let bad = sources.iter().find(|view| {
-                view.block == 0 || view.stride < view.block || last.and_then(|row| view.row(row)).is_none()
-            });
-            bad.map_or(Ok(()), |view| Err(format!("rows of {} cannot lie as {view:?}", view.tensor)))
+            if *k == 0 {
+                return Err("octets of no columns".into());
+            }
+            verify_experts(*experts, *rows, sources)
         }
         PackContent::Elements { tensor, len, start, block, stride } => {
             let view = RowView { tensor: tensor.clone(), start: *start, block: *block, stride: *stride };
@@ -319,6 +334,18 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
         }
         PackContent::F32 { .. } | PackContent::RopeTable { .. } => Ok(()),
     }
+}
+
+/// What rows of experts want of their views.
+fn verify_experts(experts: usize, rows: usize, sources: &[RowView]) -> Result<(), String> {
+    if experts == 0 || rows == 0 || sources.is_empty() {
+        return Err(format!("{rows} rows of {experts} experts from {} sources", sources.len()));
+    }
+    let last = experts.checked_mul(rows).map(|rows| rows - 1);
+    let bad = sources.iter().find(|view| {
+        view.block == 0 || view.stride < view.block || last.and_then(|row| view.row(row)).is_none()
+    });
+    bad.map_or(Ok(()), |view| Err(format!("rows of {} cannot lie as {view:?}", view.tensor)))
 }
 
 /// What octets want beyond sound segments: columns and, where blocks of 128 rows share scales, octets
@@ -438,7 +465,7 @@ mod tests {
             (Format::FP8_BLOCK, 65, 2),
             (Format::FP8_BLOCK, 576, 9),
         ] {
-            assert_eq!(octet_blocks(format, k), blocks, "{format} {k}");
+            assert_eq!(crate::octet::octet_blocks(format, k), blocks, "{format} {k}");
             // 1 + 2 octets.
             let content = octets(format, k, segments(&[8, 9]), 1);
             assert_eq!(content.bytes(), Some(3 * 512 * blocks as u64), "{format} {k}");

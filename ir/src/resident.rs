@@ -8,10 +8,11 @@
 use crate::abi::KvLayout;
 use crate::cost::StageCost;
 use crate::format::Format;
-use crate::graph::RopeSpec;
-use crate::launch::{OCTET, OCTET_BLOCK, STEP_ROWS};
-use crate::pack::{FP8_COLUMNS, Packing, octet_blocks};
-use crate::stages::{Buffer, BufferElem, BufferId, Layer, Slot};
+use crate::graph::{ActivationFn, RopeSpec, Scoring};
+use crate::launch::{OCTET, STEP_ROWS};
+use crate::octet::{octet_block_bytes, octet_blocks};
+use crate::pack::{FP8_COLUMNS, Packing};
+use crate::stages::{Buffer, BufferElem, BufferId, Layer, Routing, Slot};
 use std::fmt;
 
 /// Positions of the context that one attention item covers.
@@ -45,9 +46,9 @@ pub struct Rope {
 pub enum Epilogue {
     /// Stored.
     Store,
-    /// `silu(operand 0) * operand 1`, stored.
-    SiluGated,
-    /// Added to what the buffer holds.
+    /// `activation(operand 0) * operand 1`, stored.
+    Gated(ActivationFn),
+    /// Added to what the buffer holds; of an expert, times its weight for the row.
     Residual,
     /// The logits; the largest of each row is kept.
     Logits,
@@ -60,7 +61,7 @@ pub struct Bias {
     pub operand: usize,
     /// First feature.
     pub start: usize,
-    /// `f32 [cols]`.
+    /// `f32 [cols]`, of experts `f32 [experts][cols]`.
     pub slot: Slot,
     /// Features.
     pub cols: usize,
@@ -109,9 +110,61 @@ impl Gemm {
     /// Bytes of weights that the stage reads, scales included.
     pub const fn weight_bytes(&self) -> usize {
         let scales = if self.scales.is_some() { 4 * self.k.div_ceil(FP8_COLUMNS) } else { 0 };
-        self.tiles() * self.operands * (self.blocks() * OCTET_BLOCK + scales)
+        self.tiles() * self.operands * (self.blocks() * octet_block_bytes(self.format) + scales)
     }
 }
+
+/// How the experts of each row are found, from a router's scores. Every SM does it for itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Route {
+    /// `[rows][experts, padded to whole octets]`, f32.
+    pub scores: BufferId,
+    /// How they are chosen; see [`crate::graph::Router`].
+    pub routing: Routing,
+    /// f32 `[experts]`, added for the choice alone.
+    pub correction: Option<Slot>,
+}
+
+/// Rows times the weights of the experts that they chose, of which only those stream that any row chose.
+///
+/// What the first product of a layer's experts stores has a slot for each expert of a row, in ascending
+/// order of the experts: `[rows][top_k][cols]`. The second one reads it and adds up.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// The product of one expert. Its weights are [`crate::pack::PackContent::ExpertOctets`], all experts
+    /// one behind the other.
+    pub gemm: Gemm,
+    /// How many experts there are.
+    pub experts: usize,
+    /// Experts of a row.
+    pub top_k: usize,
+    /// The choice, if this stage is the first that needs it. It reads rows as they are; without one it
+    /// reads the rows' slots, of the experts that an earlier stage of the layer chose.
+    pub route: Option<Route>,
+}
+
+impl Experts {
+    /// Bytes of all experts' weights.
+    pub const fn weight_bytes(&self) -> usize {
+        self.experts * self.gemm.weight_bytes()
+    }
+
+    /// Columns of a row of the input.
+    pub const fn input_cols(&self) -> usize {
+        if self.route.is_some() { self.gemm.k } else { self.top_k * self.gemm.k }
+    }
+
+    /// Columns of a row of the output.
+    pub const fn output_cols(&self) -> usize {
+        if self.route.is_some() { self.top_k * self.gemm.cols } else { self.gemm.cols }
+    }
+}
+
+/// Most experts that a step's rows choose from: their bits fit a word a lane.
+pub const MAX_EXPERTS: usize = 1024;
+
+/// Most experts of a row.
+pub const MAX_TOP_K: usize = 16;
 
 /// Attention over the layer's cache, from raw queries, keys and values.
 #[derive(Clone, Debug, PartialEq)]
@@ -162,8 +215,21 @@ pub enum Kind {
     },
     /// See [`Gemm`].
     Gemm(Gemm),
+    /// See [`Experts`].
+    Experts(Experts),
     /// See [`Attention`].
     Attention(Attention),
+}
+
+impl Kind {
+    /// The product of a stage that has one.
+    pub fn gemm(&self) -> Option<&Gemm> {
+        match self {
+            Kind::Gemm(gemm) => Some(gemm),
+            Kind::Experts(experts) => Some(&experts.gemm),
+            Kind::Embed { .. } | Kind::Attention(_) => None,
+        }
+    }
 }
 
 /// One stage.
@@ -200,6 +266,25 @@ pub struct ResidentProgram {
     pub layers: Vec<Layer>,
     /// The head.
     pub after: Vec<Stage>,
+}
+
+/// What does not hold of a product alone.
+fn gemm_defect(gemm: &Gemm) -> Option<String> {
+    if matches!(gemm.epilogue, Epilogue::Gated(_)) != (gemm.operands == 2) {
+        return Some("a gate has two operands".into());
+    }
+    // Those of MXFP4 lie between its codes.
+    (gemm.scales.is_some() != (gemm.format == Format::FP8_BLOCK))
+        .then(|| format!("{} and its scales do not fit", gemm.format))
+}
+
+/// The packed weights that a product reads.
+fn gemm_slots(gemm: &Gemm) -> Vec<Slot> {
+    let mut slots = vec![gemm.weights];
+    slots.extend(gemm.scales);
+    slots.extend(gemm.bias.iter().map(|bias| bias.slot));
+    slots.extend(gemm.norm.map(|norm| norm.gain));
+    slots
 }
 
 /// Why a resident program must not run.
@@ -250,6 +335,7 @@ impl ResidentProgram {
     /// The first [`Defect`].
     pub fn verify(&self) -> Result<(), Defect> {
         let mut written = vec![false; self.buffers.len()];
+        let mut chosen = None; // the layer whose experts were chosen last
         for (name, layer, stage) in self.sequence() {
             let fail = |what: String| Err(Defect { stage: name.clone(), what });
             let slots = |slot: Slot| match (slot, layer) {
@@ -261,13 +347,13 @@ impl ResidentProgram {
             };
             let (reads, writes, weights) = match &stage.kind {
                 Kind::Embed { table, format, scales, output, k, .. } => {
-                    if scales.is_some() != format.scale.is_some() {
+                    if scales.is_some() != (*format == Format::FP8_BLOCK) {
                         return fail(format!("{format} and its scales do not fit"));
                     }
                     if self.buffer(*output).cols != *k {
                         return fail(format!("{k} columns do not fit {}", self.buffer(*output).name));
                     }
-                    (None, *output, scales.iter().copied().chain([*table]).collect())
+                    (Vec::new(), *output, scales.iter().copied().chain([*table]).collect())
                 }
                 Kind::Gemm(gemm) => {
                     if self.buffer(gemm.input).cols != gemm.k {
@@ -294,17 +380,51 @@ impl ResidentProgram {
                             self.buffer(gemm.output).name
                         ));
                     }
-                    if (gemm.epilogue == Epilogue::SiluGated) != (gemm.operands == 2) {
-                        return fail("a gate has two operands".into());
+                    if let Some(what) = gemm_defect(gemm) {
+                        return fail(what);
                     }
-                    if gemm.scales.is_some() != gemm.format.scale.is_some() {
-                        return fail(format!("{} and its scales do not fit", gemm.format));
+                    (vec![gemm.input], gemm.output, gemm_slots(gemm))
+                }
+                Kind::Experts(experts) => {
+                    let Experts { gemm, experts: count, top_k, route } = experts;
+                    if let Some(what) = gemm_defect(gemm) {
+                        return fail(what);
                     }
-                    let mut slots = vec![gemm.weights];
-                    slots.extend(gemm.scales);
-                    slots.extend(gemm.bias.iter().map(|bias| bias.slot));
-                    slots.extend(gemm.norm.map(|norm| norm.gain));
-                    (Some(gemm.input), gemm.output, slots)
+                    if *top_k == 0 || top_k > count || *count > MAX_EXPERTS || *top_k > MAX_TOP_K {
+                        return fail(format!("{top_k} of {count} experts"));
+                    }
+                    let (input, output) = (self.buffer(gemm.input), self.buffer(gemm.output));
+                    if input.cols != experts.input_cols() || output.cols != experts.output_cols() {
+                        return fail(format!("slots do not fit {} and {}", input.name, output.name));
+                    }
+                    let mut reads = vec![gemm.input];
+                    let mut slots = gemm_slots(gemm);
+                    match route {
+                        Some(Route { scores, routing, correction }) => {
+                            if self.buffer(*scores).cols != count.next_multiple_of(OCTET)
+                                || self.buffer(*scores).elem != BufferElem::F32
+                                || routing.top_k != *top_k
+                                || !matches!(gemm.epilogue, Epilogue::Gated(_))
+                            {
+                                return fail("the choice does not fit the experts".into());
+                            }
+                            reads.push(*scores);
+                            slots.extend(*correction);
+                            chosen = layer;
+                        }
+                        None => {
+                            if chosen != layer || layer.is_none() {
+                                return fail("no stage of its layer has chosen experts".into());
+                            }
+                            if gemm.epilogue != Epilogue::Residual || gemm.norm.is_some() {
+                                return fail("slots are added up as they are".into());
+                            }
+                            if !written[gemm.output.0 as usize] {
+                                return fail(format!("adds to {} before it is written", output.name));
+                            }
+                        }
+                    }
+                    (reads, gemm.output, slots)
                 }
                 Kind::Attention(attention) => {
                     let qk = (attention.heads + attention.kv_heads) * self.kv.qk_dim;
@@ -319,13 +439,13 @@ impl ResidentProgram {
                     let mut slots: Vec<Slot> = norms.map(|norm| norm.gain).collect();
                     slots.extend(attention.rope.map(|rope| rope.table));
                     slots.extend(attention.sinks);
-                    (Some(attention.input), attention.output, slots)
+                    (vec![attention.input], attention.output, slots)
                 }
             };
             if let Some(bad) = weights.into_iter().find(|slot| !slots(*slot)) {
                 return fail(format!("weights at {bad} are not packed"));
             }
-            if let Some(read) = reads {
+            for read in reads {
                 if !written[read.0 as usize] {
                     return fail(format!("reads {} before it is written", self.buffer(read).name));
                 }
@@ -380,6 +500,14 @@ impl ResidentProgram {
                     + if gemm.epilogue == Epilogue::Logits { gemm.cols as u64 * 4 } else { row(gemm.output) };
                 cost.logit_rows_only = gemm.select;
             }
+            Kind::Experts(experts) => {
+                let gemm = &experts.gemm;
+                cost.anchor = format!("experts {}", gemm.format);
+                cost.weight_bytes = experts.weight_bytes() as u64;
+                (cost.experts, cost.experts_per_row) = (experts.experts, experts.top_k);
+                cost.macs_per_row = (gemm.k * gemm.cols * gemm.operands * experts.top_k) as u64;
+                cost.activation_bytes_per_row = row(gemm.input) + row(gemm.output);
+            }
             Kind::Attention(attention) => {
                 let each = self.kv.qk_dim + self.kv.v_dim;
                 cost.anchor = "attention".into();
@@ -389,6 +517,23 @@ impl ResidentProgram {
             }
         }
         cost
+    }
+
+    fn product_text(&self, gemm: &Gemm) -> String {
+        let pair = if gemm.operands == 2 { " pair" } else { "" };
+        let (cols, k, tiles) = (gemm.cols, gemm.k, gemm.tiles());
+        format!("{} {cols}x{k}{pair} {} in {tiles} tiles", gemm.format, gemm.weights)
+    }
+
+    fn epilogue_text(&self, gemm: &Gemm, add: &str) -> String {
+        let output = self.buffer(gemm.output).name.as_str();
+        let bias: String = gemm.bias.iter().map(|bias| format!(" -> bias {}", bias.slot)).collect();
+        match gemm.epilogue {
+            Epilogue::Store => format!("{bias} -> store {output}"),
+            Epilogue::Gated(activation) => format!("{bias} -> {activation} -> store {output}"),
+            Epilogue::Residual => format!("{bias} -> {add} to {output}"),
+            Epilogue::Logits => format!("{bias} -> logits"),
+        }
     }
 
     /// Text of a stage: what it does, in one or two lines.
@@ -404,24 +549,37 @@ impl ResidentProgram {
             }
             Kind::Gemm(gemm) => {
                 let select = if gemm.select { "selected rows of " } else { "" };
-                let pair = if gemm.operands == 2 { " pair" } else { "" };
-                let bias: String = gemm.bias.iter().map(|bias| format!(" -> bias {}", bias.slot)).collect();
-                let end = match gemm.epilogue {
-                    Epilogue::Store => format!("store {}", name(&gemm.output)),
-                    Epilogue::SiluGated => format!("silu_gate -> store {}", name(&gemm.output)),
-                    Epilogue::Residual => format!("add to {}", name(&gemm.output)),
-                    Epilogue::Logits => "logits".into(),
-                };
                 format!(
-                    "{select}{} -> {}gemm {} {}x{}{pair} {} in {} tiles, {} B{bias} -> {end}",
+                    "{select}{} -> {}gemm {}, {} B{}",
                     name(&gemm.input),
                     norm("rms_norm", &gemm.norm),
-                    gemm.format,
-                    gemm.cols,
-                    gemm.k,
-                    gemm.weights,
-                    gemm.tiles(),
-                    gemm.weight_bytes()
+                    self.product_text(gemm),
+                    gemm.weight_bytes(),
+                    self.epilogue_text(gemm, "add")
+                )
+            }
+            Kind::Experts(experts) => {
+                let Experts { gemm, experts: count, top_k, route } = experts;
+                let route = route.as_ref().map_or(String::new(), |route| {
+                    let Routing { scoring, renormalize, factor, .. } = &route.routing;
+                    let scoring = match scoring {
+                        Scoring::Softmax => "softmax",
+                        Scoring::ChosenSoftmax => "chosen_softmax",
+                        Scoring::Sigmoid => "sigmoid",
+                    };
+                    let renormalize = if *renormalize { " renormalized" } else { "" };
+                    let factor = if *factor == 1.0 { String::new() } else { format!(" factor={factor}") };
+                    let correction =
+                        route.correction.map_or(String::new(), |slot| format!(" correction={slot}"));
+                    format!("by {} {scoring}{renormalize}{factor}{correction} -> ", name(&route.scores))
+                });
+                format!(
+                    "{} -> {}{route}experts {top_k} of {count} {}, {} B{}",
+                    name(&gemm.input),
+                    norm("rms_norm", &gemm.norm),
+                    self.product_text(gemm),
+                    experts.weight_bytes(),
+                    self.epilogue_text(gemm, "weigh and add")
                 )
             }
             Kind::Attention(attention) => {

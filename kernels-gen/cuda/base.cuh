@@ -29,6 +29,7 @@ struct LaunchArgs {
   u32* chosen;
   const u32* halt;
   u64* trace;
+  u32* experts;
   u64 patience_ns;
   u32 rows;
   u32 logit_rows;
@@ -39,6 +40,8 @@ struct LaunchArgs {
   u32 stop_tokens[8];
   u32 in_flight;
   u32 zero;
+  u32 routing;
+  u32 routing_seed;
 };
 
 // The synchronization memory behind LaunchArgs::sync, zeroed before a launch. Each word that SMs

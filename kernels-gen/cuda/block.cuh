@@ -22,8 +22,6 @@ constexpr u32 CONSUMER_REGISTERS = 216;
 constexpr u32 OTHER_REGISTERS = 72;
 // The warps share what the block was launched with; asking for more would wait for ever.
 static_assert(CONSUMER_REGISTERS * 256 + OTHER_REGISTERS * 128 <= 168 * BLOCK_THREADS);
-constexpr u32 SLOT_BLOCKS = SLOT_BYTES / OCTET_BLOCK;         // blocks of an octet in a slot
-constexpr u32 WARP_BLOCKS = SLOT_BLOCKS / CONSUMERS;          // of which each consumer takes these
 constexpr u32 SUM_BUFFERS = 2;
 
 #if __CUDA_ARCH__ >= 900
@@ -81,7 +79,8 @@ struct Block {
 };
 
 enum Role : u32 {
-  LOADER_SLOT = 1, CONSUMER_WEIGHTS = 2, CONSUMER_INPUTS = 3, CONSUMER_SUMS = 4, CONTROL_CONSUMERS = 5, CONTROL_SMS = 6
+  LOADER_SLOT = 1, CONSUMER_WEIGHTS = 2, CONSUMER_INPUTS = 3, CONSUMER_SUMS = 4, CONTROL_CONSUMERS = 5, CONTROL_SMS = 6,
+  LOADER_ROUTES = 7, CONTROL_ROUTES = 8
 };
 
 // Leaves a record of who waited for what in the host's memory and ends the launch. The first SM that
@@ -91,7 +90,7 @@ __device__ __forceinline__ void stall(const Block& b, u32 role, u32 seen, u32 ex
   const LaunchArgs& args = b.args;
   const volatile Shared& shared = b.shared;
   if (atomicExch(&b.sync().stalled, 1u) == 0) {
-    store_host(args.stall + 1, role == LOADER_SLOT ? shared.loader_stage : shared.stage);
+    store_host(args.stall + 1, role == LOADER_SLOT || role == LOADER_ROUTES ? shared.loader_stage : shared.stage);
     store_host(args.stall + 2, blockIdx.x);
     store_host(args.stall + 3, role);
     store_host(args.stall + 4, seen);
@@ -134,6 +133,7 @@ struct Loader : Block {
   u32 oldest = 0;   // slot of the oldest copy that may still be on its way
   u32 oldest_parity = 0;
   u32 in_flight = 0;
+  u32 routes_parity = 0;
 
   __device__ __forceinline__ void next_stage() {
     if (lane_id() == 0) ++shared.loader_stage;
@@ -147,18 +147,25 @@ struct Loader : Block {
   // the lanes vote: they stay together.
   __device__ __forceinline__ bool more() const { return __all_sync(~0u, step < *(volatile u32*)&shared.steps); }
 
-  // False if the launch ended while waiting: nobody will empty the slot any more.
-  __device__ __forceinline__ bool wait_empty() {
+  // False if the launch ended while waiting: nobody will end the phase any more.
+  __device__ __forceinline__ bool wait_unless_ended(u64* barrier, u32 parity, Role role) {
     u64 start = 0;
 #pragma unroll 1
-    for (u32 tries = 0; !__all_sync(~0u, barrier_try(&shared.empty[slot], parity)); ++tries) {
+    for (u32 tries = 0; !__all_sync(~0u, barrier_try(barrier, parity)); ++tries) {
       if (tries % 64 != 0) continue;
       if (!more()) return false;
       const u64 now = global_timer();
       if (tries == 0) start = now;
-      if (now - start > args.patience_ns) stall(*this, LOADER_SLOT, slot, parity);
+      if (now - start > args.patience_ns) stall(*this, role, slot, parity);
     }
     return true;
+  }
+  __device__ __forceinline__ bool wait_empty() { return wait_unless_ended(&shared.empty[slot], parity, LOADER_SLOT); }
+  // The consumers have chosen the layer's experts.
+  __device__ __forceinline__ bool wait_routes(u64* routed) {
+    const bool there = wait_unless_ended(routed, routes_parity, LOADER_ROUTES);
+    routes_parity ^= 1;
+    return there;
   }
 
   // Streams one piece of at most SLOT_BYTES.
@@ -238,6 +245,7 @@ struct Control : Block {
   u32 done_parity = 0;
   u32 sum_buffer = 0;
   u32 sum_parity = 0;
+  u32 routes_parity = 0;
   u32 crossings = 0;       // of this launch
   float best = 0;          // the largest logit that this lane has seen in this step, of its row
   u32 best_id = ~0u;       // and its token; none yet
@@ -251,6 +259,12 @@ struct Control : Block {
   __device__ __forceinline__ void open_stage() {
     __syncwarp();  // lane 0 acquired for all lanes
     if (lane_id() == 0) barrier_arrive(&shared.ready);
+  }
+
+  // The consumers have chosen the layer's experts.
+  __device__ __forceinline__ void wait_routes(u64* routed) {
+    barrier_wait(*this, routed, routes_parity, CONTROL_ROUTES);
+    routes_parity ^= 1;
   }
 
   // The beginning of a step: its tokens lie in shared memory, or there is no such step.

@@ -1,17 +1,18 @@
 // Number formats of activations and weights.
 
-// Halves in pairs, the first in the lower half. As weights: `Act` is the type of the activations that they are multiplied with, a block of an octet has
-// BLOCK_COLUMNS of each feature, a lane LANE_COLUMNS of them.
+// Halves in pairs, the first in the lower half. As weights: `Act` is the type of the activations that they
+// are multiplied with, a block of an octet has BLOCK_BYTES and BLOCK_COLUMNS of each feature, a lane
+// LANE_COLUMNS of them.
 struct Bf16 {
   using Act = Bf16;
-  static constexpr u32 BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
+  static constexpr u32 BLOCK_BYTES = OCTET_BLOCK, BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
   __device__ __forceinline__ static u32 pack(float low, float high) { return pack_bf16(low, high); }
   __device__ __forceinline__ static float low(u32 pair) { return __uint_as_float(pair << 16); }
   __device__ __forceinline__ static float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 };
 struct F16 {
   using Act = F16;
-  static constexpr u32 BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
+  static constexpr u32 BLOCK_BYTES = OCTET_BLOCK, BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
   __device__ __forceinline__ static u32 pack(float low, float high) { return pack_f16(low, high); }
   __device__ __forceinline__ static float low(u32 pair) { return widen_f16((u16)pair); }
   __device__ __forceinline__ static float high(u32 pair) { return widen_f16((u16)(pair >> 16)); }
@@ -21,7 +22,7 @@ struct F32 {};
 // too small (the subnormal ones too), and the scale makes up for that.
 struct E4m3 {
   using Act = Bf16;
-  static constexpr u32 BLOCK_COLUMNS = 64, LANE_COLUMNS = 16;
+  static constexpr u32 BLOCK_BYTES = OCTET_BLOCK, BLOCK_COLUMNS = 64, LANE_COLUMNS = 16;
   static constexpr float UNIT = 1.329227995784916e36f;  // 2^120
   // The codes 2 * PAIR and 2 * PAIR + 1 of four.
   template <u32 PAIR> __device__ __forceinline__ static u32 pair(u32 codes) {
@@ -29,6 +30,30 @@ struct E4m3 {
     return (high & 0x80008000u) | (high >> 4 & 0x07f007f0u);
   }
 };
+
+// Codes of MXFP4, eight in a word, as ir/src/octet.rs lays them; a lane's scale follows the codes of a block.
+// Masked, a code is a bfloat16 that is 2^126 times too small; its scale makes up for all but 2^64 of that.
+struct Mxfp4 {
+  using Act = Bf16;
+  static constexpr u32 BLOCK_BYTES = OCTET_BLOCK + LANES, BLOCK_COLUMNS = 128, LANE_COLUMNS = 32;
+  static constexpr float UNIT = 1.8446744073709552e19f;  // 2^64
+  // A pair of bfloat16 that are both the scale.
+  __device__ __forceinline__ static u32 factor(u8 exponent) { return (u32)exponent * 0x00800080u; }
+  // The codes 2 * PAIR and 2 * PAIR + 1 of eight.
+  template <u32 PAIR> __device__ __forceinline__ static u32 pair(u32 codes, u32 factor) {
+    constexpr u32 MASK = 0x81c081c0u;
+    u32 bits;
+    if constexpr (PAIR < 3) bits = codes << (3 * PAIR) & MASK;
+    else bits = (codes >> 6 & 0x01800180u) | (codes >> 4 & 0x00400040u) | (codes << 4 & 0x80008000u);
+    return multiply_bf16(bits, factor);
+  }
+};
+
+// Floats as unsigned integers in the same order.
+__device__ __forceinline__ u32 ordered(float v) {
+  const u32 bits = __float_as_uint(v);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
 
 // One value of a half format.
 template <class T> __device__ __forceinline__ u16 narrow(float v) { return (u16)T::pack(v, 0.f); }

@@ -14,11 +14,12 @@
 // chain has an upper and a lower sum, these are added in order, then the warps' in order. A row's bits
 // depend on no other row.
 //
-// Block FP8 is widened to bfloat16 in registers, which loses nothing: a lane then has 16 columns of a row
-// in a block, two such sets of pairs, and a block's sums are multiplied by its scale before they join.
+// Block FP8 and MXFP4 are widened to bfloat16 in registers, which loses nothing: a lane then has 16 (32) columns
+// of a row in a block, two (four) such sets of pairs. Of FP8 a block's sums are multiplied by its scale before
+// they join, of MXFP4 each weight is multiplied by its own.
 //
 // A stage S says:
-//   Weights              Bf16, F16, E4m3
+//   Weights              Bf16, F16, E4m3, Mxfp4
 //   SCALES, scales(b)    of E4m3: scales of an octet, and all of them
 //   K, BLOCKS, COLS      columns of x, blocks of an octet, features of one operand
 //   OPERANDS, TILES      octets of a tile, tiles of the stage
@@ -28,21 +29,42 @@
 //   input(block)         x, [rows][K]
 //   Carry, before(), finish()  the epilogue: what to load ahead, and what to do with a pair of results
 
-__device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
+__device__ __forceinline__ float silu_gate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+// gpt-oss: the gate bounded from above, what it opens from both sides, and one added. NaN stays NaN, which
+// fminf would not see to.
+__device__ __forceinline__ float clamped_gate(float alpha, float limit, float gate, float up) {
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up < -limit ? -limit : up;
+  return gate / (1.f + expf(-alpha * gate)) * (up + 1.f);
+}
 
 // Tiles of the stage in this launch: a step whose logits nobody wants has no head.
 template <class S> __device__ __forceinline__ u32 tiles(const Block& b) { return S::LOGITS && b.args.logit_rows == 0 ? 0 : S::TILES; }
 
+// How an octet lies in slots of the ring: as many blocks in each as there are whole rounds of the consumers.
+template <class S> struct Slots {
+  static constexpr u32 WARP_BLOCKS = SLOT_BYTES / S::Weights::BLOCK_BYTES / CONSUMERS;  // of a slot
+  static constexpr u32 BLOCKS = WARP_BLOCKS * CONSUMERS;
+  static constexpr u32 COUNT = (S::BLOCKS + BLOCKS - 1) / BLOCKS;  // of an octet
+  static constexpr u32 OCTET_BYTES = S::BLOCKS * S::Weights::BLOCK_BYTES;
+  static constexpr u32 TILE_BYTES = S::OPERANDS * OCTET_BYTES;
+};
+
+// A tile's octets through the ring. False if the launch ended.
+template <class S> __device__ __forceinline__ bool stream_tile(Loader& b, const u8* from) {
+  constexpr u32 OCTET_BYTES = Slots<S>::OCTET_BYTES, PIECE = Slots<S>::BLOCKS * S::Weights::BLOCK_BYTES;
+  for (u32 operand = 0; operand < S::OPERANDS; ++operand, from += OCTET_BYTES) {
+    for (u32 at = 0; at < OCTET_BYTES; at += PIECE) {
+      if (!b.piece(from + at, OCTET_BYTES - at < PIECE ? OCTET_BYTES - at : PIECE)) return false;
+    }
+  }
+  return true;
+}
+
 // Tiles through the ring. False if the launch ended.
 template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* weights) {
-  constexpr u32 OCTET_BYTES = S::BLOCKS * OCTET_BLOCK;
   for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
-    const u8* from = weights + (u64)tile * (S::OPERANDS * OCTET_BYTES);
-    for (u32 operand = 0; operand < S::OPERANDS; ++operand, from += OCTET_BYTES) {
-      for (u32 at = 0; at < OCTET_BYTES; at += SLOT_BYTES) {
-        if (!b.piece(from + at, OCTET_BYTES - at < SLOT_BYTES ? OCTET_BYTES - at : SLOT_BYTES)) return false;
-      }
-    }
+    if (!stream_tile<S>(b, weights + (u64)tile * Slots<S>::TILE_BYTES)) return false;
   }
   b.pass_tiles(tiles<S>(b));
   b.next_stage();
@@ -50,8 +72,8 @@ template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* w
 }
 
 // The activations of a warp's columns, as the tensor cores take them. Lane 4r + q holds row r and the
-// columns 8q to 8q + 7 (16q to 16q + 15) of each of its blocks: the piece of a weight block that it loads
-// as well.
+// columns 8q to 8q + 7 (16q to 16q + 15, 32q to 32q + 31) of each of its blocks: the piece of a weight block
+// that it loads as well.
 template <class S> struct Activations {
   static constexpr u32 COUNT = (S::BLOCKS + CONSUMERS - 1) / CONSUMERS;
   static constexpr u32 SETS = S::Weights::LANE_COLUMNS / 8;
@@ -77,14 +99,12 @@ __device__ __forceinline__ float row_scale(F16, float amax) {
   return __uint_as_float(exponent - (7u << 23));
 }
 
-template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a) {
+// Row `lane / 4` of the products is row `source` of the input, or zeros if it is not active.
+template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activations<S>& a, bool active, u32 source) {
   using W = typename S::Weights::Act;
   constexpr u32 BLOCK = S::Weights::BLOCK_COLUMNS, STRIDE = BLOCK * CONSUMERS, QUADS = S::Weights::LANE_COLUMNS / 4;
   const u32 lane = anew(lane_id()), warp = anew(warp_id());
   const u32 row = lane / 4, quarter = lane % 4;
-  const u32 rows = S::LOGITS ? b.args.logit_rows : b.args.rows;
-  const bool active = row < rows;
-  const u32 source = S::LOGITS ? b.shared.logit_row[row] : row;
   const u32 column = warp * BLOCK + quarter * S::Weights::LANE_COLUMNS;  // of block `warp`; blocks are 8 apart
   constexpr u32 COUNT = Activations<S>::COUNT;
   // Whether there are the columns 4h and on of block i.
@@ -153,6 +173,11 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
   }
 }
 
+template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a) {
+  const u32 row = anew(lane_id()) / 4;
+  load_rows<S>(b, a, row < (S::LOGITS ? b.args.logit_rows : b.args.rows), S::LOGITS ? b.shared.logit_row[row] : row);
+}
+
 constexpr u32 CHAINS = 2;
 
 // The chains of a warp, in order: of each the upper half of one product and the lower of the other.
@@ -199,73 +224,100 @@ __device__ __forceinline__ float2 multiply_codes(const u32 (&x)[2][4], const uin
   return make_float2(upper[0] + lower[2], upper[1] + lower[3]);
 }
 
-template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
+// Products of one block of MXFP4 and the activations, onto the sums of a chain.
+__device__ __forceinline__ void multiply_codes(float (&upper)[4], float (&lower)[4], const u32 (&x)[4][4], const uint4& w, u32 factor) {
+  const u32 words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (u32 set = 0; set < 4; ++set) {
+    mma(Bf16(), upper, x[set], Mxfp4::pair<0>(words[set], factor), Mxfp4::pair<2>(words[set], factor));
+    mma(Bf16(), lower, x[set], Mxfp4::pair<1>(words[set], factor), Mxfp4::pair<3>(words[set], factor));
+  }
+}
+
+// One tile from the ring: its sums by this warp, into the next buffer. `octet` counts those with scales apart.
+template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, const Activations<S>& a, u32 thread, u32& octet) {
   using W = typename S::Weights;
-  constexpr bool SCALED = W::LANE_COLUMNS == 16;
-  static_assert(!SCALED || Activations<S>::COUNT <= LANES, "a lane for the scale of each block");
-  constexpr u32 SLOTS = (S::BLOCKS + SLOT_BLOCKS - 1) / SLOT_BLOCKS;
-  const u32 thread = anew(threadIdx.x), warp = thread / LANES;
+  constexpr bool SCALED = W::LANE_COLUMNS == 16, MX = W::LANE_COLUMNS == 32;
+  constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS;
+  const u32 warp = thread / LANES;
+  barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
+  WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
+  // Not unrolled, so that a stage's instructions are few: a layer's should stay in the SM's cache.
+#pragma unroll 1
+  for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+    if constexpr (SCALED) {
+      copy_wait<SCALES_AHEAD - 1>();
+      __syncwarp();  // the other lanes' as well
+    }
+    float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of halves and MXFP4
+    float2 total = make_float2(0.f, 0.f);                // of FP8
+#pragma unroll
+    for (u32 s = 0; s < Slots<S>::COUNT; ++s) {
+      float factor[WARP_BLOCKS];
+      if constexpr (SCALED) {
+#pragma unroll
+        for (u32 i = 0; i < WARP_BLOCKS; ++i) factor[i] = scale_ring<S>(b)[octet % SCALES_AHEAD][(s * WARP_BLOCKS + i) % LANES] * W::UNIT;
+      }
+      const u8* slot = b.wait_slot();
+      const uint4* from = reinterpret_cast<const uint4*>(slot) + thread;
+      uint4 w[WARP_BLOCKS];
+      u32 exponent[WARP_BLOCKS] = {};  // of MXFP4
+#pragma unroll
+      for (u32 i = 0; i < WARP_BLOCKS; ++i) {
+        w[i] = make_uint4(0, 0, 0, 0);
+        const u32 first = s * Slots<S>::BLOCKS + i * CONSUMERS;
+        if (first + CONSUMERS <= S::BLOCKS || first + warp < S::BLOCKS) {
+          if constexpr (MX) {
+            const u8* block = slot + (i * CONSUMERS + warp) * W::BLOCK_BYTES;
+            w[i] = reinterpret_cast<const uint4*>(block)[thread % LANES];
+            exponent[i] = block[OCTET_BLOCK + thread % LANES];
+          } else {
+            w[i] = from[i * CONSUMER_THREADS];
+          }
+        }
+      }
+#pragma unroll
+      for (u32 i = 0; i < WARP_BLOCKS; ++i) {
+        const u32 block = s * WARP_BLOCKS + i;
+        if (block >= Activations<S>::COUNT) continue;
+        if constexpr (SCALED) {
+          const float2 products = multiply_codes(a.pair[block], w[i]);
+          total.x = fmaf(factor[i], products.x, total.x);
+          total.y = fmaf(factor[i], products.y, total.y);
+        } else if constexpr (MX) {
+          multiply_codes(upper[i % CHAINS], lower[i % CHAINS], a.pair[block], w[i], W::factor(exponent[i]));
+        } else {
+          mma(W(), upper[i % CHAINS], a.pair[block][0], w[i].x, w[i].z);
+          mma(W(), lower[i % CHAINS], a.pair[block][0], w[i].y, w[i].w);
+        }
+      }
+      u32 read = 0;
+#pragma unroll
+      for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x | exponent[i];
+      b.release_slot(read);
+    }
+    if constexpr (!SCALED) total = chains_total(upper, lower);
+    if constexpr (MX) { total.x *= W::UNIT; total.y *= W::UNIT; }
+    if constexpr (S::ROW_SCALE) { total.x *= a.scale; total.y *= a.scale; }
+    sums[operand][warp][thread % LANES] = total;
+    if constexpr (SCALED) {
+      __syncwarp();  // all lanes have read the octet's scales
+      fetch_scales<S>(b, octet + SCALES_AHEAD);
+      ++octet;
+    }
+  }
+  __syncwarp();
+  if (lane_id() == 0) barrier_arrive(&b.shared.sums_full[b.sum_buffer]);
+  if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
+}
+
+template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
+  static_assert(S::Weights::LANE_COLUMNS != 16 || Activations<S>::COUNT <= LANES, "a lane for the scale of each block");
+  const u32 thread = anew(threadIdx.x);
   Activations<S> a;
   load_inputs<S>(b, a);
   u32 octet = 0;  // of this SM's
-  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
-    barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
-    WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
-    // Not unrolled, so that a stage's instructions are few: a layer's should stay in the SM's cache.
-#pragma unroll 1
-    for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-      if constexpr (SCALED) {
-        copy_wait<SCALES_AHEAD - 1>();
-        __syncwarp();  // the other lanes' as well
-      }
-      float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of halves
-      float2 total = make_float2(0.f, 0.f);                // of codes
-#pragma unroll
-      for (u32 s = 0; s < SLOTS; ++s) {
-        float factor[WARP_BLOCKS];
-        if constexpr (SCALED) {
-#pragma unroll
-          for (u32 i = 0; i < WARP_BLOCKS; ++i) factor[i] = scale_ring<S>(b)[octet % SCALES_AHEAD][(s * WARP_BLOCKS + i) % LANES] * S::Weights::UNIT;
-        }
-        const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + thread;
-        uint4 w[WARP_BLOCKS];
-#pragma unroll
-        for (u32 i = 0; i < WARP_BLOCKS; ++i) {
-          w[i] = make_uint4(0, 0, 0, 0);
-          const u32 first = s * SLOT_BLOCKS + i * CONSUMERS;
-          if (first + CONSUMERS <= S::BLOCKS || first + warp < S::BLOCKS) w[i] = from[i * CONSUMER_THREADS];
-        }
-#pragma unroll
-        for (u32 i = 0; i < WARP_BLOCKS; ++i) {
-          const u32 block = s * WARP_BLOCKS + i;
-          if (block >= Activations<S>::COUNT) continue;
-          if constexpr (SCALED) {
-            const float2 products = multiply_codes(a.pair[block], w[i]);
-            total.x = fmaf(factor[i], products.x, total.x);
-            total.y = fmaf(factor[i], products.y, total.y);
-          } else {
-            mma(W(), upper[i % CHAINS], a.pair[block][0], w[i].x, w[i].z);
-            mma(W(), lower[i % CHAINS], a.pair[block][0], w[i].y, w[i].w);
-          }
-        }
-        u32 read = 0;
-#pragma unroll
-        for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x;
-        b.release_slot(read);
-      }
-      if constexpr (!SCALED) total = chains_total(upper, lower);
-      if constexpr (S::ROW_SCALE) { total.x *= a.scale; total.y *= a.scale; }
-      sums[operand][warp][thread % LANES] = total;
-      if constexpr (SCALED) {
-        __syncwarp();  // all lanes have read the octet's scales
-        fetch_scales<S>(b, octet + SCALES_AHEAD);
-        ++octet;
-      }
-    }
-    __syncwarp();
-    if (lane_id() == 0) barrier_arrive(&b.shared.sums_full[b.sum_buffer]);
-    if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
-  }
+  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) multiply_tile<S>(b, a, thread, octet);
 }
 
 template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
@@ -289,8 +341,26 @@ __device__ __forceinline__ void load_bias(float2& to, const u8* vector, u32 star
   if (at + 1 < cols) to.y = bias[at + 1];
 }
 
-// Adds up the warps' sums of each tile and runs the epilogue on them. Lane 4r + q has row r and the
-// features 2q and 2q + 1 of the octet.
+// A tile's sums by all warps. Lane 4r + q has row r and the features 2q and 2q + 1 of the octet.
+template <class S> __device__ __forceinline__ void add_sums(Control& b, u32 lane, float2 (&v)[S::OPERANDS]) {
+  barrier_wait(b, &b.shared.sums_full[b.sum_buffer], b.sum_parity, CONTROL_CONSUMERS);
+  const WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
+#pragma unroll
+  for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+    v[operand] = sums[operand][0][lane];
+#pragma unroll
+    for (u32 w = 1; w < CONSUMERS; ++w) {
+      const float2 more = sums[operand][w][lane];
+      v[operand].x += more.x;
+      v[operand].y += more.y;
+    }
+  }
+  __syncwarp();  // all lanes have read
+  if (lane_id() == 0) barrier_arrive(&b.shared.sums_empty[b.sum_buffer]);
+  if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
+}
+
+// Adds up the warps' sums of each tile and runs the epilogue on them.
 template <class S> __device__ __forceinline__ void finish(Control& b) {
   b.open_stage();
   const u32 lane = anew(lane_id());
@@ -300,22 +370,8 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
     const u32 feature = tile * OCTET + 2 * (lane % 4);
     typename S::Carry carry = {};
     if (active) S::before(b, row, feature, carry);
-    barrier_wait(b, &b.shared.sums_full[b.sum_buffer], b.sum_parity, CONTROL_CONSUMERS);
-    const WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
     float2 v[S::OPERANDS];
-#pragma unroll
-    for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-      v[operand] = sums[operand][0][lane];
-#pragma unroll
-      for (u32 w = 1; w < CONSUMERS; ++w) {
-        const float2 more = sums[operand][w][lane];
-        v[operand].x += more.x;
-        v[operand].y += more.y;
-      }
-    }
-    __syncwarp();  // all lanes have read
-    if (lane_id() == 0) barrier_arrive(&b.shared.sums_empty[b.sum_buffer]);
-    if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
+    add_sums<S>(b, lane, v);
     if (active) S::finish(b, row, feature, v, carry);
   }
   b.pass_tiles(tiles<S>(b));

@@ -21,12 +21,6 @@ template <class E> __device__ __forceinline__ void embed(Consumer& b) {
   b.finish_stage();
 }
 
-// Floats as unsigned integers in the same order.
-__device__ __forceinline__ u32 ordered(float v) {
-  const u32 bits = __float_as_uint(v);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 // The largest logit of each row, the lowest token among equals.
 __device__ __forceinline__ void offer(Control& b, u32 token, float logit) {
   if (b.best_id == ~0u || logit > b.best) { b.best = logit; b.best_id = token; }

@@ -25,6 +25,9 @@ pub const BLOCK: Header = Header { name: "block.cuh", text: include_str!("../cud
 /// Rows times streamed weights.
 pub const GEMM: Header = Header { name: "gemm.cuh", text: include_str!("../cuda/gemm.cuh") };
 
+/// Products with the experts that a step's rows choose. Behind [`GEMM`].
+pub const EXPERTS: Header = Header { name: "experts.cuh", text: include_str!("../cuda/experts.cuh") };
+
 /// Attention over the paged cache.
 pub const ATTENTION: Header = Header { name: "attention.cuh", text: include_str!("../cuda/attention.cuh") };
 
@@ -73,6 +76,10 @@ pub struct SharedNeeds {
     pub qk: usize,
     /// Columns of a value.
     pub v: usize,
+    /// Most experts of a layer, and most of a row; 0 without experts.
+    pub experts: usize,
+    /// Most experts of a row.
+    pub top_k: usize,
 }
 
 impl SharedNeeds {
@@ -90,6 +97,23 @@ impl SharedNeeds {
             + 64
     }
 
+    /// Bytes of the choice of experts: counts, a bit for every expert of each row, numbers of those that any
+    /// row chose, slots of the rows by these, weights.
+    pub fn routes(&self) -> usize {
+        if self.experts == 0 {
+            return 0;
+        }
+        const ROWS: usize = 8;
+        let chosen = self.experts.min(ROWS * self.top_k);
+        let bytes = 16
+            + ROWS * self.experts.div_ceil(32) * 4
+            + 2 * chosen
+            + ROWS * chosen
+            + 4
+            + ROWS * self.top_k * 4;
+        bytes.next_multiple_of(128)
+    }
+
     /// Bytes of the buffers in which consumers leave a tile's sums: two, so that they can go on.
     pub const fn sums(&self) -> usize {
         2 * self.operands * CONSUMERS * 256
@@ -103,7 +127,7 @@ impl SharedNeeds {
 
     /// The layout within `available` bytes, or `None` if too little is left for a ring.
     pub fn layout(&self, available: usize) -> Option<SharedLayout> {
-        let fixed = 2048;
+        let fixed = 2048 + self.routes();
         let gain = (self.norm_columns * 4).next_multiple_of(128);
         let scratch = self.attention().max(self.sums()).next_multiple_of(128) + self.scales();
         let slots = available.checked_sub(fixed + gain + scratch)? / SLOT_BYTES;
@@ -179,7 +203,14 @@ mod tests {
 
     #[test]
     fn a_block_of_hopper_holds_a_deep_ring() {
-        let needs = SharedNeeds { norm_columns: 4096, operands: 2, scaled: false, qk: 128, v: 128 };
+        let needs = SharedNeeds {
+            norm_columns: 4096,
+            operands: 2,
+            scaled: false,
+            qk: 128,
+            v: 128,
+            ..SharedNeeds::default()
+        };
         let layout = needs.layout(227 << 10).unwrap();
         assert!(layout.slots >= 10, "{layout:?}");
         assert!(layout.bytes() <= 227 << 10);

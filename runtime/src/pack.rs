@@ -30,9 +30,8 @@ use tilec_ir::convert::{ConvertError, dequantize, pack_panel, quantize, row_form
 use tilec_ir::format::{Code, Format, PANEL, PanelLayout};
 use tilec_ir::graph::EXPERT;
 use tilec_ir::launch::{OCTET, OCTET_BLOCK};
-use tilec_ir::pack::{
-    FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, RowView, octet_blocks,
-};
+use tilec_ir::octet::{lay_mxfp4, octet_block_bytes, octet_blocks};
+use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, RowView};
 
 /// Raised whenever the layout of the file or the packing of a format changes.
 pub const PACKED_VERSION: u32 = 1;
@@ -300,18 +299,62 @@ enum Job<'a> {
     RopeTable { inv_freq: &'a [f32], positions: usize, factor: f32, out: &'a mut [u8] },
 }
 
-/// Panels of experts, as the recipe says it.
+/// How rows are laid out, so many at a time.
+#[derive(Clone, Copy)]
+enum Layout {
+    Panels(PanelLayout),
+    Octets { format: Format, k: usize },
+}
+
+impl Layout {
+    fn format(&self) -> Format {
+        match self {
+            Layout::Panels(layout) => layout.format,
+            Layout::Octets { format, .. } => *format,
+        }
+    }
+
+    fn k(&self) -> usize {
+        match self {
+            Layout::Panels(layout) => layout.k,
+            Layout::Octets { k, .. } => *k,
+        }
+    }
+
+    /// Rows of a panel or octet.
+    fn unit_rows(&self) -> usize {
+        match self {
+            Layout::Panels(_) => PANEL,
+            Layout::Octets { .. } => OCTET,
+        }
+    }
+
+    /// Bytes of a panel or octet, which a verified recipe can count.
+    fn unit_bytes(&self) -> usize {
+        match self {
+            Layout::Panels(layout) => layout.bytes(),
+            Layout::Octets { format, k } => octet_unit(*format, *k),
+        }
+    }
+}
+
+/// Bytes of an octet of a verified recipe.
+fn octet_unit(format: Format, k: usize) -> usize {
+    octet_blocks(format, k) * octet_block_bytes(format)
+}
+
+/// Panels or octets of experts, as the recipe says it.
 #[derive(Clone, Copy)]
 struct Experts<'a> {
-    layout: PanelLayout,
+    layout: Layout,
     rows: usize,
     sources: &'a [RowView],
 }
 
 impl Experts<'_> {
-    /// Bytes of one expert's panels.
+    /// Bytes of one expert.
     fn bytes(&self) -> usize {
-        self.rows.div_ceil(PANEL) * self.sources.len() * self.layout.bytes()
+        self.rows.div_ceil(self.layout.unit_rows()) * self.sources.len() * self.layout.unit_bytes()
     }
 }
 
@@ -362,7 +405,7 @@ fn split<'a>(
 
 /// Octets of a job. Those of fp8 come in whole blocks of rows, which are quantized together.
 fn octets_per_job(format: Format, k: usize, interleave: usize) -> usize {
-    let limit = (JOB_BYTES / (octet_blocks(format, k) * OCTET_BLOCK)).max(1);
+    let limit = (JOB_BYTES / octet_unit(format, k)).max(1);
     let block = (format.block_rows / OCTET).max(1).saturating_mul(interleave);
     limit.checked_next_multiple_of(block).unwrap_or(limit)
 }
@@ -397,8 +440,14 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
                 let view = Lie { start: *start, block: *block, stride: *stride };
                 jobs.push(Job::Elements { tensor, view, out: own });
             }
-            PackContent::ExpertPanels { layout, experts, rows, sources } => {
-                let each = Experts { layout: *layout, rows: *rows, sources };
+            PackContent::ExpertPanels { experts, rows, sources, .. }
+            | PackContent::ExpertOctets { experts, rows, sources, .. } => {
+                let layout = match &item.content {
+                    PackContent::ExpertOctets { format, k, .. } => Layout::Octets { format: *format, k: *k },
+                    PackContent::ExpertPanels { layout, .. } => Layout::Panels(*layout),
+                    _ => unreachable!("one of the two"),
+                };
+                let each = Experts { layout, rows: *rows, sources };
                 for expert in 0..*experts {
                     let out = take(&mut own, 1, each.bytes());
                     jobs.push(Job::Experts { experts: each, expert, out });
@@ -420,7 +469,7 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
                 let (format, k) = (*format, *k);
                 let limit = octets_per_job(format, k, *interleave);
                 split(segments, *interleave, limit, RowSegment::octets, |groups| {
-                    let out = take(&mut own, count(&groups), octet_blocks(format, k) * OCTET_BLOCK);
+                    let out = take(&mut own, count(&groups), octet_unit(format, k));
                     jobs.push(Job::Octets { format, k, groups, out });
                 });
             }
@@ -528,8 +577,15 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
                 check_rows(segments, *k, |format| format, None)?;
             }
             PackContent::ExpertPanels { layout, experts, rows, sources } => {
+                let layout = Layout::Panels(*layout);
                 for view in sources {
-                    check_experts(checkpoint, layout, *experts, *rows, view)?;
+                    check_experts(checkpoint, &layout, *experts, *rows, view)?;
+                }
+            }
+            PackContent::ExpertOctets { format, k, experts, rows, sources } => {
+                let layout = Layout::Octets { format: *format, k: *k };
+                for view in sources {
+                    check_experts(checkpoint, &layout, *experts, *rows, view)?;
                 }
             }
             PackContent::Elements { tensor, len, start, block, stride } => {
@@ -553,10 +609,10 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
     Ok(())
 }
 
-/// Checks the tensors that the panels of experts are made of.
+/// Checks the tensors that the panels or octets of experts are made of.
 fn check_experts(
     checkpoint: &Checkpoint,
-    layout: &PanelLayout,
+    layout: &Layout,
     experts: usize,
     rows: usize,
     view: &RowView,
@@ -569,19 +625,19 @@ fn check_experts(
         let name = tensor_of(view, expert);
         let info = checkpoint.tensor(&name)?;
         let have = info.rows().unwrap_or(0);
-        if info.cols() != layout.k || view.row(last).is_none_or(|last| last >= have) {
+        if info.cols() != layout.k() || view.row(last).is_none_or(|last| last >= have) {
             let problem = format!(
                 "its shape is {:?}, the plan wants {} rows of {} columns as {view:?}",
                 info.shape,
                 last + 1,
-                layout.k
+                layout.k()
             );
             return Err(checkpoint.fault(&name, ErrorKind::Malformed, problem, REMEDY));
         }
         first.get_or_insert(info.format);
     }
-    if let Some(from) = first.filter(|from| row_format(*from) != layout.format) {
-        let (tensor, to) = (&view.tensor, layout.format);
+    if let Some(from) = first.filter(|from| row_format(*from) != layout.format()) {
+        let (tensor, to) = (&view.tensor, layout.format());
         tracing::info!(%tensor, %from, %to, "converting through float32");
     }
     Ok(())
@@ -595,7 +651,7 @@ fn tensor_of(view: &RowView, expert: usize) -> Cow<'_, str> {
     }
 }
 
-/// Packs one expert's panels of all sources, alternating.
+/// Packs one expert's panels or octets of all sources, alternating.
 fn pack_expert(
     checkpoint: &Checkpoint,
     experts: &Experts<'_>,
@@ -621,8 +677,8 @@ fn pack_expert(
                 (pick(&stored.codes).into(), pick(&stored.scales).into(), pick(&stored.mins).into());
             stored.rows = *rows;
         }
-        let places = out.chunks_exact_mut(layout.bytes()).skip(index).step_by(sources.len());
-        pack_rows(checkpoint, layout, ("experts", &name), &stored, ledger, places)?;
+        let places = out.chunks_exact_mut(layout.unit_bytes()).skip(index).step_by(sources.len());
+        pack_rows(checkpoint, layout, ("experts", &name, lowest), &stored, ledger, places)?;
     }
     Ok(())
 }
@@ -655,31 +711,28 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
             Ok(out.len() as u64)
         }
         Job::Panels { layout, groups, out } => {
-            for_each_part(&groups, layout.bytes(), out, |segment, units, panels| {
+            let layout = Layout::Panels(layout);
+            for_each_part(&groups, layout.unit_bytes(), out, |segment, units, panels| {
                 pack_segment(checkpoint, &layout, segment, units, ledger, panels)
             })?;
             Ok(out.len() as u64)
         }
         Job::Octets { format: Format::FP8_BLOCK, k, groups, out } => {
             let mut source = Fp8Source::new(checkpoint, &groups);
-            for_each_part(
-                &groups,
-                octet_blocks(Format::FP8_BLOCK, k) * OCTET_BLOCK,
-                out,
-                |part, units, octets| {
-                    for (octet, out) in units.zip(octets) {
-                        let rows = OCTET.min(part.rows - octet * OCTET);
-                        let (codes, _) = source.octet(&part.tensor, part.row_start + octet * OCTET)?;
-                        lay_octet(&codes[..rows * k], k, out);
-                    }
-                    Ok(())
-                },
-            )?;
+            for_each_part(&groups, octet_unit(Format::FP8_BLOCK, k), out, |part, units, octets| {
+                for (octet, out) in units.zip(octets) {
+                    let rows = OCTET.min(part.rows - octet * OCTET);
+                    let (codes, _) = source.octet(&part.tensor, part.row_start + octet * OCTET)?;
+                    lay_octet(&codes[..rows * k], k, out);
+                }
+                Ok(())
+            })?;
             Ok(out.len() as u64)
         }
         Job::Octets { format, k, groups, out } => {
-            for_each_part(&groups, octet_blocks(format, k) * OCTET_BLOCK, out, |part, units, octets| {
-                float_octets(checkpoint, format, part, units, octets)
+            let layout = Layout::Octets { format, k };
+            for_each_part(&groups, layout.unit_bytes(), out, |segment, units, octets| {
+                pack_segment(checkpoint, &layout, segment, units, ledger, octets)
             })?;
             Ok(out.len() as u64)
         }
@@ -719,44 +772,63 @@ fn for_each_part<'a>(
     Ok(())
 }
 
-/// Packs panels `units` of a segment into `panels`.
+/// Packs panels or octets `units` of a segment into `places`.
 fn pack_segment<'a>(
     checkpoint: &Checkpoint,
-    layout: &PanelLayout,
+    layout: &Layout,
     segment: &RowSegment,
     units: Range<usize>,
     ledger: &Ledger,
-    panels: impl Iterator<Item = &'a mut [u8]>,
+    places: impl Iterator<Item = &'a mut [u8]>,
 ) -> Result<(), CheckpointError> {
-    let (first, end) = (units.start * PANEL, segment.rows.min(units.end * PANEL));
+    let (first, end) = (units.start * layout.unit_rows(), segment.rows.min(units.end * layout.unit_rows()));
     let rows = segment.row_start + first..segment.row_start + end;
-    let stored = checkpoint.rows(&segment.tensor, rows)?;
-    pack_rows(checkpoint, layout, ("matrices", &segment.tensor), &stored, ledger, panels)
+    let stored = checkpoint.rows(&segment.tensor, rows.clone())?;
+    pack_rows(checkpoint, layout, ("matrices", &segment.tensor, rows.start), &stored, ledger, places)
 }
 
-/// Packs rows of the tensor `name` into `panels`; `what` it is, conversions are noted by.
+/// Packs rows of the tensor `name`, of which `first` is the first, into `places`; `what` it is, conversions
+/// are noted by.
 fn pack_rows<'a>(
     checkpoint: &Checkpoint,
-    layout: &PanelLayout,
-    (what, name): (&'static str, &str),
+    layout: &Layout,
+    (what, name, first): (&'static str, &str, usize),
     stored: &StoredRows<'_>,
     ledger: &Ledger,
-    panels: impl Iterator<Item = &'a mut [u8]>,
+    places: impl Iterator<Item = &'a mut [u8]>,
 ) -> Result<(), CheckpointError> {
     let fault = |error| checkpoint.convert_fault(name, &error);
     let mut view = stored.view().map_err(fault)?;
     let converted;
-    if stored.format != layout.format {
+    if stored.format != layout.format() {
         let mut values = vec![0.0; stored.rows * stored.cols];
         dequantize(&view, &mut values).map_err(fault)?;
-        converted = quantize(layout.format, stored.rows, stored.cols, &values).map_err(fault)?;
+        converted = quantize(layout.format(), stored.rows, stored.cols, &values).map_err(fault)?;
+        if let Layout::Octets { format, .. } = layout
+            && let Some(at) = not_finite(format.code, &converted.codes)
+        {
+            let (row, col, value) = (first + at / stored.cols, at % stored.cols, values[at]);
+            let problem =
+                format!("the weight in row {row}, column {col} is {value}, which {format} cannot hold");
+            let remedy = "check that the checkpoint is sound, or take its weights as stored or in bf16";
+            return Err(checkpoint.fault(name, ErrorKind::Value, problem, remedy));
+        }
         view = converted.view();
-        let (from, to) = (stored.format.to_string(), layout.format.to_string());
+        let (from, to) = (stored.format.to_string(), layout.format().to_string());
         ledger.add(what, from, to, &values, &view).map_err(fault)?;
     }
-    for (index, out) in panels.enumerate() {
-        let start = index * PANEL;
-        pack_panel(layout, &view.slice(start..view.rows().min(start + PANEL)), out).map_err(fault)?;
+    for (index, out) in places.enumerate() {
+        let start = index * layout.unit_rows();
+        let rows = view.slice(start..view.rows().min(start + layout.unit_rows()));
+        match layout {
+            Layout::Panels(layout) => pack_panel(layout, &rows, out).map_err(fault)?,
+            Layout::Octets { format: Format::MXFP4, .. } => lay_mxfp4(&rows, out).map_err(|error| {
+                let problem = format!("in the rows from {} on, {error}", first + start);
+                let remedy = "check that the checkpoint is sound, or take these weights in bf16";
+                checkpoint.fault(name, ErrorKind::Value, problem, remedy)
+            })?,
+            Layout::Octets { format, k } => lay_octet(rows.codes(), k * format.code.bits() / 8, out),
+        }
     }
     Ok(())
 }
@@ -788,49 +860,13 @@ fn lay_octet(rows: &[u8], row_bytes: usize, out: &mut [u8]) {
     }
 }
 
-/// Packs octets `units` of a segment, in f16 or bf16, into `octets`: as stored, or rounded to nearest,
-/// ties to even.
-fn float_octets(
-    checkpoint: &Checkpoint,
-    format: Format,
-    segment: &RowSegment,
-    units: Range<usize>,
-    octets: &mut dyn Iterator<Item = &mut [u8]>,
-) -> Result<(), CheckpointError> {
-    let name = segment.tensor.as_str();
-    let fault = |error| checkpoint.convert_fault(name, &error);
-    let first = segment.row_start + units.start * OCTET;
-    let end = segment.row_start + segment.rows.min(units.end * OCTET);
-    let stored = checkpoint.rows(name, first..end)?;
-    let row_bytes = stored.cols * format.code.bits() / 8;
-    if stored.format == format {
-        for (rows, out) in stored.codes.chunks(OCTET * row_bytes).zip(octets) {
-            lay_octet(rows, row_bytes, out);
-        }
-        return Ok(());
-    }
-    let view = stored.view().map_err(fault)?;
-    let mut values = vec![0.0; OCTET.min(stored.rows) * stored.cols];
-    for (start, out) in (0..stored.rows).step_by(OCTET).zip(octets) {
-        let rows = OCTET.min(stored.rows - start);
-        let values = &mut values[..rows * stored.cols];
-        dequantize(&view.slice(start..start + rows), values).map_err(fault)?;
-        let converted = quantize(format, rows, stored.cols, values).map_err(fault)?;
-        if let Some(at) = not_finite(format.code, &converted.codes) {
-            let (row, col, value) = (first + start + at / stored.cols, at % stored.cols, values[at]);
-            let problem =
-                format!("the weight in row {row}, column {col} is {value}, which {format} cannot hold");
-            let remedy = "check that the checkpoint is sound, or take its weights as stored or in bf16";
-            return Err(checkpoint.fault(name, ErrorKind::Value, problem, remedy));
-        }
-        lay_octet(&converted.codes, row_bytes, out);
-    }
-    Ok(())
-}
-
-/// The first of these f16 or bf16 numbers that is infinite or NaN.
+/// The first of these f16 or bf16 numbers that is infinite or NaN; none of other codes.
 fn not_finite(code: Code, codes: &[u8]) -> Option<usize> {
-    let exponent: u16 = if code == Code::F16 { 0x7c00 } else { 0x7f80 };
+    let exponent: u16 = match code {
+        Code::F16 => 0x7c00,
+        Code::Bf16 => 0x7f80,
+        _ => return None,
+    };
     codes.as_chunks::<2>().0.iter().position(|bytes| u16::from_le_bytes(*bytes) & exponent == exponent)
 }
 

@@ -33,5 +33,6 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.kv_pages = launch.kv_pages;
   args.steps = launch.steps;
   args.in_flight = 2;
+  args.experts = mail + 40;
   *static_cast<LaunchArgs*>(to) = args;
 }

@@ -29,6 +29,8 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 inline float __int_as_float(int i) { return __uint_as_float((unsigned)i); }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(unsigned v) { return __builtin_ffs((int)v); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const unsigned long long bytes = (unsigned long long)b << 32 | a;
@@ -44,6 +46,11 @@ inline void __syncthreads();
 inline void __syncwarp() { machine::exchange(0); }
 inline float __shfl_xor_sync(unsigned, float v, unsigned x) { return __uint_as_float((unsigned)machine::exchange(__float_as_uint(v))[machine::thread() % 32 ^ x]); }
 inline unsigned long long __shfl_xor_sync(unsigned, unsigned long long v, unsigned x) { return machine::exchange(v)[machine::thread() % 32 ^ x]; }
+inline unsigned __shfl_up_sync(unsigned, unsigned v, unsigned n) {
+  const uint64_t* all = machine::exchange(v);
+  const unsigned lane = machine::thread() % 32;
+  return lane < n ? v : (unsigned)all[lane - n];
+}
 inline unsigned __ballot_sync(unsigned, bool p) {
   const uint64_t* all = machine::exchange(p);
   unsigned result = 0;

@@ -17,6 +17,7 @@ __device__ __forceinline__ u64 load_relaxed(const u64* p) { machine::yield(); re
 __device__ __forceinline__ u32 load_host(const u32* p) { return *(const volatile u32*)p; }
 __device__ __forceinline__ void store_host(u32* p, u32 v) { *(volatile u32*)p = v; }
 __device__ __forceinline__ float4 load4(const float* p) { float4 v; memcpy(&v, p, sizeof v); return v; }
+__device__ __forceinline__ float load1(const float* p) { return *p; }
 __device__ __forceinline__ uint4 load4(const u32* p) { uint4 v; memcpy(&v, p, sizeof v); return v; }
 
 __device__ __forceinline__ u32 half_bf16(float f) {
@@ -38,6 +39,20 @@ __device__ __forceinline__ float widen_f16(u16 bits) {
   return (float)h;
 }
 __device__ __forceinline__ float widen_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); }
+
+__device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {
+  return pack_bf16(widen_bf16((u16)a) * widen_bf16((u16)b), widen_bf16((u16)(a >> 16)) * widen_bf16((u16)(b >> 16)));
+}
+__device__ __forceinline__ u32 warp_max(u32 v) {
+  const uint64_t* all = machine::exchange(v);
+  for (u32 lane = 0; lane < 32; ++lane) v = (u32)all[lane] > v ? (u32)all[lane] : v;
+  return v;
+}
+__device__ __forceinline__ u32 warp_min(u32 v) {
+  const uint64_t* all = machine::exchange(v);
+  for (u32 lane = 0; lane < 32; ++lane) v = (u32)all[lane] < v ? (u32)all[lane] : v;
+  return v;
+}
 
 // A lane's two words of A or B at a time: what the others have, column by column.
 template <float WIDEN(u16)> __device__ __forceinline__ void product(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {

@@ -14,8 +14,8 @@ use tilec_codegen::passes::{fuse, precision, resident};
 use tilec_ir::abi::KvType;
 use tilec_ir::convert::{dequantize, quantize};
 use tilec_ir::format::Format;
-use tilec_ir::graph::Graph;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
+use tilec_ir::graph::{EXPERT, Graph};
 use tilec_ir::launch::{STEP_ROWS, SYNC_BYTES};
 use tilec_ir::pack::PackContent;
 use tilec_ir::resident::{Attention, Kind, ResidentProgram};
@@ -50,8 +50,12 @@ struct Weights<'a>(&'a Simulation);
 impl WeightSource for Weights<'_> {
     fn tensor(&self, name: &str) -> Result<Cow<'_, [f32]>, String> {
         let mut values = self.0.checkpoint.tensor_f32(name).map_err(|error| error.to_string())?;
-        // What the graph calls weights may be parts of a stored matrix.
-        let known = self.0.graph.weights.iter().find(|(own, weight)| weight.tensor(own) == name);
+        // What the graph calls weights may be parts of a stored matrix, or of one an expert.
+        let read = |stored: &str| match stored.split_once(EXPERT) {
+            Some((before, behind)) => name.starts_with(before) && name.ends_with(behind),
+            None => stored == name,
+        };
+        let known = self.0.graph.weights.iter().find(|(own, weight)| read(weight.tensor(own)));
         let (_, weight) = known.ok_or("no weight lies there")?;
         if let [rows, cols] = self.0.checkpoint.tensor(name).map_err(|error| error.to_string())?.shape[..] {
             let planes = quantize(weight.format, rows, cols, &values).map_err(|error| error.to_string())?;
@@ -79,13 +83,14 @@ fn row(token: u32, position: usize, sequence: usize) -> Row {
 }
 
 impl Simulation {
-    fn new(config: &Value, weights: Format, context: usize) -> Simulation {
+    fn new(config: &Value, weights: Format, experts: Option<Format>, context: usize) -> Simulation {
         let tensors = frontends::synthetic_tensors(config, Format::BF16).unwrap();
         let mut graph = frontends::build(config, &tensors).unwrap();
         let mut spec = ModelSpec::for_checkpoint("unused").precision;
         spec.activations = Activations::F32;
         spec.kv_cache = Some(KvType::Bf16);
         spec.weights = WeightFormat::Converted(weights);
+        spec.experts = experts.map(WeightFormat::Converted);
         precision::precision(&mut graph, &spec).unwrap();
         let program = resident::resident(&fuse::fuse(&graph).unwrap(), context).unwrap();
         let text = emit(&program, Arch::Sm90a).unwrap();
@@ -285,17 +290,40 @@ fn mimo_fused() -> Value {
     config
 }
 
+/// More experts than a word has bits; fewer than four are chosen, so that most of a step's are of one row.
+fn qwen3_moe() -> Value {
+    let mut config = qwen3(300);
+    config["architectures"] = json!(["Qwen3MoeForCausalLM"]);
+    config["model_type"] = json!("qwen3_moe");
+    for (key, value) in [
+        ("hidden_size", 144),
+        ("num_hidden_layers", 2),
+        ("num_experts", 37),
+        ("num_experts_per_tok", 3),
+        ("moe_intermediate_size", 136),
+        ("decoder_sparse_step", 1),
+    ] {
+        config[key] = json!(value);
+    }
+    config["norm_topk_prob"] = json!(true);
+    config["mlp_only_layers"] = json!([]);
+    config
+}
+
 #[test]
 fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() {
-    for (name, config, format, bound) in [
-        ("llama bf16", llama(), Format::BF16, 0.03),
-        ("llama f16", llama(), Format::F16, 0.01),
-        ("llama fp8", llama(), Format::FP8_BLOCK, 0.03),
-        ("qwen3 bf16", qwen3(5), Format::BF16, 0.03),
-        ("mimo bf16", mimo(5), Format::BF16, 0.03),
-        ("mimo fp8", mimo_fused(), Format::FP8_BLOCK, 0.03),
+    for (name, config, format, experts, bound) in [
+        ("llama bf16", llama(), Format::BF16, None, 0.03),
+        ("llama f16", llama(), Format::F16, None, 0.01),
+        ("llama fp8", llama(), Format::FP8_BLOCK, None, 0.03),
+        ("qwen3 bf16", qwen3(5), Format::BF16, None, 0.03),
+        ("qwen3 moe f16", qwen3_moe(), Format::F16, Some(Format::F16), 0.01),
+        ("qwen3 moe mxfp4", qwen3_moe(), Format::BF16, Some(Format::MXFP4), 0.03),
+        ("mimo bf16", mimo(5), Format::BF16, None, 0.03),
+        ("mimo bf16", mimo(5), Format::BF16, None, 0.03),
+        ("mimo fp8", mimo_fused(), Format::FP8_BLOCK, None, 0.03),
     ] {
-        let simulation = Simulation::new(&config, format, 256);
+        let simulation = Simulation::new(&config, format, experts, 256);
         let vocab = simulation.program.vocab;
         let weights = Weights(&simulation);
         let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();

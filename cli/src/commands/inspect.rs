@@ -76,11 +76,12 @@ pub fn parameters(plan: &Plan) -> u64 {
                     }
                 }
             }
-            PackContent::ExpertPanels { layout, experts, rows, sources } => {
+            PackContent::ExpertPanels { layout: PanelLayout { k, .. }, experts, rows, sources }
+            | PackContent::ExpertOctets { k, experts, rows, sources, .. } => {
                 for source in sources {
                     if seen.insert((source.tensor.as_str(), source.start)) {
                         let rows = (*experts as u64).saturating_mul(*rows as u64);
-                        total = total.saturating_add(rows.saturating_mul(layout.k as u64));
+                        total = total.saturating_add(rows.saturating_mul(*k as u64));
                     }
                 }
             }

@@ -4,12 +4,15 @@
 use std::fmt::Write as _;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
+use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::launch::{KERNEL, SYNC_BYTES};
 use tilec_ir::pack::FP8_COLUMNS;
-use tilec_ir::resident::{Attention, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, SPAN, Stage};
+use tilec_ir::resident::{
+    Attention, CHUNK, Epilogue, Experts, Gemm, Kind, Norm, ResidentProgram, Route, SPAN, Stage,
+};
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, FORMATS, GEMM, Header, PTX, SLOT_BYTES, STEP, SharedLayout, SharedNeeds,
+    ATTENTION, BASE, BLOCK, EXPERTS, FORMATS, GEMM, Header, PTX, SLOT_BYTES, STEP, SharedLayout, SharedNeeds,
 };
 
 use crate::nvrtc::Arch;
@@ -94,17 +97,20 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
         return Err(CudaError::Counters { kv_heads: program.kv.kv_heads, context: program.context });
     }
     for (name, _, stage) in program.sequence() {
-        if let Kind::Gemm(gemm) = &stage.kind
+        if let Some(gemm) = stage.kind.gemm()
             && gemm.k > MAX_K
         {
             return Err(CudaError::Columns { stage: name, k: gemm.k });
         }
     }
     let mut out = Writer { text: String::new(), program };
-    out.head(&shared, needs.scales());
+    out.head(&shared, &needs);
     out.tables();
     out.header(&ATTENTION);
     out.header(&GEMM);
+    if needs.experts > 0 {
+        out.header(&EXPERTS);
+    }
     out.header(&STEP);
     for (prefix, stages) in out.lists() {
         for stage in stages {
@@ -112,7 +118,7 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
         }
     }
     out.roles();
-    out.kernel(&shared);
+    out.kernel(needs.experts > 0);
     Ok(CudaText { text: out.text, shared })
 }
 
@@ -122,18 +128,19 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
         scaled: false,
         qk: program.kv.qk_dim,
         v: program.kv.v_dim,
-        norm_columns: 0,
+        ..SharedNeeds::default()
     };
     for (_, _, stage) in program.sequence() {
-        match &stage.kind {
-            Kind::Gemm(gemm) => {
-                needs.operands = needs.operands.max(gemm.operands);
-                needs.scaled |= gemm.scales.is_some();
-                if gemm.norm.is_some() {
-                    needs.norm_columns = needs.norm_columns.max(gemm.k);
-                }
+        if let Some(gemm) = stage.kind.gemm() {
+            needs.operands = needs.operands.max(gemm.operands);
+            needs.scaled |= gemm.scales.is_some();
+            if gemm.norm.is_some() {
+                needs.norm_columns = needs.norm_columns.max(gemm.k);
             }
-            Kind::Attention(_) | Kind::Embed { .. } => {}
+        }
+        if let Kind::Experts(experts) = &stage.kind {
+            needs.experts = needs.experts.max(experts.experts);
+            needs.top_k = needs.top_k.max(experts.top_k);
         }
     }
     needs
@@ -166,9 +173,9 @@ impl<'p> Writer<'p> {
         self.text.push_str(header.text);
     }
 
-    fn head(&mut self, shared: &SharedLayout, scales: usize) {
+    fn head(&mut self, shared: &SharedLayout, needs: &SharedNeeds) {
         let program = self.program;
-        let bytes: u64 = program.costs().iter().map(|cost| cost.weight_bytes * cost.runs as u64).sum();
+        let bytes: u64 = program.costs().iter().map(|cost| cost.streamed_bytes(1) * cost.runs as u64).sum();
         line!(
             self,
             "// {}: a decoding step of {} layers as one resident kernel.",
@@ -191,7 +198,12 @@ impl<'p> Writer<'p> {
         line!(self, "constexpr u32 FIXED_BYTES = {};", shared.fixed);
         line!(self, "constexpr u32 GAIN_BYTES = {};", shared.gain);
         line!(self, "constexpr u32 SCRATCH_BYTES = {};", shared.scratch);
-        line!(self, "constexpr u32 SCALE_BYTES = {scales};  // of these, at the end");
+        line!(self, "constexpr u32 SCALE_BYTES = {};  // of these, at the end", needs.scales());
+        if needs.experts > 0 {
+            line!(self, "constexpr u32 ROUTES_BYTES = {};  // of the fixed ones, at the end", needs.routes());
+            let (experts, slots) = (needs.experts, needs.top_k);
+            line!(self, "constexpr u32 MAX_EXPERTS = {experts}, MAX_SLOTS = {slots};");
+        }
         line!(self, "constexpr u32 LAYERS = {};", program.layers.len());
         line!(self, "constexpr u32 STAGES = {};  // of a step", program.sequence().len());
         self.header(&BLOCK);
@@ -221,13 +233,14 @@ impl<'p> Writer<'p> {
             let bodies = list(program.layers.iter().map(|layer| layer.body as u64).collect());
             line!(self, "__constant__ u32 LAYER_BODY[LAYERS] = {{{bodies}}};");
         }
-        let gain = |stages: &[Stage], offsets: &[u64]| match stages.first().map(|stage| &stage.kind) {
-            Some(Kind::Gemm(Gemm { norm: Some(Norm { gain, .. }), .. })) => match gain {
-                Slot::Fixed(at) => *at,
-                Slot::Layer(n) => offsets[*n],
-            },
-            _ => 0,
-        };
+        let gain =
+            |stages: &[Stage], offsets: &[u64]| match stages.first().and_then(|stage| stage.kind.gemm()) {
+                Some(Gemm { norm: Some(Norm { gain, .. }), .. }) => match gain {
+                    Slot::Fixed(at) => *at,
+                    Slot::Layer(n) => offsets[*n],
+                },
+                _ => 0,
+            };
         let mut gains: Vec<u64> =
             program.layers.iter().map(|layer| gain(&program.bodies[layer.body], &layer.offsets)).collect();
         gains.push(gain(&program.after, &[]));
@@ -246,7 +259,7 @@ impl<'p> Writer<'p> {
                 line!(
                     self,
                     "  static constexpr u32 K = {k}, BLOCKS = {};",
-                    tilec_ir::pack::octet_blocks(*format, *k)
+                    tilec_ir::octet::octet_blocks(*format, *k)
                 );
                 let table = self.weight(*table);
                 self.function("const u8*", "table", "const Block& b", &format!("return {table};"));
@@ -255,7 +268,12 @@ impl<'p> Writer<'p> {
                 self.function("float*", "out", "const Block& b", &format!("return {out};"));
                 line!(self, "}};");
             }
-            Kind::Gemm(gemm) => self.gemm(&name, &stage.name, gemm),
+            Kind::Gemm(gemm) => {
+                self.open_gemm(&name, &stage.name, gemm, "", gemm.weight_bytes() as u64);
+                self.epilogue(gemm, None);
+                line!(self, "}};");
+            }
+            Kind::Experts(experts) => self.experts(&name, &stage.name, experts),
             Kind::Attention(attention) => self.attention(&name, &stage.name, attention),
         }
     }
@@ -273,12 +291,12 @@ impl<'p> Writer<'p> {
         }
     }
 
-    fn gemm(&mut self, name: &str, stage: &str, gemm: &Gemm) {
-        let bytes = gemm.weight_bytes() as u64;
+    /// What a product says of itself, but for its epilogue. `times` says how often it is made, of `bytes`.
+    fn open_gemm(&mut self, name: &str, stage: &str, gemm: &Gemm, times: &str, bytes: u64) {
         let pair = if gemm.operands == 2 { "2 x " } else { "" };
         line!(
             self,
-            "// {stage}: {pair}{} x {} {}, {}, {:.2} us.",
+            "// {stage}: {times}{pair}{} x {} {}, {}, {:.2} us.",
             gemm.cols,
             gemm.k,
             gemm.format,
@@ -310,21 +328,62 @@ impl<'p> Writer<'p> {
         let input = self.buffer(gemm.input);
         let elem = if half { "u16" } else { "float" };
         self.function(&format!("const {elem}*"), "input", "const Block& b", &format!("return {input};"));
-        self.epilogue(gemm);
+    }
+
+    /// A product of experts, and how they are chosen if it is the first of its layer.
+    fn experts(&mut self, name: &str, stage: &str, experts: &Experts) {
+        let Experts { gemm, experts: count, top_k, route } = experts;
+        let routes = type_name(name, "route");
+        if let Some(Route { scores, routing, correction }) = route {
+            let scoring = match routing.scoring {
+                Scoring::Softmax => "SOFTMAX",
+                Scoring::ChosenSoftmax => "CHOSEN_SOFTMAX",
+                Scoring::Sigmoid => "SIGMOID",
+            };
+            line!(self, "// The choice of {top_k} of {count} experts.");
+            line!(self, "struct {routes} {{");
+            let stride = self.program.buffer(*scores).cols;
+            line!(
+                self,
+                "  static constexpr u32 EXPERTS = {count}, SLOTS = {top_k}, STRIDE = {stride}, SCORING = {scoring};"
+            );
+            let factor = float(routing.factor);
+            line!(self, "  static constexpr bool RENORMALIZE = {};", routing.renormalize);
+            line!(self, "  static constexpr float FACTOR = {factor};");
+            let scores = format!("return {};", self.buffer(*scores));
+            self.function("const float*", "scores", "const Block& b", &scores);
+            let correction = correction.map_or("nullptr".into(), |slot| {
+                format!("reinterpret_cast<const float*>({})", self.weight(slot))
+            });
+            self.function("const float*", "correction", "const Block& b", &format!("return {correction};"));
+            line!(self, "}};");
+        }
+        let bytes = (*top_k * gemm.weight_bytes()) as u64;
+        self.open_gemm(name, stage, gemm, &format!("{top_k} of {count} times "), bytes);
+        line!(self, "  static constexpr u32 SLOTS = {top_k};");
+        line!(self, "  static constexpr bool FIRST = {};", route.is_some());
+        if route.is_some() {
+            line!(self, "  using Route = {routes};");
+        }
+        self.epilogue(gemm, Some(experts));
         line!(self, "}};");
     }
 
     /// The epilogue's pieces, composed: what it loads ahead, then bias, gate, residual and store.
-    fn epilogue(&mut self, gemm: &Gemm) {
+    fn epilogue(&mut self, gemm: &Gemm, experts: Option<&Experts>) {
         let mut carried = Vec::new();
         let mut before = Vec::new();
         let mut body = Vec::new();
         let operands = gemm.operands;
+        let chosen = if experts.is_some() { "const Chosen& chosen, " } else { "" };
         if !gemm.bias.is_empty() {
             carried.push(format!("float2 bias[{operands}];"));
             for bias in &gemm.bias {
-                let (operand, start, cols, at) =
-                    (bias.operand, bias.start, bias.cols, self.weight(bias.slot));
+                let (operand, start, cols) = (bias.operand, bias.start, bias.cols);
+                let mut at = self.weight(bias.slot);
+                if experts.is_some() {
+                    at = format!("{at} + (u64)chosen.expert * {}", cols * 4);
+                }
                 before.push(format!("load_bias(carry.bias[{operand}], {at}, {start}, {cols}, feature);"));
             }
             for operand in 0..operands {
@@ -334,21 +393,34 @@ impl<'p> Writer<'p> {
             }
         }
         let cols = gemm.cols;
-        let out = format!("{} + row * {cols}u + feature", self.buffer(gemm.output));
+        let place = match experts {
+            Some(experts) if experts.route.is_some() => format!("(row * {}u + chosen.slot)", experts.top_k),
+            _ => "row".into(),
+        };
+        let out = format!("{} + {place} * {cols}u + feature", self.buffer(gemm.output));
         let store = match self.program.buffer(gemm.output).elem {
             BufferElem::Bf16 => format!("*reinterpret_cast<u32*>({out}) = Bf16::pack(v[0].x, v[0].y);"),
             _ => format!("*reinterpret_cast<float2*>({out}) = v[0];"),
         };
         match gemm.epilogue {
             Epilogue::Store => body.push(store),
-            Epilogue::SiluGated => {
-                body.push("v[0].x = silu(v[0].x) * v[1].x; v[0].y = silu(v[0].y) * v[1].y;".into());
+            Epilogue::Gated(activation) => {
+                let gate = match activation {
+                    ActivationFn::Silu => "silu_gate(".to_string(),
+                    ActivationFn::Clamped { alpha, limit } => {
+                        format!("clamped_gate({}, {}, ", float(alpha), float(limit))
+                    }
+                };
+                body.push(format!("v[0].x = {gate}v[0].x, v[1].x); v[0].y = {gate}v[0].y, v[1].y);"));
                 body.push(store);
             }
             Epilogue::Residual => {
                 carried.push("float2 residual;".into());
                 before.push(format!("carry.residual = *reinterpret_cast<const float2*>({out});"));
-                body.push("v[0].x += carry.residual.x; v[0].y += carry.residual.y;".into());
+                body.push(match experts {
+                    Some(_) => "v[0].x = fmaf(chosen.weight, v[0].x, carry.residual.x); v[0].y = fmaf(chosen.weight, v[0].y, carry.residual.y);".into(),
+                    None => "v[0].x += carry.residual.x; v[0].y += carry.residual.y;".to_string(),
+                });
                 body.push(store);
             }
             Epilogue::Logits => {
@@ -368,12 +440,12 @@ impl<'p> Writer<'p> {
         self.function(
             "void",
             "before",
-            "const Control& b, u32 row, u32 feature, Carry& carry",
+            &format!("const Control& b, u32 row, u32 feature, {chosen}Carry& carry"),
             &format!("{guard}{}", before.join(" ")),
         );
         line!(
             self,
-            "  __device__ __forceinline__ static void finish(Control& b, u32 row, u32 feature, float2 (&v)[{operands}], const Carry& carry) {{"
+            "  __device__ __forceinline__ static void finish(Control& b, u32 row, u32 feature, {chosen}float2 (&v)[{operands}], const Carry& carry) {{"
         );
         if !guard.is_empty() {
             line!(self, "    {}", guard.trim());
@@ -465,6 +537,9 @@ impl<'p> Writer<'p> {
             "bool load_step(Loader& b)",
             |_, name, stage, _| match &stage.kind {
                 Kind::Gemm(_) => vec![format!("if (!stream<{name}>(b, {name}::weights(b))) return false;")],
+                Kind::Experts(_) => {
+                    vec![format!("if (!stream_experts<{name}>(b, {name}::weights(b))) return false;")]
+                }
                 _ => vec!["b.next_stage();".into()],
             },
             "return true;",
@@ -474,6 +549,7 @@ impl<'p> Writer<'p> {
             |_, name, stage, _| match &stage.kind {
                 Kind::Embed { .. } => vec![format!("embed<{name}>(b);")],
                 Kind::Gemm(_) => vec![format!("multiply<{name}>(b);")],
+                Kind::Experts(_) => vec![format!("multiply_experts<{name}>(b);")],
                 Kind::Attention(_) => vec![format!("attend<{name}>(b, LAYER_CACHE[b.layer]);")],
             },
             "",
@@ -490,13 +566,16 @@ impl<'p> Writer<'p> {
                         }
                         lines
                     }
+                    Kind::Experts(_) => vec![format!("finish_experts<{name}>(b);")],
                     Kind::Attention(_) => vec!["b.open_stage();".into()],
                 };
-                lines.push(match next {
-                    Next::Stage(Kind::Gemm(Gemm { norm: Some(norm), k, .. })) => {
-                        format!("b.cross({}, {});", writer.weight(norm.gain), k * 4)
-                    }
-                    Next::FirstOfLayer(number, k) if k > 0 => {
+                let norm = match next {
+                    Next::Stage(kind) => kind.gemm().and_then(|gemm| Some((gemm.norm?.gain, gemm.k))),
+                    _ => None,
+                };
+                lines.push(match (norm, next) {
+                    (Some((gain, k)), _) => format!("b.cross({}, {});", writer.weight(gain), k * 4),
+                    (_, Next::FirstOfLayer(number, k)) if k > 0 => {
                         format!("b.cross(b.args.weights + FIRST_GAIN[{number}], {});", k * 4)
                     }
                     _ => "b.cross();".into(),
@@ -516,8 +595,8 @@ impl<'p> Writer<'p> {
         let program = self.program;
         line!(self, "\n__device__ __forceinline__ {signature} {{");
         // Columns of the norm that a list begins with; 0 if it begins with something else.
-        let first = |stages: &[Stage]| match stages.first().map(|stage| &stage.kind) {
-            Some(Kind::Gemm(gemm)) if gemm.norm.is_some() => gemm.k,
+        let first = |stages: &[Stage]| match stages.first().and_then(|stage| stage.kind.gemm()) {
+            Some(gemm) if gemm.norm.is_some() => gemm.k,
             _ => 0,
         };
         let layer_k = program.bodies.first().map_or(0, |body| first(body));
@@ -553,8 +632,18 @@ impl<'p> Writer<'p> {
         line!(self, "}}");
     }
 
-    fn kernel(&mut self, shared: &SharedLayout) {
-        debug_assert!(shared.bytes() > 0);
+    fn kernel(&mut self, experts: bool) {
+        // What experts add.
+        let (routes_bytes, routed, report) = match experts {
+            true => (
+                " - ROUTES_BYTES",
+                "\n    Routes& routes = *reinterpret_cast<Routes*>(gain - ROUTES_BYTES);\
+                 \n    barrier_init(&routes.routed, CONSUMERS);\
+                 \n    routes.total = 0;",
+                "\n      report_experts(b);",
+            ),
+            false => ("", "", ""),
+        };
         let spaces: Vec<String> = self
             .lists()
             .iter()
@@ -568,7 +657,7 @@ impl<'p> Writer<'p> {
         }
         let _ = write!(
             self.text,
-            r#"static_assert(sizeof(Shared) <= FIXED_BYTES);
+            r#"static_assert(sizeof(Shared) <= FIXED_BYTES{routes_bytes});
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __grid_constant__ LaunchArgs args) {{
   u8* const memory = shared_memory();
@@ -582,7 +671,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       barrier_init(&shared.empty[i], CONSUMERS);
     }}
     barrier_init(&shared.ready, 1);
-    barrier_init(&shared.done, CONSUMERS);
+    barrier_init(&shared.done, CONSUMERS);{routed}
     for (u32 i = 0; i < SUM_BUFFERS; ++i) {{
       barrier_init(&shared.sums_full[i], CONSUMERS);
       barrier_init(&shared.sums_empty[i], 1);
@@ -613,7 +702,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       for (b.open_step(); b.step < *(volatile u32*)&shared.steps; b.open_step()) {{
         control_step(b);
         choose(b);
-      }}
+      }}{report}
     }}
   }}
 }}
@@ -663,6 +752,7 @@ fn weights_type(format: Format) -> &'static str {
     match format {
         Format::BF16 => "Bf16",
         Format::FP8_BLOCK => "E4m3",
+        Format::MXFP4 => "Mxfp4",
         _ => "F16",
     }
 }

@@ -5,28 +5,46 @@ use std::collections::HashMap;
 use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::format::{Code, Format};
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
-use tilec_ir::graph::ActivationFn;
+use tilec_ir::graph::Router;
 use tilec_ir::launch::{OCTET, STEP_ROWS};
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Epilogue, Gemm, Kind, Norm, ResidentProgram, Rope, SPAN, Stage,
+    Attention, Bias, CHUNK, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, ResidentProgram,
+    Rope, Route, SPAN, Stage,
 };
-use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer};
+use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
 
 use super::packer::Packer;
-use super::tile::{TileError, cut, kv_layout, layerless, rows_of, vector_content};
+use super::tile::{TileError, cut, expert_rows, kv_layout, layerless, rows_of, vector_content};
 
 /// Weights start on lines of this many bytes: an L2 line pair, and more than a bulk copy needs.
 const WEIGHT_ALIGN: u64 = 256;
 
 /// The format that a matrix has in the kernel: what the tensor cores multiply. Formats without
 /// tensor-core products of their own are widened to halves, which hold all their digits but those
-/// of a float32. Block FP8 stays as it is in memory; the kernel widens its codes.
+/// of a float32. Block FP8 and MXFP4 stay as they are in memory; the kernel widens their codes.
 pub const fn kernel_format(format: Format) -> Format {
     match (format.code, format.block, format.block_rows) {
         (Code::Bf16, ..) => Format::BF16,
         (Code::E4m3, 128, 128) => Format::FP8_BLOCK,
+        (Code::E2m1, 32, 1) => Format::MXFP4,
         _ => Format::F16,
+    }
+}
+
+/// The format of an embedding table: no row of it is multiplied, so that its octets are opened by column.
+const fn table_format(format: Format) -> Format {
+    match kernel_format(format) {
+        Format { code: Code::E2m1, .. } => Format::F16,
+        format => format,
+    }
+}
+
+/// The format of an expert's matrices: block FP8 has its scales apart, which experts have no ring for.
+const fn expert_format(format: Format) -> Format {
+    match kernel_format(format) {
+        Format { code: Code::E4m3, .. } => Format::BF16,
+        format => format,
     }
 }
 
@@ -35,7 +53,7 @@ pub const fn kernel_format(format: Format) -> Format {
 /// # Errors
 /// An operator that no stage can run, or sizes that do not fit the tensor cores.
 pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileError> {
-    refuse_mixtures(fused)?;
+    refuse_unknown(fused)?;
     let kv = kv_layout(fused)?;
     let whole = |what: String| TileError { op: fused.name.clone(), what };
     if kv.kv_type == KvType::F32 {
@@ -57,6 +75,7 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
         of_value: HashMap::new(),
         normed: HashMap::new(),
         heads: HashMap::new(),
+        routes: HashMap::new(),
         packer: Packer::new(WEIGHT_ALIGN),
     };
     let mut program = ResidentProgram {
@@ -115,21 +134,12 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
     Ok(program)
 }
 
-/// What mixtures of experts have and the resident kernel does not yet.
-fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
+/// What models have and the resident kernel does not yet.
+fn refuse_unknown(fused: &Fused) -> Result<(), TileError> {
     const REMEDY: &str = "compile for the processor instead (`target: {device: cpu}`)";
-    // What the model is comes before what it also has.
-    let mixture = |op: &&FusedOp| matches!(op.anchor, Anchor::Route(_) | Anchor::Experts { .. });
-    if let Some(op) = fused.ops.iter().find(mixture) {
-        return Err(error(
-            op,
-            format!("the resident kernel does not have mixtures of experts yet: {REMEDY}"),
-        ));
-    }
     for op in &fused.ops {
         let missing = op.parts.iter().flat_map(|part| &part.pieces).find_map(|piece| match piece {
             Piece::Replace { .. } => Some("tokens with an embedding of their own"),
-            Piece::Gated(ActivationFn::Clamped { .. }) => Some("a clamped gate"),
             _ => None,
         });
         if let Some(missing) = missing {
@@ -142,7 +152,7 @@ fn refuse_mixtures(fused: &Fused) -> Result<(), TileError> {
 /// The scales of octets of block FP8.
 fn octet_scales(octets: &PackContent) -> Option<PackContent> {
     match octets {
-        PackContent::Octets { format, k, segments, interleave, octets } if format.scale.is_some() => {
+        PackContent::Octets { format: Format::FP8_BLOCK, k, segments, interleave, octets } => {
             let (k, segments, interleave, octets) = (*k, segments.clone(), *interleave, *octets);
             Some(PackContent::OctetScales { k, segments, interleave, octets })
         }
@@ -189,6 +199,8 @@ struct Lowering<'a> {
     of_value: HashMap<ValueId, BufferId>,
     normed: HashMap<ValueId, Normed>,
     heads: HashMap<ValueId, Heads>,
+    /// Where the scores lie that experts are chosen by, and how; nothing once they are chosen.
+    routes: HashMap<ValueId, Option<(BufferId, Router)>>,
     packer: Packer,
 }
 
@@ -206,7 +218,11 @@ impl Lowering<'_> {
                 None
             }
             Anchor::Gemm => Some(self.gemm(op, input()?, offsets)?),
-            Anchor::Route(_) | Anchor::Experts { .. } => return Err(error(op, "has experts")),
+            Anchor::Route(router) => {
+                self.route(op, input()?, router)?;
+                None
+            }
+            Anchor::Experts { top_k, per_slot } => Some(self.experts(op, *top_k, *per_slot, offsets)?),
             Anchor::Input | Anchor::Taps => {
                 return Err(error(op, "the resident kernel has no stage for drafts yet"));
             }
@@ -224,7 +240,7 @@ impl Lowering<'_> {
             return Err(error(op, "no kernel embeds with more pieces"));
         };
         let info = &self.fused.weights[weight];
-        let format = kernel_format(info.format);
+        let format = table_format(info.format);
         let octets = self.octets(op, format, &[weight.to_string()], 1)?;
         let scales = octet_scales(&octets).map(|scales| self.packer.fixed(scales));
         let table = self.packer.fixed(octets);
@@ -268,6 +284,9 @@ impl Lowering<'_> {
         };
         let names: Vec<String> = op.parts.iter().flat_map(|part| part.weights.clone()).collect();
         let first = &self.fused.weights[&names[0]];
+        // A router's input and weights keep three digits more than bfloat16 has: they decide who works.
+        let router = op.writes().iter().any(|value| self.feeds_a_choice(*value));
+        let kernel_format = if router { |_| Format::F16 } else { kernel_format };
         // Rows that a product wrote are padded to whole octets of zeros, and so are the weights.
         let (format, k) = (kernel_format(first.format), self.buffers[input.0 as usize].cols);
         if k != first.shape[1].next_multiple_of(OCTET) {
@@ -329,17 +348,12 @@ impl Lowering<'_> {
             return match &chain(part)[..] {
                 [Piece::Logits(_)] => Ok((Epilogue::Logits, self.of_value[&source])),
                 [Piece::Residual(old), Piece::Store(new)] => {
-                    let last = self.fused.ops.iter().rposition(|other| other.reads().contains(old));
-                    if last.is_none_or(|last| self.fused.ops[last].name != op.name) {
-                        return Err(error(op, "its residual is read again after the sum"));
-                    }
-                    let buffer = self.of_value[old];
-                    self.of_value.insert(*new, buffer);
+                    let buffer = self.residual(op, *old, *new)?;
                     Ok((Epilogue::Residual, buffer))
                 }
-                [Piece::Gated(ActivationFn::Silu), Piece::Store(new)] => {
+                [Piece::Gated(activation), Piece::Store(new)] => {
                     let buffer = self.half_buffer("act", *new, cols);
-                    Ok((Epilogue::SiluGated, buffer))
+                    Ok((Epilogue::Gated(*activation), buffer))
                 }
                 [Piece::Store(new)] => {
                     let buffer = self.half_buffer(layerless(&op.name), *new, cols);
@@ -382,6 +396,122 @@ impl Lowering<'_> {
         let qkv = self.buffer("qkv", BufferElem::F32, cols);
         self.heads.insert(*queries, Heads { qkv, q, k, value_scale });
         Ok((Epilogue::Store, qkv))
+    }
+
+    fn feeds_a_choice(&self, value: ValueId) -> bool {
+        let mut readers = self.fused.ops.iter().filter(|op| op.inputs.contains(&value));
+        readers.any(|op| matches!(op.anchor, Anchor::Route(_)))
+    }
+
+    /// Notes how experts are chosen, for the first stage that needs to know.
+    fn route(&mut self, op: &FusedOp, scores: ValueId, router: &Router) -> Result<(), TileError> {
+        let [Part { pieces, .. }] = &op.parts[..] else { return Err(error(op, "has several parts")) };
+        let [Piece::Store(routes)] = pieces[..] else { return Err(error(op, "has more pieces than a sink")) };
+        let Some(&buffer) = self.of_value.get(&scores) else {
+            return Err(error(op, "reads scores that have no buffer"));
+        };
+        self.routes.insert(routes, Some((buffer, router.clone())));
+        Ok(())
+    }
+
+    fn experts(
+        &mut self,
+        op: &FusedOp,
+        top_k: usize,
+        per_slot: bool,
+        offsets: &mut Option<Vec<u64>>,
+    ) -> Result<Kind, TileError> {
+        let ([input, routes], [part]) = (&op.inputs[..], &op.parts[..]) else {
+            return Err(error(op, "reads a value and its routes, and has one part"));
+        };
+        let (weights, operands) = (&part.weights, part.weights.len());
+        let [experts, rows, k] = self.fused.weights[&weights[0]].shape[..] else {
+            return Err(error(op, "its weights are no matrix an expert"));
+        };
+        if experts > MAX_EXPERTS || top_k > MAX_TOP_K {
+            let what =
+                format!("{top_k} of {experts} experts; the kernel has up to {MAX_TOP_K} of {MAX_EXPERTS}");
+            return Err(error(op, what));
+        }
+        let normed = self.normed.get(input).cloned().filter(|normed| !normed.select);
+        let source = normed.as_ref().map_or(*input, |normed| normed.source);
+        let Some(&buffer) = self.of_value.get(&source) else {
+            return Err(error(op, "reads a value that has no buffer"));
+        };
+        let Some(chosen) = self.routes.get_mut(routes) else {
+            return Err(error(op, "reads routes that nothing makes"));
+        };
+        // Whoever reads rows as they are is first; the slots are those that it makes.
+        let route = chosen.take();
+        if per_slot == route.is_some() {
+            return Err(error(op, "experts are chosen once, by the product that reads no slots"));
+        }
+        let format = expert_format(self.fused.weights[&weights[0]].format);
+        if weights.iter().any(|name| expert_format(self.fused.weights[name].format) != format) {
+            return Err(error(op, "its weights are in different formats"));
+        }
+        let route = route.map(|(scores, Router { scoring, renormalize, top_k, factor, correction })| Route {
+            scores,
+            routing: Routing { scoring, renormalize, top_k, factor },
+            correction: correction.map(|name| {
+                let content = vector_content(self.fused, &name, experts);
+                self.packer.slot(content, offsets.as_mut())
+            }),
+        });
+        let norm = normed.map(|normed| {
+            let content = PackContent::F32 { tensor: normed.gain, len: normed.len };
+            Norm { gain: self.packer.slot(content, offsets.as_mut()), eps: normed.eps }
+        });
+        let cols = rows.next_multiple_of(OCTET);
+        let bias = part.pieces.iter().filter_map(|piece| match piece {
+            Piece::ExpertBias { weight, operand } => {
+                let content = vector_content(self.fused, weight, experts * rows);
+                let slot = self.packer.slot(content, offsets.as_mut());
+                Some(Bias { operand: *operand, start: 0, slot, cols: rows })
+            }
+            _ => None,
+        });
+        let bias = bias.collect();
+        let chain: Vec<&Piece> =
+            part.pieces.iter().filter(|piece| !matches!(piece, Piece::ExpertBias { .. })).collect();
+        let (epilogue, output) = match chain[..] {
+            [Piece::Gated(activation), Piece::Store(new)] if !per_slot => {
+                (Epilogue::Gated(*activation), self.half_buffer("slots", *new, top_k * cols))
+            }
+            [Piece::Combine, Piece::Residual(old), Piece::Store(new)] if per_slot => {
+                (Epilogue::Residual, self.residual(op, *old, *new)?)
+            }
+            _ => return Err(error(op, format!("the kernel has no epilogue of experts for {chain:?}"))),
+        };
+        let sources = expert_rows(self.fused, op, weights)?;
+        let octets = PackContent::ExpertOctets { format, k, experts, rows, sources };
+        let weights = self.packer.slot(octets, offsets.as_mut());
+        let gemm = Gemm {
+            input: buffer,
+            norm,
+            select: false,
+            weights,
+            format,
+            scales: None,
+            k: k.next_multiple_of(OCTET),
+            operands,
+            bias,
+            epilogue,
+            output,
+            cols,
+        };
+        Ok(Kind::Experts(Experts { gemm, experts, top_k, route }))
+    }
+
+    /// The buffer in which `old` becomes `new`: nobody reads the old one behind this operator.
+    fn residual(&mut self, op: &FusedOp, old: ValueId, new: ValueId) -> Result<BufferId, TileError> {
+        let last = self.fused.ops.iter().rposition(|other| other.reads().contains(&old));
+        if last.is_none_or(|last| self.fused.ops[last].name != op.name) {
+            return Err(error(op, "its residual is read again after the sum"));
+        }
+        let buffer = self.of_value[&old];
+        self.of_value.insert(new, buffer);
+        Ok(buffer)
     }
 
     fn attention(
@@ -451,7 +581,7 @@ impl Lowering<'_> {
         let reader = self.fused.ops.iter().find(|op| op.inputs.contains(&value));
         let weight = reader.and_then(|op| op.parts.first()?.weights.first());
         let elem = match weight.map(|name| kernel_format(self.fused.weights[name].format)) {
-            Some(Format::BF16 | Format::FP8_BLOCK) => BufferElem::Bf16,
+            Some(Format::BF16 | Format::FP8_BLOCK | Format::MXFP4) => BufferElem::Bf16,
             _ => BufferElem::F32,
         };
         let buffer = self.buffer(name, elem, cols);

@@ -482,11 +482,7 @@ impl Tiler<'_> {
         let weight = &self.fused.weights[&weights[0]];
         let (experts, rows, k) = (weight.shape[0], weight.shape[1], weight.shape[2]);
         let layout = PanelLayout::new(weight.format, k);
-        let sources = weights.iter().map(|name| match &self.fused.weights[name].view {
-            None => Ok(RowView { tensor: name.clone(), start: 0, block: 1, stride: 1 }),
-            Some(view) => rows_of(op, view, k),
-        });
-        let sources = sources.collect::<Result<Vec<_>, _>>()?;
+        let sources = expert_rows(self.fused, op, weights)?;
         Ok((PackContent::ExpertPanels { layout, experts, rows, sources }, layout))
     }
 
@@ -531,6 +527,22 @@ pub(super) fn vector_content(fused: &Fused, name: &str, len: usize) -> PackConte
             PackContent::Elements { tensor: tensor.clone(), len, start, block, stride }
         }
     }
+}
+
+/// Where the rows of matrices of all experts lie.
+pub(super) fn expert_rows(
+    fused: &Fused,
+    op: &FusedOp,
+    weights: &[String],
+) -> Result<Vec<RowView>, TileError> {
+    let source = |name: &String| {
+        let weight = &fused.weights[name];
+        match &weight.view {
+            None => Ok(RowView { tensor: name.clone(), start: 0, block: 1, stride: 1 }),
+            Some(view) => rows_of(op, view, weight.shape[2]),
+        }
+    };
+    weights.iter().map(source).collect()
 }
 
 /// A view of elements as one of rows of `k` columns.

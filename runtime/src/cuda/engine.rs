@@ -54,7 +54,9 @@ const PASS_WORDS: usize = 64;
 const STALL: usize = 0;
 const HALT: usize = 32;
 const DONE: usize = 64;
-const MAIL_WORDS: usize = 96;
+/// Experts whose weights were streamed, summed up.
+const STREAMED: usize = 96;
+const MAIL_WORDS: usize = 128;
 
 /// The kernel's `f32` and `u32`.
 const WORD: usize = 4;
@@ -82,10 +84,22 @@ pub struct CudaEngine {
     /// What pages are filled with that change hands: zero, or [`POISON`].
     fresh: u8,
     patience: Duration,
+    /// How experts are chosen, if not by the model.
+    routing: Option<RandomRouting>,
     /// Why this engine cannot go on.
     poisoned: Option<String>,
     /// Last: everything above was made by it.
     device: Box<dyn Device>,
+}
+
+/// Experts that are chosen at random, all with the same weight, for measurements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RandomRouting {
+    /// Thousandths of a row's experts that all rows of a step choose alike, rounded down to whole experts;
+    /// each row chooses the others by itself.
+    pub shared_permille: u16,
+    /// Start of the random numbers.
+    pub seed: u32,
 }
 
 /// How a wait for the device ended, if not well.
@@ -144,6 +158,7 @@ impl CudaEngine {
             pages,
             fresh: 0,
             patience: options.patience,
+            routing: None,
             poisoned: None,
             device,
         };
@@ -423,6 +438,7 @@ impl CudaEngine {
             chosen: 0,
             halt: mail(HALT),
             trace: self.trace.as_ref().map_or(0, Memory::address),
+            experts: mail(STREAMED),
             patience_ns: u64::try_from(self.patience.as_nanos()).unwrap_or(u64::MAX),
             rows: rows as u32,
             logit_rows: logit_rows as u32,
@@ -433,6 +449,8 @@ impl CudaEngine {
             stop_tokens: [0; STOP_TOKENS],
             in_flight: in_flight(self.device.memory_rate(), self.device.blocks()),
             zero: 0,
+            routing: self.routing.map_or(0, |routing| 1 + u32::from(routing.shared_permille)),
+            routing_seed: self.routing.map_or(0, |routing| routing.seed),
         }
     }
 
@@ -497,6 +515,16 @@ impl CudaEngine {
         };
         self.poisoned = Some(error.to_string());
         error
+    }
+
+    /// From now on experts are chosen so; by the model if `None`.
+    pub fn set_routing(&mut self, routing: Option<RandomRouting>) {
+        self.routing = routing;
+    }
+
+    /// Experts whose weights were streamed since this was asked for last, in all steps and layers.
+    pub fn take_streamed_experts(&mut self) -> u32 {
+        self.mail.words()[STREAMED].swap(0, Ordering::Relaxed)
     }
 
     /// Times of the last step, in nanoseconds.

@@ -8,8 +8,9 @@ use crate::engine::{EngineError, EngineOptions, open_checkpoint, packed_weights}
 use crate::pack::{PackError, PackedWeights, pack};
 use std::collections::BTreeMap;
 use tilec_ir::format::Format;
-use tilec_ir::launch::{OCTET, OCTET_BLOCK};
-use tilec_ir::pack::{PackContent, PackItem, Packing, RowSegment, octet_blocks};
+use tilec_ir::launch::OCTET;
+use tilec_ir::octet::octet_bytes;
+use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, RowSegment};
 use tilec_ir::plan::{Plan, WeightsFrom};
 use tilec_ir::tensor::TensorInfo;
 
@@ -163,13 +164,14 @@ fn fill(
     drop(host);
     for ((kind, k), items) in repeated {
         let host = random_item(kind, k, seed, block)?;
+        let unit = kind.unit(k) as u64;
         let source = device.allocate("block of weights", Some(host.len()), "model.synthetic")?;
         staging.upload(device, source.address(), host.as_slice(), &mut |_| ())?;
         let mut number = 0u64;
         for (offset, bytes) in items {
             let mut at = 0;
             while at < bytes {
-                let (from, len) = source_range(number, source.bytes() as u64, bytes - at);
+                let (from, len) = source_range(number, unit, source.bytes() as u64, bytes - at);
                 let to = weights.address() + offset + at;
                 // SAFETY: inside of the block and of the item; the block stays until the wait below.
                 unsafe { device.copy_within(to, source.address() + from, len as usize) }?;
@@ -190,6 +192,7 @@ fn fill(
 enum Kind {
     F16,
     Bf16,
+    Mxfp4,
     Fp8,
     Fp8Scales,
 }
@@ -199,21 +202,35 @@ impl Kind {
         match self {
             Kind::F16 => Format::F16,
             Kind::Bf16 => Format::BF16,
+            Kind::Mxfp4 => Format::MXFP4,
             Kind::Fp8 | Kind::Fp8Scales => Format::FP8_BLOCK,
         }
     }
+
+    /// Bytes of an octet, or of its scales: what is copied as a whole, so that padding stays where it is.
+    fn unit(self, k: usize) -> usize {
+        match self {
+            Kind::Fp8Scales => k.div_ceil(FP8_COLUMNS) * 4,
+            // Of a plan that was verified: it can be counted.
+            kind => octet_bytes(kind.format(), k).unwrap_or(1),
+        }
+    }
+
+    /// The kind of octets of this format.
+    fn of(format: Format) -> Option<Kind> {
+        [Kind::F16, Kind::Bf16, Kind::Mxfp4, Kind::Fp8].into_iter().find(|kind| kind.format() == format)
+    }
 }
 
-/// Kind and columns of an item that may be repeated: octets without padding, which would have to be zero,
-/// and scales.
+/// Kind and columns of an item that may be repeated: octets of eight features each, and their scales.
 fn repeatable(content: &PackContent) -> Option<(Kind, usize)> {
     let whole = |segments: &[RowSegment]| segments.iter().all(|segment| segment.rows.is_multiple_of(OCTET));
     match content {
         PackContent::Octets { format, k, segments, .. } => {
-            let kind =
-                [Kind::F16, Kind::Bf16, Kind::Fp8].into_iter().find(|kind| kind.format() == *format)?;
-            let bits = k.checked_mul(OCTET * format.code.bits())?;
-            (bits.is_multiple_of(OCTET_BLOCK * 8) && whole(segments)).then_some((kind, *k))
+            Kind::of(*format).filter(|_| whole(segments)).map(|kind| (kind, *k))
+        }
+        PackContent::ExpertOctets { format, k, rows, .. } => {
+            Kind::of(*format).filter(|_| rows.is_multiple_of(OCTET)).map(|kind| (kind, *k))
         }
         PackContent::OctetScales { k, segments, .. } => whole(segments).then_some((Kind::Fp8Scales, *k)),
         _ => None,
@@ -224,7 +241,7 @@ fn repeatable(content: &PackContent) -> Option<(Kind, usize)> {
 fn random_item(kind: Kind, k: usize, seed: u64, bytes: usize) -> Result<PackedWeights, EngineError> {
     let format = kind.format();
     let block_octets = format.block_rows.div_ceil(OCTET);
-    let octet = octet_blocks(format, k) * OCTET_BLOCK;
+    let octet = octet_bytes(format, k).unwrap_or(1);
     let octets = (bytes / octet).max(1).next_multiple_of(block_octets);
     let rows = octets * OCTET;
     let name = format!("block of {k} columns");
@@ -242,13 +259,12 @@ fn random_item(kind: Kind, k: usize, seed: u64, bytes: usize) -> Result<PackedWe
 }
 
 /// Where copy `number` of a block of `block` bytes starts, and how long it is if `left` are wanted: from
-/// another place each time, a whole number of [`OCTET_BLOCK`]s.
-fn source_range(number: u64, block: u64, left: u64) -> (u64, u64) {
-    let unit = OCTET_BLOCK as u64;
+/// another place each time, a whole number of `unit`s.
+fn source_range(number: u64, unit: u64, block: u64, left: u64) -> (u64, u64) {
     let units = (block / unit).max(1);
     // A prime stride visits many places; half of the block keeps the copies long.
     let from = (number.wrapping_mul(7919) % units.div_ceil(2)) * unit;
-    (from, left.min(block - from))
+    (from, left.min(units * unit - from))
 }
 
 #[cfg(test)]
@@ -257,6 +273,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
     use std::sync::Arc;
+    use tilec_ir::pack::RowView;
 
     fn device() -> FakeDevice {
         FakeDevice::new(Arc::new(|_| Ok(())))
@@ -289,6 +306,9 @@ mod tests {
             ("c".to_string(), TensorInfo::new([12, 64], Format::BF16)),
             ("d".to_string(), TensorInfo::new([16, 32], Format::F16)),
             ("e".to_string(), TensorInfo::new([512, 192], Format::FP8_BLOCK)),
+            ("f.0".to_string(), TensorInfo::new([24, 40], Format::MXFP4)),
+            ("f.1".to_string(), TensorInfo::new([24, 40], Format::MXFP4)),
+            ("f.2".to_string(), TensorInfo::new([24, 40], Format::MXFP4)),
             ("norm".to_string(), TensorInfo::new([70], Format::F32)),
         ]);
         let checkpoint = Checkpoint::synthetic(serde_json::Value::Null, 3, tensors);
@@ -312,6 +332,10 @@ mod tests {
         add(PackContent::F32 { tensor: "norm".into(), len: 70 });
         add(octets(Format::BF16, 64, &[("c", 12)]));
         add(octets(Format::F16, 32, &[("d", 16)]));
+        let view = RowView { tensor: "f.{}".into(), start: 0, block: 1, stride: 1 };
+        let sources = vec![view];
+        // 40 columns: most of an octet is padding.
+        add(PackContent::ExpertOctets { format: Format::MXFP4, k: 40, experts: 3, rows: 24, sources });
         let fp8 = octets(Format::FP8_BLOCK, 192, &[("e", 512)]);
         if let PackContent::Octets { k, segments, interleave, octets, .. } = fp8.clone() {
             add(PackContent::OctetScales { k, segments, interleave, octets });
@@ -348,33 +372,35 @@ mod tests {
                 continue;
             };
             let source = random_item(kind, k, 3, block).unwrap();
-            // Scales are words, of a block that is shorter than the item.
-            let unit = if kind == Kind::Fp8Scales { 4 } else { OCTET_BLOCK };
+            let unit = kind.unit(k);
             let blocks: HashSet<&[u8]> = source.as_slice().chunks(unit).collect();
             let mut seen = HashSet::new();
             for piece in found[range].chunks(unit) {
-                assert!(blocks.contains(piece), "a block of the source, whole");
+                assert!(blocks.contains(piece), "an octet of the source, whole");
                 seen.insert(piece);
             }
-            assert!(seen.len() > 1, "copies start at different places");
+            // The few octets of the source lie in one block of 128 rows, with the same scales.
+            assert!(seen.len() > 1 || kind == Kind::Fp8Scales, "copies start at different places");
         }
         assert!(found[at..].iter().all(|byte| *byte == 0));
         // The one with a padded octet is not repeated.
         let repeats: Vec<bool> =
             packing.items.iter().map(|item| repeatable(&item.content).is_some()).collect();
-        assert_eq!(repeats, [true, false, false, true, true, true]);
+        assert_eq!(repeats, [true, false, false, true, true, true, true]);
     }
 
     #[test]
     fn copies_start_all_over_the_block() {
         let block = 64 << 20;
-        let starts: HashSet<u64> = (0..256).map(|number| source_range(number, block, u64::MAX).0).collect();
+        let starts: HashSet<u64> =
+            (0..256).map(|number| source_range(number, 512, block, u64::MAX).0).collect();
         assert_eq!(starts.len(), 256);
         for number in 0..256 {
-            let (from, len) = source_range(number, block, u64::MAX);
-            assert!(from.is_multiple_of(OCTET_BLOCK as u64) && from + len == block && len >= block / 2);
-            assert_eq!(source_range(number, block, 100), (from, 100));
+            let (from, len) = source_range(number, 512, block, u64::MAX);
+            assert!(from.is_multiple_of(512) && from + len == block && len >= block / 2);
+            assert_eq!(source_range(number, 512, block, 100), (from, 100));
         }
-        assert_eq!(source_range(9, 512, 4096), (0, 512));
+        assert_eq!(source_range(9, 512, 512, 4096), (0, 512));
+        assert_eq!(source_range(9, 500, 512, 4096), (0, 500));
     }
 }

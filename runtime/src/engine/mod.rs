@@ -16,6 +16,7 @@ pub use error::{EngineError, StepError};
 
 use crate::checkpoint::Checkpoint;
 use crate::conversion::Conversion;
+use crate::cuda::RandomRouting;
 use crate::cuda::{self, CudaEngine};
 use crate::kv::PageTable;
 use crate::memory::Breakdown;
@@ -575,6 +576,27 @@ impl Engine {
         match &self.back {
             Back::Cpu(back) => back.profile(),
             Back::Cuda(back) => back.profile(),
+        }
+    }
+
+    /// From now on experts are chosen so, for measurements; by the model if `None`. False, and nothing
+    /// changes, on a processor.
+    pub fn set_routing(&mut self, routing: Option<RandomRouting>) -> bool {
+        match &mut self.back {
+            Back::Cpu(_) => false,
+            Back::Cuda(back) => {
+                back.set_routing(routing);
+                true
+            }
+        }
+    }
+
+    /// Experts whose weights were streamed since this was asked for last, over all steps and layers.
+    /// `None` on a processor.
+    pub fn take_streamed_experts(&mut self) -> Option<u32> {
+        match &mut self.back {
+            Back::Cpu(_) => None,
+            Back::Cuda(back) => Some(back.take_streamed_experts()),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The measurements on a GPU: steps of the resident kernel, beside what its memory allows.
 
-use crate::args::{BenchArgs, BenchOutput};
+use crate::args::{BenchArgs, BenchOutput, Routing};
 use crate::commands::bench::random_tokens;
 use crate::commands::inspect::parameters;
 use crate::stats::Spread;
@@ -15,7 +15,7 @@ use std::time::Instant;
 use tilec_ir::cost::StageCost;
 use tilec_ir::launch::STEP_ROWS;
 use tilec_ir::plan::{Plan, PlanLimits};
-use tilec_runtime::cuda::{Ceiling, DeviceInfo};
+use tilec_runtime::cuda::{Ceiling, DeviceInfo, RandomRouting};
 use tilec_runtime::engine::{Engine, RowInput};
 use tilec_runtime::memory::Breakdown;
 
@@ -35,18 +35,35 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
     ui::note("measuring the GPU's memory");
     let (gpu, ceiling) = ceiling::gpu_read_ceiling(&plan.target.arch)?;
     let mut engine = session::load(folder, &args.weights, false, false)?;
+    let shared_permille = match args.routing {
+        Routing::Model => None,
+        Routing::Random(share) => Some((share * 1000.0) as u16),
+    };
+    if shared_permille.is_some() && expert_layers(plan) == 0 {
+        bail!("{} has no experts to choose: leave --routing out", plan.name);
+    }
     let progress = ui::step_progress("measuring", cases.tests.len() as u64);
     let mut lines = Vec::new();
     for test in &cases.tests {
         let mut seconds = Vec::with_capacity(repeats);
+        let mut streamed = Vec::new();
         // The first finds cold caches and low clocks.
         for repeat in 0..=repeats {
+            let seed = repeat as u32;
+            engine
+                .set_routing(shared_permille.map(|shared_permille| RandomRouting { shared_permille, seed }));
+            engine.take_streamed_experts();
             let measured = measure(&mut engine, test)?;
             if repeat > 0 {
                 seconds.push(measured);
+                streamed.extend(engine.take_streamed_experts().filter(|experts| *experts > 0));
             }
         }
-        lines.push(Line::new(plan, *test, seconds));
+        let choices = test.passes(plan) as f64 * expert_layers(plan) as f64;
+        let distinct = (!streamed.is_empty() && choices > 0.0).then(|| {
+            streamed.iter().map(|experts| f64::from(*experts)).sum::<f64>() / streamed.len() as f64 / choices
+        });
+        lines.push(Line::new(plan, *test, seconds, distinct));
         progress.inc(1);
     }
     progress.finish_and_clear();
@@ -185,20 +202,36 @@ impl Test {
         }
     }
 
+    /// Launches' worth of steps in one measurement: each reads the weights once.
+    fn passes(&self, plan: &Plan) -> usize {
+        match self {
+            Test::Decode { rows, steps, .. } => steps * rows.div_ceil(STEP_ROWS),
+            Test::Block { rows, .. } => BLOCK_STEPS * rows.div_ceil(STEP_ROWS),
+            Test::Prompt { tokens } => {
+                let most = plan.limits.max_rows.max(1);
+                (0..*tokens).step_by(most).map(|at| most.min(tokens - at).div_ceil(STEP_ROWS)).sum()
+            }
+        }
+    }
+
     /// Bytes that must be read and written, and those that the kernel moves: it reads the weights once
-    /// for every [`STEP_ROWS`] rows.
-    fn bytes(&self, plan: &Plan) -> (f64, f64) {
+    /// for every [`STEP_ROWS`] rows; of experts those of `distinct` ones each time, or as many as are to be
+    /// expected.
+    fn bytes(&self, plan: &Plan, distinct: Option<f64>) -> (f64, f64) {
         let passes = |rows: usize| rows.div_ceil(STEP_ROWS);
         match self {
             Test::Decode { rows, start, steps, .. } => {
                 // Steps that are equally long apart are at their mean position on average.
                 let mean = *start as f64 + (*steps - 1) as f64 / 2.0;
-                let bytes = |passes| resident_step_bytes(&plan.costs, passes, *rows, *rows, mean, *rows);
+                let bytes =
+                    |passes| resident_step_bytes(&plan.costs, distinct, passes, *rows, *rows, mean, *rows);
                 (bytes(1), bytes(passes(*rows)))
             }
             Test::Block { rows, context } => {
-                let bytes =
-                    |passes| resident_step_bytes(&plan.costs, passes, passes, *rows, *context as f64, *rows);
+                let context = *context as f64;
+                let bytes = |passes| {
+                    resident_step_bytes(&plan.costs, distinct, passes, passes, *rows, context, *rows)
+                };
                 (bytes(1), bytes(passes(*rows)))
             }
             Test::Prompt { tokens } => {
@@ -207,7 +240,7 @@ impl Test {
                 steps.fold((0.0, 0.0), |(must, does), (start, rows)| {
                     let logits = usize::from(start + rows == *tokens);
                     let bytes = |passes, logits| {
-                        resident_step_bytes(&plan.costs, passes, passes, rows, start as f64, logits)
+                        resident_step_bytes(&plan.costs, distinct, passes, passes, rows, start as f64, logits)
                     };
                     // The kernel streams the head in any case.
                     (must + bytes(1, logits), does + bytes(passes(rows), 1))
@@ -219,9 +252,10 @@ impl Test {
 
 /// Bytes of a step: weights read `passes` times, caches of so many `sequences` with `context` positions
 /// each, activations of so many `rows`. Without `logit_rows` the head is left out; with any, it is read
-/// in all passes.
+/// in all passes. Of experts `distinct` are read in a pass; as many as are to be expected if that is unknown.
 pub fn resident_step_bytes(
     costs: &[StageCost],
+    distinct: Option<f64>,
     passes: usize,
     sequences: usize,
     rows: usize,
@@ -233,11 +267,21 @@ pub fn resident_step_bytes(
             true => (if logit_rows == 0 { 0 } else { passes }, logit_rows),
             false => (passes, rows),
         };
-        cost.weight_bytes as f64 * passes as f64
+        let weights = match distinct.filter(|_| cost.experts > 0) {
+            Some(distinct) => cost.weight_bytes as f64 * distinct / cost.experts as f64,
+            None => cost.streamed_bytes(rows.div_ceil(passes.max(1))) as f64,
+        };
+        weights * passes as f64
             + cost.kv_bytes_per_position as f64 * context * sequences as f64
             + (cost.activation_bytes_per_row * rows as u64) as f64
     };
     costs.iter().map(|cost| cost.runs as f64 * one(cost)).sum()
+}
+
+/// Layers with experts.
+pub fn expert_layers(plan: &Plan) -> usize {
+    // Two stages each: into the intermediate columns and back.
+    plan.costs.iter().filter(|cost| cost.experts > 0).map(|cost| cost.runs).sum::<usize>() / 2
 }
 
 /// Measures once: seconds of a step, or of the prompt.
@@ -326,14 +370,16 @@ struct Line {
     floor_bytes: f64,
     /// Bytes that are moved.
     bytes: f64,
+    /// Experts of a layer whose weights were read in a pass, on average.
+    distinct: Option<f64>,
 }
 
 impl Line {
-    fn new(plan: &Plan, test: Test, seconds: Vec<f64>) -> Line {
+    fn new(plan: &Plan, test: Test, seconds: Vec<f64>, distinct: Option<f64>) -> Line {
         let nothing = Spread { mean: 0.0, stddev: 0.0, median: 0.0, min: 0.0, max: 0.0 };
         let spread = Spread::of(seconds.iter().copied()).unwrap_or(nothing);
-        let (floor_bytes, bytes) = test.bytes(plan);
-        Line { test, rows: test.rows(plan), seconds, spread, floor_bytes, bytes }
+        let (floor_bytes, bytes) = test.bytes(plan, distinct);
+        Line { test, rows: test.rows(plan), seconds, spread, floor_bytes, bytes, distinct }
     }
 
     fn tokens_per_second(&self) -> f64 {
@@ -361,6 +407,7 @@ impl Report<'_> {
             ("test", Align::Left),
             ("rows", right),
             ("context", right),
+            ("experts", right),
             ("ms", right),
             ("±", right),
             ("t/s", right),
@@ -377,6 +424,7 @@ impl Report<'_> {
                 line.test.name(),
                 line.rows.to_string(),
                 line.test.context().to_string(),
+                line.distinct.map_or("-".into(), |distinct| format!("{distinct:.1}")),
                 format!("{:.4}", line.spread.median * 1e3),
                 format!("{:.4}", line.spread.stddev * 1e3),
                 format!("{:.1}", line.tokens_per_second()),
@@ -392,7 +440,7 @@ impl Report<'_> {
             "{}, {} parameters, {} packed, {}\n\n{}\n\
              ms: median of {} repeats, of a step, or of the whole prompt (pp). GB: what the kernel moves; it \
              reads the weights once for every {STEP_ROWS} rows. floor: the weights once, each context and the \
-             activations, at the read ceiling.\n\
+             activations, at the read ceiling. experts: those of a layer whose weights a pass reads.\n\
              read ceiling {:.0} GB/s, median {:.0} GB/s of {} passes over {}\n\
              GPU memory: weights {}, KV cache {}, activations and tables {}\n",
             self.plan.name,
@@ -418,6 +466,7 @@ impl Report<'_> {
                 "test": line.test.name(),
                 "rows": line.rows,
                 "context": line.test.context(),
+                "distinct_experts": line.distinct,
                 "tokens": line.test.tokens(),
                 "seconds": line.spread,
                 "samples_s": line.seconds,
@@ -588,15 +637,15 @@ pub mod tests {
     fn bytes_are_those_of_weights_contexts_and_rows() {
         let plan = toy_plan();
         // Mean position 104.5; 3 caches in each of 2 layers.
-        let bytes = Test::Decode { rows: 3, context: 105, start: 100, steps: 10 }.bytes(&plan);
+        let bytes = Test::Decode { rows: 3, context: 105, start: 100, steps: 10 }.bytes(&plan, None);
         let expected = 7000.0 + 2.0 * 3.0 * 8.0 * 104.5 + 3.0 * (100.0 + 2.0 * 14.0 + 20.0);
         assert_eq!(bytes, (expected, expected));
         // Two passes: the weights twice, the one cache twice.
-        let (must, does) = Test::Block { rows: 9, context: 50 }.bytes(&plan);
+        let (must, does) = Test::Block { rows: 9, context: 50 }.bytes(&plan, None);
         assert_eq!(must, 7000.0 + 2.0 * 8.0 * 50.0 + 9.0 * 148.0);
         assert_eq!(does, 14000.0 + 4.0 * 8.0 * 50.0 + 9.0 * 148.0);
         // Steps of 16 rows and of 4, of which the second has one row of logits.
-        let (must, does) = Test::Prompt { tokens: 20 }.bytes(&plan);
+        let (must, does) = Test::Prompt { tokens: 20 }.bytes(&plan, None);
         assert_eq!(must, 2000.0 + 16.0 * 128.0 + 7000.0 + 2.0 * 8.0 * 16.0 + 4.0 * 128.0 + 20.0);
         // Three passes, and the head in all of them.
         let head = 20.0;
@@ -619,7 +668,7 @@ pub mod tests {
                 driver: (13, 0),
             },
             ceiling: Ceiling { bytes: 4000, passes: vec![2e-3, 1e-3, 4e-3] },
-            lines: vec![Line::new(plan, decode, vec![4e-3, 6e-3, 5e-3])],
+            lines: vec![Line::new(plan, decode, vec![4e-3, 6e-3, 5e-3], None)],
             memory: Breakdown { weights: 7000, kv: 10, kv_used: 0, arena: 1, scratch: 2, code: 3 },
         }
     }

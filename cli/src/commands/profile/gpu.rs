@@ -245,7 +245,8 @@ impl Profile<'_> {
         let kind = |(number, name): (usize, &&str)| {
             let of = |part: &dyn Fn(&Took) -> f64| median(sums.iter().map(|sums| part(&sums[number])));
             let costs: Vec<_> = self.plan.costs.iter().filter(|cost| cost.stage == *name).cloned().collect();
-            let bytes = resident_step_bytes(&costs, 1, self.rows, self.rows, self.context as f64, self.rows);
+            let bytes =
+                resident_step_bytes(&costs, None, 1, self.rows, self.rows, self.context as f64, self.rows);
             Kind {
                 name: name.to_string(),
                 runs: of_stage.iter().filter(|kind| **kind == number).count(),

@@ -1,0 +1,237 @@
+//! Octets: the layout in which weights stream to the tensor cores, 8 features at a time.
+//!
+//! An octet is its blocks one behind the other. A block holds 64 bytes of consecutive columns of each of
+//! its 8 features, feature by feature; lane `4f + q` of a warp loads the 16 bytes `q` of feature `f`.
+//! Columns past the last and features past a matrix's last row are zero.
+//!
+//! Halves and bytes lie in the order of their columns. MXFP4 does not: a lane's 16 bytes are 32 columns,
+//! one scale's, as 4 words of 8 columns, and the codes of a word lie where few instructions make
+//! bfloat16 of them. In each 16-bit half of a word (the even columns in the lower, the odd ones in the
+//! upper half), with the sign `s` and the magnitude `eem` of a code:
+//!
+//! | bit | 15 | 14 13 | 12 | 11 | 10 | 9 | 8 7 6 | 5 4 3 | 2 1 0 |
+//! | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+//! | columns 0 and 1 | s | | | | | | eem | | |
+//! | columns 2 and 3 | | | s | | | | | eem | |
+//! | columns 4 and 5 | | | | | | s | | | eem |
+//! | columns 6 and 7 | | ee | | s | m | | | | |
+//!
+//! Shifted to where columns 0 and 1 are, and masked, a code is a bfloat16 that is `2^126` times too small.
+//! The lanes' scales follow the codes of a block, a byte each, as the exponent of the bfloat16 that makes up
+//! for it but for `2^64`, which a kernel multiplies into its sums: no product leaves the range of bfloat16.
+
+use crate::convert::PlaneView;
+use crate::format::{Code, Format};
+use crate::launch::{OCTET, OCTET_BLOCK};
+
+/// Bytes of a feature in a block.
+const PIECE: usize = OCTET_BLOCK / OCTET;
+
+/// Columns that share a scale of MXFP4.
+const MX_COLUMNS: usize = Format::MXFP4.block;
+
+/// Scales of MXFP4, as their stored bytes, with which every code is a normal bfloat16: 2^-60 to 2^65.
+pub const MX_SCALES: std::ops::RangeInclusive<u8> = 67..=192;
+
+/// What is added to the byte of a scale: it counts from 127, and `126 - 64` has to be made up for.
+const MX_EXPONENT: u8 = 62;
+
+/// Blocks of an octet of `k` columns: a block holds 64 bytes of each of its features.
+pub const fn octet_blocks(format: Format, k: usize) -> usize {
+    k.div_ceil(PIECE * 8 / format.code.bits())
+}
+
+/// Bytes of a block, with the scales that lie in it.
+pub const fn octet_block_bytes(format: Format) -> usize {
+    match format.code {
+        Code::E2m1 => OCTET_BLOCK + OCTET * PIECE * 2 / MX_COLUMNS,
+        _ => OCTET_BLOCK,
+    }
+}
+
+/// Bytes of an octet of `k` columns, or `None` if they cannot be counted.
+pub fn octet_bytes(format: Format, k: usize) -> Option<usize> {
+    octet_blocks(format, k).checked_mul(octet_block_bytes(format))
+}
+
+/// Why rows of MXFP4 cannot be laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the scale of row {row}, columns {column} and on is {}", scale_text(*.byte))]
+pub struct ScaleError {
+    /// Row of those given.
+    pub row: usize,
+    /// First column of the block.
+    pub column: usize,
+    /// The scale as it is stored.
+    pub byte: u8,
+}
+
+fn scale_text(byte: u8) -> String {
+    match byte {
+        255 => "NaN".into(),
+        _ => format!("2^{}; the kernel has scales from 2^-60 to 2^65", i32::from(byte) - 127),
+    }
+}
+
+/// The columns 2i and 2i + 1, a byte of codes as they are stored, in their places in a word; by i of 4.
+const PLACES: [[u32; 256]; 4] = {
+    const fn place(pair: usize, code: u32) -> u32 {
+        let (sign, magnitude) = (code >> 3, code & 7);
+        match pair {
+            0 => sign << 15 | magnitude << 6,
+            1 => sign << 12 | magnitude << 3,
+            2 => sign << 9 | magnitude,
+            _ => (magnitude >> 1) << 13 | (magnitude & 1) << 10 | sign << 11,
+        }
+    }
+    let mut tables = [[0; 256]; 4];
+    let mut pair = 0;
+    while pair < 4 {
+        let mut byte = 0;
+        while byte < 256 {
+            tables[pair][byte] = place(pair, byte as u32 & 15) | place(pair, byte as u32 >> 4) << 16;
+            byte += 1;
+        }
+        pair += 1;
+    }
+    tables
+};
+
+/// Lays up to 8 rows of MXFP4 out as an octet, `out`, all of which is written.
+///
+/// # Errors
+/// A scale of a block that is not all zeros is NaN or outside of [`MX_SCALES`].
+///
+/// # Panics
+/// If the rows are not MXFP4, are more than 8, or `out` has another size than their octet.
+pub fn lay_mxfp4(rows: &PlaneView<'_>, out: &mut [u8]) -> Result<(), ScaleError> {
+    assert!(rows.format() == Format::MXFP4 && rows.rows() <= OCTET);
+    assert_eq!(Some(out.len()), octet_bytes(Format::MXFP4, rows.cols()));
+    let k = rows.cols();
+    for (number, block) in out.chunks_exact_mut(octet_block_bytes(Format::MXFP4)).enumerate() {
+        let (codes, scales) = block.split_at_mut(OCTET_BLOCK);
+        for (lane, (to, scale)) in codes.as_chunks_mut::<16>().0.iter_mut().zip(scales).enumerate() {
+            let (row, column) = (lane / 4, number * PIECE * 2 + lane % 4 * MX_COLUMNS);
+            let mut from = [0; 16];
+            *scale = 127;
+            if row < rows.rows() && column < k {
+                let stored = &rows.row_codes(row)[column / 2..];
+                let count = stored.len().min(16);
+                from[..count].copy_from_slice(&stored[..count]);
+                if k % 2 == 1 && column + MX_COLUMNS > k {
+                    from[count - 1] &= 0x0f;
+                }
+                let byte = rows.row_scales(rows.scales(), row)[column / MX_COLUMNS];
+                // A block of zeros may have any scale.
+                if from.iter().any(|codes| codes & 0x77 != 0) {
+                    if !MX_SCALES.contains(&byte) {
+                        return Err(ScaleError { row, column, byte });
+                    }
+                    *scale = byte + MX_EXPONENT;
+                }
+            }
+            for (word, bytes) in to.as_chunks_mut::<4>().0.iter_mut().zip(from.as_chunks::<4>().0) {
+                let places = PLACES.iter().zip(bytes);
+                let all = places.fold(0, |word, (places, byte)| word | places[usize::from(*byte)]);
+                *word = all.to_le_bytes();
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::convert::{Planes, e2m1_to_f32};
+    use half::bf16;
+
+    /// What a kernel makes of a lane's word: 8 bfloat16 numbers, in the order of their columns.
+    fn unfold(word: u32, scale: u8) -> [f32; 8] {
+        const MASK: u32 = 0x81c0_81c0;
+        let last = (word >> 6 & 0x0180_0180) | (word >> 4 & 0x0040_0040) | (word << 4 & 0x8000_8000);
+        let pairs = [word & MASK, word << 3 & MASK, word << 6 & MASK, last];
+        let factor = bf16::from_bits(u16::from(scale) << 7).to_f32();
+        let number = |half: u32| {
+            let exact = bf16::from_bits(half as u16).to_f32() * factor;
+            let rounded = bf16::from_f32(exact);
+            assert!(rounded.to_f32() == exact && rounded.is_finite(), "{half:#x} times {factor}");
+            rounded.to_f32() * 2f32.powi(64)
+        };
+        std::array::from_fn(|column| number(pairs[column / 2] >> (column % 2 * 16) & 0xffff))
+    }
+
+    #[test]
+    fn every_code_with_every_scale_comes_back() {
+        for scale in MX_SCALES {
+            // 8 rows of 64 columns, all codes at all places of a word.
+            let mut planes = Planes::zeroed(Format::MXFP4, OCTET, 64).unwrap();
+            for (at, byte) in planes.codes.iter_mut().enumerate() {
+                let code = |column: usize| (column * 5 + at / 32) % 16;
+                *byte = (code(at * 2) | code(at * 2 + 1) << 4) as u8;
+            }
+            planes.scales.fill(scale);
+            let mut out = vec![0xee; octet_bytes(Format::MXFP4, 64).unwrap()];
+            lay_mxfp4(&planes.view(), &mut out).unwrap();
+            let mut seen = [[false; 16]; 8];
+            for row in 0..OCTET {
+                for column in 0..128 {
+                    let lane = row * 4 + column / 32;
+                    let word = &out[lane * 16 + column % 32 / 8 * 4..][..4];
+                    let word = u32::from_le_bytes(word.try_into().unwrap());
+                    let found = unfold(word, out[OCTET_BLOCK + lane])[column % 8];
+                    if column >= 64 {
+                        assert_eq!(found, 0.0);
+                        continue;
+                    }
+                    let code = planes.codes[row * 32 + column / 2] >> (column % 2 * 4) & 15;
+                    let wanted = e2m1_to_f32(code) * 2f32.powi(i32::from(scale) - 127);
+                    assert_eq!(found.to_bits(), wanted.to_bits(), "{row}, {column}: code {code}, 2^{scale}");
+                    seen[column % 8][usize::from(code)] = true;
+                }
+            }
+            assert!(seen.iter().flatten().all(|seen| *seen));
+        }
+    }
+
+    #[test]
+    fn scales_that_do_not_fit_are_refused_unless_nothing_has_them() {
+        for (byte, fits) in [(0, false), (66, false), (67, true), (192, true), (193, false), (255, false)] {
+            let mut planes = Planes::zeroed(Format::MXFP4, 3, 40).unwrap();
+            planes.scales.fill(127);
+            planes.scales[3] = byte;
+            let mut out = vec![0; octet_bytes(Format::MXFP4, 40).unwrap()];
+            // Zeros, one of them negative.
+            planes.codes[36] = 0x80;
+            assert_eq!(lay_mxfp4(&planes.view(), &mut out), Ok(()));
+            planes.codes[38] = 0x30;
+            let wanted = if fits { Ok(()) } else { Err(ScaleError { row: 1, column: 32, byte }) };
+            assert_eq!(lay_mxfp4(&planes.view(), &mut out), wanted);
+        }
+        let error = ScaleError { row: 1, column: 32, byte: 193 }.to_string();
+        assert!(error.contains("row 1, columns 32 and on is 2^66"), "{error}");
+        assert!(ScaleError { row: 0, column: 0, byte: 255 }.to_string().ends_with("is NaN"));
+    }
+
+    #[test]
+    fn rows_of_odd_lengths_end_in_zeros() {
+        for k in [1, 31, 33, 127, 129] {
+            let mut planes = Planes::zeroed(Format::MXFP4, 1, k).unwrap();
+            planes.codes.fill(0x22);
+            planes.scales.fill(127);
+            let mut out = vec![0xee; octet_bytes(Format::MXFP4, k).unwrap()];
+            lay_mxfp4(&planes.view(), &mut out).unwrap();
+            let mut ones = 0;
+            for block in out.chunks_exact(octet_block_bytes(Format::MXFP4)) {
+                for (lane, scale) in block[OCTET_BLOCK..].iter().enumerate() {
+                    for word in block[lane * 16..][..16].as_chunks::<4>().0 {
+                        let values = unfold(u32::from_le_bytes(*word), *scale);
+                        ones += values.iter().filter(|value| **value == 1.0).count();
+                        assert!(values.iter().all(|value| [0.0, 1.0].contains(value)));
+                    }
+                }
+            }
+            assert_eq!(ones, k);
+        }
+    }
+}

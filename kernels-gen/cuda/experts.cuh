@@ -1,0 +1,260 @@
+// Mixtures of experts: which experts the step's rows choose, and products with the weights of just these.
+//
+// A layer's experts are two stages. The first (gate and up) begins with the choice: a router's scores were
+// made by the stage before, and every SM finds all rows' experts for itself, a warp a row. The loader has to
+// wait for that: it is the one place where it does not know what comes next. Then the tiles of all experts
+// that any row chose, expert by expert in ascending order, are dealt out to the SMs as those of any product.
+// Every tile is multiplied with all rows of the step, which costs nothing; of the results only those rows'
+// are stored that chose the expert, in the slot that the expert has among the row's.
+//
+// The second stage (down) has other rows for each expert: those that chose it, from their slots. An SM keeps
+// the same features for all experts, so that the row's sum over its experts is made by one lane, in
+// ascending order of the experts, right in the residual. What a row's neighbours choose changes only what
+// lies between its own terms, which is not added to it.
+//
+// A stage S says what a product says (gemm.cuh; BLOCKS, TILES and COLS are of one expert), and
+//   FIRST                whether it makes the choice and reads rows as they are; else it reads their slots
+//   SLOTS                experts of a row
+//   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32; SCORING, RENORMALIZE,
+//                        FACTOR, correction(b) [EXPERTS] or null
+//   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight
+// The generated text defines MAX_EXPERTS and MAX_SLOTS, the most that any layer has.
+
+enum Scoring : u32 { SOFTMAX, CHOSEN_SOFTMAX, SIGMOID };
+
+constexpr u32 EXPERT_WORDS = (MAX_EXPERTS + 31) / 32;
+constexpr u32 MAX_CHOSEN = STEP_ROWS * MAX_SLOTS < MAX_EXPERTS ? STEP_ROWS * MAX_SLOTS : MAX_EXPERTS;
+constexpr u32 NO_SLOT = 255;
+static_assert(EXPERT_WORDS <= LANES && STEP_ROWS == CONSUMERS, "a lane a word; a warp a row");
+
+// The choice of a layer, in shared memory behind `Shared`.
+struct Routes {
+  u64 routed;                             // barrier: the choice is made (a phase a layer)
+  u32 count;                              // experts that any row chose
+  u32 total;                              // the sum of these counts over the launch
+  u32 chosen[STEP_ROWS][EXPERT_WORDS];    // a bit an expert
+  u16 expert[MAX_CHOSEN];                 // in ascending order
+  u8 slot[STEP_ROWS][MAX_CHOSEN];         // by number in `expert`: the row's slot, or NO_SLOT
+  float weight[STEP_ROWS][MAX_SLOTS];     // by slot
+};
+static_assert(sizeof(Routes) <= ROUTES_BYTES);
+
+__device__ __forceinline__ Routes& routes_of(const Block& b) { return *reinterpret_cast<Routes*>(b.gain - ROUTES_BYTES); }
+
+// What an epilogue is told beside row and feature.
+struct Chosen {
+  u32 expert;
+  u32 slot;
+  float weight;
+};
+
+// ---- The choice ------------------------------------------------------------------------------
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (u32 x = LANES / 2; x > 0; x /= 2) v += __shfl_xor_sync(~0u, v, x);
+  return v;
+}
+
+// Any number, from several: for experts that are chosen at random.
+__device__ __forceinline__ u32 mixed(u32 a, u32 b) {
+  u32 x = (a ^ b * 0x9e3779b9u) * 0x85ebca6bu;
+  x = (x ^ x >> 15) * 0xc2b2ae35u;
+  return x ^ x >> 13;
+}
+
+// The experts of a row and their weights; a warp. Lane l has the experts l, l + 32, ...
+template <class R> __device__ __forceinline__ void choose_row(const Block& b, Routes& routes, u32 row) {
+  constexpr u32 EACH = (R::EXPERTS + LANES - 1) / LANES;
+  const u32 lane = lane_id();
+  const float* scores = R::scores(b) + row * R::STRIDE;
+  const float* correction = R::correction(b);
+  float score[EACH];
+  u32 key[EACH];  // what is compared; 0 is no expert
+#pragma unroll
+  for (u32 i = 0; i < EACH; ++i) score[i] = i * LANES + lane < R::EXPERTS ? load1(scores + i * LANES + lane) : 0.f;
+#pragma unroll
+  for (u32 i = 0; i < EACH; ++i) {
+    const u32 expert = i * LANES + lane;
+    float compared = score[i];
+    if (R::SCORING == SIGMOID) {
+      score[i] = 1.f / (1.f + expf(-score[i]));
+      if (correction && expert < R::EXPERTS) compared = score[i] + correction[expert];
+    }
+    // The addition makes -0 equal to 0.
+    key[i] = expert < R::EXPERTS ? max(ordered(compared + 0.f), 1u) : 0;
+  }
+  // For measurements: `shared` experts that all rows choose alike, then some of the row's own.
+  const bool random = b.args.routing != 0;
+  const u32 shared = random ? (b.args.routing - 1) * R::SLOTS / 1000 : 0;
+  const u32 seed = mixed(b.args.routing_seed + b.step, b.layer);
+  // The largest one after the other, the lowest expert among equals.
+  u32 mine = 0;  // bit i: expert i * LANES + lane
+  u32 largest = 0;
+#pragma unroll 1
+  for (u32 n = 0; n < R::SLOTS; ++n) {
+    if (random && (n == 0 || n == shared)) {
+#pragma unroll
+      for (u32 i = 0; i < EACH; ++i) {
+        const u32 expert = i * LANES + lane;
+        score[i] = 0.f;
+        if (expert < R::EXPERTS && !(mine >> i & 1)) key[i] = mixed(mixed(seed, n < shared ? ~0u : row), expert) | 1;
+      }
+    }
+    u32 best = 0, at = ~0u;
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) {
+      if (key[i] > best) { best = key[i]; at = i * LANES + lane; }
+    }
+    const u32 top = warp_max(best), expert = warp_min(best == top ? at : ~0u);
+    if (n == 0) largest = top;
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) {
+      if (expert == i * LANES + lane) { key[i] = 0; mine |= 1u << i; }
+    }
+  }
+  // Shares of the chosen, and what they are divided by.
+  float sum = 0.f;
+  const float top = random ? 0.f : __uint_as_float(largest & 0x80000000u ? largest & 0x7fffffffu : ~largest);
+#pragma unroll
+  for (u32 i = 0; i < EACH; ++i) {
+    if (R::SCORING != SIGMOID) score[i] = i * LANES + lane < R::EXPERTS ? expf(score[i] - top) : 0.f;
+    if (mine >> i & 1 || (R::SCORING == SOFTMAX && !R::RENORMALIZE)) sum += score[i];
+  }
+  sum = warp_sum(sum);
+  if (R::SCORING == SIGMOID) sum = R::RENORMALIZE ? sum + 1e-20f : 1.f;
+  u32 below = 0;  // chosen experts of the words before
+#pragma unroll
+  for (u32 i = 0; i < EACH; ++i) {
+    const u32 word = __ballot_sync(~0u, mine >> i & 1);
+    if (mine >> i & 1) routes.weight[row][below + __popc(word & ((1u << lane) - 1))] = score[i] / sum * R::FACTOR;
+    if (lane == 0) routes.chosen[row][i] = word;
+    below += __popc(word);
+  }
+}
+
+// Every consumer warp: the experts of all rows, and those that any of them chose.
+template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
+  constexpr u32 WORDS = (R::EXPERTS + LANES - 1) / LANES;
+  Routes& routes = routes_of(b);
+  const u32 row = anew(warp_id()), lane = anew(lane_id());
+  if (row < b.args.rows) choose_row<R>(b, routes, row);
+  else if (lane < WORDS) routes.chosen[row][lane] = 0;
+  consumers_sync();
+  u32 all = 0, own = 0;
+  if (lane < WORDS) {
+#pragma unroll
+    for (u32 r = 0; r < STEP_ROWS; ++r) all |= routes.chosen[r][lane];
+    own = routes.chosen[row][lane];
+  }
+  // Experts, and slots of the row, in the words before; then with this one.
+  u32 number = __popc(all), slot = __popc(own);
+#pragma unroll
+  for (u32 n = 1; n < LANES; n *= 2) {
+    const u32 more = __shfl_up_sync(~0u, number, n), more_slots = __shfl_up_sync(~0u, slot, n);
+    if (lane >= n) { number += more; slot += more_slots; }
+  }
+  if (row == 0 && lane == LANES - 1) {
+    routes.count = number;
+    routes.total += number;
+  }
+  number -= __popc(all);
+  slot -= __popc(own);
+#pragma unroll 1
+  for (; all; all &= all - 1, ++number) {
+    const u32 bit = all & (0u - all);
+    if (row == 0) routes.expert[number] = (u16)(lane * LANES + __ffs(bit) - 1);
+    routes.slot[row][number] = (u8)(own & bit ? slot++ : NO_SLOT);
+  }
+  __syncwarp();
+  if (lane == 0) barrier_arrive(&routes.routed);  // for the loader and control
+  consumers_sync();                               // for the consumers
+}
+
+// ---- The stages, as each role sees them ------------------------------------------------------
+
+template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, const u8* weights) {
+  const Routes& routes = routes_of(b);
+  if (S::FIRST && !b.wait_routes(&routes_of(b).routed)) return false;
+  const u32 count = routes.count;
+  auto tile = [&](u32 number, u32 tile) {
+    return stream_tile<S>(b, weights + ((u64)routes.expert[number] * S::TILES + tile) * Slots<S>::TILE_BYTES);
+  };
+  if constexpr (S::FIRST) {
+    for (u32 n = b.first_tile(); n < count * S::TILES; n += gridDim.x) {
+      if (!tile(n / S::TILES, n % S::TILES)) return false;
+    }
+    b.pass_tiles(count * S::TILES);
+  } else {
+    for (u32 number = 0; number < count; ++number) {
+      for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
+        if (!tile(number, t)) return false;
+      }
+    }
+    b.pass_tiles(S::TILES);
+  }
+  b.next_stage();
+  return true;
+}
+
+template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b) {
+  const Routes& routes = routes_of(b);
+  const u32 thread = anew(threadIdx.x);
+  u32 octet = 0;
+  b.wait_inputs();
+  if constexpr (S::FIRST) {
+    choose_experts<typename S::Route>(b);
+    const u32 tiles = routes.count * S::TILES;
+    if (b.first_tile() < tiles) {
+      Activations<S> a;
+      load_inputs<S>(b, a);
+      for (u32 n = b.first_tile(); n < tiles; n += gridDim.x) multiply_tile<S>(b, a, thread, octet);
+    }
+    b.pass_tiles(tiles);
+  } else {
+    if (b.first_tile() < S::TILES) {
+      const u32 row = anew(lane_id()) / 4;
+      for (u32 number = 0; number < routes.count; ++number) {
+        const u32 slot = routes.slot[row][number];
+        Activations<S> a;
+        load_rows<S>(b, a, row < b.args.rows && slot != NO_SLOT, row * S::SLOTS + slot);
+        for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) multiply_tile<S>(b, a, thread, octet);
+        if constexpr (!S::HALF_INPUT) consumers_sync();  // sums of rows were read
+      }
+    }
+    b.pass_tiles(S::TILES);
+  }
+  b.finish_stage();
+}
+
+template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
+  const Routes& routes = routes_of(b);
+  b.open_stage();
+  if (S::FIRST) b.wait_routes(&routes_of(b).routed);
+  const u32 lane = anew(lane_id()), row = lane / 4;
+  const u32 count = routes.count;
+  auto tile = [&](u32 number, u32 tile) {
+    const u32 feature = tile * OCTET + 2 * (lane % 4), slot = routes.slot[row][number];
+    const bool active = row < b.args.rows && slot != NO_SLOT;
+    const Chosen chosen = {routes.expert[number], slot, active ? routes.weight[row][slot] : 0.f};
+    typename S::Carry carry = {};
+    if (active) S::before(b, row, feature, chosen, carry);
+    float2 v[S::OPERANDS];
+    add_sums<S>(b, lane, v);
+    if (active) S::finish(b, row, feature, chosen, v, carry);
+  };
+  if constexpr (S::FIRST) {
+    for (u32 n = b.first_tile(); n < count * S::TILES; n += gridDim.x) tile(n / S::TILES, n % S::TILES);
+    b.pass_tiles(count * S::TILES);
+  } else {
+    for (u32 number = 0; number < count; ++number) {
+      for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) tile(number, t);
+    }
+    b.pass_tiles(S::TILES);
+  }
+}
+
+// The end of a launch: how many experts' weights it streamed.
+__device__ __forceinline__ void report_experts(const Control& b) {
+  if (blockIdx.x == 0 && lane_id() == 0 && b.args.experts) store_host(b.args.experts, load_host(b.args.experts) + routes_of(b).total);
+}
