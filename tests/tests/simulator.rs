@@ -320,7 +320,6 @@ fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() 
         ("qwen3 moe f16", qwen3_moe(), Format::F16, Some(Format::F16), 0.01),
         ("qwen3 moe mxfp4", qwen3_moe(), Format::BF16, Some(Format::MXFP4), 0.03),
         ("mimo bf16", mimo(5), Format::BF16, None, 0.03),
-        ("mimo bf16", mimo(5), Format::BF16, None, 0.03),
         ("mimo fp8", mimo_fused(), Format::FP8_BLOCK, None, 0.03),
     ] {
         let simulation = Simulation::new(&config, format, experts, 256);
@@ -462,7 +461,7 @@ fn attention_adds_up_chunks_and_spans() {
     let [mut llama, mut qwen3] = [llama(), qwen3(1500)];
     (llama["num_hidden_layers"], qwen3["num_hidden_layers"]) = (1.into(), 1.into());
     for config in [llama, qwen3, sunk, mimo(5)] {
-        let simulation = Simulation::new(&config, Format::BF16, 3072);
+        let simulation = Simulation::new(&config, Format::BF16, None, 3072);
         if !simulation.sinks().is_empty() {
             // Among the scores, below all of them, and so far above that their weights vanish.
             simulation.set_sinks(&[0.5, 3.0, -7.0, f32::NEG_INFINITY, 300.0, 6.5]);

@@ -41,7 +41,7 @@ const fn table_format(format: Format) -> Format {
 }
 
 /// The format of an expert's matrices: block FP8 has its scales apart, which experts have no ring for.
-const fn expert_format(format: Format) -> Format {
+pub const fn expert_format(format: Format) -> Format {
     match kernel_format(format) {
         Format { code: Code::E4m3, .. } => Format::BF16,
         format => format,

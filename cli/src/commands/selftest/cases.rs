@@ -34,6 +34,13 @@ pub const NARROW_HEADS: usize = 40;
 /// The cases that multiply block FP8.
 pub const FP8: std::ops::Range<usize> = 42..46;
 
+/// The cases with experts: of float16, of FP4 beside float16, of bfloat16, of FP4 beside bfloat16.
+pub const EXPERTS: std::ops::Range<usize> = MIMO.end..MIMO.end + 4;
+
+/// Deviation of a router's scores. What a rounded input can change is then a choice between experts that
+/// weigh little.
+const DECISION: f64 = 7.0;
+
 /// The case whose rows a consumer cannot keep in registers from the norm's sum to its products.
 pub const LONG_ROWS: usize = 41;
 
@@ -97,6 +104,8 @@ pub struct Case {
     pub stored: Format,
     /// Whether they are converted to block FP8.
     pub fp8: bool,
+    /// Whether its experts are converted to FP4.
+    pub fp4_experts: bool,
     /// Elements of its KV cache.
     pub kv: KvType,
     /// Decoder layers.
@@ -117,9 +126,11 @@ impl Case {
         if MIMO.contains(&number) {
             return Case::mimo(random, number);
         }
-        let qwen = !number.is_multiple_of(2);
+        let moe = EXPERTS.contains(&number);
+        let qwen = moe || !number.is_multiple_of(2);
         // A float32 matrix is rounded to float16 on packing.
         let stored = match number % 8 {
+            _ if moe => [Format::F16, Format::BF16][(number - EXPERTS.start) / 2],
             0 | 1 | 4 | 5 => Format::BF16,
             6 => Format::F32,
             _ => Format::F16,
@@ -135,7 +146,10 @@ impl Case {
             (LONG_ROWS, _) => 4224,
             (_, hidden) => hidden,
         };
-        let intermediate = random.pick(&[64, 72, 200, 256, 1000, 1536, 3000]);
+        let mut intermediate = random.pick(&[64, 72, 200, 256, 1000, 1536, 3000]);
+        if moe {
+            intermediate = intermediate.min(264);
+        }
         let vocab = random.pick(&[161, 512, 1000, 1003, 2048, 4099]);
         let layers = 1 + random.below(3);
         let kv = random.pick(&[KvType::F16, KvType::Bf16]);
@@ -147,11 +161,21 @@ impl Case {
         let first_window = random.below(2).min(layers - 1);
         let theta = random.pick(&[10_000.0, 1_000_000.0]);
         let fp8 = FP8.contains(&number);
-        let loud = stored != Format::BF16 && !fp8 && random.one_in(2);
+        let loud = stored != Format::BF16 && !fp8 && !moe && random.one_in(2);
+        // Numbers of their own: the other cases are what they were.
+        let mut routed = Random::new(seed, 10_000 + number as u64);
+        // Few enough that the last one chosen weighs little.
+        let (top_k, experts) = [(5, 5), (5, 136), (4, 24), (8, 40)][number % 4];
+        let fp4_experts = moe && (number - EXPERTS.start) % 2 == 1;
+        let renormalized = routed.one_in(2);
 
         let mut config = json!({
-            "architectures": [if qwen { "Qwen3ForCausalLM" } else { "LlamaForCausalLM" }],
-            "model_type": if qwen { "qwen3" } else { "llama" },
+            "architectures": [match () {
+                _ if moe => "Qwen3MoeForCausalLM",
+                _ if qwen => "Qwen3ForCausalLM",
+                _ => "LlamaForCausalLM",
+            }],
+            "model_type": if moe { "qwen3_moe" } else if qwen { "qwen3" } else { "llama" },
             "hidden_act": "silu",
             "hidden_size": hidden,
             "intermediate_size": intermediate,
@@ -168,6 +192,14 @@ impl Case {
             "bos_token_id": null,
             "eos_token_id": null,
         });
+        if moe {
+            config["num_experts"] = experts.into();
+            config["num_experts_per_tok"] = top_k.into();
+            config["moe_intermediate_size"] = intermediate.into();
+            config["norm_topk_prob"] = renormalized.into();
+            config["decoder_sparse_step"] = 1.into();
+            config["mlp_only_layers"] = json!([]);
+        }
         if mlp_bias {
             config["mlp_bias"] = true.into();
         }
@@ -176,8 +208,8 @@ impl Case {
             config["sliding_window"] = window.into();
             config["max_window_layers"] = first_window.into();
         }
-        let products =
-            layers * hidden * (2 * (heads + kv_heads) * head_dim + 3 * intermediate) + vocab * hidden;
+        let feed_forward = if moe { 3 * intermediate * top_k + experts } else { 3 * intermediate };
+        let products = layers * hidden * (2 * (heads + kv_heads) * head_dim + feed_forward) + vocab * hidden;
         let mut name = format!(
             "{number} {} {} kv-{} {hidden}x{intermediate} {heads}/{kv_heads}x{head_dim} L{layers} v{vocab}",
             config["model_type"].as_str().unwrap_or_default(),
@@ -192,6 +224,10 @@ impl Case {
                 name.push_str(part);
             }
         }
+        if moe {
+            let fp4 = if fp4_experts { " mxfp4" } else { "" };
+            name.push_str(&format!(" {top_k}of{experts}{fp4}"));
+        }
         if let Some(window) = window {
             name.push_str(&format!(" w{window}+{first_window}"));
         }
@@ -201,6 +237,7 @@ impl Case {
             config,
             stored,
             fp8,
+            fp4_experts,
             kv,
             layers,
             vocab,
@@ -262,6 +299,7 @@ impl Case {
             config,
             stored: Format::BF16,
             fp8,
+            fp4_experts: false,
             kv,
             layers: 2,
             vocab,
@@ -272,7 +310,7 @@ impl Case {
 
     /// Whether the products' inputs are bfloat16; else they are float16.
     pub fn multiplies_bf16(&self) -> bool {
-        self.stored == Format::BF16 || self.fp8
+        self.stored == Format::BF16 || self.fp8 || self.fp4_experts
     }
 
     /// Random tokens, a list for each purpose `stream`.
@@ -288,6 +326,9 @@ impl Case {
         if self.fp8 {
             spec.precision.weights = spec::WeightFormat::Converted(Format::FP8_BLOCK);
         }
+        if self.fp4_experts {
+            spec.precision.experts = Some(spec::WeightFormat::Converted(Format::MXFP4));
+        }
         spec.precision.activations = spec::Activations::F32;
         spec.target.device = spec::Device::Cuda;
         spec.target.arch = arch.into();
@@ -299,7 +340,7 @@ impl Case {
     fn distribution(&self, name: &str, shape: &[usize]) -> (f32, f32) {
         let of = |part: &str| name.contains(part);
         let cols = shape.last().copied().unwrap_or(1).max(1) as f32;
-        let qk_norm = self.config["model_type"] == "qwen3";
+        let qk_norm = self.config["model_type"] != "llama";
         let last = format!("layers.{}.post_attention_layernorm", self.layers - 1);
         let sharp = SHARPNESS as f32;
         match shape.len() {
@@ -309,6 +350,7 @@ impl Case {
             1 if of("norm") => (1.0, 0.3),
             1 if of("sink") => (2.0, 0.5),
             1 => (0.0, 0.3),
+            _ if of("mlp.gate.") => (0.0, DECISION as f32 / cols.sqrt()),
             _ if of("q_proj") && !qk_norm => (0.0, sharp / cols.sqrt()),
             // Queries and keys share it.
             _ if of("qkv_proj") => (0.0, (sharp / cols).sqrt()),

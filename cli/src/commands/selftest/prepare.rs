@@ -6,11 +6,11 @@ use anyhow::{Context, Result};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use tilec_codegen::compile::{self, Host, Input};
-use tilec_codegen::passes::resident::kernel_format;
+use tilec_codegen::passes::resident::{expert_format, kernel_format};
 use tilec_ir::abi::KvType;
 use tilec_ir::convert::{dequantize, quantize};
-use tilec_ir::graph::Graph;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
+use tilec_ir::graph::{EXPERT, Graph};
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::spec::ModelSpec;
 use tilec_runtime::checkpoint::Checkpoint;
@@ -119,11 +119,19 @@ pub struct KernelWeights<'a> {
 impl WeightSource for KernelWeights<'_> {
     fn tensor(&self, name: &str) -> Result<Cow<'_, [f32]>, String> {
         let mut values = self.checkpoint.tensor_f32(name).map_err(|error| error.to_string())?;
-        // What the graph calls weights may be parts of a stored matrix.
-        let known = self.graph.weights.iter().find(|(own, weight)| weight.tensor(own) == name);
+        // What the graph calls weights may be parts of a stored matrix, or of one an expert.
+        let is_read = |stored: &str| match stored.split_once(EXPERT) {
+            Some((before, behind)) => name.starts_with(before) && name.ends_with(behind),
+            None => stored == name,
+        };
+        let known = self.graph.weights.iter().find(|(own, weight)| is_read(weight.tensor(own)));
         let shape = &self.checkpoint.tensor(name).map_err(|error| error.to_string())?.shape;
         if let (Some((_, weight)), [rows, cols]) = (known, &shape[..]) {
-            let planes = quantize(kernel_format(weight.format), *rows, *cols, &values);
+            let format = match weight.shape.len() {
+                3 => expert_format(weight.format),
+                _ => kernel_format(weight.format),
+            };
+            let planes = quantize(format, *rows, *cols, &values);
             let planes = planes.map_err(|error| error.to_string())?;
             dequantize(&planes.view(), &mut values).map_err(|error| error.to_string())?;
         }
