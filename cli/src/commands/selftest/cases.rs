@@ -39,7 +39,7 @@ pub const EXPERTS: std::ops::Range<usize> = MIMO.end..MIMO.end + 4;
 
 /// Deviation of a router's scores. What a rounded input can change is then a choice between experts that
 /// weigh little.
-const DECISION: f64 = 7.0;
+const DECISION: f64 = 5.0;
 
 /// The case whose rows a consumer cannot keep in registers from the norm's sum to its products.
 pub const LONG_ROWS: usize = 41;
@@ -164,7 +164,7 @@ impl Case {
         let loud = stored != Format::BF16 && !fp8 && !moe && random.one_in(2);
         // Numbers of their own: the other cases are what they were.
         let mut routed = Random::new(seed, 10_000 + number as u64);
-        // Few enough that the last one chosen weighs little.
+        // So many that the last one chosen weighs little; once all there are.
         let (top_k, experts) = [(5, 5), (5, 136), (4, 24), (8, 40)][number % 4];
         let fp4_experts = moe && (number - EXPERTS.start) % 2 == 1;
         let renormalized = routed.one_in(2);
@@ -311,6 +311,16 @@ impl Case {
     /// Whether the products' inputs are bfloat16; else they are float16.
     pub fn multiplies_bf16(&self) -> bool {
         self.stored == Format::BF16 || self.fp8 || self.fp4_experts
+    }
+
+    /// Of so many rows, those that may be far from the reference: where two experts have nearly the same
+    /// score, a rounded input decides between them, and that may be an expert that weighs much.
+    pub fn undecided(&self, rows: usize) -> usize {
+        let of = |key: &str| self.config[key].as_u64();
+        match (of("num_experts"), of("num_experts_per_tok")) {
+            (Some(experts), Some(top_k)) if top_k < experts => rows / 8,
+            _ => 0,
+        }
     }
 
     /// Random tokens, a list for each purpose `stream`.

@@ -235,7 +235,12 @@ impl Bench<'_> {
     fn prompt(&mut self) -> Checked {
         let rows = self.prepared.prompt.len();
         self.whole = self.feed(&[rows]).map_err(ended(rows))?;
-        let found = deviation(&self.whole, &self.prepared.reference, self.case.vocab);
+        let found = deviation(
+            &self.whole,
+            &self.prepared.reference,
+            self.case.vocab,
+            self.case.undecided(self.prepared.prompt.len()),
+        );
         let found = found.map_err(|what| ended(rows)(Stop::Wrong(what)))?;
         let measured = Measured { rows, error: Some(found.typical), worst: Some(found.worst) };
         if found.worst > WORST * self.prepared.bound {

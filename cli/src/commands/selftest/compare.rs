@@ -12,17 +12,16 @@ pub struct Deviation {
     pub row: usize,
 }
 
-/// The errors of rows.
+/// The errors of rows, but for the `leave` largest.
 ///
 /// # Errors
 /// In words: if sizes differ or there are no rows, a value is not finite, or a row of the reference is
 /// zero, so that nothing can be told from it.
-pub fn deviation(found: &[f32], wanted: &[f32], cols: usize) -> Result<Deviation, String> {
+pub fn deviation(found: &[f32], wanted: &[f32], cols: usize, leave: usize) -> Result<Deviation, String> {
     shapes(found, wanted, cols)?;
     finite("the result", found, cols)?;
     finite("the reference", wanted, cols)?;
-    let mut found_worst = (0, -1.0);
-    let mut squares = 0.0;
+    let mut errors = Vec::with_capacity(found.len() / cols);
     for (row, (found, wanted)) in found.chunks_exact(cols).zip(wanted.chunks_exact(cols)).enumerate() {
         let square = |x: f64| x * x;
         let size: f64 = wanted.iter().map(|x| square(f64::from(*x))).sum();
@@ -30,14 +29,14 @@ pub fn deviation(found: &[f32], wanted: &[f32], cols: usize) -> Result<Deviation
         if size == 0.0 {
             return Err(format!("row {row} of the reference is zero"));
         }
-        squares += off / size;
-        let error = (off / size).sqrt();
-        if error > found_worst.1 {
-            found_worst = (row, error);
-        }
+        errors.push((off / size, row));
     }
-    let (row, worst) = found_worst;
-    Ok(Deviation { typical: (squares / (found.len() / cols) as f64).sqrt(), worst, row })
+    // The first row among equals.
+    errors.sort_by(|(x, row), (y, other)| x.total_cmp(y).then(other.cmp(row)));
+    errors.truncate(errors.len().saturating_sub(leave).max(1));
+    let mean = errors.iter().map(|(error, _)| error).sum::<f64>() / errors.len() as f64;
+    let (worst, row) = errors[errors.len() - 1];
+    Ok(Deviation { typical: mean.sqrt(), worst: worst.sqrt(), row })
 }
 
 /// Whether two results have the same bits.

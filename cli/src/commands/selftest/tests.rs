@@ -147,7 +147,8 @@ fn the_bound_leaves_room_for_rounding_and_not_much_more() {
         let deviation = 0.76 * if case.multiplies_bf16() { 2f32.powi(-9) } else { 2f32.powi(-12) };
         let noisy = Noisy { weights: model.weights(), deviation, without: None };
         let found = reference(&model.graph, &noisy, prompt).unwrap();
-        let error = super::compare::deviation(&found, &wanted, case.vocab).unwrap();
+        let error =
+            super::compare::deviation(&found, &wanted, case.vocab, case.undecided(prompt.len())).unwrap();
         let bound = bound(&case);
         let (typical, worst) = (error.typical / bound, error.worst / bound);
         println!("{typical:.2} {worst:.2} {bound:.1e} {}", case.name);
@@ -167,7 +168,7 @@ fn every_tensor_has_an_effect_beyond_the_bound() {
             // A model without its head has no logits at all.
             let error = match reference(&model.graph, &noisy, prompt) {
                 Ok(found) => {
-                    super::compare::deviation(&found, &wanted, case.vocab).map_or(1.0, |d| d.typical)
+                    super::compare::deviation(&found, &wanted, case.vocab, 0).map_or(1.0, |d| d.typical)
                 }
                 Err(error) => panic!("{error}"),
             };
@@ -342,14 +343,14 @@ fn every_fault_fails_the_checks_that_look_for_it_and_no_other() {
 #[test]
 fn numbers_that_are_none_are_no_agreement() {
     let good = [1.0, -2.0, 3.0, 4.0];
-    assert_eq!(deviation(&good, &good, 2).unwrap(), Deviation { typical: 0.0, worst: 0.0, row: 0 });
+    assert_eq!(deviation(&good, &good, 2, 0).unwrap(), Deviation { typical: 0.0, worst: 0.0, row: 0 });
     same_bits(&good, &good, 2).unwrap();
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut found = good;
         found[3] = bad;
-        let text = deviation(&found, &good, 2).unwrap_err();
+        let text = deviation(&found, &good, 2, 0).unwrap_err();
         assert!(text.contains("the result has") && text.contains("row 1, column 1"), "{text}");
-        assert!(deviation(&good, &found, 2).unwrap_err().contains("the reference has"));
+        assert!(deviation(&good, &found, 2, 0).unwrap_err().contains("the reference has"));
         // Also where both have it.
         same_bits(&found, &found, 2).unwrap_err();
         finite("x", &found, 2).unwrap_err();
@@ -363,7 +364,7 @@ fn one_wrong_row_is_found_among_many() {
     for x in &mut found[40 * 6..41 * 6] {
         *x *= 1.1;
     }
-    let worst = deviation(&found, &wanted, 6).unwrap();
+    let worst = deviation(&found, &wanted, 6, 0).unwrap();
     assert_eq!(worst.row, 40);
     assert!((worst.worst - 0.1).abs() < 1e-6 && (worst.typical - 0.01).abs() < 1e-7, "{worst:?}");
     let text = same_bits(&found, &wanted, 6).unwrap_err();
@@ -374,11 +375,11 @@ fn one_wrong_row_is_found_among_many() {
 
 #[test]
 fn nothing_agrees_with_a_reference_of_zeros_or_with_nothing() {
-    assert!(deviation(&[1.0, 1.0, 0.0, 0.0], &[1.0, 1.0, 0.0, 0.0], 2).unwrap_err().contains("row 1"));
+    assert!(deviation(&[1.0, 1.0, 0.0, 0.0], &[1.0, 1.0, 0.0, 0.0], 2, 0).unwrap_err().contains("row 1"));
     for (found, wanted, cols) in
         [(&[][..], &[][..], 2), (&[1.0][..], &[1.0, 2.0][..], 1), (&[1.0; 3][..], &[1.0; 3][..], 2)]
     {
-        deviation(found, wanted, cols).unwrap_err();
+        deviation(found, wanted, cols, 0).unwrap_err();
         same_bits(found, wanted, cols).unwrap_err();
     }
 }
