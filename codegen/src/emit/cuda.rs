@@ -759,7 +759,12 @@ fn weights_type(format: Format) -> &'static str {
 
 /// A float literal that reads back as the same number.
 fn float(value: f32) -> String {
-    format!("{value:e}f").replace("e0f", ".0f").replace(".0.0f", ".0f")
+    let text = format!("{value:e}");
+    match text.strip_suffix("e0") {
+        Some(plain) if plain.contains('.') => format!("{plain}f"),
+        Some(whole) => format!("{whole}.0f"),
+        None => format!("{text}f"),
+    }
 }
 
 fn micros(bytes: u64) -> f64 {
