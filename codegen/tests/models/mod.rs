@@ -25,20 +25,6 @@ pub fn qwen3() -> Value {
     })
 }
 
-/// A Qwen3 whose layers have 20 experts, of which a row gets 3; widths that fill no whole FP4 block.
-pub fn qwen3_moe() -> Value {
-    let mut config = qwen3();
-    config["architectures"] = json!(["Qwen3MoeForCausalLM"]);
-    config["model_type"] = json!("qwen3_moe");
-    config["num_experts"] = json!(20);
-    config["num_experts_per_tok"] = json!(3);
-    config["moe_intermediate_size"] = json!(48);
-    config["decoder_sparse_step"] = json!(1);
-    config["norm_topk_prob"] = json!(true);
-    config["mlp_only_layers"] = json!([]);
-    config
-}
-
 /// A dense layer that sees everything, and a mixture with a window, sinks and more KV heads.
 #[allow(dead_code)]
 pub fn mimo_v2() -> Value {
