@@ -1,6 +1,6 @@
 //! Generating text for a person: what `run` and `chat` share.
 
-use crate::args::{DraftArgs, ModelArgs, SamplingArgs, WeightsArgs};
+use crate::args::{DraftArgs, ModelArgs, SamplingArgs, TargetArgs, WeightsArgs};
 use crate::text::Text;
 use crate::ui::mib;
 use crate::{host, session, source};
@@ -37,7 +37,8 @@ impl Writer {
     /// # Errors
     /// When it does not compile or load, or has no tokenizer.
     pub fn open(model: &ModelArgs, weights: &WeightsArgs, draft: &DraftArgs) -> Result<Writer> {
-        let (folder, plan) = source::plan(&model.path, &model.target)?;
+        let target = TargetArgs { without_draft: draft.no_draft, ..model.target.clone() };
+        let (folder, plan) = source::plan(&model.path, &target)?;
         // Before the weights are packed: a model without a tokenizer is refused at once.
         let text = Text::load(&plan, weights)?;
         let engine = session::load(&folder, weights, false, !draft.no_draft)?;

@@ -7,7 +7,7 @@
 
 use crate::abi::KvLayout;
 use crate::cost::StageCost;
-use crate::format::Format;
+use crate::format::{Code, Format};
 use crate::graph::{ActivationFn, RopeSpec, Scoring};
 use crate::launch::{OCTET, STEP_ROWS};
 use crate::octet::{octet_block_bytes, octet_blocks};
@@ -114,6 +114,41 @@ impl Gemm {
     }
 }
 
+/// A router's scores: rows times a small matrix, in float32, whose weights do not stream.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scores {
+    /// What it reads, f32.
+    pub input: BufferId,
+    /// The norm in front of it.
+    pub norm: Option<Norm>,
+    /// Octets of bf16, or `f32 [experts][k]`.
+    pub weights: Slot,
+    /// Which of the two.
+    pub format: Format,
+    /// f32 `[experts]`, added.
+    pub bias: Option<Slot>,
+    /// How many there are.
+    pub experts: usize,
+    /// Columns of the input.
+    pub k: usize,
+    /// `[rows][experts, padded to whole octets]`, f32.
+    pub output: BufferId,
+}
+
+impl Scores {
+    /// Bytes of the weights.
+    pub const fn weight_bytes(&self) -> usize {
+        match self.format.code {
+            Code::F32 => self.experts * self.k * 4,
+            _ => {
+                self.experts.div_ceil(OCTET)
+                    * octet_blocks(self.format, self.k)
+                    * octet_block_bytes(self.format)
+            }
+        }
+    }
+}
+
 /// How the experts of each row are found, from a router's scores. Every SM does it for itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Route {
@@ -215,6 +250,8 @@ pub enum Kind {
     },
     /// See [`Gemm`].
     Gemm(Gemm),
+    /// See [`Scores`].
+    Scores(Scores),
     /// See [`Experts`].
     Experts(Experts),
     /// See [`Attention`].
@@ -227,7 +264,15 @@ impl Kind {
         match self {
             Kind::Gemm(gemm) => Some(gemm),
             Kind::Experts(experts) => Some(&experts.gemm),
-            Kind::Embed { .. } | Kind::Attention(_) => None,
+            Kind::Embed { .. } | Kind::Scores(_) | Kind::Attention(_) => None,
+        }
+    }
+
+    /// The norm in front of a stage, and the columns of its rows.
+    pub fn norm(&self) -> Option<(Norm, usize)> {
+        match self {
+            Kind::Scores(scores) => Some((scores.norm?, scores.k)),
+            kind => kind.gemm().and_then(|gemm| Some((gemm.norm?, gemm.k))),
         }
     }
 }
@@ -385,6 +430,21 @@ impl ResidentProgram {
                     }
                     (vec![gemm.input], gemm.output, gemm_slots(gemm))
                 }
+                Kind::Scores(scores) => {
+                    let (input, output) = (self.buffer(scores.input), self.buffer(scores.output));
+                    if input.cols != scores.k
+                        || input.elem != BufferElem::F32
+                        || output.cols != scores.experts.next_multiple_of(OCTET)
+                        || output.elem != BufferElem::F32
+                        || ![Format::BF16, Format::F32].contains(&scores.format)
+                    {
+                        return fail("scores and buffers do not fit".into());
+                    }
+                    let mut slots = vec![scores.weights];
+                    slots.extend(scores.bias);
+                    slots.extend(scores.norm.map(|norm| norm.gain));
+                    (vec![scores.input], scores.output, slots)
+                }
                 Kind::Experts(experts) => {
                     let Experts { gemm, experts: count, top_k, route } = experts;
                     if let Some(what) = gemm_defect(gemm) {
@@ -500,6 +560,12 @@ impl ResidentProgram {
                     + if gemm.epilogue == Epilogue::Logits { gemm.cols as u64 * 4 } else { row(gemm.output) };
                 cost.logit_rows_only = gemm.select;
             }
+            Kind::Scores(scores) => {
+                cost.anchor = format!("scores {}", scores.format);
+                cost.weight_bytes = scores.weight_bytes() as u64;
+                cost.macs_per_row = (scores.k * scores.experts) as u64;
+                cost.activation_bytes_per_row = row(scores.input) + row(scores.output);
+            }
             Kind::Experts(experts) => {
                 let gemm = &experts.gemm;
                 cost.anchor = format!("experts {}", gemm.format);
@@ -556,6 +622,17 @@ impl ResidentProgram {
                     self.product_text(gemm),
                     gemm.weight_bytes(),
                     self.epilogue_text(gemm, "add")
+                )
+            }
+            Kind::Scores(scores) => {
+                let Scores { weights, format, experts, k, bias, .. } = scores;
+                let bias = bias.map_or(String::new(), |bias| format!(" -> bias {bias}"));
+                format!(
+                    "{} -> {}scores of {experts} experts {format} {experts}x{k} {weights}, {} B{bias} -> store {}",
+                    name(&scores.input),
+                    norm("rms_norm", &scores.norm),
+                    scores.weight_bytes(),
+                    name(&scores.output)
                 )
             }
             Kind::Experts(experts) => {

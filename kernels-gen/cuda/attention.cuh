@@ -28,7 +28,7 @@
 //   HEADS, KV_HEADS, QK, V     query heads, KV heads, columns of a key and of a value
 //   CACHE_HEADS                KV heads that the cache has room for: the most that a layer has
 //   SCALE, VALUE_SCALE         factors on the scores and, before they are cached, on the values
-//   WINDOW                     positions that a row sees, 0 for all
+//   WINDOWED, window(b)        whether rows see only so many positions; NO_WINDOW of a layer without
 //   Kv, Out                    Bf16 or F16; Bf16 or F32
 //   Q_NORM, K_NORM, EPS        whether heads are normed
 //   SINKS, sinks(b)            whether each head has a score that carries no value, and these [HEADS]
@@ -40,6 +40,7 @@
 constexpr u32 CHUNK = 128;
 constexpr u32 WARP_POSITIONS = CHUNK / CONSUMERS;
 constexpr u32 SPAN = 8;     // chunks
+constexpr u32 NO_WINDOW = 0x7fffffff;  // no position is so large
 constexpr u32 QUERIES = 8;  // of a pass
 constexpr u32 SUMMED = 4;   // queries whose sums are in shared memory at a time
 constexpr float LOG2_E = 1.44269504f;
@@ -134,8 +135,8 @@ template <class A> __device__ __forceinline__ float normalize(const Consumer& b,
 }
 
 // The first chunk that a row sees.
-template <class A> __device__ __forceinline__ u32 first_chunk(u32 position) {
-  return A::WINDOW && position + 1 > A::WINDOW ? (position + 1 - A::WINDOW) / CHUNK : 0;
+template <class A> __device__ __forceinline__ u32 first_chunk(const Block& b, u32 position) {
+  return A::WINDOWED && position + 1 > A::window(b) ? (position + 1 - A::window(b)) / CHUNK : 0;
 }
 
 // A place among the items of a stage, which are ordered by run, KV head and chunk.
@@ -163,7 +164,7 @@ template <class A> struct Walk {
     rows = 1;
 #pragma unroll 1
     while (row + rows < b.args.rows && b.shared.first_row[row + rows] == row) ++rows;
-    from = first_chunk<A>(b.shared.position[row]);
+    from = first_chunk<A>(b, b.shared.position[row]);
     chunks = b.shared.position[row + rows - 1] / CHUNK - from + 1;
   }
   // Items of the stage in all.
@@ -195,7 +196,7 @@ template <class A> struct Cached {
   // Positions that the step's rows do not have themselves and that any of them sees; all else is zero.
   __device__ __forceinline__ static bool old(const Consumer& b, const Walk<A>& at, u32 p) {
     const u32 first = b.shared.position[at.row];
-    return p < first && (A::WINDOW == 0 || p + A::WINDOW > first);
+    return p < first && (!A::WINDOWED || p + A::window(b) > first);
   }
   __device__ __forceinline__ void load_keys(const Consumer& b, const u8* block, const Walk<A>& at) {
     const u32 base = at.chunk() * CHUNK + warp_id() * WARP_POSITIONS, in_page = base % A::PAGE_TOKENS;
@@ -337,7 +338,7 @@ template <class A> __device__ __forceinline__ void join_chunks(Consumer& b, cons
   const u32 kv_head = item.kv_head();
 #pragma unroll 1
   for (u32 r = item.row; r < item.row + item.rows; ++r) {
-    const u32 position = b.shared.position[r], from = first_chunk<A>(position), to = position / CHUNK + 1;
+    const u32 position = b.shared.position[r], from = first_chunk<A>(b, position), to = position / CHUNK + 1;
     const u32 first = share.begin > from ? share.begin : from, behind = share.end < to ? share.end : to;
     if (to - from == 1 || first >= behind) continue;
     const bool whole = from / SPAN == (to - 1) / SPAN;
@@ -365,7 +366,7 @@ template <class A> __device__ __forceinline__ void join_spans(Consumer& b, const
   const u32 kv_head = item.kv_head();
 #pragma unroll 1
   for (u32 r = item.row; r < item.row + item.rows; ++r) {
-    const u32 position = b.shared.position[r], from = first_chunk<A>(position) / SPAN, to = position / CHUNK / SPAN + 1;
+    const u32 position = b.shared.position[r], from = first_chunk<A>(b, position) / SPAN, to = position / CHUNK / SPAN + 1;
     if (to - from == 1) continue;
 #pragma unroll 1
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
@@ -522,7 +523,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     // Rows of the run that see the chunk, and those that lie in it.
     const u32 row = now.row + (start > run_position ? start - run_position : 0);
     u32 row_end = now.row + now.rows;
-    if (A::WINDOW && start + CHUNK + A::WINDOW - 1 < run_end) row_end = now.row + (start + CHUNK + A::WINDOW - 1 - run_position);
+    if (A::WINDOWED && start + CHUNK + A::window(b) - 1 < run_end) row_end = now.row + (start + CHUNK + A::window(b) - 1 - run_position);
     const u32 count = (row_end - row) * GROUP;
     const u32 fresh_from = start > run_position ? start : run_position;
     const u32 fresh_end = start + CHUNK < run_end ? start + CHUNK : run_end;
@@ -544,12 +545,12 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
 
       // Weights relative to the query's largest score among the warp's positions.
       const u32 position = query + g < count ? b.shared.position[row + (query + g) / GROUP] : 0;
-      const u32 from = A::WINDOW && position + 1 > A::WINDOW ? position + 1 - A::WINDOW : 0;
+      const u32 from = A::WINDOWED && position + 1 > A::window(b) ? position + 1 - A::window(b) : 0;
       float top = MINUS_INFINITY;
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
         const u32 p = base + t * 4 + i;
-        if (query + g >= count || p > position || (A::WINDOW && p < from)) score[i] = MINUS_INFINITY;
+        if (query + g >= count || p > position || (A::WINDOWED && p < from)) score[i] = MINUS_INFINITY;
         top = fmaxf(top, score[i]);
       }
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
@@ -614,7 +615,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
             all = fmaf(f, space.weight[w][q].y, all);
           }
           const u32 r = row + (query + q) / GROUP, h = (query + q) % GROUP, head = kv_head * GROUP + h;
-          const u32 own_from = first_chunk<A>(b.shared.position[r]);
+          const u32 own_from = first_chunk<A>(b, b.shared.position[r]);
           if (b.shared.position[r] / CHUNK == own_from) {
             store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + head) * A::V + d, normalize<A>(b, head, m, sum, all));
           } else {

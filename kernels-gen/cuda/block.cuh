@@ -218,18 +218,31 @@ struct Consumer : Block {
     barrier_wait(*this, &shared.ready, ready_parity, CONSUMER_INPUTS);
     ready_parity ^= 1;
   }
-  __device__ __forceinline__ const u8* wait_slot() {
-    barrier_wait(*this, &shared.full[slot], parity, CONSUMER_WEIGHTS);
-    return ring + slot * SLOT_BYTES;
+  // The slot that is `ahead` of the next one.
+  __device__ __forceinline__ const u8* wait_slot(u32 ahead) {
+    const bool wraps = slot + ahead >= RING_SLOTS;
+    const u32 at = wraps ? slot + ahead - RING_SLOTS : slot + ahead;
+    barrier_wait(*this, &shared.full[at], parity ^ (u32)wraps, CONSUMER_WEIGHTS);
+    return ring + at * SLOT_BYTES;
   }
   // Gives a slot back whose loads have arrived in registers: `read` has bits of each of them. They take
   // part in the address, as nothing (`zero` is 0, which the compiler cannot know), so that the arrival
   // waits for them. Left alone it is issued right behind the loads, and the copy engine, whose writes are
   // not ordered with them, overwrites what they have not read yet.
-  __device__ __forceinline__ void release_slot(u32 read) {
+  __device__ __forceinline__ void release_slot(u32 ahead, u32 read) {
+    const u32 at = slot + ahead >= RING_SLOTS ? slot + ahead - RING_SLOTS : slot + ahead;
     __syncwarp();
-    if (lane_id() == 0) barrier_arrive(&shared.empty[slot] + (read & args.zero));
-    if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
+    if (lane_id() == 0) barrier_arrive(&shared.empty[at] + (read & args.zero));
+  }
+  __device__ __forceinline__ void pass_slots(u32 count) {
+    slot += count;
+    if (slot >= RING_SLOTS) { slot -= RING_SLOTS; parity ^= 1; }
+  }
+  // This warp's sums of the tile are stored.
+  __device__ __forceinline__ void pass_sums() {
+    __syncwarp();
+    if (lane_id() == 0) barrier_arrive(&shared.sums_full[sum_buffer]);
+    if (++sum_buffer == SUM_BUFFERS) { sum_buffer = 0; sum_parity ^= 1; }
   }
   // All that this warp reads and writes in the stage is read and written.
   __device__ __forceinline__ void finish_stage() {

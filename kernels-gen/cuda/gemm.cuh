@@ -53,7 +53,10 @@ template <class S> struct Slots {
 // A tile's octets through the ring. False if the launch ended.
 template <class S> __device__ __forceinline__ bool stream_tile(Loader& b, const u8* from) {
   constexpr u32 OCTET_BYTES = Slots<S>::OCTET_BYTES, PIECE = Slots<S>::BLOCKS * S::Weights::BLOCK_BYTES;
+  // Rolled up, as all that runs once a tile: a layer's instructions should stay in the SM's cache.
+#pragma unroll 1
   for (u32 operand = 0; operand < S::OPERANDS; ++operand, from += OCTET_BYTES) {
+#pragma unroll 1
     for (u32 at = 0; at < OCTET_BYTES; at += PIECE) {
       if (!b.piece(from + at, OCTET_BYTES - at < PIECE ? OCTET_BYTES - at : PIECE)) return false;
     }
@@ -178,6 +181,13 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
   load_rows<S>(b, a, row < (S::LOGITS ? b.args.logit_rows : b.args.rows), S::LOGITS ? b.shared.logit_row[row] : row);
 }
 
+// Four columns of a feature of octets of bfloat16, or of rows of float32, read where they lie.
+__device__ __forceinline__ float4 octet_columns(const u8* octets, u32 blocks, u32 feature, u32 column) {
+  const u8* block = octets + ((u64)(feature / OCTET) * blocks + column / 32) * OCTET_BLOCK;
+  const u32* pairs = reinterpret_cast<const u32*>(block + feature % OCTET * 64 + column % 32 * 2);
+  return make_float4(Bf16::low(pairs[0]), Bf16::high(pairs[0]), Bf16::low(pairs[1]), Bf16::high(pairs[1]));
+}
+
 constexpr u32 CHAINS = 2;
 
 // The chains of a warp, in order: of each the upper half of one product and the lower of the other.
@@ -234,10 +244,66 @@ __device__ __forceinline__ void multiply_codes(float (&upper)[4], float (&lower)
   }
 }
 
+// One tile of MXFP4: as below, but its octets are side by side. What one octet waits for (its slot, its
+// loads, its chain of products) is long beside what it does, so two of them take little longer than one.
+template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b, const Activations<S>& a, u32 thread) {
+  using W = Mxfp4;
+  constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, COUNT = Slots<S>::COUNT;
+  static_assert(S::OPERANDS * COUNT < RING_SLOTS, "a tile is in the ring as a whole");
+  const u32 warp = thread / LANES, lane = thread % LANES;
+  float upper[S::OPERANDS][CHAINS][4] = {}, lower[S::OPERANDS][CHAINS][4] = {};
+#pragma unroll
+  for (u32 s = 0; s < COUNT; ++s) {
+    uint4 w[S::OPERANDS][WARP_BLOCKS];
+    u32 exponent[S::OPERANDS][WARP_BLOCKS];
+#pragma unroll
+    for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+      const u8* slot = b.wait_slot(operand * COUNT + s);
+#pragma unroll
+      for (u32 i = 0; i < WARP_BLOCKS; ++i) {
+        w[operand][i] = make_uint4(0, 0, 0, 0);
+        exponent[operand][i] = 0;
+        const u32 first = s * Slots<S>::BLOCKS + i * CONSUMERS;
+        if (first + CONSUMERS <= S::BLOCKS || first + warp < S::BLOCKS) {
+          const u8* block = slot + (i * CONSUMERS + warp) * W::BLOCK_BYTES;
+          w[operand][i] = reinterpret_cast<const uint4*>(block)[lane];
+          exponent[operand][i] = block[OCTET_BLOCK + lane];
+        }
+      }
+    }
+#pragma unroll
+    for (u32 i = 0; i < WARP_BLOCKS; ++i) {
+      const u32 block = s * WARP_BLOCKS + i;
+      if (block >= Activations<S>::COUNT) continue;
+#pragma unroll
+      for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+        multiply_codes(upper[operand][i % CHAINS], lower[operand][i % CHAINS], a.pair[block], w[operand][i], W::factor(exponent[operand][i]));
+      }
+    }
+#pragma unroll
+    for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+      u32 read = 0;
+#pragma unroll
+      for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[operand][i].x | exponent[operand][i];
+      b.release_slot(operand * COUNT + s, read);
+    }
+  }
+  b.pass_slots(S::OPERANDS * COUNT);
+  // Only now: control has had the time of the products to read the sums before the last.
+  barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
+  WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
+#pragma unroll
+  for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+    const float2 total = chains_total(upper[operand], lower[operand]);
+    sums[operand][warp][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
+  }
+  b.pass_sums();
+}
+
 // One tile from the ring: its sums by this warp, into the next buffer. `octet` counts those with scales apart.
-template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, const Activations<S>& a, u32 thread, u32& octet) {
+template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, const Activations<S>& a, u32 thread, u32& octet) {
   using W = typename S::Weights;
-  constexpr bool SCALED = W::LANE_COLUMNS == 16, MX = W::LANE_COLUMNS == 32;
+  constexpr bool SCALED = W::LANE_COLUMNS == 16;
   constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS;
   const u32 warp = thread / LANES;
   barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
@@ -249,7 +315,7 @@ template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, co
       copy_wait<SCALES_AHEAD - 1>();
       __syncwarp();  // the other lanes' as well
     }
-    float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of halves and MXFP4
+    float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of halves
     float2 total = make_float2(0.f, 0.f);                // of FP8
 #pragma unroll
     for (u32 s = 0; s < Slots<S>::COUNT; ++s) {
@@ -258,23 +324,13 @@ template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, co
 #pragma unroll
         for (u32 i = 0; i < WARP_BLOCKS; ++i) factor[i] = scale_ring<S>(b)[octet % SCALES_AHEAD][(s * WARP_BLOCKS + i) % LANES] * W::UNIT;
       }
-      const u8* slot = b.wait_slot();
-      const uint4* from = reinterpret_cast<const uint4*>(slot) + thread;
+      const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot(0)) + thread;
       uint4 w[WARP_BLOCKS];
-      u32 exponent[WARP_BLOCKS] = {};  // of MXFP4
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) {
         w[i] = make_uint4(0, 0, 0, 0);
         const u32 first = s * Slots<S>::BLOCKS + i * CONSUMERS;
-        if (first + CONSUMERS <= S::BLOCKS || first + warp < S::BLOCKS) {
-          if constexpr (MX) {
-            const u8* block = slot + (i * CONSUMERS + warp) * W::BLOCK_BYTES;
-            w[i] = reinterpret_cast<const uint4*>(block)[thread % LANES];
-            exponent[i] = block[OCTET_BLOCK + thread % LANES];
-          } else {
-            w[i] = from[i * CONSUMER_THREADS];
-          }
-        }
+        if (first + CONSUMERS <= S::BLOCKS || first + warp < S::BLOCKS) w[i] = from[i * CONSUMER_THREADS];
       }
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) {
@@ -284,8 +340,6 @@ template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, co
           const float2 products = multiply_codes(a.pair[block], w[i]);
           total.x = fmaf(factor[i], products.x, total.x);
           total.y = fmaf(factor[i], products.y, total.y);
-        } else if constexpr (MX) {
-          multiply_codes(upper[i % CHAINS], lower[i % CHAINS], a.pair[block], w[i], W::factor(exponent[i]));
         } else {
           mma(W(), upper[i % CHAINS], a.pair[block][0], w[i].x, w[i].z);
           mma(W(), lower[i % CHAINS], a.pair[block][0], w[i].y, w[i].w);
@@ -293,11 +347,11 @@ template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, co
       }
       u32 read = 0;
 #pragma unroll
-      for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x | exponent[i];
-      b.release_slot(read);
+      for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x;
+      b.release_slot(0, read);
+      b.pass_slots(1);
     }
     if constexpr (!SCALED) total = chains_total(upper, lower);
-    if constexpr (MX) { total.x *= W::UNIT; total.y *= W::UNIT; }
     if constexpr (S::ROW_SCALE) { total.x *= a.scale; total.y *= a.scale; }
     sums[operand][warp][thread % LANES] = total;
     if constexpr (SCALED) {
@@ -306,9 +360,12 @@ template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, co
       ++octet;
     }
   }
-  __syncwarp();
-  if (lane_id() == 0) barrier_arrive(&b.shared.sums_full[b.sum_buffer]);
-  if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
+  b.pass_sums();
+}
+
+template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, const Activations<S>& a, u32 thread, u32& octet) {
+  if constexpr (S::Weights::LANE_COLUMNS == 32) multiply_mx_tile<S>(b, a, thread);
+  else multiply_octets<S>(b, a, thread, octet);
 }
 
 template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {

@@ -179,7 +179,9 @@ pub enum CompileError {
     #[error("the spec has a draft, but its checkpoint was not read")]
     NoDraft,
     /// The device has no code for drafts yet.
-    #[error("target.device cuda cannot run a draft yet: remove `draft`, or set target.device to cpu")]
+    #[error(
+        "target.device cuda cannot run a draft yet: use --no-draft, remove `draft`, or set target.device to cpu"
+    )]
     DraftOnCuda,
     /// Something that only another device has.
     #[error("target.{key} has no meaning on {device}; remove it")]

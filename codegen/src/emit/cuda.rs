@@ -8,7 +8,7 @@ use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::launch::{KERNEL, SYNC_BYTES};
 use tilec_ir::pack::FP8_COLUMNS;
 use tilec_ir::resident::{
-    Attention, CHUNK, Epilogue, Experts, Gemm, Kind, Norm, ResidentProgram, Route, SPAN, Stage,
+    Attention, CHUNK, Epilogue, Experts, Gemm, Kind, Norm, ResidentProgram, Route, SPAN, Scores, Stage,
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
@@ -103,7 +103,9 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
             return Err(CudaError::Columns { stage: name, k: gemm.k });
         }
     }
-    let mut out = Writer { text: String::new(), program };
+    let (merged, windows) = merge_windows(program);
+    let program = &merged;
+    let mut out = Writer { text: String::new(), program, windows };
     out.head(&shared, &needs);
     out.tables();
     out.header(&ATTENTION);
@@ -122,6 +124,36 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
     Ok(CudaText { text: out.text, shared })
 }
 
+/// A program whose layers differ only by their windows has one body for them, so that its instructions are
+/// there once; with the window of each layer. No windows if there is nothing to merge.
+fn merge_windows(program: &ResidentProgram) -> (ResidentProgram, Vec<u32>) {
+    let mut merged = program.clone();
+    let mut window = vec![NO_WINDOW; merged.bodies.len()];
+    for (body, window) in merged.bodies.iter_mut().zip(&mut window) {
+        for stage in body {
+            if let Kind::Attention(attention) = &mut stage.kind {
+                *window = attention.window.take().map_or(NO_WINDOW, |window| window as u32);
+            }
+        }
+    }
+    let first: Vec<usize> = (0..merged.bodies.len())
+        .map(|body| merged.bodies.iter().position(|other| *other == merged.bodies[body]).unwrap_or(body))
+        .collect();
+    if first.iter().enumerate().all(|(body, first)| body == *first) {
+        return (program.clone(), Vec::new());
+    }
+    let kept: Vec<usize> = (0..first.len()).filter(|body| first[*body] == *body).collect();
+    let windows = program.layers.iter().map(|layer| window[layer.body]).collect();
+    for layer in &mut merged.layers {
+        layer.body = kept.iter().position(|body| *body == first[layer.body]).unwrap_or(0);
+    }
+    merged.bodies = kept.iter().map(|body| merged.bodies[*body].clone()).collect();
+    (merged, windows)
+}
+
+/// The window of a layer without one: no position is so large.
+const NO_WINDOW: u32 = 0x7fff_ffff;
+
 fn needs(program: &ResidentProgram) -> SharedNeeds {
     let mut needs = SharedNeeds {
         operands: 1,
@@ -134,9 +166,9 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
         if let Some(gemm) = stage.kind.gemm() {
             needs.operands = needs.operands.max(gemm.operands);
             needs.scaled |= gemm.scales.is_some();
-            if gemm.norm.is_some() {
-                needs.norm_columns = needs.norm_columns.max(gemm.k);
-            }
+        }
+        if let Some((_, k)) = stage.kind.norm() {
+            needs.norm_columns = needs.norm_columns.max(k);
         }
         if let Kind::Experts(experts) = &stage.kind {
             needs.experts = needs.experts.max(experts.experts);
@@ -149,6 +181,8 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
 struct Writer<'p> {
     text: String,
     program: &'p ResidentProgram,
+    /// Windows of the layers, where one body has several.
+    windows: Vec<u32>,
 }
 
 /// A line of the text; `writeln!` to a string cannot fail.
@@ -229,6 +263,10 @@ impl<'p> Writer<'p> {
         let list = |values: Vec<u64>| values.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
         let caches = list(program.layers.iter().map(|layer| layer.cache as u64).collect());
         line!(self, "__constant__ u32 LAYER_CACHE[LAYERS] = {{{caches}}};");
+        if !self.windows.is_empty() {
+            let windows = list(self.windows.iter().map(|window| u64::from(*window)).collect());
+            line!(self, "__constant__ u32 LAYER_WINDOW[LAYERS] = {{{windows}}};");
+        }
         if program.bodies.len() > 1 {
             let bodies = list(program.layers.iter().map(|layer| layer.body as u64).collect());
             line!(self, "__constant__ u32 LAYER_BODY[LAYERS] = {{{bodies}}};");
@@ -273,6 +311,7 @@ impl<'p> Writer<'p> {
                 self.epilogue(gemm, None);
                 line!(self, "}};");
             }
+            Kind::Scores(scores) => self.scores(&name, &stage.name, scores),
             Kind::Experts(experts) => self.experts(&name, &stage.name, experts),
             Kind::Attention(attention) => self.attention(&name, &stage.name, attention),
         }
@@ -330,6 +369,37 @@ impl<'p> Writer<'p> {
         self.function(&format!("const {elem}*"), "input", "const Block& b", &format!("return {input};"));
     }
 
+    /// The scores of a router.
+    fn scores(&mut self, name: &str, stage: &str, scores: &Scores) {
+        let Scores { experts, k, format, .. } = scores;
+        let bytes = scores.weight_bytes() as u64;
+        line!(self, "// {stage}: {experts} x {k} {format}, {}, {:.2} us.", size(bytes), micros(bytes));
+        line!(self, "struct {name} {{");
+        let stride = self.program.buffer(scores.output).cols;
+        line!(self, "  static constexpr u32 K = {k}, EXPERTS = {experts}, STRIDE = {stride};");
+        line!(self, "  static constexpr bool NORM = {};", scores.norm.is_some());
+        line!(self, "  static constexpr float EPS = {};", float(scores.norm.map_or(0.0, |norm| norm.eps)));
+        let weights = self.weight(scores.weights);
+        let weights = match *format {
+            Format::BF16 => {
+                let blocks = tilec_ir::octet::octet_blocks(*format, *k);
+                format!("return octet_columns({weights}, {blocks}, expert, column);")
+            }
+            _ => format!(
+                "return *reinterpret_cast<const float4*>({weights} + ((u64)expert * K + column) * 4);"
+            ),
+        };
+        self.function("float4", "weights4", "const Block& b, u32 expert, u32 column", &weights);
+        let bias = scores.bias.map_or("nullptr".into(), |slot| {
+            format!("reinterpret_cast<const float*>({})", self.weight(slot))
+        });
+        self.function("const float*", "bias", "const Block& b", &format!("return {bias};"));
+        let (input, out) = (self.buffer(scores.input), self.buffer(scores.output));
+        self.function("const float*", "input", "const Block& b", &format!("return {input};"));
+        self.function("float*", "out", "const Block& b", &format!("return {out};"));
+        line!(self, "}};");
+    }
+
     /// A product of experts, and how they are chosen if it is the first of its layer.
     fn experts(&mut self, name: &str, stage: &str, experts: &Experts) {
         let Experts { gemm, experts: count, top_k, route } = experts;
@@ -371,6 +441,8 @@ impl<'p> Writer<'p> {
 
     /// The epilogue's pieces, composed: what it loads ahead, then bias, gate, residual and store.
     fn epilogue(&mut self, gemm: &Gemm, experts: Option<&Experts>) {
+        // The second product of experts adds to sums that are kept.
+        let adds = experts.is_some_and(|experts| experts.route.is_none());
         let mut carried = Vec::new();
         let mut before = Vec::new();
         let mut body = Vec::new();
@@ -414,13 +486,16 @@ impl<'p> Writer<'p> {
                 body.push(format!("v[0].x = {gate}v[0].x, v[1].x); v[0].y = {gate}v[0].y, v[1].y);"));
                 body.push(store);
             }
+            Epilogue::Residual if adds => {
+                body.push(
+                    "sum.x = fmaf(chosen.weight, v[0].x, sum.x); sum.y = fmaf(chosen.weight, v[0].y, sum.y);"
+                        .into(),
+                );
+            }
             Epilogue::Residual => {
                 carried.push("float2 residual;".into());
                 before.push(format!("carry.residual = *reinterpret_cast<const float2*>({out});"));
-                body.push(match experts {
-                    Some(_) => "v[0].x = fmaf(chosen.weight, v[0].x, carry.residual.x); v[0].y = fmaf(chosen.weight, v[0].y, carry.residual.y);".into(),
-                    None => "v[0].x += carry.residual.x; v[0].y += carry.residual.y;".to_string(),
-                });
+                body.push("v[0].x += carry.residual.x; v[0].y += carry.residual.y;".into());
                 body.push(store);
             }
             Epilogue::Logits => {
@@ -443,10 +518,20 @@ impl<'p> Writer<'p> {
             &format!("const Control& b, u32 row, u32 feature, {chosen}Carry& carry"),
             &format!("{guard}{}", before.join(" ")),
         );
-        line!(
-            self,
-            "  __device__ __forceinline__ static void finish(Control& b, u32 row, u32 feature, {chosen}float2 (&v)[{operands}], const Carry& carry) {{"
-        );
+        let signature = if adds {
+            self.function(
+                "float2*",
+                "out",
+                "const Block& b, u32 row, u32 feature",
+                &format!("return reinterpret_cast<float2*>({out});"),
+            );
+            "add(const Chosen& chosen, float2 (&v)[1], const Carry& carry, float2& sum)".to_string()
+        } else {
+            format!(
+                "finish(Control& b, u32 row, u32 feature, {chosen}float2 (&v)[{operands}], const Carry& carry)"
+            )
+        };
+        line!(self, "  __device__ __forceinline__ static void {signature} {{");
         if !guard.is_empty() {
             line!(self, "    {}", guard.trim());
         }
@@ -477,14 +562,21 @@ impl<'p> Writer<'p> {
         line!(self, "  using Out = {out_type};");
         line!(
             self,
-            "  static constexpr u32 HEADS = {}, KV_HEADS = {}, CACHE_HEADS = {}, QK = {}, V = {}, WINDOW = {};",
+            "  static constexpr u32 HEADS = {}, KV_HEADS = {}, CACHE_HEADS = {}, QK = {}, V = {};",
             attention.heads,
             attention.kv_heads,
             kv.kv_heads,
             kv.qk_dim,
-            kv.v_dim,
-            attention.window.unwrap_or(0)
+            kv.v_dim
         );
+        let window = match attention.window {
+            _ if !self.windows.is_empty() => "LAYER_WINDOW[b.layer]".into(),
+            Some(window) => window.to_string(),
+            None => "NO_WINDOW".into(),
+        };
+        let windowed = attention.window.is_some() || !self.windows.is_empty();
+        line!(self, "  static constexpr bool WINDOWED = {windowed};");
+        self.function("u32", "window", "const Block& b", &format!("return {window};"));
         line!(
             self,
             "  static constexpr float SCALE = {}, VALUE_SCALE = {};",
@@ -537,6 +629,9 @@ impl<'p> Writer<'p> {
             "bool load_step(Loader& b)",
             |_, name, stage, _| match &stage.kind {
                 Kind::Gemm(_) => vec![format!("if (!stream<{name}>(b, {name}::weights(b))) return false;")],
+                Kind::Scores(scores) => {
+                    vec![format!("b.pass_tiles({});", scores.experts), "b.next_stage();".into()]
+                }
                 Kind::Experts(_) => {
                     vec![format!("if (!stream_experts<{name}>(b, {name}::weights(b))) return false;")]
                 }
@@ -549,6 +644,7 @@ impl<'p> Writer<'p> {
             |_, name, stage, _| match &stage.kind {
                 Kind::Embed { .. } => vec![format!("embed<{name}>(b);")],
                 Kind::Gemm(_) => vec![format!("multiply<{name}>(b);")],
+                Kind::Scores(_) => vec![format!("score_experts<{name}>(b);")],
                 Kind::Experts(_) => vec![format!("multiply_experts<{name}>(b);")],
                 Kind::Attention(_) => vec![format!("attend<{name}>(b, LAYER_CACHE[b.layer]);")],
             },
@@ -566,11 +662,14 @@ impl<'p> Writer<'p> {
                         }
                         lines
                     }
+                    Kind::Scores(scores) => {
+                        vec!["b.open_stage();".into(), format!("b.pass_tiles({});", scores.experts)]
+                    }
                     Kind::Experts(_) => vec![format!("finish_experts<{name}>(b);")],
                     Kind::Attention(_) => vec!["b.open_stage();".into()],
                 };
                 let norm = match next {
-                    Next::Stage(kind) => kind.gemm().and_then(|gemm| Some((gemm.norm?.gain, gemm.k))),
+                    Next::Stage(kind) => kind.norm().map(|(norm, k)| (norm.gain, k)),
                     _ => None,
                 };
                 lines.push(match (norm, next) {

@@ -10,7 +10,7 @@ use tilec_ir::launch::{OCTET, STEP_ROWS};
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{
     Attention, Bias, CHUNK, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, ResidentProgram,
-    Rope, Route, SPAN, Stage,
+    Rope, Route, SPAN, Scores, Stage,
 };
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
 
@@ -284,9 +284,11 @@ impl Lowering<'_> {
         };
         let names: Vec<String> = op.parts.iter().flat_map(|part| part.weights.clone()).collect();
         let first = &self.fused.weights[&names[0]];
-        // A router's input and weights keep three digits more than bfloat16 has: they decide who works.
-        let router = op.writes().iter().any(|value| self.feeds_a_choice(*value));
-        let kernel_format = if router { |_| Format::F16 } else { kernel_format };
+        if let [value] = op.writes()[..]
+            && self.feeds_a_choice(value)
+        {
+            return self.scores(op, value, input, normed, offsets);
+        }
         // Rows that a product wrote are padded to whole octets of zeros, and so are the weights.
         let (format, k) = (kernel_format(first.format), self.buffers[input.0 as usize].cols);
         if k != first.shape[1].next_multiple_of(OCTET) {
@@ -401,6 +403,48 @@ impl Lowering<'_> {
     fn feeds_a_choice(&self, value: ValueId) -> bool {
         let mut readers = self.fused.ops.iter().filter(|op| op.inputs.contains(&value));
         readers.any(|op| matches!(op.anchor, Anchor::Route(_)))
+    }
+
+    /// A router's scores, in float32: they decide who works.
+    fn scores(
+        &mut self,
+        op: &FusedOp,
+        value: ValueId,
+        input: BufferId,
+        normed: Option<Normed>,
+        offsets: &mut Option<Vec<u64>>,
+    ) -> Result<Kind, TileError> {
+        let refuse = || error(op, format!("the kernel has no scores for {:?}", op.parts));
+        let [Part { weights, pieces, .. }] = &op.parts[..] else { return Err(refuse()) };
+        let ([name], [chain @ .., Piece::Store(_)]) = (&weights[..], &pieces[..]) else {
+            return Err(refuse());
+        };
+        let weight = &self.fused.weights[name];
+        let (experts, k) = (weight.shape[0], weight.shape[1]);
+        if k != self.buffers[input.0 as usize].cols || self.buffers[input.0 as usize].elem != BufferElem::F32
+        {
+            return Err(error(op, format!("{k} columns of weights do not fit its rows")));
+        }
+        let bias = match chain {
+            [] => None,
+            [Piece::Bias { weight, .. }] => {
+                let content = vector_content(self.fused, weight, experts);
+                Some(self.packer.slot(content, offsets.as_mut()))
+            }
+            _ => return Err(refuse()),
+        };
+        let norm = normed.map(|normed| {
+            let content = PackContent::F32 { tensor: normed.gain, len: normed.len };
+            Norm { gain: self.packer.slot(content, offsets.as_mut()), eps: normed.eps }
+        });
+        let format = if weight.format == Format::BF16 { Format::BF16 } else { Format::F32 };
+        let content = match format {
+            Format::BF16 => self.octets(op, format, weights, 1)?,
+            _ => vector_content(self.fused, name, experts * k),
+        };
+        let weights = self.packer.slot(content, offsets.as_mut());
+        let output = self.half_buffer("scores", value, experts.next_multiple_of(OCTET));
+        Ok(Kind::Scores(Scores { input, norm, weights, format, bias, experts, k, output }))
     }
 
     /// Notes how experts are chosen, for the first stage that needs to know.

@@ -679,8 +679,10 @@ pub mod tests {
         // 7000 + 2 x 2 x 8 x 100 + 2 x 148 = 10496 bytes; the ceiling is 4 MB/s.
         let line = text.lines().find(|line| line.starts_with("| decode")).unwrap();
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-        let expected =
-            ["decode", "2", "100", "5.0000", "1.0000", "400.0", "0.0000", "0", "52.5 %", "2.6240", "52.5 %"];
+        let expected = [
+            "decode", "2", "100", "-", "5.0000", "1.0000", "400.0", "0.0000", "0", "52.5 %", "2.6240",
+            "52.5 %",
+        ];
         assert_eq!(cells, expected);
         assert!(text.contains("of 3 passes over 3.91 KiB"), "{text}");
     }

@@ -152,7 +152,8 @@ pub const WORST: f64 = 3.0;
 /// in a layer those of the four products (qkv, o, gate and up, down), of the values, and of the scores,
 /// whose absolute error is [`SHARPNESS`] `s` times those of the query's and the key's inputs and of the
 /// rounded key; then those of the head. So the variance is
-/// `h^2 (4 L + 1) + L (k^2 + s^2 (2 h^2 + k^2))`. Twice its root is what is allowed: 2.4 % with three
+/// `h^2 (4 L + 1) + L (k^2 + s^2 (2 h^2 + k^2))`; with experts, whose shares are as a router's scores of
+/// deviation `d` are, `2 L d^2 h^2` on top. Twice its root is what is allowed: 2.4 % with three
 /// layers of bfloat16, 0.3 % with float16. Errors of this kind, tried with the interpreter, stay below
 /// two thirds of that; a tensor that is left out moves logits by 10 % and more.
 pub fn bound(case: &Case) -> f64 {
@@ -161,5 +162,6 @@ pub fn bound(case: &Case) -> f64 {
     let k2 = rounding(case.kv == KvType::Bf16).powi(2);
     let layers = case.layers as f64;
     let scores = SHARPNESS.powi(2) * (2.0 * h2 + k2);
-    2.0 * (h2 * (4.0 * layers + 1.0) + layers * (k2 + scores)).sqrt()
+    let shares = case.decision().powi(2) * 2.0 * h2;
+    2.0 * (h2 * (4.0 * layers + 1.0) + layers * (k2 + scores + shares)).sqrt()
 }
