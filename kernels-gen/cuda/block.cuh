@@ -218,6 +218,10 @@ struct Consumer : Block {
     barrier_wait(*this, &shared.ready, ready_parity, CONSUMER_INPUTS);
     ready_parity ^= 1;
   }
+  __device__ __forceinline__ const u8* wait_slot() {
+    barrier_wait(*this, &shared.full[slot], parity, CONSUMER_WEIGHTS);
+    return ring + slot * SLOT_BYTES;
+  }
   // The slot that is `ahead` of the next one.
   __device__ __forceinline__ const u8* wait_slot(u32 ahead) {
     const bool wraps = slot + ahead >= RING_SLOTS;
@@ -229,6 +233,12 @@ struct Consumer : Block {
   // part in the address, as nothing (`zero` is 0, which the compiler cannot know), so that the arrival
   // waits for them. Left alone it is issued right behind the loads, and the copy engine, whose writes are
   // not ordered with them, overwrites what they have not read yet.
+  __device__ __forceinline__ void release_slot(u32 read) {
+    __syncwarp();
+    if (lane_id() == 0) barrier_arrive(&shared.empty[slot] + (read & args.zero));
+    if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
+  }
+  // Those ahead are given back one by one, and passed together.
   __device__ __forceinline__ void release_slot(u32 ahead, u32 read) {
     const u32 at = slot + ahead >= RING_SLOTS ? slot + ahead - RING_SLOTS : slot + ahead;
     __syncwarp();

@@ -17,9 +17,7 @@
 //   SLOTS                experts of a row
 //   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32; SCORING, RENORMALIZE,
 //                        FACTOR, correction(b) [EXPERTS] or null
-//   before()             what to load ahead, of the expert and the slot of a row
-//   finish()             of the first: the gate, and the store in the slot
-//   add(), out()         of the second: adds an expert's share to a sum; the residual, where the sum begins and ends
+//   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight
 // The generated text defines MAX_EXPERTS and MAX_SLOTS, the most that any layer has.
 //
 // The scores are the one product in float32: they decide who works. They are few, so that no weights stream for
@@ -32,7 +30,6 @@ enum Scoring : u32 { SOFTMAX, CHOSEN_SOFTMAX, SIGMOID };
 constexpr u32 EXPERT_WORDS = (MAX_EXPERTS + 31) / 32;
 constexpr u32 MAX_CHOSEN = STEP_ROWS * MAX_SLOTS < MAX_EXPERTS ? STEP_ROWS * MAX_SLOTS : MAX_EXPERTS;
 constexpr u32 NO_SLOT = 255;
-constexpr u32 KEPT_TILES = 8;  // as many as an SM has of 8,192 features on 128 SMs
 static_assert(EXPERT_WORDS <= LANES && STEP_ROWS == CONSUMERS, "a lane a word; a warp a row");
 
 // The choice of a layer, in shared memory behind `Shared`.
@@ -44,7 +41,6 @@ struct Routes {
   u16 expert[MAX_CHOSEN];                 // in ascending order
   u8 slot[STEP_ROWS][MAX_CHOSEN];         // by number in `expert`: the row's slot, or NO_SLOT
   float weight[STEP_ROWS][MAX_SLOTS];     // by slot
-  alignas(8) float2 kept[KEPT_TILES][LANES];  // control: sums over experts, of the SM's first tiles
 };
 static_assert(sizeof(Routes) <= ROUTES_BYTES);
 
@@ -283,19 +279,12 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
   } else {
     if (b.first_tile() < S::TILES) {
       const u32 row = anew(lane_id()) / 4;
-      auto load = [&](Activations<S>& a, u32 number) {
-        const u32 slot = routes.slot[row][number];
-        load_rows<S>(b, a, row < b.args.rows && slot != NO_SLOT, row * S::SLOTS + slot);
-        if constexpr (!S::HALF_INPUT) consumers_sync();  // sums of rows were read
-      };
-      // The next expert's rows come while this one's are multiplied.
-      Activations<S> a;
-      load(a, 0);
       for (u32 number = 0; number < routes.count; ++number) {
-        Activations<S> next = a;
-        if (number + 1 < routes.count) load(next, number + 1);
+        const u32 slot = routes.slot[row][number];
+        Activations<S> a;
+        load_rows<S>(b, a, row < b.args.rows && slot != NO_SLOT, row * S::SLOTS + slot);
         for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) multiply_tile<S>(b, a, thread, octet);
-        a = next;
+        if constexpr (!S::HALF_INPUT) consumers_sync();  // sums of rows were read
       }
     }
     b.pass_tiles(S::TILES);
@@ -303,80 +292,31 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
   b.finish_stage();
 }
 
-// A tile of an expert, as the control warp goes through them.
-struct ExpertTile {
-  u32 number, tile;
-};
-
-// Lane 4r + q has row r and the features 2q and 2q + 1 of a tile, as in finish(). What an epilogue reads from
-// memory is asked for a tile ahead: the way there is as long as a tile takes. Sums of rows over their experts
-// wait in shared memory for the last one, for the same reason.
 template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   const Routes& routes = routes_of(b);
   b.open_stage();
   if (S::FIRST) b.wait_routes(&routes_of(b).routed);
-  const u32 lane = anew(lane_id()), row = lane / 4, first = b.first_tile(), count = routes.count;
-  auto feature = [&](u32 tile) { return tile * OCTET + 2 * (lane % 4); };
-  auto there = [&](ExpertTile at) { return at.number < count && at.tile < S::TILES; };
-  // The tile behind one: of the first product they are dealt out as if they lay in one row.
-  auto behind = [&](ExpertTile at) {
-    at.tile += gridDim.x;
-    if constexpr (S::FIRST) {
-      at.number += at.tile / S::TILES;
-      at.tile %= S::TILES;
-    } else if (at.tile >= S::TILES) {
-      at.number += 1;
-      at.tile = first;
-    }
-    return at;
-  };
-  auto ahead = [&](ExpertTile at, Chosen& chosen, typename S::Carry& carry) {
-    chosen = {0, NO_SLOT, 0.f};
-    carry = {};
-    if (!there(at) || row >= b.args.rows) return;
-    chosen.slot = routes.slot[row][at.number];
-    if (chosen.slot == NO_SLOT) return;
-    chosen.expert = routes.expert[at.number];
-    chosen.weight = routes.weight[row][chosen.slot];
-    S::before(b, row, feature(at.tile), chosen, carry);
-  };
-  // Sums of the SM's first tiles: `kept` of them; others are added up where they are stored.
-  float2* kept = routes_of(b).kept[0] + lane;
-  auto number_of = [&](u32 tile) { return (tile - first) / gridDim.x; };
-  if constexpr (!S::FIRST) {
-    for (u32 tile = first; tile < S::TILES && number_of(tile) < KEPT_TILES; tile += gridDim.x) {
-      if (row < b.args.rows) kept[number_of(tile) * LANES] = *S::out(b, row, feature(tile));
-    }
-  }
-  ExpertTile at = {S::FIRST ? first / S::TILES : 0, S::FIRST ? first % S::TILES : first};
-  Chosen chosen;
-  typename S::Carry carry;
-  ahead(at, chosen, carry);
-  while (there(at)) {
-    const ExpertTile next = behind(at);
-    Chosen next_chosen;
-    typename S::Carry next_carry;
-    ahead(next, next_chosen, next_carry);
+  const u32 lane = anew(lane_id()), row = lane / 4;
+  const u32 count = routes.count;
+  auto tile = [&](u32 number, u32 tile) {
+    const u32 feature = tile * OCTET + 2 * (lane % 4), slot = routes.slot[row][number];
+    const bool active = row < b.args.rows && slot != NO_SLOT;
+    const Chosen chosen = {routes.expert[number], slot, active ? routes.weight[row][slot] : 0.f};
+    typename S::Carry carry = {};
+    if (active) S::before(b, row, feature, chosen, carry);
     float2 v[S::OPERANDS];
     add_sums<S>(b, lane, v);
-    if (chosen.slot != NO_SLOT) {
-      if constexpr (S::FIRST) {
-        S::finish(b, row, feature(at.tile), chosen, v, carry);
-      } else {
-        float2* sum = number_of(at.tile) < KEPT_TILES ? kept + number_of(at.tile) * LANES : S::out(b, row, feature(at.tile));
-        S::add(chosen, v, carry, *sum);
-      }
+    if (active) S::finish(b, row, feature, chosen, v, carry);
+  };
+  if constexpr (S::FIRST) {
+    for (u32 n = b.first_tile(); n < count * S::TILES; n += gridDim.x) tile(n / S::TILES, n % S::TILES);
+    b.pass_tiles(count * S::TILES);
+  } else {
+    for (u32 number = 0; number < count; ++number) {
+      for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) tile(number, t);
     }
-    at = next;
-    chosen = next_chosen;
-    carry = next_carry;
+    b.pass_tiles(S::TILES);
   }
-  if constexpr (!S::FIRST) {
-    for (u32 tile = first; tile < S::TILES && number_of(tile) < KEPT_TILES; tile += gridDim.x) {
-      if (row < b.args.rows) *S::out(b, row, feature(tile)) = kept[number_of(tile) * LANES];
-    }
-  }
-  b.pass_tiles(S::FIRST ? count * S::TILES : S::TILES);
 }
 
 // The end of a launch: how many experts' weights it streamed.

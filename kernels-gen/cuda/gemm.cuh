@@ -324,7 +324,7 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
 #pragma unroll
         for (u32 i = 0; i < WARP_BLOCKS; ++i) factor[i] = scale_ring<S>(b)[octet % SCALES_AHEAD][(s * WARP_BLOCKS + i) % LANES] * W::UNIT;
       }
-      const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot(0)) + thread;
+      const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + thread;
       uint4 w[WARP_BLOCKS];
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) {
@@ -348,8 +348,7 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
       u32 read = 0;
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x;
-      b.release_slot(0, read);
-      b.pass_slots(1);
+      b.release_slot(read);
     }
     if constexpr (!SCALED) total = chains_total(upper, lower);
     if constexpr (S::ROW_SCALE) { total.x *= a.scale; total.y *= a.scale; }

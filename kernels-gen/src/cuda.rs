@@ -98,22 +98,19 @@ impl SharedNeeds {
     }
 
     /// Bytes of the choice of experts: counts, a bit for every expert of each row, numbers of those that any
-    /// row chose, slots of the rows by these, weights; sums of the tiles that control keeps.
+    /// row chose, slots of the rows by these, weights.
     pub fn routes(&self) -> usize {
         if self.experts == 0 {
             return 0;
         }
         const ROWS: usize = 8;
-        const KEPT_TILES: usize = 8;
         let chosen = self.experts.min(ROWS * self.top_k);
         let bytes = 16
             + ROWS * self.experts.div_ceil(32) * 4
             + 2 * chosen
             + ROWS * chosen
             + 4
-            + ROWS * self.top_k * 4
-            + 8
-            + KEPT_TILES * 256;
+            + ROWS * self.top_k * 4;
         bytes.next_multiple_of(128)
     }
 

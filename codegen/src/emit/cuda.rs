@@ -441,8 +441,6 @@ impl<'p> Writer<'p> {
 
     /// The epilogue's pieces, composed: what it loads ahead, then bias, gate, residual and store.
     fn epilogue(&mut self, gemm: &Gemm, experts: Option<&Experts>) {
-        // The second product of experts adds to sums that are kept.
-        let adds = experts.is_some_and(|experts| experts.route.is_none());
         let mut carried = Vec::new();
         let mut before = Vec::new();
         let mut body = Vec::new();
@@ -486,16 +484,13 @@ impl<'p> Writer<'p> {
                 body.push(format!("v[0].x = {gate}v[0].x, v[1].x); v[0].y = {gate}v[0].y, v[1].y);"));
                 body.push(store);
             }
-            Epilogue::Residual if adds => {
-                body.push(
-                    "sum.x = fmaf(chosen.weight, v[0].x, sum.x); sum.y = fmaf(chosen.weight, v[0].y, sum.y);"
-                        .into(),
-                );
-            }
             Epilogue::Residual => {
                 carried.push("float2 residual;".into());
                 before.push(format!("carry.residual = *reinterpret_cast<const float2*>({out});"));
-                body.push("v[0].x += carry.residual.x; v[0].y += carry.residual.y;".into());
+                body.push(match experts {
+                    Some(_) => "v[0].x = fmaf(chosen.weight, v[0].x, carry.residual.x); v[0].y = fmaf(chosen.weight, v[0].y, carry.residual.y);".into(),
+                    None => "v[0].x += carry.residual.x; v[0].y += carry.residual.y;".to_string(),
+                });
                 body.push(store);
             }
             Epilogue::Logits => {
@@ -518,20 +513,10 @@ impl<'p> Writer<'p> {
             &format!("const Control& b, u32 row, u32 feature, {chosen}Carry& carry"),
             &format!("{guard}{}", before.join(" ")),
         );
-        let signature = if adds {
-            self.function(
-                "float2*",
-                "out",
-                "const Block& b, u32 row, u32 feature",
-                &format!("return reinterpret_cast<float2*>({out});"),
-            );
-            "add(const Chosen& chosen, float2 (&v)[1], const Carry& carry, float2& sum)".to_string()
-        } else {
-            format!(
-                "finish(Control& b, u32 row, u32 feature, {chosen}float2 (&v)[{operands}], const Carry& carry)"
-            )
-        };
-        line!(self, "  __device__ __forceinline__ static void {signature} {{");
+        line!(
+            self,
+            "  __device__ __forceinline__ static void finish(Control& b, u32 row, u32 feature, {chosen}float2 (&v)[{operands}], const Carry& carry) {{"
+        );
         if !guard.is_empty() {
             line!(self, "    {}", guard.trim());
         }
