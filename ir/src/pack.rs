@@ -493,6 +493,41 @@ mod tests {
     }
 
     #[test]
+    fn octets_of_experts_that_contradict_themselves_are_refused() {
+        let view = RowView { tensor: "up.{}".into(), start: 0, block: 1, stride: 1 };
+        let octets = |format, k, experts, rows, sources| {
+            let content = PackContent::ExpertOctets { format, k, experts, rows, sources };
+            check(vec![PackItem { offset: 0, content }], 1 << 40)
+        };
+        for (name, format) in Format::NAMED {
+            let result = octets(*format, 64, 3, 8, vec![view.clone()]);
+            assert_eq!(result.is_ok(), ["f16", "bf16", "mxfp4"].contains(name), "{name}: {result:?}");
+        }
+        let crooked = RowView { block: 0, ..view.clone() };
+        let vast = RowView { stride: usize::MAX, ..view.clone() };
+        for (k, experts, rows, sources) in [
+            (0, 3, 8, vec![view.clone()]),
+            (64, 0, 8, vec![view.clone()]),
+            (64, 3, 0, vec![view.clone()]),
+            (64, 3, 8, Vec::new()),
+            (64, 3, 8, vec![view.clone(), crooked]),
+            (64, 3, 8, vec![vast]),
+            (64, usize::MAX, 8, vec![view.clone()]),
+        ] {
+            assert!(octets(Format::BF16, k, experts, rows, sources).is_err(), "{k} {experts} {rows}");
+        }
+        // 2 sources of 3 experts, each two octets of one block of 544 bytes.
+        let content = PackContent::ExpertOctets {
+            format: Format::MXFP4,
+            k: 100,
+            experts: 3,
+            rows: 9,
+            sources: vec![view.clone(), view],
+        };
+        assert_eq!(content.bytes(), Some(2 * 3 * 2 * 544));
+    }
+
+    #[test]
     fn octets_that_contradict_themselves_are_refused() {
         let refused = |content: PackContent, words: &str| {
             let error = check(vec![PackItem { offset: 0, content }], 1 << 40).unwrap_err();
@@ -502,13 +537,15 @@ mod tests {
         for (name, format) in Format::NAMED {
             let content = octets(*format, 64, segments(&[8]), 1);
             match *name {
-                "f16" | "bf16" | "fp8" => check(vec![PackItem { offset: 0, content }], 1 << 40).unwrap(),
+                "f16" | "bf16" | "mxfp4" | "fp8" => {
+                    check(vec![PackItem { offset: 0, content }], 1 << 40).unwrap();
+                }
                 _ => refused(content, "not "),
             }
         }
         // Codes alone are not a format that a checkpoint can be converted to.
         let bare = Format { block: 0, scale: None, ..Format::FP8_BLOCK };
-        refused(octets(bare, 64, segments(&[8]), 1), "octets hold f16, bf16 or fp8");
+        refused(octets(bare, 64, segments(&[8]), 1), "octets hold f16, bf16, mxfp4 or fp8");
 
         let both = |k: usize, rows: &[usize], interleave: usize, count: Option<usize>, words: &str| {
             let mut contents = [
