@@ -55,6 +55,12 @@ struct Chosen {
 
 // ---- The scores ------------------------------------------------------------------------------
 
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (u32 x = LANES / 2; x > 0; x /= 2) v += __shfl_xor_sync(~0u, v, x);
+  return v;
+}
+
 template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   constexpr u32 ROUND = CONSUMER_THREADS * 4, ROUNDS = (R::K + ROUND - 1) / ROUND;
   const u32 thread = anew(threadIdx.x), warp = thread / LANES, lane = thread % LANES, column = thread * 4;
@@ -86,11 +92,8 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
         dot = fmaf(v.w, w[i].w, fmaf(v.z, w[i].z, fmaf(v.y, w[i].y, fmaf(v.x, w[i].x, dot))));
         square = squares(square, v);
       }
-#pragma unroll
-      for (u32 n = LANES / 2; n > 0; n /= 2) {
-        dot += __shfl_xor_sync(~0u, dot, n);
-        square += __shfl_xor_sync(~0u, square, n);
-      }
+      dot = warp_sum(dot);
+      square = warp_sum(square);
       if (lane == 0) { b.shared.row_sums[0][warp][row] = dot; b.shared.row_sums[1][warp][row] = square; }
     }
     consumers_sync();
@@ -114,12 +117,6 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
 }
 
 // ---- The choice ------------------------------------------------------------------------------
-
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (u32 x = LANES / 2; x > 0; x /= 2) v += __shfl_xor_sync(~0u, v, x);
-  return v;
-}
 
 // Any number, from several: for experts that are chosen at random.
 __device__ __forceinline__ u32 mixed(u32 a, u32 b) {
@@ -162,7 +159,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
 #pragma unroll
       for (u32 i = 0; i < EACH; ++i) {
         const u32 expert = i * LANES + lane;
-        score[i] = 0.f;
+        score[i] = R::SCORING == SIGMOID ? 1.f : 0.f;  // all weigh the same
         if (expert < R::EXPERTS && !(mine >> i & 1)) key[i] = mixed(mixed(seed, n < shared ? ~0u : row), expert) | 1;
       }
     }

@@ -7,7 +7,7 @@ extern "C" uint32_t simulator_threads() { return BLOCK_THREADS; }
 
 // As in machine.cpp.
 struct Launch {
-  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes;
+  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing;
   uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
 };
 
@@ -34,5 +34,6 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.steps = launch.steps;
   args.in_flight = 2;
   args.experts = mail + 40;
+  args.routing = launch.routing;
   *static_cast<LaunchArgs*>(to) = args;
 }

@@ -278,13 +278,13 @@ uint8_t* poisoned(size_t bytes) {
 
 // Words of launch.bin, then the page table.
 struct Launch {
-  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes;
+  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing;
   uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
 };
 
 extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail);
 
-// Reads weights.bin, kv.bin and launch.bin; writes kv.bin, arena.bin, sync.bin, logits.bin and chosen.bin.
+// Reads weights.bin, kv.bin and launch.bin; writes kv.bin, arena.bin, sync.bin, logits.bin, chosen.bin and experts.bin.
 int main(int, char** argv) {
   const std::string folder = std::string(argv[1]) + "/";
   machine::block_count = atoi(argv[2]);
@@ -298,7 +298,7 @@ int main(int, char** argv) {
   memset(sync, 0, launch.sync_bytes);
   const size_t logit_bytes = size_t(8) * launch.vocab * 4;
   uint8_t* logits = poisoned(logit_bytes);
-  std::vector<uint32_t> mail(1024);  // the record of a stall, a word that halts, from 64 on the tokens
+  std::vector<uint32_t> mail(1024);  // the record of a stall, a word that halts, from 40 on experts, from 64 on the tokens
   uint64_t args[64];
   simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data());
   machine::run(atoll(argv[3]), args, launch.shared_bytes);
@@ -306,5 +306,6 @@ int main(int, char** argv) {
   store(folder + "arena.bin", arena, launch.arena_bytes);
   store(folder + "sync.bin", sync, launch.sync_bytes);
   store(folder + "logits.bin", logits, logit_bytes);
+  store(folder + "experts.bin", mail.data() + 40, 4);
   store(folder + "chosen.bin", mail.data() + 64, size_t(8) * launch.steps * 4);
 }

@@ -42,6 +42,8 @@ struct Outcome {
     chosen: Vec<u32>,
     arena: Vec<u8>,
     sync: Vec<u8>,
+    /// Experts that were streamed.
+    experts: u32,
 }
 
 /// The checkpoint's weights, in the formats that the graph reads.
@@ -185,6 +187,11 @@ impl Simulation {
 
     /// Runs a launch on so many blocks; all rows want logits.
     fn launch(&self, rows: &[Row], steps: usize, blocks: usize, seed: u64) -> Outcome {
+        self.launch_routed(rows, steps, blocks, seed, 0)
+    }
+
+    /// The same, with experts as `LaunchArgs::routing` says.
+    fn launch_routed(&self, rows: &[Row], steps: usize, blocks: usize, seed: u64, routing: usize) -> Outcome {
         assert!(rows.len() <= STEP_ROWS);
         let buffers = self.program.buffers.iter();
         let arena = buffers.map(|buffer| buffer.offset + STEP_ROWS * buffer.cols * 4).max().unwrap();
@@ -199,6 +206,7 @@ impl Simulation {
             self.pages_per_sequence(),
             pages,
             self.shared_bytes,
+            routing,
         ]
         .map(|value| value as u32)
         .to_vec();
@@ -227,7 +235,8 @@ impl Simulation {
         let chosen = words(&read("chosen.bin"));
         let chosen = chosen.chunks(STEP_ROWS).flat_map(|step| step[..rows.len()].to_vec());
         let chosen = chosen.map(|word| word - 1).collect();
-        Outcome { logits, chosen, arena: read("arena.bin"), sync: read("sync.bin") }
+        let experts = words(&read("experts.bin"))[0];
+        Outcome { logits, chosen, arena: read("arena.bin"), sync: read("sync.bin"), experts }
     }
 }
 
@@ -282,12 +291,28 @@ fn mimo(window: usize) -> Value {
 }
 
 /// The same with q, k and v in one matrix, in two groups: octets of its FP8 lie at rows of its own.
+/// Its second layer has experts.
 fn mimo_fused() -> Value {
     let mut config = mimo(5);
     (config["architectures"], config["model_type"]) = (json!(["MiMoV2ForCausalLM"]), "mimo_v2".into());
     (config["num_key_value_heads"], config["swa_num_key_value_heads"]) = (2.into(), 6.into());
     config["attention_projection_layout"] = "fused_qkv".into();
+    config["moe_layer_freq"] = json!([0, 1]);
+    for (key, value) in [("n_routed_experts", 6), ("num_experts_per_tok", 2), ("moe_intermediate_size", 40)] {
+        config[key] = value.into();
+    }
     config
+}
+
+/// A clamped gate, biases of experts, and layers that differ by their windows.
+fn gpt_oss() -> Value {
+    json!({
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_act": "silu",
+        "hidden_size": 72, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 96,
+        "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "max_position_embeddings": 256,
+        "sliding_window": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "swiglu_limit": 7.0
+    })
 }
 
 /// More experts than a word has bits; fewer than four are chosen, so that most of a step's are of one row.
@@ -316,9 +341,9 @@ fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() 
         ("llama bf16", llama(), Format::BF16, None, 0.03),
         ("llama f16", llama(), Format::F16, None, 0.01),
         ("llama fp8", llama(), Format::FP8_BLOCK, None, 0.03),
-        ("qwen3 moe f16", qwen3_moe(), Format::F16, Some(Format::F16), 0.01),
+        ("gpt-oss f16", gpt_oss(), Format::F16, Some(Format::F16), 0.01),
         ("qwen3 moe mxfp4", qwen3_moe(), Format::BF16, Some(Format::MXFP4), 0.03),
-        ("mimo fp8", mimo_fused(), Format::FP8_BLOCK, None, 0.03),
+        ("mimo fp8, mxfp4", mimo_fused(), Format::FP8_BLOCK, Some(Format::MXFP4), 0.03),
     ] {
         let simulation = Simulation::new(&config, format, experts, 256);
         let vocab = simulation.program.vocab;
@@ -346,6 +371,9 @@ fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() 
                 assert!(simulation.cache() == cache, "{name}, step {number}: seed {seed} has another cache");
             }
         }
+        if name == "qwen3 moe mxfp4" {
+            check_routing(&simulation, &first);
+        }
         // The second sequence's rows alone.
         let ends: Vec<Row> = [row(1, 9, 0), row(2, 6, 1)].into();
         let before = simulation.cache();
@@ -366,6 +394,21 @@ fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() 
             }
         }
     }
+}
+
+/// Experts that chance chooses for 8 rows, 3 each in two layers: all alike, one alike, each by itself.
+fn check_routing(simulation: &Simulation, rows: &[Row]) {
+    let before = simulation.cache();
+    let streamed = [1001, 334, 1].map(|routing| {
+        let [one, again] = [5, 6].map(|seed| simulation.launch_routed(rows, 1, 3, seed, routing));
+        assert!(one.logits.iter().all(|logit| logit.is_finite()), "{routing}");
+        assert!(one.logits == again.logits && one.experts == again.experts, "{routing}");
+        one.experts
+    });
+    assert_eq!(streamed[0], 2 * 3);
+    assert!(streamed[1] <= 2 * (1 + 8 * 2) && streamed[2] <= 2 * 8 * 3, "{streamed:?}");
+    assert!(streamed.is_sorted() && streamed[2] > 2 * 12, "{streamed:?}");
+    simulation.write_cache(&before);
 }
 
 /// Attention of the last layer in one launch against its formula in float64, over a cache of random
