@@ -136,6 +136,8 @@ pub enum Piece {
     },
     /// `activation(operand 0) * operand 1` of a part with two weights.
     Gated(ActivationFn),
+    /// The sum over this many ranks, each of which has made a part of it.
+    AllReduce(usize),
     /// Adds a value.
     Residual(ValueId),
     /// Quantizes to signed bytes in blocks of 32 columns.
@@ -403,6 +405,7 @@ impl Fused {
             Piece::Combine => "combine".into(),
             Piece::Scale(factor) => format!("scale {factor}"),
             Piece::Gated(activation) => activation.to_string(),
+            Piece::AllReduce(ranks) => format!("all_reduce over {ranks} ranks"),
             Piece::Residual(id) => format!("add %{}", self.value(*id).name),
             Piece::Quantize => "quantize".into(),
             Piece::Store(id) => format!("store {}", value(id)),

@@ -9,6 +9,41 @@ use serde::{Deserialize, Serialize};
 /// Alignment of every item, in bytes: a cache line, and a 512-bit vector.
 pub const PACK_ALIGN: u64 = 64;
 
+/// What one rank of several holds: of every `of` rows or columns the `len` from `start` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Share {
+    /// Before the first.
+    pub start: usize,
+    /// How many.
+    pub len: usize,
+    /// Of how many.
+    pub of: usize,
+}
+
+impl Share {
+    /// Number in the whole of what is number `index` of the share, with all shares counted through; `None`
+    /// if that overflows or the share is empty.
+    pub fn index(&self, index: usize) -> Option<usize> {
+        let before = index.checked_div(self.len)?.checked_mul(self.of)?;
+        before.checked_add(index % self.len)?.checked_add(self.start)
+    }
+
+    /// Where it ends, in the whole.
+    pub const fn end(&self) -> usize {
+        self.start + self.len
+    }
+
+    /// Whether it is everything.
+    pub const fn is_whole(&self) -> bool {
+        self.start == 0 && self.len == self.of
+    }
+
+    /// Whether it has something, and lies inside of the whole.
+    fn is_sound(&self) -> bool {
+        self.len > 0 && self.start.checked_add(self.len).is_some_and(|end| end <= self.of)
+    }
+}
+
 /// Rows of one stored tensor that become features of consecutive panels or octets.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RowSegment {
@@ -18,9 +53,17 @@ pub struct RowSegment {
     pub row_start: usize,
     /// Number of rows; the last panel or octet is padded with zero features if it is not filled.
     pub rows: usize,
+    /// Columns of the tensor that are taken, as many as the item has; all if there is no such entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<Share>,
 }
 
 impl RowSegment {
+    /// Rows of all columns.
+    pub fn new(tensor: impl Into<String>, row_start: usize, rows: usize) -> RowSegment {
+        RowSegment { tensor: tensor.into(), row_start, rows, columns: None }
+    }
+
     /// Panels that the rows fill.
     pub const fn panels(&self) -> usize {
         self.rows.div_ceil(PANEL)
@@ -33,7 +76,8 @@ impl RowSegment {
 }
 
 /// Rows of a stored tensor, or of one an expert: row `i` is the tensor's row
-/// `start + i / block * stride + i % block`. Rows of all experts in one tensor are counted through.
+/// `start + i / block * stride + i % block`. Rows of all experts in one tensor are counted through. With a
+/// share of rows, `i` is first that share's row of the whole expert.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RowView {
     /// Name of the tensor; [`crate::graph::EXPERT`] stands for the number if there is one an expert.
@@ -44,11 +88,23 @@ pub struct RowView {
     pub block: usize,
     /// Rows from one block to the next.
     pub stride: usize,
+    /// Rows of each expert that are taken; all if there is no such entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<Share>,
+    /// Columns of the tensor that are taken, as many as the item has; all if there is no such entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<Share>,
 }
 
 impl RowView {
+    /// A view of all rows of a tensor.
+    pub fn whole(tensor: impl Into<String>) -> RowView {
+        RowView { tensor: tensor.into(), start: 0, block: 1, stride: 1, rows: None, columns: None }
+    }
+
     /// The tensor's row that is row `row` of the view; `None` if that overflows.
     pub fn row(&self, row: usize) -> Option<usize> {
+        let row = self.rows.map_or(Some(row), |share| share.index(row))?;
         (row / self.block).checked_mul(self.stride)?.checked_add(row % self.block)?.checked_add(self.start)
     }
 }
@@ -126,7 +182,7 @@ pub enum PackContent {
         sources: Vec<RowView>,
     },
     /// Elements of a tensor as float32: element `i` is the tensor's element
-    /// `start + i / block * stride + i % block`.
+    /// `start + i / block * stride + i % block`. With a share, `i` is first that share's element.
     Elements {
         /// Name of the tensor.
         tensor: String,
@@ -138,6 +194,9 @@ pub enum PackContent {
         block: usize,
         /// Elements from one block to the next.
         stride: usize,
+        /// Elements of each vector that are taken; all if there is no such entry.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        share: Option<Share>,
     },
     /// A tensor's elements as float32, in row-major order.
     F32 {
@@ -297,6 +356,7 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
             if layout.k == 0 || *layout != PanelLayout::new(layout.format, layout.k) {
                 return Err("the layout is not one that PanelLayout::new makes".into());
             }
+            verify_columns(segments, layout.k)?;
             verify_segments(segments, *interleave, *panels, "panels", RowSegment::panels)
         }
         PackContent::Octets { format, k, segments, interleave, octets } => {
@@ -314,7 +374,7 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
             if layout.k == 0 || *layout != PanelLayout::new(layout.format, layout.k) {
                 return Err("the layout is not one that PanelLayout::new makes".into());
             }
-            verify_experts(*experts, *rows, sources)
+            verify_experts(*experts, *rows, layout.k, sources)
         }
         PackContent::ExpertOctets { format, k, experts, rows, sources } => {
             if ![Format::F16, Format::BF16, Format::MXFP4].contains(format) {
@@ -323,11 +383,13 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
             if *k == 0 {
                 return Err("octets of no columns".into());
             }
-            verify_experts(*experts, *rows, sources)
+            verify_experts(*experts, *rows, *k, sources)
         }
-        PackContent::Elements { tensor, len, start, block, stride } => {
-            let view = RowView { tensor: tensor.clone(), start: *start, block: *block, stride: *stride };
-            if *block == 0 || stride < block || *len == 0 || view.row(len - 1).is_none() {
+        PackContent::Elements { tensor, len, start, block, stride, share } => {
+            let (start, block, stride) = (*start, *block, *stride);
+            let view = RowView { start, block, stride, rows: *share, ..RowView::whole(tensor) };
+            let sound = block > 0 && stride >= block && *len > 0 && share.is_none_or(|s| s.is_sound());
+            if !sound || view.row(len - 1).is_none() {
                 return Err(format!("{len} elements of {tensor} cannot lie as {view:?}"));
             }
             Ok(())
@@ -337,15 +399,28 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
 }
 
 /// What rows of experts want of their views.
-fn verify_experts(experts: usize, rows: usize, sources: &[RowView]) -> Result<(), String> {
+fn verify_experts(experts: usize, rows: usize, k: usize, sources: &[RowView]) -> Result<(), String> {
     if experts == 0 || rows == 0 || sources.is_empty() {
         return Err(format!("{rows} rows of {experts} experts from {} sources", sources.len()));
     }
     let last = experts.checked_mul(rows).map(|rows| rows - 1);
+    let of = |share: Option<Share>, len: usize| share.is_none_or(|s| s.is_sound() && s.len == len);
     let bad = sources.iter().find(|view| {
-        view.block == 0 || view.stride < view.block || last.and_then(|row| view.row(row)).is_none()
+        view.block == 0
+            || view.stride < view.block
+            || !of(view.rows, rows)
+            || !of(view.columns, k)
+            || last.and_then(|row| view.row(row)).is_none()
     });
     bad.map_or(Ok(()), |view| Err(format!("rows of {} cannot lie as {view:?}", view.tensor)))
+}
+
+/// Shares of columns are as wide as the item.
+fn verify_columns(segments: &[RowSegment], k: usize) -> Result<(), String> {
+    let bad = |s: &&RowSegment| s.columns.is_some_and(|share| !share.is_sound() || share.len != k);
+    segments.iter().find(bad).map_or(Ok(()), |segment| {
+        Err(format!("{:?} of the columns of {} are no {k}", segment.columns, segment.tensor))
+    })
 }
 
 /// What octets want beyond sound segments: columns and, where blocks of 128 rows share scales, octets
@@ -353,6 +428,14 @@ fn verify_experts(experts: usize, rows: usize, sources: &[RowView]) -> Result<()
 fn verify_octets(k: usize, segments: &[RowSegment], share_scales: bool) -> Result<(), String> {
     if k == 0 {
         return Err("octets of no columns".into());
+    }
+    verify_columns(segments, k)?;
+    let torn = |s: &&RowSegment| s.columns.is_some_and(|c| !c.start.is_multiple_of(FP8_COLUMNS));
+    if let Some(segment) = segments.iter().find(torn).filter(|_| share_scales) {
+        return Err(format!(
+            "the columns of {} start inside of {FP8_COLUMNS} that share scales: {:?}",
+            segment.tensor, segment.columns
+        ));
     }
     let crooked = segments.iter().find(|s| share_scales && !s.row_start.is_multiple_of(OCTET));
     crooked.map_or(Ok(()), |RowSegment { tensor, row_start, .. }| {
@@ -398,7 +481,7 @@ mod tests {
     use crate::format::Format;
 
     fn segments(rows: &[usize]) -> Vec<RowSegment> {
-        let segment = |(i, &rows)| RowSegment { tensor: format!("t{i}"), row_start: 0, rows };
+        let segment = |(i, &rows)| RowSegment::new(format!("t{i}"), 0, rows);
         rows.iter().enumerate().map(segment).collect()
     }
 
@@ -479,8 +562,7 @@ mod tests {
     fn sound_octets_pass_and_round_trip() {
         let codes = octets(Format::FP8_BLOCK, 576, segments(&[16, 9, 8, 1]), 2);
         let scales = octet_scales(576, segments(&[16, 9, 8, 1]), 2);
-        let halves =
-            octets(Format::F16, 1, vec![RowSegment { tensor: "t".into(), row_start: 3, rows: 7 }], 1);
+        let halves = octets(Format::F16, 1, vec![RowSegment::new("t", 3, 7)], 1);
         let mut packing = Packing::default();
         for content in [codes, scales, halves] {
             let offset = packing.bytes;
@@ -494,7 +576,7 @@ mod tests {
 
     #[test]
     fn octets_of_experts_that_contradict_themselves_are_refused() {
-        let view = RowView { tensor: "up.{}".into(), start: 0, block: 1, stride: 1 };
+        let view = RowView::whole("up.{}");
         let octets = |format, k, experts, rows, sources| {
             let content = PackContent::ExpertOctets { format, k, experts, rows, sources };
             check(vec![PackItem { offset: 0, content }], 1 << 40)
@@ -571,7 +653,7 @@ mod tests {
         both(64, &[8], 2, None, "groups of 2");
         both(64, &[8], 0, None, "groups of 0");
 
-        let from = |row_start| vec![RowSegment { tensor: "q".into(), row_start, rows: 8 }];
+        let from = |row_start| vec![RowSegment::new("q", row_start, 8)];
         refused(octets(Format::FP8_BLOCK, 64, from(12), 1), "row 12 of q starts an octet of fp8");
         refused(octet_scales(64, from(12), 1), "no multiple of 8");
         refused(octets(Format::BF16, 64, from(usize::MAX - 7), 1), "the rows of q overflow");

@@ -30,8 +30,8 @@ use tilec_ir::convert::{ConvertError, dequantize, pack_panel, quantize, row_form
 use tilec_ir::format::{Code, Format, PANEL, PanelLayout};
 use tilec_ir::graph::EXPERT;
 use tilec_ir::launch::{OCTET, OCTET_BLOCK};
-use tilec_ir::octet::{lay_mxfp4, octet_block_bytes, octet_blocks};
-use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, RowView};
+use tilec_ir::octet::{ScaleError, lay_mxfp4, octet_block_bytes, octet_blocks};
+use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, RowView, Share};
 
 /// Raised whenever the layout of the file or the packing of a format changes.
 pub const PACKED_VERSION: u32 = 1;
@@ -294,7 +294,7 @@ enum Job<'a> {
     Octets { format: Format, k: usize, groups: Vec<Group<'a>>, out: &'a mut [u8] },
     OctetScales { k: usize, groups: Vec<Group<'a>>, out: &'a mut [u8] },
     Experts { experts: Experts<'a>, expert: usize, out: &'a mut [u8] },
-    Elements { tensor: &'a str, view: Lie, out: &'a mut [u8] },
+    Elements { tensor: &'a str, view: RowView, out: &'a mut [u8] },
     F32 { tensor: &'a str, len: usize, out: &'a mut [u8] },
     RopeTable { inv_freq: &'a [f32], positions: usize, factor: f32, out: &'a mut [u8] },
 }
@@ -356,14 +356,6 @@ impl Experts<'_> {
     fn bytes(&self) -> usize {
         self.rows.div_ceil(self.layout.unit_rows()) * self.sources.len() * self.layout.unit_bytes()
     }
-}
-
-/// Where elements lie: element `i` is element `start + i / block * stride + i % block`.
-#[derive(Clone, Copy)]
-struct Lie {
-    start: usize,
-    block: usize,
-    stride: usize,
 }
 
 /// Units (panels or octets) `first..end` of each of the interleaved segments.
@@ -436,8 +428,8 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
         at = item.offset as usize + bytes;
         match &item.content {
             PackContent::F32 { tensor, len } => jobs.push(Job::F32 { tensor, len: *len, out: own }),
-            PackContent::Elements { tensor, start, block, stride, .. } => {
-                let view = Lie { start: *start, block: *block, stride: *stride };
+            PackContent::Elements { tensor, start, block, stride, share, .. } => {
+                let view = elements_view(tensor, *start, *block, *stride, *share);
                 jobs.push(Job::Elements { tensor, view, out: own });
             }
             PackContent::ExpertPanels { experts, rows, sources, .. }
@@ -485,6 +477,11 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
         }
     }
     jobs
+}
+
+/// Where elements of a tensor lie, as if they were rows.
+fn elements_view(tensor: &str, start: usize, block: usize, stride: usize, share: Option<Share>) -> RowView {
+    RowView { start, block, stride, rows: share, ..RowView::whole(tensor) }
 }
 
 /// Fills `out` with what the recipe asks for: every byte of every item. The gaps between them stay. Gives
@@ -546,12 +543,13 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
     // their codes.
     let check_rows = |segments: &[RowSegment], k: usize, from: fn(Format) -> Format, to: Option<Format>| {
         let mut last = "";
-        for RowSegment { tensor, row_start, rows } in segments {
+        for RowSegment { tensor, row_start, rows, columns } in segments {
             let info = checkpoint.tensor(tensor)?;
             let have = info.rows().unwrap_or(0);
-            if info.cols() != k || row_start + rows > have {
+            let cols = columns.map_or(k, |share| share.of);
+            if info.cols() != cols || row_start + rows > have {
                 let problem = format!(
-                    "its shape is {:?}, the plan wants rows {row_start}..{} of {k} columns",
+                    "its shape is {:?}, the plan wants rows {row_start}..{} of {cols} columns",
                     info.shape,
                     row_start + rows,
                 );
@@ -588,9 +586,12 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
                     check_experts(checkpoint, &layout, *experts, *rows, view)?;
                 }
             }
-            PackContent::Elements { tensor, len, start, block, stride } => {
+            PackContent::Elements { tensor, len, start, block, stride, share } => {
                 let info = checkpoint.tensor(tensor)?;
-                let last = start + (len - 1) / block * stride + (len - 1) % block;
+                let view = elements_view(tensor, *start, *block, *stride, *share);
+                let last = view.row(len - 1);
+                // Verified: it can be counted.
+                let last = last.unwrap_or(usize::MAX);
                 if info.elements().is_none_or(|have| last >= have) {
                     let problem = format!("its shape is {:?}, the plan wants its element {last}", info.shape);
                     return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, REMEDY).into());
@@ -625,12 +626,12 @@ fn check_experts(
         let name = tensor_of(view, expert);
         let info = checkpoint.tensor(&name)?;
         let have = info.rows().unwrap_or(0);
-        if info.cols() != layout.k() || view.row(last).is_none_or(|last| last >= have) {
+        let cols = view.columns.map_or(layout.k(), |share| share.of);
+        if info.cols() != cols || view.row(last).is_none_or(|last| last >= have) {
             let problem = format!(
-                "its shape is {:?}, the plan wants {} rows of {} columns as {view:?}",
+                "its shape is {:?}, the plan wants {} rows of {cols} columns as {view:?}",
                 info.shape,
                 last + 1,
-                layout.k()
             );
             return Err(checkpoint.fault(&name, ErrorKind::Malformed, problem, REMEDY));
         }
@@ -667,7 +668,7 @@ fn pack_expert(
         let at = |row: usize| view.row(first + row).expect("the recipe is verified");
         let lowest = at(0);
         let span = lowest..at(rows - 1) + 1;
-        let mut stored = checkpoint.rows(&name, span.clone())?;
+        let mut stored = stored_rows(checkpoint, &name, span.clone(), view.columns)?;
         if span.len() != *rows {
             let pick = |plane: &[u8]| -> Vec<u8> {
                 let width = plane.len() / span.len();
@@ -678,7 +679,8 @@ fn pack_expert(
             stored.rows = *rows;
         }
         let places = out.chunks_exact_mut(layout.unit_bytes()).skip(index).step_by(sources.len());
-        pack_rows(checkpoint, layout, ("experts", &name, lowest), &stored, ledger, places)?;
+        let first = (lowest, view.columns.map_or(0, |share| share.start));
+        pack_rows(checkpoint, layout, ("experts", &name, first), &stored, ledger, places)?;
     }
     Ok(())
 }
@@ -698,11 +700,12 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
             pack_expert(checkpoint, &experts, expert, ledger, out)?;
             Ok(out.len() as u64)
         }
-        Job::Elements { tensor, view: Lie { start, block, stride }, out } => {
+        Job::Elements { tensor, view, out } => {
             let values = checkpoint.tensor_f32(tensor)?;
             for (i, bytes) in out.chunks_exact_mut(4).enumerate() {
                 // In range: `check` has looked at the last.
-                bytes.copy_from_slice(&values[start + i / block * stride + i % block].to_le_bytes());
+                let at = view.row(i).expect("the recipe is verified");
+                bytes.copy_from_slice(&values[at].to_le_bytes());
             }
             Ok(out.len() as u64)
         }
@@ -723,7 +726,15 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
                 for (octet, out) in units.zip(octets) {
                     let rows = OCTET.min(part.rows - octet * OCTET);
                     let (codes, _) = source.octet(&part.tensor, part.row_start + octet * OCTET)?;
-                    lay_octet(&codes[..rows * k], k, out);
+                    match part.columns {
+                        None => lay_octet(&codes[..rows * k], k, out),
+                        Some(share) => {
+                            let all = codes.chunks_exact(share.of).take(rows);
+                            let own: Vec<u8> =
+                                all.flat_map(|row| &row[share.start..share.end()]).copied().collect();
+                            lay_octet(&own, k, out);
+                        }
+                    }
                 }
                 Ok(())
             })?;
@@ -741,7 +752,8 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
             for_each_part(&groups, k.div_ceil(FP8_COLUMNS) * 4, out, |part, units, octets| {
                 for (octet, out) in units.zip(octets) {
                     let (_, scales) = source.octet(&part.tensor, part.row_start + octet * OCTET)?;
-                    out.copy_from_slice(scales);
+                    let first = part.columns.map_or(0, |share| share.start / FP8_COLUMNS * 4);
+                    out.copy_from_slice(&scales[first..][..out.len()]);
                 }
                 Ok(())
             })?;
@@ -772,6 +784,19 @@ fn for_each_part<'a>(
     Ok(())
 }
 
+/// Rows of a tensor, all columns or a share.
+fn stored_rows<'c>(
+    checkpoint: &'c Checkpoint,
+    name: &str,
+    rows: Range<usize>,
+    columns: Option<Share>,
+) -> Result<StoredRows<'c>, CheckpointError> {
+    match columns {
+        None => checkpoint.rows(name, rows),
+        Some(share) => checkpoint.columns(name, rows, share.start..share.end()),
+    }
+}
+
 /// Packs panels or octets `units` of a segment into `places`.
 fn pack_segment<'a>(
     checkpoint: &Checkpoint,
@@ -783,16 +808,17 @@ fn pack_segment<'a>(
 ) -> Result<(), CheckpointError> {
     let (first, end) = (units.start * layout.unit_rows(), segment.rows.min(units.end * layout.unit_rows()));
     let rows = segment.row_start + first..segment.row_start + end;
-    let stored = checkpoint.rows(&segment.tensor, rows.clone())?;
-    pack_rows(checkpoint, layout, ("matrices", &segment.tensor, rows.start), &stored, ledger, places)
+    let stored = stored_rows(checkpoint, &segment.tensor, rows.clone(), segment.columns)?;
+    let first = (rows.start, segment.columns.map_or(0, |share| share.start));
+    pack_rows(checkpoint, layout, ("matrices", &segment.tensor, first), &stored, ledger, places)
 }
 
-/// Packs rows of the tensor `name`, of which `first` is the first, into `places`; `what` it is, conversions
-/// are noted by.
+/// Packs rows of the tensor `name`, of which `first` are the first row and column, into `places`; `what` it
+/// is, conversions are noted by.
 fn pack_rows<'a>(
     checkpoint: &Checkpoint,
     layout: &Layout,
-    (what, name, first): (&'static str, &str, usize),
+    (what, name, (first, first_col)): (&'static str, &str, (usize, usize)),
     stored: &StoredRows<'_>,
     ledger: &Ledger,
     places: impl Iterator<Item = &'a mut [u8]>,
@@ -807,7 +833,7 @@ fn pack_rows<'a>(
         if let Layout::Octets { format, .. } = layout
             && let Some(at) = not_finite(format.code, &converted.codes)
         {
-            let (row, col, value) = (first + at / stored.cols, at % stored.cols, values[at]);
+            let (row, col, value) = (first + at / stored.cols, first_col + at % stored.cols, values[at]);
             let problem =
                 format!("the weight in row {row}, column {col} is {value}, which {format} cannot hold");
             let remedy = "check that the checkpoint is sound, or take its weights as stored or in bf16";
@@ -823,6 +849,7 @@ fn pack_rows<'a>(
         match layout {
             Layout::Panels(layout) => pack_panel(layout, &rows, out).map_err(fault)?,
             Layout::Octets { format: Format::MXFP4, .. } => lay_mxfp4(&rows, out).map_err(|error| {
+                let error = ScaleError { column: first_col + error.column, ..error };
                 let problem = format!("in the rows from {} on, {error}", first + start);
                 let remedy = "check that the checkpoint is sound, or take these weights in bf16";
                 checkpoint.fault(name, ErrorKind::Value, problem, remedy)

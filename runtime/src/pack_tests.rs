@@ -18,7 +18,7 @@ fn checkpoint(seed: u64) -> Checkpoint {
 }
 
 fn segment(tensor: &str, row_start: usize, rows: usize) -> RowSegment {
-    RowSegment { tensor: tensor.into(), row_start, rows }
+    RowSegment::new(tensor, row_start, rows)
 }
 
 /// One item after the other, at aligned offsets, with a gap in front.
@@ -154,7 +154,7 @@ fn large_items_are_split_without_a_seam() {
 }
 
 fn view(tensor: &str, start: usize, block: usize, stride: usize) -> RowView {
-    RowView { tensor: tensor.into(), start, block, stride }
+    RowView { start, block, stride, ..RowView::whole(tensor) }
 }
 
 /// Experts of 20 rows each: one tensor an expert, and rows of gate and up that alternate in one tensor.
@@ -202,7 +202,7 @@ fn elements_are_picked_from_a_vector() {
     let tensors = BTreeMap::from([("bias".to_string(), TensorInfo::new([2, 6], Format::BF16))]);
     let checkpoint = Checkpoint::synthetic(serde_json::json!({"model_type": "x"}), 5, tensors);
     let picked = |len, start, block, stride| {
-        recipe(vec![PackContent::Elements { tensor: "bias".into(), len, start, block, stride }])
+        recipe(vec![PackContent::Elements { tensor: "bias".into(), len, start, block, stride, share: None }])
     };
     let packing = picked(6, 1, 1, 2);
     let all = checkpoint.tensor_f32("bias").unwrap();
@@ -499,7 +499,7 @@ fn slow_octets(
     let order = octet_order(segments, interleave);
     let mut out = vec![0; order.len() * blocks * 512];
     for (number, (segment, octet)) in order.into_iter().enumerate() {
-        let RowSegment { tensor, row_start, rows } = &segments[segment];
+        let RowSegment { tensor, row_start, rows, .. } = &segments[segment];
         for feature in (0..8).filter(|feature| octet * 8 + feature < *rows) {
             for i in 0..row_bytes {
                 let at = ((number * blocks + i / 64) * 8 + feature) * 64 + i % 64;
@@ -885,6 +885,193 @@ fn octets_that_do_not_fit_are_refused() {
         refused(item(one("large", 4, 8)), &["row 4 of large", "compile the model again"]);
     }
     refused(octets(Format::Q8_0, 4, one("large", 0, 8), 1), &["not q8_0"]);
+}
+
+// ---------------------------------------------------------------- shares of one rank
+
+fn share(start: usize, len: usize, of: usize) -> Option<Share> {
+    Some(Share { start, len, of })
+}
+
+/// Columns of a tensor are those of its whole rows, whether they are whole blocks or not.
+fn check_columns(checkpoint: &Checkpoint, name: &str, columns: Range<usize>) {
+    let info = checkpoint.tensor(name).unwrap();
+    let (all, cols) = (checkpoint.tensor_f32(name).unwrap(), info.cols());
+    let rows = info.rows().unwrap();
+    let range = rows / 3..rows;
+    let found = checkpoint.columns(name, range.clone(), columns.clone()).unwrap();
+    assert_eq!((found.rows, found.cols), (range.len(), columns.len()), "{name}");
+    let wanted: Vec<f32> = range.flat_map(|row| all[row * cols..][columns.clone()].to_vec()).collect();
+    assert_eq!(decoded(&found.view().unwrap()), wanted, "columns {columns:?} of {name}");
+}
+
+#[test]
+fn columns_are_those_of_whole_rows() {
+    let tensors =
+        Format::NAMED.iter().map(|(name, format)| (name.to_string(), TensorInfo::new([9, 288], *format)));
+    let checkpoint = Checkpoint::synthetic(serde_json::Value::Null, 3, tensors.collect());
+    for (name, format) in Format::NAMED {
+        for columns in [0..288, 32..64, 128..256, 256..288, 5..77, 287..288, 100..200] {
+            check_columns(&checkpoint, name, columns.clone());
+        }
+        // What is cut between blocks keeps its codes.
+        let kept = checkpoint.columns(name, 0..9, 128..256).unwrap();
+        assert_eq!(kept.format, row_format(*format));
+    }
+    for (rows, columns) in [(0..10, 0..8), (0..9, 288..289), (0..9, 8..8), (9..12, 0..8)] {
+        checkpoint.columns("bf16", rows, columns).unwrap_err();
+    }
+    // Stored in files, one of each kind of plane.
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+    let mut seen = std::collections::BTreeSet::new();
+    for kind in ["hf/mimo-v2", "hf/gpt-oss", "hf/llama-f16", "gguf"] {
+        let folders = match kind {
+            "gguf" => fs::read_dir(fixtures.join(kind)).unwrap().map(|entry| entry.unwrap().path()).collect(),
+            _ => vec![fixtures.join(kind)],
+        };
+        for folder in folders {
+            let gguf = folder.join("model.gguf");
+            if !folder.is_dir() {
+                continue;
+            }
+            let checkpoint = Checkpoint::open(if gguf.exists() { &gguf } else { &folder }).unwrap();
+            for (name, info) in checkpoint.tensors().iter().filter(|(_, info)| info.shape.len() > 1) {
+                let half = info.cols() / 2;
+                seen.insert(info.format.to_string());
+                for columns in [0..half, half..info.cols(), half / 2..half / 2 + 1] {
+                    check_columns(&checkpoint, name, columns);
+                }
+            }
+        }
+    }
+    for format in ["mxfp4", "fp8", "bf16", "f16", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k"] {
+        assert!(seen.contains(format), "{format} is not among {seen:?}");
+    }
+}
+
+#[test]
+fn shares_of_columns_are_octets_of_their_own() {
+    let (rows, k) = (24, 384);
+    let [halves, brains] = halves(8, rows * k);
+    let fp8 = fp8_tensor("fp8", rows, k, 128, 128);
+    let mut tensors = vec![("half", "F16", vec![rows, k], halves), ("brain", "BF16", vec![rows, k], brains)];
+    tensors.extend(
+        fp8.iter().map(|(n, (_, dtype, shape, bytes))| (n.as_str(), *dtype, shape.clone(), bytes.clone())),
+    );
+    let (_folder, checkpoint) = folder(&tensors);
+    let bytes = |name: &str| &tensors.iter().find(|tensor| tensor.0 == name).unwrap().3;
+    for (start, len) in [(0, 128), (128, 128), (256, 128), (128, 256)] {
+        let part =
+            |name: &str, row, rows| RowSegment { columns: share(start, len, k), ..segment(name, row, rows) };
+        for (name, format, width) in
+            [("half", Format::F16, 2), ("brain", Format::BF16, 2), ("fp8", Format::FP8_BLOCK, 1)]
+        {
+            let segments = vec![part(name, 8, 16), part(name, 0, 12)];
+            let mut contents = vec![octets(format, len, segments.clone(), 1)];
+            if width == 1 {
+                contents.push(octet_scales(len, segments.clone(), 1));
+            }
+            let found = packed_over_poison(&checkpoint, contents);
+            let expected = slow_octets(&segments, 1, len * width, |tensor, row, i| {
+                bytes(tensor)[(row * k + start) * width + i]
+            });
+            assert!(found[0] == expected, "{len} columns of {name} from {start} on");
+            if width == 1 {
+                let plane = floats(bytes("fp8_scale_inv"));
+                let own = &plane[start / 128..][..len / 128];
+                assert!(floats(&found[1]).chunks(own.len()).all(|octet| octet == own));
+            }
+        }
+    }
+    // Panels of the processor are cut alike.
+    let segments = vec![RowSegment { columns: share(128, K, k), ..segment("brain", 3, 16) }];
+    let found = packed_over_poison(&checkpoint, vec![panels(Format::BF16, segments, 1)]);
+    let all = checkpoint.tensor_f32("brain").unwrap();
+    let wanted: Vec<f32> = (3..19).flat_map(|row| all[row * k + 128..][..K].to_vec()).collect();
+    assert_eq!(panel_values(&PanelLayout::new(Format::BF16, K), &found[0]), wanted);
+}
+
+#[test]
+fn shares_of_experts_and_vectors_are_counted_through() {
+    // 3 experts of 16 rows of gate and up that alternate; a rank has rows 8 to 16 and columns 32 to 64.
+    let tensors = [("all", vec![3, 32, 64]), ("e.{}.down", vec![3, 8, 64]), ("bias", vec![3, 32])]
+        .map(|(name, shape)| (name.to_string(), TensorInfo::new(shape, Format::BF16)));
+    let checkpoint = Checkpoint::synthetic(serde_json::Value::Null, 5, tensors.into_iter().collect());
+    let half = |number: usize| RowView {
+        rows: share(8, 8, 16),
+        columns: share(32, 32, 64),
+        ..view("all", number, 1, 2)
+    };
+    let down = RowView { columns: share(32, 32, 64), ..RowView::whole("e.{}.down") };
+    let experts =
+        |sources| PackContent::ExpertOctets { format: Format::BF16, k: 32, experts: 3, rows: 8, sources };
+    let bias = PackContent::Elements {
+        tensor: "bias".into(),
+        len: 24,
+        start: 1,
+        block: 1,
+        stride: 2,
+        share: share(8, 8, 16),
+    };
+    let found =
+        packed_over_poison(&checkpoint, vec![experts(vec![half(0), half(1)]), experts(vec![down]), bias]);
+    let all = rounded(&checkpoint, "all", Format::BF16);
+    for expert in 0..3 {
+        let downs = rounded(&checkpoint, &format!("e.{expert}.down"), Format::BF16);
+        for row in 0..8 {
+            for source in 0..2 {
+                let stored = expert * 32 + 2 * (8 + row) + source;
+                let wanted = &all[(stored * 64 + 32) * 2..][..64];
+                let octet = (expert * 2 + source) * 512;
+                assert_eq!(
+                    &found[0][octet + row * 64..][..64],
+                    wanted,
+                    "expert {expert}, row {row}, {source}"
+                );
+            }
+            assert_eq!(&found[1][expert * 512 + row * 64..][..64], &downs[(row * 64 + 32) * 2..][..64]);
+        }
+    }
+    let values = checkpoint.tensor_f32("bias").unwrap();
+    let wanted: Vec<f32> = (0..24).map(|i| values[i / 8 * 32 + 2 * (8 + i % 8) + 1]).collect();
+    assert_eq!(floats(&found[2]), wanted);
+}
+
+/// Recipes and checkpoints that do not fit a share, and faults in one: errors that name the place.
+#[test]
+fn shares_that_do_not_fit_are_refused() {
+    let floats = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+    let mut bad = vec![1.0f32; 8 * 256];
+    bad[3 * 256 + 200] = f32::INFINITY;
+    let (_folder, checkpoint) = folder(&[("bad", "F32", vec![8, 256], floats(&bad))]);
+    let refused = |content: PackContent, words: &[&str]| {
+        let error = pack(&checkpoint, &recipe(vec![content]), &mut |_, _| {}).unwrap_err().to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "no {word:?} in {error}"));
+    };
+    let cut = |start, len, of| vec![RowSegment { columns: share(start, len, of), ..segment("bad", 0, 8) }];
+    let bf16 = |k, segments| octets(Format::BF16, k, segments, 1);
+    refused(bf16(128, cut(128, 128, 256)), &["row 3, column 200", "inf"]);
+    pack(&checkpoint, &recipe(vec![bf16(128, cut(0, 128, 256))]), &mut |_, _| {}).unwrap();
+    refused(bf16(128, cut(0, 128, 512)), &["[8, 256]", "512 columns"]);
+    refused(bf16(128, cut(0, 64, 256)), &["are no 128", "compile the model again"]);
+    refused(bf16(128, cut(200, 128, 256)), &["are no 128"]);
+    refused(bf16(128, cut(usize::MAX, 128, 256)), &["are no 128"]);
+    for item in [|s| octets(Format::FP8_BLOCK, 64, s, 1), |s| octet_scales(64, s, 1)] {
+        refused(item(cut(64, 64, 256)), &["128", "share scales"]);
+    }
+    let view = |rows, columns| RowView { rows, columns, ..RowView::whole("bad") };
+    let experts = |source| PackContent::ExpertOctets {
+        format: Format::BF16,
+        k: 256,
+        experts: 2,
+        rows: 4,
+        sources: vec![source],
+    };
+    refused(experts(view(share(0, 4, 8), None)), &["bad", "[8, 256]"]);
+    refused(experts(view(share(0, 3, 4), None)), &["cannot lie"]);
+    refused(experts(view(share(2, 4, 5), None)), &["cannot lie"]);
+    refused(experts(view(None, share(0, 128, 256))), &["cannot lie"]);
+    refused(experts(view(share(usize::MAX, 4, usize::MAX), None)), &["cannot lie"]);
 }
 
 /// Prints how fast 16-bit weights become octets, from the page cache, beside a plain copy of the bytes:

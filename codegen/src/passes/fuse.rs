@@ -24,6 +24,11 @@ const MAX_HEAD: usize = 512;
 /// The rules, in the order in which they are tried.
 pub const RULES: &[Rule] = &[
     Rule {
+        name: "all-reduce-epilogue",
+        reason: "a rank's part of a sum is sent from where it is made, and the sum goes on through the chain",
+        apply: all_reduce,
+    },
+    Rule {
         name: "bias-epilogue",
         reason: "a bias is one addition on a value that is in a register anyway",
         apply: |fused| append(fused, |piece, at| matches!(piece, Piece::Bias { .. }) && at.gemm),
@@ -190,6 +195,7 @@ fn one_to_one(graph: &Graph) -> Result<Fused, GraphError> {
                 };
                 op.after_cache.push(*cache);
             }
+            Op::AllReduce { ranks } => part.pieces.push(Piece::AllReduce(*ranks)),
             Op::Gated { activation } => part.pieces.push(Piece::Gated(*activation)),
             Op::Add => {
                 let residual = op.inputs.remove(0);
@@ -255,6 +261,35 @@ fn append(fused: &mut Fused, fits: fn(&Piece, &At) -> bool) -> bool {
         }
         let pieces = part.pieces.clone();
         let chain = &mut fused.ops[producer].parts[part_of].pieces;
+        chain.pop();
+        chain.extend(pieces);
+        fused.ops.remove(user);
+        return true;
+    }
+    false
+}
+
+/// A sum over ranks behind the product that makes this rank's part for it alone: a GEMM, or experts whose
+/// slots are added up.
+fn all_reduce(fused: &mut Fused) -> bool {
+    let links = fused.links();
+    for user in 0..fused.ops.len() {
+        let op = &fused.ops[user];
+        let ([input], [part], Anchor::Rows) = (&op.inputs[..], &op.parts[..], &op.anchor) else { continue };
+        let Some((producer, 0)) = links.producer(*input) else { continue };
+        let target = &fused.ops[producer];
+        let [made] = &target.parts[..] else { continue };
+        let row = target.anchor == Anchor::Gemm
+            || matches!(target.anchor, Anchor::Experts { .. }) && made.pieces.contains(&Piece::Combine);
+        let fits = matches!(part.pieces[0], Piece::AllReduce(_))
+            && row
+            && made.weights.len() == 1
+            && links.uses(*input) == 1;
+        if !fits {
+            continue;
+        }
+        let pieces = part.pieces.clone();
+        let chain = &mut fused.ops[producer].parts[0].pieces;
         chain.pop();
         chain.extend(pieces);
         fused.ops.remove(user);

@@ -15,7 +15,7 @@ use tilec_ir::resident::{
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
 
 use super::packer::Packer;
-use super::tile::{TileError, cut, expert_rows, kv_layout, layerless, rows_of, vector_content};
+use super::tile::{TileError, expert_rows, kv_layout, layerless, segments_of, vector_content};
 
 /// Weights start on lines of this many bytes: an L2 line pair, and more than a bulk copy needs.
 const WEIGHT_ALIGN: u64 = 256;
@@ -147,6 +147,11 @@ fn refuse_unknown(fused: &Fused) -> Result<(), TileError> {
         }
     }
     Ok(())
+}
+
+/// Whether a piece has nothing to do where one rank runs alone: its part stands for the sum.
+fn goes_on_alone(piece: &Piece) -> bool {
+    matches!(piece, Piece::AllReduce(_))
 }
 
 /// The scales of octets of block FP8.
@@ -340,11 +345,16 @@ impl Lowering<'_> {
         let refuse = || error(op, format!("the kernel has no epilogue for {:?}", op.parts));
         // Biases are added first of all.
         let is_bias = |piece: &Piece| matches!(piece, Piece::Bias { .. });
-        if op.parts.iter().any(|part| !part.pieces.is_sorted_by_key(|piece| !is_bias(piece))) {
+        let stays = |piece: &&Piece| !goes_on_alone(piece);
+        if op
+            .parts
+            .iter()
+            .any(|part| !part.pieces.iter().filter(stays).is_sorted_by_key(|piece| !is_bias(piece)))
+        {
             return Err(refuse());
         }
         let chain = |part: &Part| -> Vec<Piece> {
-            part.pieces.iter().filter(|piece| !is_bias(piece)).cloned().collect()
+            part.pieces.iter().filter(stays).filter(|piece| !is_bias(piece)).cloned().collect()
         };
         if let [part] = &op.parts[..] {
             return match &chain(part)[..] {
@@ -516,8 +526,11 @@ impl Lowering<'_> {
             _ => None,
         });
         let bias = bias.collect();
-        let chain: Vec<&Piece> =
-            part.pieces.iter().filter(|piece| !matches!(piece, Piece::ExpertBias { .. })).collect();
+        let chain: Vec<&Piece> = part
+            .pieces
+            .iter()
+            .filter(|piece| !matches!(piece, Piece::ExpertBias { .. }) && !goes_on_alone(piece))
+            .collect();
         let (epilogue, output) = match chain[..] {
             [Piece::Gated(activation), Piece::Store(new)] if !per_slot => {
                 (Epilogue::Gated(*activation), self.half_buffer("slots", *new, top_k * cols))
@@ -673,12 +686,8 @@ impl Lowering<'_> {
         let k = self.fused.weights[&weights[0]].shape[1];
         let mut segments = Vec::new();
         for name in weights {
-            let weight = &self.fused.weights[name];
-            let all = RowSegment { tensor: name.clone(), row_start: 0, rows: weight.shape[0] };
-            let parts = match &weight.view {
-                None => vec![all],
-                Some(view) => cut(op, &rows_of(op, view, k)?, &all, OCTET)?,
-            };
+            let rows = self.fused.weights[name].shape[0];
+            let parts = segments_of(self.fused, op, name, 0..rows, OCTET)?;
             if parts.len() > 1 && interleave > 1 {
                 return Err(error(op, format!("{name} lies in pieces, and a pair cannot")));
             }

@@ -444,6 +444,9 @@ impl Tiler<'_> {
                         dims: spec.dims,
                     }
                 }
+                Piece::AllReduce(_) => {
+                    return Err(error(op, "the processor has no stage that sums over ranks".into()));
+                }
                 Piece::Gated(activation) => StagePiece::Gated(*activation),
                 Piece::Residual(value) => {
                     residual = Some(*value);
@@ -502,11 +505,8 @@ impl Tiler<'_> {
         let mut panels = 0;
         for row_start in (0..rows).step_by(step) {
             for tensor in weights {
-                let all = RowSegment { tensor: tensor.clone(), row_start, rows: step.min(rows - row_start) };
-                let parts = match &self.fused.weights[tensor].view {
-                    None => vec![all],
-                    Some(view) => cut(op, &rows_of(op, view, k)?, &all, tilec_ir::format::PANEL)?,
-                };
+                let own = row_start..row_start + step.min(rows - row_start);
+                let parts = segments_of(self.fused, op, tensor, own, tilec_ir::format::PANEL)?;
                 if parts.len() > 1 && weights.len() > 1 {
                     return Err(error(op, format!("{tensor} lies in pieces, and a pair cannot")));
                 }
@@ -520,13 +520,37 @@ impl Tiler<'_> {
 
 /// A vector, or the vectors of all experts, as float32.
 pub(super) fn vector_content(fused: &Fused, name: &str, len: usize) -> PackContent {
-    match &fused.weights[name].view {
-        None => PackContent::F32 { tensor: name.to_string(), len },
+    let weight = &fused.weights[name];
+    let share = weight.share(weight.shape.len() - 1);
+    match &weight.view {
+        None if share.is_none() => PackContent::F32 { tensor: name.to_string(), len },
+        None => PackContent::Elements { tensor: name.to_string(), len, start: 0, block: 1, stride: 1, share },
         Some(View { tensor, start, block, stride }) => {
             let (start, block, stride) = (*start, *block, *stride);
-            PackContent::Elements { tensor: tensor.clone(), len, start, block, stride }
+            PackContent::Elements { tensor: tensor.clone(), len, start, block, stride, share }
         }
     }
+}
+
+/// Rows of a matrix (of this rank's share of it) as rows of stored tensors that lie together.
+pub(super) fn segments_of(
+    fused: &Fused,
+    op: &FusedOp,
+    name: &str,
+    rows: std::ops::Range<usize>,
+    unit: usize,
+) -> Result<Vec<RowSegment>, TileError> {
+    let weight = &fused.weights[name];
+    let before = weight.share(0).map_or(0, |share| share.start);
+    let all = RowSegment::new(name, before + rows.start, rows.len());
+    let mut parts = match &weight.view {
+        None => vec![all],
+        Some(view) => cut(op, &rows_of(op, view, weight.whole_shape()[1])?, &all, unit)?,
+    };
+    for part in &mut parts {
+        part.columns = weight.share(1);
+    }
+    Ok(parts)
 }
 
 /// Where the rows of matrices of all experts lie.
@@ -537,10 +561,11 @@ pub(super) fn expert_rows(
 ) -> Result<Vec<RowView>, TileError> {
     let source = |name: &String| {
         let weight = &fused.weights[name];
-        match &weight.view {
-            None => Ok(RowView { tensor: name.clone(), start: 0, block: 1, stride: 1 }),
-            Some(view) => rows_of(op, view, weight.shape[2]),
-        }
+        let whole = match &weight.view {
+            None => RowView::whole(name),
+            Some(view) => rows_of(op, view, weight.whole_shape()[2])?,
+        };
+        Ok(RowView { rows: weight.share(1), columns: weight.share(2), ..whole })
     };
     weights.iter().map(source).collect()
 }
@@ -551,7 +576,7 @@ pub(super) fn rows_of(op: &FusedOp, view: &View, k: usize) -> Result<RowView, Ti
         return Err(error(op, format!("{} is not cut at whole rows of {k}: {view:?}", view.tensor)));
     }
     let (start, block, stride) = (view.start / k, view.block / k, view.stride / k);
-    Ok(RowView { tensor: view.tensor.clone(), start, block, stride })
+    Ok(RowView { start, block, stride, ..RowView::whole(&view.tensor) })
 }
 
 /// Rows of a view as rows of the stored tensor that lie together: whole panels or octets, of `unit` rows.
@@ -571,7 +596,7 @@ pub(super) fn cut(
             let what = format!("{tensor} lies in pieces of {count} rows, which are not multiples of {unit}");
             return Err(error(op, what));
         }
-        parts.push(RowSegment { tensor: view.tensor.clone(), row_start, rows: count });
+        parts.push(RowSegment::new(&view.tensor, row_start, count));
         at += count;
     }
     Ok(parts)

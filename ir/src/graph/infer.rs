@@ -148,6 +148,8 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
             let (a, b) = (f32_operand(operands, 0)?, f32_operand(operands, 1)?);
             if a == b { Ok(a) } else { Err(format!("operands {a} and {b} differ")) }
         }
+        Op::AllReduce { ranks: 0 | 1 } => Err("one rank alone has nothing to sum".into()),
+        Op::AllReduce { .. } => f32_operand(operands, 0),
         Op::SelectRows => match f32_operand(operands, 0)? {
             x if x.rows == Dim::Rows => Ok(Type { rows: Dim::LogitRows, ..x }),
             x => Err(format!("the rows of {x} cannot be selected from, only those of the step")),

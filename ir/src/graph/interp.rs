@@ -5,9 +5,13 @@
 //! its own rounding is far below that of what it judges. The numbers of a row do not depend on the
 //! other rows of the step.
 
+mod ranks;
+
+pub use ranks::Ranks;
+
 use super::{
-    ActivationFn, Cache, Dim, EXPERT, Graph, GraphError, Node, NodeId, Op, RopeSpec, Router, Scoring, Weight,
-    verify,
+    ActivationFn, Cache, Dim, EXPERT, Graph, GraphError, Node, NodeId, Op, RopeSpec, Router, Scoring, Slice,
+    Weight, verify,
 };
 use crate::abi::KvType;
 use crate::format::ACT_BLOCK;
@@ -69,6 +73,9 @@ pub enum InterpError {
         /// What is wrong with it.
         what: String,
     },
+    /// The graphs of several ranks do not sum the same values in the same order.
+    #[error("the ranks do not meet: they are at {0}")]
+    Ranks(String),
     /// The wanted logits make no sense.
     #[error("wanted logits {wanted:?} of {rows} rows: name rows of the step, ascending")]
     Logits {
@@ -93,6 +100,17 @@ struct Sequence {
     len: usize,
     /// One per cache of the graph.
     caches: Vec<History>,
+}
+
+/// A step that is being run.
+struct Run {
+    /// Number in the order of the operator that comes next.
+    next: usize,
+    /// Users of each value that have not run.
+    users: BTreeMap<NodeId, usize>,
+    /// Values that are still to be read.
+    values: BTreeMap<NodeId, Vec<f32>>,
+    logits: Vec<f32>,
 }
 
 /// Executes a graph step by step, with the KV cache of every sequence.
@@ -175,6 +193,14 @@ impl<'a> Interpreter<'a> {
         wanted: &[usize],
         observe: &mut dyn FnMut(&Node, &[f32]),
     ) -> Result<Vec<f32>, InterpError> {
+        let mut run = self.begin(rows, wanted)?;
+        while self.advance(&mut run, rows, wanted, observe).is_some() {}
+        self.finish(rows);
+        Ok(run.logits)
+    }
+
+    /// Checks a step and enters its sequences.
+    fn begin(&mut self, rows: &[Row], wanted: &[usize]) -> Result<Run, InterpError> {
         self.check_rows(rows)?;
         for node in self.graph.nodes.node_weights() {
             if let Op::Input { cols } = node.op
@@ -195,32 +221,49 @@ impl<'a> Interpreter<'a> {
             });
         }
 
-        let mut users: BTreeMap<NodeId, usize> =
-            self.order.iter().map(|id| (*id, self.graph.users(*id).len())).collect();
-        let mut values: BTreeMap<NodeId, Vec<f32>> = BTreeMap::new();
-        let mut logits = Vec::new();
-        for id in self.order.clone() {
+        let users = self.order.iter().map(|id| (*id, self.graph.users(*id).len())).collect();
+        Ok(Run { next: 0, users, values: BTreeMap::new(), logits: Vec::new() })
+    }
+
+    /// Runs up to the next sum over ranks and gives its node, whose value is this rank's part; `None`
+    /// behind the last operator.
+    fn advance(
+        &mut self,
+        run: &mut Run,
+        rows: &[Row],
+        wanted: &[usize],
+        observe: &mut dyn FnMut(&Node, &[f32]),
+    ) -> Option<NodeId> {
+        while let Some(id) = self.order.get(run.next).copied() {
+            run.next += 1;
             let operands = self.graph.operands(id);
-            let inputs: Vec<&[f32]> = operands.iter().map(|operand| values[operand].as_slice()).collect();
+            let inputs: Vec<&[f32]> = operands.iter().map(|operand| run.values[operand].as_slice()).collect();
             let value = self.evaluate(id, &inputs, rows, wanted);
             observe(self.graph.node(id), &value);
             for operand in operands {
-                let left = users.get_mut(&operand).expect("every node is counted");
+                let left = run.users.get_mut(&operand).expect("every node is counted");
                 *left -= 1;
                 if *left == 0 {
-                    values.remove(&operand);
+                    run.values.remove(&operand);
                 }
             }
             match self.graph.node(id).op {
-                Op::Logits => logits = value,
+                Op::Logits => run.logits = value,
                 Op::Taps => {}
-                _ => drop(values.insert(id, value)),
+                _ => drop(run.values.insert(id, value)),
+            }
+            if matches!(self.graph.node(id).op, Op::AllReduce { .. }) {
+                return Some(id);
             }
         }
+        None
+    }
+
+    /// Counts the positions that a step has written.
+    fn finish(&mut self, rows: &[Row]) {
         for row in rows {
-            self.sequences.get_mut(&row.sequence).expect("entered above").len = row.position + 1;
+            self.sequences.get_mut(&row.sequence).expect("entered by the step").len = row.position + 1;
         }
-        Ok(logits)
     }
 
     fn check_rows(&self, rows: &[Row]) -> Result<(), InterpError> {
@@ -369,6 +412,8 @@ impl<'a> Interpreter<'a> {
                 })
                 .collect()
             }
+            // Alone, a rank's part stands for the sum; `Ranks` puts the sum in its place.
+            Op::AllReduce { .. } => inputs[0].to_vec(),
             Op::Add => inputs[0].iter().zip(inputs[1]).map(|(a, b)| a + b).collect(),
             Op::SelectRows => {
                 wanted.iter().flat_map(|row| &inputs[0][row * cols..][..cols]).copied().collect()
@@ -404,7 +449,7 @@ impl<'a> Interpreter<'a> {
     }
 }
 
-/// A weight's values: its tensor, the experts' tensors one behind the other, or a view of them.
+/// A weight's values: its tensor, the experts' tensors one behind the other, a view of them, or a slice.
 fn read<'a>(source: &'a dyn WeightSource, name: &str, weight: &Weight) -> Result<Cow<'a, [f32]>, String> {
     // `verify` has checked that this does not overflow.
     let expected: usize = weight.shape.iter().product();
@@ -413,15 +458,30 @@ fn read<'a>(source: &'a dyn WeightSource, name: &str, weight: &Weight) -> Result
         true => (weight.shape[0], expected / weight.shape[0]),
         false => (1, expected),
     };
+    // The axes within a tensor.
+    let axes = usize::from(tensor.contains(EXPERT))..weight.shape.len();
+    let slice = weight.slice.as_ref().map(|slice| Slice {
+        start: slice.start[axes.clone()].to_vec(),
+        of: slice.of[axes.clone()].to_vec(),
+    });
     let mut all = Cow::Borrowed(&[][..]);
     for expert in 0..tensors {
         let values = source.tensor(&tensor.replace(EXPERT, &expert.to_string()))?;
-        let part = match &weight.view {
-            None => values,
-            Some(view) => {
-                let element = |i| view.element(i).and_then(|at| values.get(at)).copied();
+        let whole = slice.as_ref().map_or(each, |slice| slice.of.iter().product());
+        if weight.view.is_none() && values.len() != whole {
+            return Err(format!("{} values do not make a {:?}", values.len(), weight.whole_shape()));
+        }
+        let part = match (&weight.view, &slice) {
+            (None, None) => values,
+            (view, slice) => {
+                let element = |i| {
+                    let whole =
+                        slice.as_ref().map_or(Some(i), |s| s.element(&weight.shape[axes.clone()], i))?;
+                    let at = view.as_ref().map_or(Some(whole), |view| view.element(whole))?;
+                    values.get(at).copied()
+                };
                 let part: Option<Vec<f32>> = (0..each).map(element).collect();
-                let few = || format!("{} values of {tensor} do not hold {view:?}", values.len());
+                let few = || format!("{} values of {tensor} do not hold {view:?} {slice:?}", values.len());
                 Cow::Owned(part.ok_or_else(few)?)
             }
         };

@@ -20,6 +20,7 @@ pub use verify::verify;
 
 use crate::abi::KvType;
 use crate::format::Format;
+use crate::pack::Share;
 use petgraph::stable_graph::{NodeIndex, StableDiGraph};
 use petgraph::visit::EdgeRef;
 use serde::{Deserialize, Serialize};
@@ -113,8 +114,38 @@ pub struct Weight {
     pub stored: Format,
     /// Format that the kernels read. Equal to `stored` until the precision pass.
     pub format: Format,
-    /// Where it lies if it is not the whole tensor of its own name.
+    /// Where the whole weight lies if it is not the whole tensor of its own name.
     pub view: Option<View>,
+    /// Which part of the whole weight this is, if one rank of several has only its share.
+    pub slice: Option<Slice>,
+}
+
+/// The part of a weight that one rank of several holds: along every axis as many as the weight's shape
+/// says.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Slice {
+    /// Before the first, along every axis.
+    pub start: Vec<usize>,
+    /// Shape of the whole weight.
+    pub of: Vec<usize>,
+}
+
+impl Slice {
+    /// Element (row-major) of the whole weight that is element `index` of a slice of the shape `shape`;
+    /// `None` if that overflows or the numbers of axes differ.
+    pub fn element(&self, shape: &[usize], index: usize) -> Option<usize> {
+        if shape.len() != self.start.len() || shape.len() != self.of.len() {
+            return None;
+        }
+        let (mut rest, mut at, mut stride) = (index, 0usize, 1usize);
+        for (axis, extent) in shape.iter().enumerate().rev() {
+            let place = self.start[axis].checked_add(rest.checked_rem(*extent)?)?;
+            at = at.checked_add(place.checked_mul(stride)?)?;
+            rest /= extent;
+            stride = stride.checked_mul(self.of[axis])?;
+        }
+        Some(at)
+    }
 }
 
 /// A weight that is part of a stored tensor: element `i` (row-major) is the tensor's element
@@ -145,7 +176,19 @@ impl View {
 impl Weight {
     /// A weight that is a whole tensor and read as stored.
     pub fn whole(shape: impl Into<Vec<usize>>, stored: Format) -> Weight {
-        Weight { shape: shape.into(), stored, format: stored, view: None }
+        Weight { shape: shape.into(), stored, format: stored, view: None, slice: None }
+    }
+
+    /// Shape of the weight that this is a slice of; its own if it is whole.
+    pub fn whole_shape(&self) -> &[usize] {
+        self.slice.as_ref().map_or(&self.shape, |slice| &slice.of)
+    }
+
+    /// What this rank holds along an axis, if it is not all.
+    pub fn share(&self, axis: usize) -> Option<Share> {
+        let slice = self.slice.as_ref()?;
+        let share = Share { start: slice.start[axis], len: self.shape[axis], of: slice.of[axis] };
+        Some(share).filter(|share| !share.is_whole())
     }
 
     /// The name of the stored tensor, [`EXPERT`] included, of the weight called `name`.

@@ -189,6 +189,12 @@ pub enum Op {
     /// The sum over the slots of `x` (operand 0, `[rows, top_k * cols]`), in their order, each times its
     /// weight in the routes (operand 1): `[rows, cols]`.
     Combine,
+    /// The sum of the operand over all ranks, each of which has a part of it: `[rows, cols]` on every one.
+    /// Where one rank runs alone, its own part stands for the sum.
+    AllReduce {
+        /// How many there are, at least 2.
+        ranks: usize,
+    },
     /// `a + b`.
     Add,
     /// The rows whose logits are wanted.
@@ -221,6 +227,7 @@ impl Op {
             Op::ExpertLinear { .. } => "expert_linear",
             Op::ExpertBias { .. } => "expert_bias",
             Op::Combine => "combine",
+            Op::AllReduce { .. } => "all_reduce",
             Op::Add => "add",
             Op::SelectRows => "select_rows",
             Op::Quantize => "quantize",

@@ -6,6 +6,7 @@
 //!   weight "head"  [64, 32] bf16 as mxfp4     # stored in one, read in another
 //!   weight "v"     [16, 32] bf16 of "qkv" start=512 block=512 stride=1024   # part of a tensor
 //!   weight "experts.{}.up" [4, 8, 32] mxfp4   # one tensor an expert
+//!   weight "o" [32, 8] bf16 slice start=[0,8] of=[32,16]   # what one rank holds of a matrix
 //!   rope "default" dims=8 theta=10000.0 scaling={"type":"none"}
 //!   cache 0 kv_heads=1 qk_dim=8 v_dim=8 kv_type="f16"
 //!
@@ -44,6 +45,9 @@ impl fmt::Display for Graph {
             }
             if let Some(view) = &weight.view {
                 write!(f, " of {}{}", json(&view.tensor)?, attributes(view)?)?;
+            }
+            if let Some(slice) = &weight.slice {
+                write!(f, " slice{}", attributes(slice)?)?;
             }
             writeln!(f)?;
         }
@@ -236,7 +240,16 @@ impl<'t> Parser<'t> {
                 None
             }
         };
-        let known = self.graph.weights.insert(name.clone(), Weight { shape, stored, format, view });
+        let before = self.skip_blank();
+        let slice = match self.word() {
+            "slice" => Some(self.attributes("slice", None, before)?),
+            _ => {
+                self.at = before;
+                None
+            }
+        };
+        let weight = Weight { shape, stored, format, view, slice };
+        let known = self.graph.weights.insert(name.clone(), weight);
         self.only_once(known.is_none(), start, "weight", &name)
     }
 

@@ -4,7 +4,7 @@
 //! numbers, but the levels below will not trip over its shape.
 
 use super::infer::{expert_matrices, expert_vectors};
-use super::{Graph, GraphError, NodeId, Op, Type, infer};
+use super::{Graph, GraphError, NodeId, Op, Slice, Type, infer};
 use petgraph::Direction;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -169,6 +169,22 @@ fn tables(graph: &Graph, errors: &mut Vec<GraphError>) {
         let size = weight.shape.iter().try_fold(1usize, |size, extent| size.checked_mul(*extent));
         if weight.shape.is_empty() || matches!(size, None | Some(0)) {
             errors.push(graph.error(name, format!("a weight cannot have the shape {:?}", weight.shape)));
+        }
+        let sound = |slice: &Slice| {
+            let axes = slice.start.iter().zip(&slice.of).zip(&weight.shape);
+            (slice.start.len(), slice.of.len()) == (weight.shape.len(), weight.shape.len())
+                && axes
+                    .clone()
+                    .all(|((start, of), len)| start.checked_add(*len).is_some_and(|end| end <= *of))
+        };
+        if let Some(slice) = weight.slice.as_ref().filter(|slice| !sound(slice)) {
+            let what = format!("{:?} from {:?} on is no part of {:?}", weight.shape, slice.start, slice.of);
+            errors.push(graph.error(name, what));
+            continue;
+        }
+        let size = weight.whole_shape().iter().try_fold(1usize, |size, extent| size.checked_mul(*extent));
+        if size.is_none() && weight.slice.is_some() {
+            errors.push(graph.error(name, "the whole weight is larger than can be counted".into()));
         }
         if let (Some(view), Some(size)) = (&weight.view, size)
             && (view.block == 0 || view.stride < view.block || view.element(size.max(1) - 1).is_none())

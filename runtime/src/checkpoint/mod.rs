@@ -223,6 +223,34 @@ impl Checkpoint {
         Ok(planes)
     }
 
+    /// Columns `columns` of rows of a tensor, as [`Checkpoint::rows`] gives all of them. Columns that begin or
+    /// end inside of a block with one scale are given as float32.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::rows`], and if there are no such columns.
+    pub fn columns(
+        &self,
+        name: &str,
+        range: Range<usize>,
+        columns: Range<usize>,
+    ) -> Result<StoredRows<'_>, CheckpointError> {
+        let info = self.tensor(name)?;
+        if columns.start >= columns.end || columns.end > info.cols() {
+            let problem = format!("columns {columns:?} of a tensor of {} columns", info.cols());
+            let remedy = "compile the model again from this checkpoint";
+            return Err(self.fault(name, ErrorKind::Missing, problem, remedy));
+        }
+        // Made on demand: what is not wanted need not be made.
+        if let (Stored::Synthetic(synthetic), true) =
+            (&self.stored[name], range.end <= info.rows().unwrap_or(0) && range.start <= range.end)
+            && let Some(rows) = synthetic.columns(info, range.clone(), columns.clone())
+        {
+            return rows.map_err(|error| self.convert_fault(name, &error));
+        }
+        let rows = self.rows(name, range)?;
+        rows.columns(columns).map_err(|error| self.convert_fault(name, &error))
+    }
+
     /// All elements of a tensor as float32, row-major.
     ///
     /// # Errors

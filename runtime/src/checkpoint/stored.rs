@@ -6,7 +6,7 @@ use super::synthetic::Synthetic;
 use half::{bf16, f16};
 use std::borrow::Cow;
 use std::ops::Range;
-use tilec_ir::convert::{ConvertError, PlaneView, e4m3_to_f32, row_format};
+use tilec_ir::convert::{ConvertError, PlaneView, dequantize, e4m3_to_f32, row_format};
 use tilec_ir::format::{Format, ScaleType};
 use tilec_ir::tensor::TensorInfo;
 
@@ -37,6 +37,49 @@ impl StoredRows<'_> {
     pub fn view(&self) -> Result<PlaneView<'_>, ConvertError> {
         PlaneView::new(self.format, self.rows, self.cols, &self.codes, &self.scales, &self.mins, 1.0)
     }
+
+    /// Columns `columns` of the rows, which have them; as float32 if they are no whole blocks of codes and
+    /// scales.
+    ///
+    /// # Errors
+    /// If planes were given other sizes than the shape asks for.
+    pub fn columns(self, columns: Range<usize>) -> Result<StoredRows<'static>, ConvertError> {
+        let view = self.view()?;
+        let (cols, rows) = (columns.len(), self.rows);
+        if !whole_blocks(self.format, self.cols, &columns) {
+            let mut values = vec![0.0; rows * self.cols];
+            dequantize(&view, &mut values)?;
+            let codes = values
+                .chunks_exact(self.cols.max(1))
+                .flat_map(|row| &row[columns.clone()])
+                .flat_map(|value| value.to_le_bytes())
+                .collect();
+            return Ok(StoredRows::owned(Format::F32, rows, cols, codes, Vec::new(), Vec::new()));
+        }
+        let pick = |plane: &[u8], unit: Range<usize>| -> Vec<u8> {
+            if plane.is_empty() {
+                return Vec::new();
+            }
+            plane
+                .chunks_exact(plane.len() / rows.max(1))
+                .flat_map(|row| &row[unit.clone()])
+                .copied()
+                .collect()
+        };
+        let bits = self.format.code.bits();
+        let codes = pick(&self.codes, columns.start * bits / 8..(columns.end * bits).div_ceil(8));
+        let scale = self.format.scale.map_or(0, ScaleType::bytes);
+        let block = self.format.block.max(1);
+        let blocks = columns.start / block * scale..columns.end.div_ceil(block) * scale;
+        let (scales, mins) = (pick(&self.scales, blocks.clone()), pick(&self.mins, blocks));
+        Ok(StoredRows::owned(self.format, rows, cols, codes, scales, mins))
+    }
+}
+
+/// Whether columns of rows of `cols` columns begin and end where blocks with one scale and whole bytes do.
+pub(super) fn whole_blocks(format: Format, cols: usize, columns: &Range<usize>) -> bool {
+    let unit = format.block.max(8 / format.code.bits().min(8));
+    columns.start.is_multiple_of(unit) && (columns.end.is_multiple_of(unit) || columns.end == cols)
 }
 
 /// How a scale lies in the file.
@@ -154,7 +197,7 @@ impl Stored {
 }
 
 impl StoredRows<'_> {
-    fn owned(
+    pub(super) fn owned(
         format: Format,
         rows: usize,
         cols: usize,

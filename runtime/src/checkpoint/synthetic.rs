@@ -3,6 +3,7 @@
 //! A weight depends on the seed, the tensor's name and its own index alone, so that any rows can be
 //! made in any order, on any machine, with the same result.
 
+use super::stored::{StoredRows, whole_blocks};
 use std::ops::Range;
 use tilec_ir::convert::{ConvertError, Planes, quantize, row_format};
 use tilec_ir::tensor::TensorInfo;
@@ -48,12 +49,40 @@ impl Synthetic {
     /// Rows `range`, quantized to the row format. Every row has scales of its own, whatever the
     /// stored format shares between rows, so that rows do not depend on the range they are made in.
     pub fn rows(&self, info: &TensorInfo, range: Range<usize>) -> Result<Planes, ConvertError> {
-        let cols = info.cols();
-        let rows = range.len();
+        self.block(info, range, 0..info.cols())
+    }
+
+    /// Columns `columns` of rows `range`, the same as in whole rows; `None` if they are no whole blocks, so
+    /// that their scales depend on others, or if one scale covers the tensor.
+    pub fn columns(
+        &self,
+        info: &TensorInfo,
+        range: Range<usize>,
+        columns: Range<usize>,
+    ) -> Option<Result<StoredRows<'static>, ConvertError>> {
         let format = row_format(info.format);
-        let first = range.start as u64 * cols as u64;
-        let values: Vec<f32> = (0..(rows * cols) as u64).map(|i| self.weight(first + i)).collect();
-        quantize(format, rows, cols, &values)
+        if !whole_blocks(format, info.cols(), &columns) || format.tensor_scale {
+            return None;
+        }
+        Some(self.block(info, range, columns).map(|planes| {
+            let Planes { format, rows, cols, codes, scales, mins, .. } = planes;
+            StoredRows::owned(format, rows, cols, codes, scales, mins)
+        }))
+    }
+
+    fn block(
+        &self,
+        info: &TensorInfo,
+        range: Range<usize>,
+        columns: Range<usize>,
+    ) -> Result<Planes, ConvertError> {
+        let (rows, cols) = (range.len(), columns.len());
+        let mut values = Vec::with_capacity(rows * cols);
+        for row in range {
+            let first = row as u64 * info.cols() as u64;
+            values.extend(columns.clone().map(|column| self.weight(first + column as u64)));
+        }
+        quantize(row_format(info.format), rows, cols, &values)
     }
 }
 

@@ -246,7 +246,7 @@ fn random_item(kind: Kind, k: usize, seed: u64, bytes: usize) -> Result<PackedWe
     let rows = octets * OCTET;
     let name = format!("block of {k} columns");
     let tensors = BTreeMap::from([(name.clone(), TensorInfo::new([rows, k], format))]);
-    let segments = vec![RowSegment { tensor: name, row_start: 0, rows }];
+    let segments = vec![RowSegment::new(name, 0, rows)];
     let content = match kind {
         Kind::Fp8Scales => PackContent::OctetScales { k, segments, interleave: 1, octets },
         _ => PackContent::Octets { format, k, segments, interleave: 1, octets },
@@ -319,11 +319,7 @@ mod tests {
             packing.items.push(PackItem { offset, content });
         };
         let octets = |format, k, tensors: &[(&str, usize)]| {
-            let segment = |(tensor, rows): &(&str, usize)| RowSegment {
-                tensor: tensor.to_string(),
-                row_start: 0,
-                rows: *rows,
-            };
+            let segment = |(tensor, rows): &(&str, usize)| RowSegment::new(*tensor, 0, *rows);
             let octets = tensors.iter().map(|(_, rows)| rows.div_ceil(OCTET)).sum();
             let segments = tensors.iter().map(segment).collect();
             PackContent::Octets { format, k, segments, interleave: 1, octets }
@@ -332,7 +328,7 @@ mod tests {
         add(PackContent::F32 { tensor: "norm".into(), len: 70 });
         add(octets(Format::BF16, 64, &[("c", 12)]));
         add(octets(Format::F16, 32, &[("d", 16)]));
-        let view = RowView { tensor: "f.{}".into(), start: 0, block: 1, stride: 1 };
+        let view = RowView::whole("f.{}");
         let sources = vec![view];
         // 40 columns: most of an octet is padding.
         add(PackContent::ExpertOctets { format: Format::MXFP4, k: 40, experts: 3, rows: 24, sources });
