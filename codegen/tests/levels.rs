@@ -6,10 +6,10 @@ mod models;
 use models::{gpt_oss, llama, mimo_v2, qwen3};
 use serde_json::Value;
 use tilec_codegen::frontends;
-use tilec_codegen::passes::{fuse, precision, schedule, tile};
+use tilec_codegen::passes::{fuse, precision, schedule, shard, tile};
 use tilec_ir::format::Format;
-use tilec_ir::graph::Graph;
-use tilec_ir::spec::{ModelSpec, Precision};
+use tilec_ir::graph::{Graph, parse};
+use tilec_ir::spec::{ModelSpec, Precision, Shard};
 use tilec_ir::validate::validate;
 
 fn graph(name: &str, config: &Value, stored: Format) -> Graph {
@@ -51,6 +51,22 @@ fn mimo_v2_levels() {
 #[test]
 fn gpt_oss_levels() {
     levels("gpt-oss-bf16", &gpt_oss(), Format::BF16);
+}
+
+/// What rank 1 of 2 runs of a model: before is what `levels` shows.
+fn share(name: &str, config: &Value, stored: Format) {
+    let graph = shard::shard(&graph(name, config, stored), Shard { rank: 1, ranks: 2 }).unwrap();
+    // The text is read back with its slices and sums.
+    assert_eq!(parse(&graph.to_string()).unwrap().to_string(), graph.to_string());
+    insta::assert_snapshot!(format!("{name}.rank-1-of-2.graph"), graph.to_string());
+    let fused = fuse::fuse(&graph).unwrap();
+    insta::assert_snapshot!(format!("{name}.rank-1-of-2.fused"), fused.to_string());
+}
+
+#[test]
+fn shares_of_a_dense_model_and_a_mixture() {
+    share("qwen3-bf16", &qwen3(), Format::BF16);
+    share("gpt-oss-bf16", &gpt_oss(), Format::BF16);
 }
 
 /// What fusion is for: without any rule every operator stands alone, with all of them a layer is

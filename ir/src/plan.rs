@@ -7,6 +7,7 @@ use crate::abi::{ABI_VERSION, KvLayout};
 use crate::cost::StageCost;
 use crate::launch::LAUNCH_VERSION;
 use crate::pack::Packing;
+use crate::spec::Shard;
 use crate::stages::{Buffer, BufferElem};
 use crate::tensor::TensorInfo;
 use serde::{Deserialize, Serialize};
@@ -167,7 +168,7 @@ pub struct Plan {
     pub target: PlanTarget,
     /// Sizes.
     pub limits: PlanLimits,
-    /// Rows of the embedding table.
+    /// Tokens that have logits: all of the model's, or those of a rank's share.
     pub vocab: usize,
     /// The arena's buffers.
     pub buffers: Vec<Buffer>,
@@ -189,6 +190,9 @@ pub struct Plan {
     /// How the resident kernel is launched: there for CUDA, and only there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resident: Option<ResidentPlan>,
+    /// The one rank of several whose share of the model this is; its peers are left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shard: Option<Shard>,
     /// A draft that guesses tokens ahead.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draft: Option<DraftPlan>,
@@ -261,6 +265,19 @@ impl Plan {
         text
     }
 
+    /// Name of the model, and which rank's share of it this is if it is not all.
+    pub fn title(&self) -> String {
+        match self.shard {
+            Some(shard) => format!("{}, {shard}", self.name),
+            None => self.name.clone(),
+        }
+    }
+
+    /// Tokens that a row may have: a rank has logits of its share of them.
+    pub fn tokens(&self) -> usize {
+        self.vocab * self.shard.map_or(1, |shard| shard.ranks)
+    }
+
     /// Bytes of the arena.
     pub fn arena_bytes(&self) -> usize {
         self.buffers.iter().map(|buffer| buffer.offset + buffer.bytes()).max().unwrap_or(0)
@@ -281,6 +298,11 @@ impl Plan {
         bounded("limits.context", self.limits.context, 1 << 30)?;
         bounded("target.workers", self.target.workers, 4096)?;
         bounded("vocab", self.vocab, 1 << 28)?;
+        if let Some(Shard { rank, ranks }) = self.shard
+            && (!(2..=1 << 10).contains(&ranks) || rank >= ranks)
+        {
+            return Err(format!("shard is rank {rank} of {ranks}"));
+        }
         check_kv("kv", &self.kv)?;
         self.check_program(&self.buffers, self.scratch_bytes, &self.stages)?;
         if let Some(draft) = &self.draft {

@@ -356,9 +356,27 @@ pub struct Target {
     /// Worker threads (cpu); `None`: one per physical core.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
-    /// GPUs (cuda); `None`: one.
+    /// GPUs (cuda) that share the model; `None`: one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpus: Option<usize>,
+    /// The one rank of these whose share is compiled, to run alone on one GPU; below `gpus`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub only_rank: Option<usize>,
+}
+
+/// One rank of several that share a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Its number, from 0.
+    pub rank: usize,
+    /// How many there are, at least 2.
+    pub ranks: usize,
+}
+
+impl fmt::Display for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} of {}", self.rank, self.ranks)
+    }
 }
 
 /// The machine that is compiled for.
@@ -373,13 +391,45 @@ struct RawTarget {
     arch: Option<String>,
     /// Worker threads (cpu only), by default one per physical core.
     threads: Option<Count<1024>>,
-    /// GPUs (cuda only).
+    /// GPUs (cuda only) that share the model. With more than one, `only_rank` has to be set: running on
+    /// several GPUs is not built yet.
     gpus: Option<Count<8>>,
+    /// The one rank (0 to `gpus` - 1) whose share of the model is compiled, to run and be measured alone on
+    /// one GPU. What the other ranks would add is left out: its speed means something, its text nothing.
+    #[schemars(range(min = 0, max = 7))]
+    only_rank: Option<usize>,
 }
 
 impl Target {
     /// The processor of the machine that compiles.
     pub const HOST: &str = "host";
+
+    /// The rank whose share is compiled; `None` if it is the whole model.
+    pub fn shard(&self) -> Option<Shard> {
+        let ranks = self.gpus.filter(|gpus| *gpus > 1)?;
+        self.only_rank.map(|rank| Shard { rank, ranks })
+    }
+
+    /// Whether GPUs have a meaning, and there is a rank of that number.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn check_gpus(&self) -> Result<(), String> {
+        let key = if self.gpus.is_some() { "gpus" } else { "only_rank" };
+        match (self.only_rank, self.gpus) {
+            (None, None) => Ok(()),
+            _ if self.device == Device::Cpu => {
+                Err(format!("target.{key} has no meaning with `device: cpu`: remove it"))
+            }
+            (Some(rank), None) => {
+                Err(format!("target.only_rank {rank} is one of how many? add target.gpus, such as `gpus: 8`"))
+            }
+            (Some(rank), Some(gpus)) if rank >= gpus => {
+                Err(format!("target.only_rank {rank} is none of {gpus} GPUs: use 0 to {}", gpus - 1))
+            }
+            _ => Ok(()),
+        }
+    }
 
     /// The architecture where none is named.
     pub const fn default_arch(device: Device) -> &'static str {
@@ -392,7 +442,7 @@ impl Target {
 
 impl Default for Target {
     fn default() -> Target {
-        Target { device: Device::Cpu, arch: Target::HOST.into(), threads: None, gpus: None }
+        Target { device: Device::Cpu, arch: Target::HOST.into(), threads: None, gpus: None, only_rank: None }
     }
 }
 
@@ -406,9 +456,6 @@ impl TryFrom<RawTarget> for Target {
             Device::Cpu if arch.starts_with("sm_") => {
                 Err(format!("target.arch {arch} is a GPU's: write `device: cuda`, or use `arch: host`"))
             }
-            Device::Cpu if raw.gpus.is_some() => {
-                Err("target.gpus has no meaning with `device: cpu`: remove it".into())
-            }
             Device::Cuda if !arch.starts_with("sm_") => {
                 Err(format!("target.arch {arch} is no GPU's: use one such as sm_90a"))
             }
@@ -417,7 +464,9 @@ impl TryFrom<RawTarget> for Target {
             }
             device => {
                 let (threads, gpus) = (raw.threads.map(|n| n.0), raw.gpus.map(|n| n.0));
-                Ok(Target { device, arch, threads, gpus })
+                let target = Target { device, arch, threads, gpus, only_rank: raw.only_rank };
+                target.check_gpus()?;
+                Ok(target)
             }
         }
     }
@@ -645,11 +694,26 @@ mod tests {
         assert_eq!(spec.precision.activations, Activations::Int8);
         assert_eq!(
             spec.target,
-            Target { device: Device::Cpu, arch: "haswell".into(), threads: Some(3), gpus: None }
+            Target {
+                device: Device::Cpu,
+                arch: "haswell".into(),
+                threads: Some(3),
+                gpus: None,
+                only_rank: None
+            }
         );
         assert_eq!(spec.limits, Limits { sequences: 2, context: Some(512), rows: 16 });
         let cuda = parse("model: {checkpoint: x}\ntarget: {device: cuda, gpus: 8}").unwrap().target;
         assert_eq!((cuda.device, cuda.arch.as_str(), cuda.gpus), (Device::Cuda, "sm_90a", Some(8)));
+        assert_eq!(cuda.shard(), None);
+        let target = |keys: &str| {
+            parse(&format!("model: {{checkpoint: x}}\ntarget: {{device: cuda, {keys}}}")).unwrap().target
+        };
+        let shard = target("gpus: 8, only_rank: 7").shard();
+        assert_eq!(shard, Some(Shard { rank: 7, ranks: 8 }));
+        assert_eq!(shard.unwrap().to_string(), "rank 7 of 8");
+        // The only rank of one GPU has everything.
+        assert_eq!(target("gpus: 1, only_rank: 0").shard(), None);
     }
 
     #[test]
@@ -670,6 +734,11 @@ mod tests {
             (&format!("{model}target:\n  device: tpu"), &["line 3", "tpu", "cpu", "cuda"]),
             (&format!("{model}target:\n  threads: 0"), &["line 3", "from 1 to 1024"]),
             (&format!("{model}target: {{gpus: 2}}"), &["line 2", "target.gpus"]),
+            (&format!("{model}target: {{only_rank: 0}}"), &["line 2", "target.only_rank", "device: cpu"]),
+            (&format!("{model}target: {{device: cuda, only_rank: 1}}"), &["line 2", "add target.gpus"]),
+            (&format!("{model}target: {{device: cuda, gpus: 4, only_rank: 4}}"), &["line 2", "0 to 3"]),
+            (&format!("{model}target: {{device: cuda, gpus: 9}}"), &["line 2", "from 1 to 8"]),
+            (&format!("{model}target: {{device: cuda, gpus: 8, only_rank: -1}}"), &["line 2"]),
             (&format!("{model}target: {{arch: sm_90a}}"), &["line 2", "device: cuda"]),
             (&format!("{model}target: {{device: cuda, arch: haswell}}"), &["line 2", "sm_90a"]),
             (&format!("{model}target: {{device: cuda, threads: 2}}"), &["line 2", "target.threads"]),
@@ -757,9 +826,12 @@ mod tests {
     #[test]
     fn the_examples_are_valid() {
         let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
-        let folders = std::fs::read_dir(&examples).unwrap().map(|entry| entry.unwrap().path());
-        let specs: Vec<PathBuf> =
-            folders.map(|folder| folder.join("model.yaml")).filter(|path| path.exists()).collect();
+        let inside = |path: &Path| std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path());
+        let specs: Vec<PathBuf> = inside(&examples)
+            .filter(|path| path.is_dir())
+            .flat_map(|folder| inside(&folder).collect::<Vec<_>>())
+            .filter(|path| path.extension().is_some_and(|extension| extension == "yaml"))
+            .collect();
         for path in &specs {
             let spec = ModelSpec::load(path).unwrap_or_else(|error| panic!("{error}"));
             if let Some(config) = spec.model.config {

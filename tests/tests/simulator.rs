@@ -10,7 +10,7 @@ use std::process::Command;
 use tilec_codegen::emit::cuda::emit;
 use tilec_codegen::frontends;
 use tilec_codegen::nvrtc::Arch;
-use tilec_codegen::passes::{fuse, precision, resident};
+use tilec_codegen::passes::{fuse, precision, resident, shard};
 use tilec_ir::abi::KvType;
 use tilec_ir::convert::{dequantize, quantize};
 use tilec_ir::format::Format;
@@ -19,7 +19,7 @@ use tilec_ir::graph::{EXPERT, Graph};
 use tilec_ir::launch::{STEP_ROWS, SYNC_BYTES};
 use tilec_ir::pack::PackContent;
 use tilec_ir::resident::{Attention, Kind, ResidentProgram};
-use tilec_ir::spec::{Activations, ModelSpec, WeightFormat};
+use tilec_ir::spec::{Activations, ModelSpec, Shard, WeightFormat};
 use tilec_ir::stages::Slot;
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::pack::pack;
@@ -86,6 +86,17 @@ fn row(token: u32, position: usize, sequence: usize) -> Row {
 
 impl Simulation {
     fn new(config: &Value, weights: Format, experts: Option<Format>, context: usize) -> Simulation {
+        Simulation::share(config, weights, experts, context, None)
+    }
+
+    /// The same of what one rank of several has of the model.
+    fn share(
+        config: &Value,
+        weights: Format,
+        experts: Option<Format>,
+        context: usize,
+        rank: Option<Shard>,
+    ) -> Simulation {
         let tensors = frontends::synthetic_tensors(config, Format::BF16).unwrap();
         let mut graph = frontends::build(config, &tensors).unwrap();
         let mut spec = ModelSpec::for_checkpoint("unused").precision;
@@ -94,6 +105,9 @@ impl Simulation {
         spec.weights = WeightFormat::Converted(weights);
         spec.experts = experts.map(WeightFormat::Converted);
         precision::precision(&mut graph, &spec).unwrap();
+        if let Some(rank) = rank {
+            graph = shard::shard(&graph, rank).unwrap();
+        }
         let program = resident::resident(&fuse::fuse(&graph).unwrap(), context).unwrap();
         let text = emit(&program, Arch::Sm90a).unwrap();
         let checkpoint = Checkpoint::synthetic(config.clone(), 7, tensors);
@@ -392,6 +406,39 @@ fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() 
             for (row, token) in rows.iter_mut().zip(&single.chosen) {
                 (row.token, row.position) = (*token, row.position + 1);
             }
+        }
+    }
+}
+
+/// One rank alone is the interpreter of its graph, in which its own parts stand for sums: heads, columns of
+/// matrices and of experts are cut, in blocks of FP8 and FP4 as well.
+#[test]
+fn a_rank_alone_gives_the_interpreters_logits() {
+    let mut mimo = mimo_fused();
+    for (key, value) in [
+        ("num_attention_heads", 8),
+        ("swa_num_key_value_heads", 4),
+        ("v_head_dim", 32),
+        ("intermediate_size", 256),
+        ("moe_intermediate_size", 64),
+    ] {
+        mimo[key] = value.into();
+    }
+    for (name, config, format, experts, bound) in [
+        ("gpt-oss f16", gpt_oss(), Format::F16, Some(Format::F16), 0.01),
+        ("mimo fp8, mxfp4", mimo, Format::FP8_BLOCK, Some(Format::MXFP4), 0.03),
+    ] {
+        for rank in 0..2 {
+            let rank = Shard { rank, ranks: 2 };
+            let simulation = Simulation::share(&config, format, experts, 256, Some(rank));
+            assert_eq!(simulation.program.vocab, 48);
+            let weights = Weights(&simulation);
+            let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+            let rows: Vec<Row> = (0..8).map(|n| row(n * 11 % 96, n as usize, 0)).collect();
+            let wanted = interpreter.step(&rows, &(0..rows.len()).collect::<Vec<_>>()).unwrap();
+            let found = simulation.launch(&rows, 1, 3, 1);
+            let off = deviation(&found.logits, &wanted, simulation.program.vocab);
+            assert!(off < bound, "{name}, {rank}: off by {off}");
         }
     }
 }

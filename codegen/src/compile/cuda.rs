@@ -89,6 +89,7 @@ pub(super) fn compile(
             threads: BLOCK_THREADS,
             shared_bytes: kernel.shared.bytes() as u32,
         }),
+        shard: spec.target.shard(),
         draft: None,
         texts: level_files(&texts),
     })?;

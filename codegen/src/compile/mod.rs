@@ -9,6 +9,7 @@ pub use cuda::BUDGET;
 use crate::emit::cuda::CudaError;
 use crate::frontends::{self, Dflash, DraftTarget};
 use crate::nvrtc::NvrtcError;
+use crate::passes::shard::{ShardError, shard};
 use crate::passes::{precision, tile};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -183,6 +184,26 @@ pub enum CompileError {
         "target.device cuda cannot run a draft yet: use --no-draft, remove `draft`, or set target.device to cpu"
     )]
     DraftOnCuda,
+    /// Running on several GPUs is not built.
+    #[error(
+        "target.gpus is {gpus}, and running on several GPUs is not built yet: add `only_rank: 0` (up to {}) to \
+         compile one rank's share for one GPU, or remove target.gpus", gpus - 1
+    )]
+    SeveralGpus {
+        /// GPUs asked for.
+        gpus: usize,
+    },
+    /// A rank that is none.
+    #[error("{0}")]
+    Rank(String),
+    /// A draft beside a shard.
+    #[error(
+        "a draft cannot be shared out among GPUs yet: use --no-draft, or remove `draft` or target.only_rank"
+    )]
+    DraftOfRank,
+    /// The model has no equal shares.
+    #[error(transparent)]
+    Shard(#[from] ShardError),
     /// Something that only another device has.
     #[error("target.{key} has no meaning on {device}; remove it")]
     Meaningless {
@@ -222,6 +243,7 @@ pub fn graph(input: &Input<'_>, spec: &ModelSpec) -> Result<Graph, CompileError>
 /// # Errors
 /// [`CompileError`].
 pub fn graphs(input: &Input<'_>, spec: &ModelSpec) -> Result<(Graph, Option<DraftGraphs>), CompileError> {
+    check_ranks(spec)?;
     let mut graph = frontends::build(input.config, input.tensors)?;
     graph.name = input.name.to_string();
     let draft = match (&spec.draft, &input.draft) {
@@ -253,7 +275,21 @@ pub fn graphs(input: &Input<'_>, spec: &ModelSpec) -> Result<(Graph, Option<Draf
     first(verify(&graph))?;
     precision::precision(&mut graph, &spec.precision)?;
     first(verify(&graph))?;
+    // Behind the precision pass: what lies together depends on formats.
+    if let Some(rank) = spec.target.shard() {
+        graph = shard(&graph, rank)?;
+    }
     Ok((graph, draft))
+}
+
+/// Refuses what cannot be shared out.
+fn check_ranks(spec: &ModelSpec) -> Result<(), CompileError> {
+    spec.target.check_gpus().map_err(CompileError::Rank)?;
+    match (spec.target.gpus, spec.target.shard()) {
+        (Some(gpus), None) if gpus > 1 => Err(CompileError::SeveralGpus { gpus }),
+        (_, Some(_)) if spec.draft.is_some() => Err(CompileError::DraftOfRank),
+        _ => Ok(()),
+    }
 }
 
 /// Rows of a block: as many as asked for, or as the draft was trained with and a step has.
@@ -290,6 +326,9 @@ pub fn compile(input: &Input<'_>, spec: &ModelSpec, host: &Host) -> Result<Compi
         Device::Cpu => cpu::compile(input, spec, host.threads),
         #[cfg(not(feature = "llvm"))]
         Device::Cpu => Err(CompileError::WithoutLlvm),
+        Device::Cuda if spec.target.shard().is_some() && spec.draft.is_some() => {
+            Err(CompileError::DraftOfRank)
+        }
         Device::Cuda if spec.draft.is_some() => Err(CompileError::DraftOnCuda),
         Device::Cuda => cuda::compile(input, spec, host.cubins.as_deref()),
     }

@@ -5,4 +5,5 @@ mod packer;
 pub mod precision;
 pub mod resident;
 pub mod schedule;
+pub mod shard;
 pub mod tile;

@@ -493,8 +493,8 @@ impl Engine {
         for (row, input) in rows.iter().enumerate() {
             let RowInput { token, position, sequence } = *input;
             let number = sequence as usize;
-            if token as usize >= self.plan.vocab {
-                return Err(StepError::Token { row, token, vocab: self.plan.vocab });
+            if token as usize >= self.plan.tokens() {
+                return Err(StepError::Token { row, token, vocab: self.plan.tokens() });
             }
             if number >= limits.sequences {
                 return Err(StepError::Sequence { row, sequence, sequences: limits.sequences });

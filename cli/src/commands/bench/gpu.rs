@@ -443,7 +443,7 @@ impl Report<'_> {
              activations, at the read ceiling. experts: those of a layer whose weights a pass reads.\n\
              read ceiling {:.0} GB/s, median {:.0} GB/s of {} passes over {}\n\
              GPU memory: weights {}, KV cache {}, activations and tables {}\n",
-            self.plan.name,
+            self.plan.title(),
             count(parameters(self.plan)),
             mib(self.plan.packing.bytes),
             self.gpu,
@@ -482,6 +482,7 @@ impl Report<'_> {
         let memory = &self.memory;
         json!({
             "model": self.plan.name,
+            "shard": self.plan.shard,
             "size_bytes": self.plan.packing.bytes,
             "parameters": parameters(self.plan),
             "backend": self.plan.target.device,
@@ -513,6 +514,7 @@ pub mod tests {
     use tilec_ir::launch::LAUNCH_VERSION;
     use tilec_ir::pack::Packing;
     use tilec_ir::plan::{PLAN_VERSION, PlanFile, PlanTarget, ResidentPlan, WeightsFrom};
+    use tilec_ir::spec::Shard;
     use tilec_ir::stages::{Buffer, BufferElem};
 
     /// Two layers of a product and an attention, between an embedding and a head.
@@ -575,6 +577,7 @@ pub mod tests {
             ],
             code: PlanFile { file: "kernel.cubin".into(), sha256: String::new() },
             resident: Some(ResidentPlan { launch_version: LAUNCH_VERSION, threads: 384, shared_bytes: 0 }),
+            shard: None,
             draft: None,
             texts: Vec::new(),
         }
@@ -685,6 +688,10 @@ pub mod tests {
         ];
         assert_eq!(cells, expected);
         assert!(text.contains("of 3 passes over 3.91 KiB"), "{text}");
+        // One rank of several says that it is.
+        let plan = Plan { shard: Some(Shard { rank: 3, ranks: 8 }), ..toy_plan() };
+        assert!(report(&plan).markdown().starts_with("toy, rank 3 of 8, "), "{}", report(&plan).markdown());
+        assert_eq!(report(&plan).json()["shard"], json!({"rank": 3, "ranks": 8}));
     }
 
     #[test]
