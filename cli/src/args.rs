@@ -87,6 +87,13 @@ pub struct TargetArgs {
     /// sm_90a, sm_100a or sm_120a [default: host, for cuda sm_90a]
     #[arg(long, value_name = "ARCH")]
     pub arch: Option<String>,
+    /// GPUs that share the model; more than one needs --only-rank
+    #[arg(long, value_name = "N", value_parser = count(8))]
+    pub gpus: Option<u64>,
+    /// Only this rank's share (0 to GPUs - 1), to be measured alone on one GPU: what the others would add
+    /// is left out, so its speed means something and its text nothing
+    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u64).range(0..8))]
+    pub only_rank: Option<u64>,
     /// Elements of the KV cache: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", value_parser = kv_type)]
     pub kv_cache_type: Option<KvType>,
@@ -114,6 +121,8 @@ impl TargetArgs {
             ("--ctx-size", self.ctx_size.is_some()),
             ("--device", self.device.is_some()),
             ("--arch", self.arch.is_some()),
+            ("--gpus", self.gpus.is_some()),
+            ("--only-rank", self.only_rank.is_some()),
             ("--kv-cache-type", self.kv_cache_type.is_some()),
             ("--weights", self.weights.is_some()),
             ("--activations", self.activations.is_some()),

@@ -32,6 +32,11 @@ pub fn load(folder: &Path, weights: &WeightsArgs, profile: bool, draft: bool) ->
     });
     progress.finish_and_clear();
     let engine = engine?;
+    if let Some(shard) = engine.plan().shard {
+        ui::note(format!(
+            "note: this is {shard}, without its peers: what it takes is measured, what it says means nothing"
+        ));
+    }
     for conversion in engine.conversions() {
         ui::note(format!("packed {conversion}"));
     }

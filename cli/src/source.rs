@@ -151,10 +151,19 @@ impl Model {
         {
             target.device = device;
             target.arch = spec::Target::default_arch(device).into();
+            if device == spec::Device::Cpu {
+                (target.gpus, target.only_rank) = (None, None);
+            }
         }
         if let Some(arch) = &args.arch {
             // What follows `device` is worth a name of its own; `cpu` means the processor at hand.
             target.arch = if arch == "cpu" { spec::Target::HOST.into() } else { arch.clone() };
+        }
+        if let Some(gpus) = args.gpus {
+            target.gpus = Some(size(gpus));
+        }
+        if let Some(rank) = args.only_rank {
+            target.only_rank = Some(size(rank));
         }
         if let Some(rows) = args.max_rows {
             limits.rows = size(rows);

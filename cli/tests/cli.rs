@@ -120,6 +120,42 @@ fn models_that_cannot_be_are_refused_by_name() {
     assert!(bench.fails(&["compile", "gone.yaml"]).contains("gone.gguf"));
 }
 
+/// One rank of two of a model: compiled for a GPU (which needs none), shown as what it is; and what is no
+/// rank is refused.
+#[test]
+fn one_rank_of_several_is_compiled_and_shown() {
+    let bench = Bench::new();
+    let model = fixture("hf/llama-gqa-tied");
+    let cuda = ["compile", model.as_str(), "--device", "cuda"];
+    let with = |more: &[&'static str]| [&cuda[..], more].concat();
+    bench.ok(&with(&["--gpus", "2", "--only-rank", "1", "-o", "half.plan"]));
+    bench.ok(&with(&["-o", "whole.plan"]));
+    let json =
+        |plan: &str| -> Value { serde_json::from_str(&bench.ok(&["inspect", plan, "--json"])).unwrap() };
+    let (half, whole) = (json("half.plan"), json("whole.plan"));
+    assert_eq!(half["shard"], serde_json::json!({"rank": 1, "ranks": 2}));
+    assert_eq!(whole["shard"], Value::Null);
+    assert!(half["parameters"].as_u64().unwrap() < whole["parameters"].as_u64().unwrap());
+    let text = bench.ok(&["inspect", "half.plan"]);
+    assert!(text.contains("llama-gqa-tied, rank 1 of 2 (llama"), "{text}");
+    assert!(text.contains("rank 1 of 2 alone"), "{text}");
+    let graph = bench.ok(&with(&["--gpus", "2", "--only-rank", "1", "--emit", "graph"]));
+    assert!(graph.contains("all_reduce(%l0.o) ranks=2"), "{graph}");
+    for (more, words) in [
+        (&["--gpus", "2"][..], &["target.gpus is 2", "only_rank: 0"][..]),
+        (&["--gpus", "2", "--only-rank", "2"], &["only_rank 2", "0 to 1"]),
+        (&["--only-rank", "0"], &["target.only_rank 0", "gpus: 8"]),
+        (&["--gpus", "3", "--only-rank", "0"], &["target.gpus is 3", "KV heads", "use 1 or 2 or 4"]),
+    ] {
+        let stderr = bench.fails(&with(more));
+        for word in words {
+            assert!(stderr.contains(word), "{more:?}: no {word:?} in {stderr}");
+        }
+    }
+    let stderr = bench.fails(&["compile", model.as_str(), "--gpus", "2", "--only-rank", "0"]);
+    assert!(stderr.contains("no meaning with `device: cpu`"), "{stderr}");
+}
+
 #[test]
 fn damaged_checkpoints_are_errors_that_name_the_file() {
     let bench = Bench::new();

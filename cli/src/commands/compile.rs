@@ -34,7 +34,7 @@ fn compile(args: &CompileArgs, mut model: Model) -> Result<()> {
         let plan = &compiled.plan;
         ui::note(format!(
             "compiled {} for {} ({} workers): {} of weights, {} stages -> {}",
-            plan.name,
+            plan.title(),
             if plan.resident.is_some() { &plan.target.arch } else { &plan.target.cpu },
             plan.target.workers,
             ui::mib(plan.packing.bytes),

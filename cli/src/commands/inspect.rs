@@ -156,13 +156,19 @@ impl Report<'_> {
             WeightsFrom::Checkpoint { path } => path.display().to_string(),
             WeightsFrom::Synthetic { seed, .. } => format!("synthetic, seed {seed}"),
         };
-        writeln!(out, "{} ({}, {} parameters)", plan.name, plan.family, count(parameters(plan)))?;
+        writeln!(out, "{} ({}, {} parameters)", plan.title(), plan.family, count(parameters(plan)))?;
         writeln!(out, "  weights  {weights}")?;
         writeln!(
             out,
             "  target   {} {} {}, {} workers",
             target.device, target.arch, target.cpu, target.workers
         )?;
+        if let Some(shard) = plan.shard {
+            writeln!(
+                out,
+                "  share    {shard} alone: bytes and floors are its own, sums over ranks cost nothing"
+            )?;
+        }
         let limits = &plan.limits;
         writeln!(
             out,
@@ -262,6 +268,7 @@ impl Report<'_> {
         let memory = Memory::of(plan)?;
         let report = json!({
             "name": plan.name,
+            "shard": plan.shard,
             "family": plan.family,
             "parameters": parameters(plan),
             "target": plan.target,

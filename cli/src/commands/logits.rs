@@ -61,7 +61,7 @@ type Logits = (usize, Vec<Vec<f32>>);
 
 fn compiled(args: &LogitsArgs, lists: &[Vec<u32>]) -> Result<Logits> {
     let (folder, plan) = source::plan(&args.model.path, &args.model.target)?;
-    check_tokens(lists, plan.vocab, plan.limits.context)?;
+    check_tokens(lists, plan.tokens(), plan.limits.context)?;
     let max_rows = max_logit_rows(&plan);
     let rows = args.rows_per_step.map_or(max_rows, |rows| rows as usize);
     if rows > max_rows {
@@ -101,8 +101,11 @@ fn interpreted(args: &LogitsArgs, lists: &[Vec<u32>]) -> Result<Logits> {
     let description = model.describe()?;
     let graph = model.graph(&description)?;
     let context = model.spec.limits.context(tilec_codegen::frontends::max_context(&description.config)?)?;
-    let vocab = tilec_codegen::frontends::facts(&description.config)?.vocab;
-    check_tokens(lists, vocab, context)?;
+    let tokens = tilec_codegen::frontends::facts(&description.config)?.vocab;
+    check_tokens(lists, tokens, context)?;
+    // Of one rank of several: its share of them.
+    let logits = graph.ids().into_iter().find(|id| graph.node(*id).op == tilec_ir::graph::Op::Logits);
+    let vocab = logits.map_or(tokens, |id| graph.node(id).ty.cols);
     let weights = Weights { checkpoint: source::open_weights(&description.weights)?, graph: &graph };
     let mut interpreter = Interpreter::new(&graph, &weights)?;
     let progress = ui::step_progress("computing", lists.iter().map(|list| list.len() as u64).sum());
@@ -137,7 +140,7 @@ impl tilec_ir::graph::interp::WeightSource for Weights<'_> {
         use tilec_ir::convert::{dequantize, quantize};
         let mut values = self.checkpoint.tensor_f32(name).map_err(|error| error.to_string())?;
         if let Some(weight) = self.graph.weights.get(name).filter(|weight| weight.stored != weight.format) {
-            let cols = weight.shape.last().copied().unwrap_or(1).max(1);
+            let cols = weight.whole_shape().last().copied().unwrap_or(1).max(1);
             let rows = values.len() / cols;
             let planes = quantize(weight.format, rows, cols, &values).map_err(|error| error.to_string())?;
             dequantize(&planes.view(), &mut values).map_err(|error| error.to_string())?;

@@ -369,6 +369,7 @@ impl Profile<'_> {
         });
         json!({
             "model": self.plan.name,
+            "shard": self.plan.shard,
             "sms": self.sms(),
             "rows": self.rows,
             "context": self.context,
