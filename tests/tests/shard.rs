@@ -20,7 +20,7 @@ use tilec_ir::launch::{OCTET, OCTET_BLOCK};
 use tilec_ir::octet::{octet_block_bytes, octet_blocks};
 use tilec_ir::pack::{PackContent, Packing, RowSegment, RowView};
 use tilec_ir::plan::WeightsFrom;
-use tilec_ir::spec::{Activations, Device, ModelSpec, Target, WeightFormat};
+use tilec_ir::spec::{Activations, Device, DflashSpec, Draft, ModelSpec, Target, WeightFormat};
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::pack::pack;
 use tilec_tests::{Fixture, fixtures, reference};
@@ -469,6 +469,11 @@ fn what_cannot_be_shared_out_is_refused() {
         &["target.gpus is 3", "2 KV heads of cache 0", "use 1 or 2 or 4 or 6 or 8"],
     );
     refused(&llama, 6, &unchanged, &["target.gpus is 6", "8 query heads", "use 1 or 2 or 4 or 8"]);
+    let draft = |spec: &mut ModelSpec| {
+        let dflash = DflashSpec { checkpoint: "draft".into(), block: None, context_rope_theta: None };
+        spec.draft = Some(Draft { dflash });
+    };
+    refused(&llama, 2, &draft, &["draft", "--no-draft", "target.only_rank"]);
     let other = |key: &str, value: usize| {
         let mut config = llama.config.clone();
         config[key] = json!(value);

@@ -9,7 +9,7 @@ use tilec_codegen::frontends;
 use tilec_ir::abi::KvType;
 use tilec_ir::convert::quantize;
 use tilec_ir::format::Format;
-use tilec_ir::spec::{self, ModelSpec};
+use tilec_ir::spec::{self, ModelSpec, Shard};
 
 /// Positions that every sequence of a case can have.
 pub const CONTEXT: usize = 384;
@@ -36,6 +36,13 @@ pub const FP8: std::ops::Range<usize> = 42..46;
 
 /// The cases with experts: of float16, of FP4 beside float16, of bfloat16, of FP4 beside bfloat16.
 pub const EXPERTS: std::ops::Range<usize> = MIMO.end..MIMO.end + 4;
+
+/// The cases that are one rank's share of a model: of bfloat16 with a tied head; of a mixture in FP4 with fewer
+/// KV heads than ranks; of block FP8 with q, k and v in one matrix.
+pub const SHARES: std::ops::Range<usize> = EXPERTS.end..EXPERTS.end + 3;
+
+/// Cases in all.
+pub const CASES: usize = SHARES.end;
 
 /// Deviation of a router's scores. What a rounded input can change is then a choice between experts that
 /// weigh little.
@@ -110,8 +117,10 @@ pub struct Case {
     pub kv: KvType,
     /// Decoder layers.
     pub layers: usize,
-    /// Token ids.
+    /// Token ids that have logits.
     pub vocab: usize,
+    /// The rank whose share it is, if it is not a whole model.
+    pub shard: Option<Shard>,
     /// Multiplications of a row in all matrices.
     pub products: usize,
     /// Factor on the gains of the last feed-forward layer's norm.
@@ -125,6 +134,9 @@ impl Case {
         let mut random = Random::new(seed, number as u64);
         if MIMO.contains(&number) {
             return Case::mimo(random, number);
+        }
+        if SHARES.contains(&number) {
+            return Case::share(random, number);
         }
         let moe = EXPERTS.contains(&number);
         let qwen = moe || !number.is_multiple_of(2);
@@ -241,6 +253,7 @@ impl Case {
             kv,
             layers,
             vocab,
+            shard: None,
             products,
             loud: if loud { LOUD } else { 1.0 },
         }
@@ -303,7 +316,90 @@ impl Case {
             kv,
             layers: 2,
             vocab,
+            shard: None,
             products: hidden * (all_heads * (head_dim + v_head_dim) + 6 * intermediate) + vocab * hidden,
+            loud: 1.0,
+        }
+    }
+
+    /// One rank's share of a model.
+    fn share(mut random: Random, number: usize) -> Case {
+        let kind = number - SHARES.start;
+        let ranks = 2;
+        let shard = Shard { rank: random.below(ranks), ranks };
+        // Of this rank; rows of block FP8 are cut at octets.
+        let unit = if kind == 2 { 8 } else { 1 };
+        let vocab = random.pick(&[83usize, 256, 501]).next_multiple_of(unit);
+        let hidden = random.pick(&[72, 128, 256]);
+        let kv = random.pick(&[KvType::F16, KvType::Bf16]);
+        let layers = 2;
+        let config = json!({
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "vocab_size": vocab * ranks,
+            "max_position_embeddings": CONTEXT,
+            "bos_token_id": null,
+            "eos_token_id": null,
+        });
+        let (own, columns, heads) = match kind {
+            0 => (
+                json!({
+                    "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+                    "intermediate_size": 400, "num_attention_heads": 12, "num_key_value_heads": 4,
+                    "head_dim": 40, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
+                    "tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true,
+                }),
+                3 * 400,
+                (12 + 4) * 2 * 40,
+            ),
+            1 => (
+                json!({
+                    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+                    "intermediate_size": 400, "num_attention_heads": 8, "num_key_value_heads": 1,
+                    "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
+                    "tie_word_embeddings": false, "attention_bias": false,
+                    "num_experts": 24, "num_experts_per_tok": 5, "moe_intermediate_size": 256,
+                    "norm_topk_prob": true, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                }),
+                3 * 256 * 5 + 24,
+                (8 + 1) * 2 * 64,
+            ),
+            // 128 columns of FP8 share a scale: 256 of values, 256 between gate and down, each.
+            _ => (
+                json!({
+                    "architectures": ["MiMoV2ForCausalLM"], "model_type": "mimo_v2",
+                    "intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2,
+                    "swa_num_key_value_heads": 4, "head_dim": 48, "v_head_dim": 32,
+                    "partial_rotary_factor": 0.334, "layernorm_epsilon": 1e-5,
+                    "rope_theta": 5_000_000.0, "swa_rope_theta": 10_000.0, "sliding_window": 64,
+                    "hybrid_layer_pattern": [1, 0], "moe_layer_freq": [0, 0],
+                    "attention_value_scale": 0.612, "attention_projection_layout": "fused_qkv",
+                    "tie_word_embeddings": false,
+                }),
+                3 * 512,
+                (2 * 16 + 2 + 4) * (48 + 32) / 2,
+            ),
+        };
+        let mut config = config;
+        for (key, value) in own.as_object().into_iter().flatten() {
+            config[key] = value.clone();
+        }
+        let family = config["model_type"].as_str().unwrap_or_default();
+        let format = ["", " mxfp4", " fp8"][kind];
+        let name = format!("{number} {family} bf16 kv-{} {hidden} v{vocab}{format}, {shard}", kv.name());
+        Case {
+            name,
+            seed: random.next(),
+            config,
+            stored: Format::BF16,
+            fp8: kind == 2,
+            fp4_experts: kind == 1,
+            kv,
+            layers,
+            vocab,
+            shard: Some(shard),
+            products: (layers * hidden * (heads + columns) + vocab * ranks * hidden) / ranks,
             loud: 1.0,
         }
     }
@@ -352,6 +448,9 @@ impl Case {
         spec.precision.activations = spec::Activations::F32;
         spec.target.device = spec::Device::Cuda;
         spec.target.arch = arch.into();
+        if let Some(Shard { rank, ranks }) = self.shard {
+            (spec.target.gpus, spec.target.only_rank) = (Some(ranks), Some(rank));
+        }
         spec.limits = spec::Limits { sequences: SEQUENCES, context: Some(CONTEXT), rows: ROWS };
         spec
     }

@@ -23,7 +23,7 @@ use tilec_runtime::cuda::{self, DeviceInfo};
 use tilec_runtime::engine::{Engine, EngineOptions};
 
 /// Cases of a whole run, and of a quick one. Ten have all families, formats and groups of heads.
-const CASES: [usize; 2] = [cases::EXPERTS.end, 10];
+const CASES: [usize; 2] = [cases::CASES, 10];
 
 /// Repeats of the check for races, whole and quick.
 const REPEATS: [u64; 2] = [200, 20];

@@ -1,4 +1,4 @@
-use super::cases::{CONTEXT, Case, EXPERTS, LONG_ROWS, MIMO, NARROW_HEADS, Random, SEQUENCES};
+use super::cases::{CASES, CONTEXT, Case, EXPERTS, LONG_ROWS, MIMO, NARROW_HEADS, Random, SEQUENCES, SHARES};
 use super::checks::{After, Machine, PROMPT, run};
 use super::compare::{Deviation, deviation, finite, same_bits};
 use super::prepare::{KernelWeights, Model, Prepared, WORST, bound, prepare, reference};
@@ -39,7 +39,7 @@ fn text(case: &Case) -> String {
 
 #[test]
 fn every_case_has_a_kernel_of_its_own() {
-    let cases: Vec<Case> = (0..EXPERTS.end).map(|number| Case::new(1, number)).collect();
+    let cases: Vec<Case> = (0..CASES).map(|number| Case::new(1, number)).collect();
     let texts: BTreeSet<String> = cases.iter().map(text).collect();
     assert_eq!(texts.len(), cases.len());
     let again = Case::new(1, 7);
@@ -52,7 +52,11 @@ fn the_kernels_assemble() {
     // `cargo xtask setup nvrtc` fetches it.
     let nvrtc = Nvrtc::find().unwrap_or_else(|error| panic!("{error}"));
     let mut problems = Vec::new();
-    for number in (0..10).chain([NARROW_HEADS, LONG_ROWS]).chain(MIMO).chain([EXPERTS.start, EXPERTS.end - 1])
+    for number in (0..10)
+        .chain([NARROW_HEADS, LONG_ROWS])
+        .chain(MIMO)
+        .chain([EXPERTS.start, EXPERTS.end - 1])
+        .chain(SHARES)
     {
         let case = Case::new(1, number);
         let text = text(&case);
@@ -132,7 +136,7 @@ impl WeightSource for Noisy<'_> {
 
 /// Cases that the interpreter runs quickly, of all kinds of weights.
 fn light_cases() -> impl Iterator<Item = Case> {
-    let all = MIMO.chain(0..40).chain(EXPERTS).map(|number| Case::new(1, number));
+    let all = MIMO.chain(0..40).chain(EXPERTS).chain(SHARES).map(|number| Case::new(1, number));
     all.filter(|case| case.products < 1_500_000 || case.fp4_experts)
 }
 
@@ -158,7 +162,9 @@ fn the_bound_leaves_room_for_rounding_and_not_much_more() {
 
 #[test]
 fn every_tensor_has_an_effect_beyond_the_bound() {
-    for case in light_cases().take(MIMO.len() + 3) {
+    // Of experts, one tensor alone may not be chosen.
+    let shares = SHARES.map(|number| Case::new(1, number)).filter(|case| !case.fp4_experts);
+    for case in light_cases().take(MIMO.len() + 3).chain(shares) {
         let folder = tempfile::tempdir().unwrap();
         let model = Model::new(&case, folder.path(), "sm_90a").unwrap();
         let prompt = &model.prompt(&case)[..30];
