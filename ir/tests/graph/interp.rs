@@ -5,7 +5,7 @@ use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{InterpError, Interpreter, Row};
 use tilec_ir::graph::{
-    ActivationFn, Cache, Graph, NodeId, Op, RopeScaling, RopeSpec, Router, Scoring, View, Weight,
+    ActivationFn, Cache, Graph, NodeId, Op, RopeScaling, RopeSpec, Router, Scoring, Slice, View, Weight,
 };
 
 type Weights = BTreeMap<String, Vec<f32>>;
@@ -505,6 +505,44 @@ fn views_and_experts_of_their_own_are_put_together() {
     let far = build("part", vec![2, 2], Some(View { stride: 6, ..view }));
     let error = Interpreter::new(&far.graph, &far.weights).err().unwrap().to_string();
     assert!(error.contains("8 values of stored do not hold"), "{error}");
+}
+
+/// A slice is a part of the whole, wherever that lies: columns of a matrix, rows of a view, of experts.
+#[test]
+fn slices_are_parts_of_the_whole() {
+    let run = |name: &'static str, shape: &[usize], start: &[usize], of: &[usize], view: Option<View>| {
+        let mut one = One::new(&[&[1.0, 2.0]], |one, x| {
+            let slice = Some(Slice { start: start.into(), of: of.into() });
+            let weight = Weight { view, slice, ..Weight::whole(shape, Format::F32) };
+            one.graph.declare_weight(name, weight).unwrap();
+            if shape.len() == 2 {
+                return one.add("y", Op::Linear { weight: name.into() }, &[x]);
+            }
+            let routes = one.add("routes", Op::Route(router(Scoring::ChosenSoftmax, 2, false)), &[x]);
+            one.add("y", Op::ExpertLinear { weight: name.into(), per_slot: false }, &[x, routes])
+        });
+        one.weights.insert("wide".into(), (0..12).map(|n| n as f32).collect());
+        one.weights.insert("e.0".into(), (0..12).map(|n| n as f32).collect());
+        one.weights.insert("e.1".into(), (100..112).map(|n| n as f32).collect());
+        let outcome = Interpreter::new(&one.graph, &one.weights).map(drop);
+        outcome.map_err(|error| error.to_string()).map(|()| one.run(1))
+    };
+    let pair = |a: f32, b: f32| a + 2.0 * b;
+    // Columns 2 and 3 of three rows of four.
+    let columns = run("wide", &[3, 2], &[0, 2], &[3, 4], None).unwrap();
+    assert_eq!(columns, [pair(2.0, 3.0), pair(6.0, 7.0), pair(10.0, 11.0)]);
+    // Of every other row of two columns, the second and the third.
+    let view = View { tensor: "wide".into(), start: 0, block: 2, stride: 4 };
+    let rows = run("part", &[2, 2], &[1, 0], &[3, 2], Some(view.clone())).unwrap();
+    assert_eq!(rows, [pair(4.0, 5.0), pair(8.0, 9.0)]);
+    // Of each of two experts the last of three rows of four, columns 1 and 2.
+    let experts = run("e.{}", &[2, 1, 2], &[0, 2, 1], &[2, 3, 4], None).unwrap();
+    assert_eq!(experts, [pair(9.0, 10.0), pair(109.0, 110.0)]);
+    // A whole that the tensor is not.
+    let error = run("wide", &[3, 2], &[0, 2], &[3, 5], None).unwrap_err();
+    assert!(error.contains("12 values do not make a [3, 5]"), "{error}");
+    let error = run("part", &[2, 2], &[2, 0], &[4, 2], Some(view)).unwrap_err();
+    assert!(error.contains("12 values of wide do not hold"), "{error}");
 }
 
 /// Two rows behind a context of one: with both ways each sees the other, as far as a window reaches.

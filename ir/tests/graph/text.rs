@@ -3,7 +3,8 @@ use proptest::prelude::*;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::{Code, Format};
 use tilec_ir::graph::{
-    ActivationFn, Cache, Graph, NodeId, Op, RopeScaling, RopeSpec, Router, Scoring, View, Weight, parse,
+    ActivationFn, Cache, Graph, NodeId, Op, RopeScaling, RopeSpec, Router, Scoring, Slice, View, Weight,
+    parse,
 };
 
 #[test]
@@ -219,7 +220,10 @@ fn build(name: String, weights: Vec<(String, Format, Format)>, rope: RopeSpec, d
     graph.declare_weight("v", vector).unwrap();
     graph.declare_weight("experts.{}.w", Weight::whole([8, 8, 8], Format::MXFP4)).unwrap();
     let view = Some(View { tensor: "all biases".into(), start: 1, block: 1, stride: 2 });
-    graph.declare_weight("experts[b]", Weight { view, ..Weight::whole([8, 8], Format::BF16) }).unwrap();
+    let slice = Some(Slice { start: vec![0, 8], of: vec![8, 24] });
+    graph
+        .declare_weight("experts[b]", Weight { view, slice, ..Weight::whole([8, 8], Format::BF16) })
+        .unwrap();
     for (name, stored, format) in weights {
         if graph.declare_weight(&name, square(stored, format)).is_ok() {
             matrices.push(name);
@@ -269,6 +273,7 @@ fn build(name: String, weights: Vec<(String, Format, Format)>, rope: RopeSpec, d
                 let activation = ActivationFn::Clamped { alpha: number, limit: number.abs() };
                 (Op::Gated { activation }, vec![one, two])
             }
+            17 => (Op::AllReduce { ranks: b % 9 }, vec![one]),
             _ => (Op::Logits, vec![one]),
         };
         ids.extend(graph.add(name, layer, op, &operands));
@@ -281,7 +286,7 @@ fn graphs() -> impl Strategy<Value = Graph> {
     let weights = proptest::collection::vec((name(), format(), format()), 0..4);
     let rope = (positive_f64(), scaling()).prop_map(|(theta, scaling)| RopeSpec { dims: 4, theta, scaling });
     let layer = proptest::option::of(0usize..3);
-    let draft = (0usize..18, any::<usize>(), 0usize..1000, finite_f32(), name(), layer);
+    let draft = (0usize..19, any::<usize>(), 0usize..1000, finite_f32(), name(), layer);
     (name(), weights, rope, proptest::collection::vec(draft, 0..40))
         .prop_map(|(name, weights, rope, drafts)| build(name, weights, rope, drafts))
 }

@@ -1,7 +1,7 @@
 use crate::{VOCAB, llama};
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
-use tilec_ir::graph::{Dim, Elem, Graph, NodeId, Op, Type, Weight, verify};
+use tilec_ir::graph::{Dim, Elem, Graph, NodeId, Op, Slice, Type, Weight, verify};
 
 #[test]
 fn a_llama_is_valid() {
@@ -27,6 +27,11 @@ fn op<'g>(graph: &'g mut Graph, name: &str) -> &'g mut Op {
 fn operand(graph: &mut Graph, node: &str, number: u32, operand: &str) {
     let (node, operand) = (id(graph, node), id(graph, operand));
     graph.replace_operand(node, number, operand);
+}
+
+/// Makes the first layer's queries' weight a slice.
+fn slice(graph: &mut Graph, start: Vec<usize>, of: Vec<usize>) {
+    graph.weights.get_mut("layers.0.q.weight").unwrap().slice = Some(Slice { start, of });
 }
 
 type Damage = fn(&mut Graph);
@@ -114,6 +119,17 @@ const DAMAGES: &[(&str, &str, Damage)] = &[
     ("huge", "a weight cannot have the shape", |g| {
         let weight = Weight::whole([usize::MAX, 2], Format::F32);
         g.declare_weight("huge", weight).unwrap();
+    }),
+    // Part of a weight: beyond the whole, with another number of axes, of more than can be counted.
+    ("layers.0.q.weight", "is no part of [8, 8]", |g| slice(g, [1, 0].into(), [8, 8].into())),
+    ("layers.0.q.weight", "is no part of [8, 8]", |g| slice(g, [usize::MAX, 0].into(), [8, 8].into())),
+    ("layers.0.q.weight", "is no part of [64]", |g| slice(g, [0].into(), [64].into())),
+    ("layers.0.q.weight", "larger than can be counted", |g| slice(g, [0, 0].into(), [usize::MAX, 8].into())),
+    ("l0.sum", "one rank alone has nothing to sum", |g| {
+        let (out, next) = (id(g, "l0.out"), id(g, "l1.attn_norm"));
+        let sum = g.add("l0.sum", Some(0), Op::AllReduce { ranks: 2 }, &[out]).unwrap();
+        g.replace_operand(next, 0, sum);
+        *op(g, "l0.sum") = Op::AllReduce { ranks: 1 };
     }),
     ("default", "this rope is never used", |g| {
         let other = g.ropes["default"].clone();
