@@ -71,9 +71,6 @@ pub enum Command {
 #[derive(Clone, Debug, Default, PartialEq, Args)]
 #[command(next_help_heading = "Compilation (overrides model.yaml)")]
 pub struct TargetArgs {
-    /// Whether a GPU's plan leaves the draft out that the model has: set by commands with `--no-draft`.
-    #[arg(skip)]
-    pub without_draft: bool,
     /// Worker threads [default: one per physical core]
     #[arg(short, long, value_name = "N", value_parser = count(1024))]
     pub threads: Option<u64>,

@@ -171,9 +171,6 @@ impl Model {
         if let Some(sequences) = args.sequences {
             limits.sequences = size(sequences);
         }
-        if args.without_draft && target.device == spec::Device::Cuda {
-            *draft = None;
-        }
         if let Some(checkpoint) = &args.draft {
             let settings = draft.as_ref().map(|draft| &draft.dflash);
             let (block, context_rope_theta) =

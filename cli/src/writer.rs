@@ -1,6 +1,6 @@
 //! Generating text for a person: what `run` and `chat` share.
 
-use crate::args::{DraftArgs, ModelArgs, SamplingArgs, TargetArgs, WeightsArgs};
+use crate::args::{DraftArgs, ModelArgs, SamplingArgs, WeightsArgs};
 use crate::text::Text;
 use crate::ui::mib;
 use crate::{host, session, source};
@@ -37,8 +37,7 @@ impl Writer {
     /// # Errors
     /// When it does not compile or load, or has no tokenizer.
     pub fn open(model: &ModelArgs, weights: &WeightsArgs, draft: &DraftArgs) -> Result<Writer> {
-        let target = TargetArgs { without_draft: draft.no_draft, ..model.target.clone() };
-        let (folder, plan) = source::plan(&model.path, &target)?;
+        let (folder, plan) = source::plan(&model.path, &model.target)?;
         // Before the weights are packed: a model without a tokenizer is refused at once.
         let text = Text::load(&plan, weights)?;
         let engine = session::load(&folder, weights, false, !draft.no_draft)?;

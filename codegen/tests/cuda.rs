@@ -4,19 +4,22 @@
 mod models;
 
 use models::{llama, qwen3};
-use serde_json::Value;
-use tilec_codegen::compile::BUDGET;
+use serde_json::{Value, json};
+use tilec_codegen::compile::{BUDGET, DraftInput, Input, graphs};
 use tilec_codegen::emit::cuda::emit;
 use tilec_codegen::frontends;
 use tilec_codegen::nvrtc::{Arch, Budget, CudaText, Nvrtc, Options};
+use tilec_codegen::passes::packer::Packer;
 use tilec_codegen::passes::tile::TileError;
 use tilec_codegen::passes::{fuse, precision, resident};
 use tilec_ir::format::Format;
 use tilec_ir::fused::Fused;
 use tilec_ir::graph::View;
 use tilec_ir::launch::KERNEL;
+use tilec_ir::plan::WeightsFrom;
 use tilec_ir::resident::{Epilogue, Kind, ResidentProgram};
-use tilec_ir::spec::{Activations, ModelSpec, WeightFormat};
+use tilec_ir::spec::{Activations, Device, DflashSpec, Draft, ModelSpec, WeightFormat};
+use tilec_ir::tensor::TensorInfo;
 
 /// A llama with sizes that fill no whole octet.
 fn odd_llama() -> Value {
@@ -101,6 +104,64 @@ fn fused(name: &str, config: &Value, stored: Format) -> Fused {
     fuse::fuse(&graph).unwrap()
 }
 
+/// A draft of MiMo's kind for [`odd_llama`]: sinks, scaled values, a part of a head rotated, an embedding of
+/// the mask's own.
+fn mimo_draft() -> Value {
+    json!({
+        "architectures": ["DFlashDraftModel"], "hidden_size": 64, "intermediate_size": 72,
+        "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 48,
+        "v_head_dim": 40, "partial_rotary_factor": 0.334, "block_size": 8, "rope_theta": 10000.0,
+        "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"], "is_causal": false,
+        "dflash_config": {
+            "target_layer_ids": [1, 0], "mask_token_id": 7, "attention_value_scale": 0.612,
+            "attention_sink_bias": true
+        }
+    })
+}
+
+/// Five layers like Qwen3-8B's, with five of its layers tapped: rows of 20,480 columns.
+fn qwen3_8b_draft() -> Value {
+    json!({
+        "architectures": ["DFlashDraftModel"], "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 5, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "block_size": 16, "rope_theta": 1000000.0,
+        "dflash_config": {"target_layer_ids": [1, 9, 17, 25, 33], "mask_token_id": 7}
+    })
+}
+
+/// A target that leaves taps, what makes the draft's context of them, and its block.
+fn pair(name: &str, target: &Value, draft: &Value, stored: Format, context: usize) -> [ResidentProgram; 3] {
+    let tensors = frontends::synthetic_tensors(target, stored).unwrap();
+    let mut draft_tensors = frontends::synthetic_draft_tensors(draft, target, stored).unwrap();
+    let hidden = draft["hidden_size"].as_u64().unwrap() as usize;
+    if draft["dflash_config"].get("attention_sink_bias").is_some() {
+        let mask = TensorInfo { shape: vec![hidden], format: Format::F32 };
+        draft_tensors.insert("mask_embedding".into(), mask);
+    }
+    let weights = || WeightsFrom::Synthetic { seed: 1, config: Value::Null, tensors: Default::default() };
+    let input = Input {
+        name,
+        config: target,
+        tensors: &tensors,
+        weights: weights(),
+        tokenizer: None,
+        draft: Some(DraftInput { config: draft, tensors: &draft_tensors, weights: weights() }),
+    };
+    let mut spec = ModelSpec::for_checkpoint("unused");
+    spec.precision.activations = Activations::F32;
+    spec.target.device = Device::Cuda;
+    let dflash = DflashSpec { checkpoint: "unused".into(), block: None, context_rope_theta: None };
+    spec.draft = Some(Draft { dflash });
+    let (graph, draft) = graphs(&input, &spec).unwrap();
+    let draft = draft.unwrap();
+    assert_eq!(draft.rows, 8, "as many as a launch has");
+    let mut packer = Packer::new(resident::WEIGHT_ALIGN);
+    [&graph, &draft.inject, &draft.block].map(|graph| {
+        let program = resident::resident_with(&fuse::fuse(graph).unwrap(), context, &mut packer);
+        program.unwrap_or_else(|error| panic!("{name}: {error}"))
+    })
+}
+
 /// What is emitted for the model itself, behind the device code that all kernels share.
 fn own_text(program: &ResidentProgram) -> String {
     let text = emit(program, Arch::Sm90a).unwrap().text;
@@ -125,12 +186,24 @@ fn levels_of_the_resident_kernel() {
     let experts = fp4_experts();
     insta::assert_snapshot!("qwen3-moe-fp4.resident", experts.to_string());
     insta::assert_snapshot!("qwen3-moe-fp4.cuda", own_text(&experts));
+    let [_, inject, block] = pair("pair", &odd_llama(), &mimo_draft(), Format::BF16, 200);
+    insta::assert_snapshot!("mimo-draft.resident", format!("{inject}\n{block}"));
+    let inject = emit(&inject, Arch::Sm90a).unwrap().text;
+    let tables = inject.split("// ==== pair").nth(1).unwrap().split("// ==== attention.cuh").next().unwrap();
+    let stages = inject.split_once("\n// taps: ").unwrap().1;
+    insta::assert_snapshot!("mimo-draft.cuda", format!("{tables}...\n// taps: {stages}"));
+    let [_, inject, _] = pair("pair", &example("qwen3-8b", 36), &qwen3_8b_draft(), Format::BF16, 200);
+    insta::assert_snapshot!("qwen3-8b-inject.resident", inject.to_string());
 }
 
 #[test]
 fn every_architecture_gets_machine_code() {
     let nvrtc = Nvrtc::find().unwrap();
+    let [taps, inject, block] = pair("pair", &odd_llama(), &mimo_draft(), Format::FP8_BLOCK, 200);
     for program in [
+        taps,
+        inject,
+        block,
         program("llama", &odd_llama(), Format::Q4_1, 200),
         program("qwen3", &qwen3(), Format::BF16, 200),
         program("fp8", &odd_llama(), Format::FP8_BLOCK, 200),
@@ -154,12 +227,18 @@ fn the_tuned_kernel_keeps_within_its_registers() {
     // MiMo-V2-Flash but for its experts. Keys of 192 columns leave too few registers for what lives through
     // a stage, as the step's number: it is put away in front of the loops and fetched behind them.
     let spilled = Budget { registers: 168, stack: 64, spills: 840 };
-    for (name, config, format, budget) in [
-        ("llama-3.2-1b", &llama, Format::BF16, BUDGET),
-        ("mimo", &flash_mimo(), Format::BF16, spilled),
-        ("mimo", &flash_mimo(), Format::FP8_BLOCK, spilled),
+    // So do rows of 12,288 columns.
+    let long_rows = Budget { registers: 168, stack: 192, spills: 840 };
+    let [tapped, inject, block] =
+        pair("qwen3-8b", &example("qwen3-8b", 36), &qwen3_8b_draft(), Format::BF16, 4096);
+    for (name, program, format, budget) in [
+        ("llama-3.2-1b", program("llama", &llama, Format::BF16, 4096), Format::BF16, BUDGET),
+        ("mimo", program("mimo", &flash_mimo(), Format::BF16, 4096), Format::BF16, spilled),
+        ("mimo", program("mimo", &flash_mimo(), Format::FP8_BLOCK, 4096), Format::FP8_BLOCK, spilled),
+        ("qwen3-8b with taps", tapped, Format::BF16, long_rows),
+        ("the context of its draft", inject, Format::BF16, long_rows),
+        ("a block of its draft", block, Format::BF16, long_rows),
     ] {
-        let program = program(name, config, format, 4096);
         let text = emit(&program, Arch::Sm90a).unwrap().text;
         let text = CudaText { name: "kernel.cu", text: &text };
         let cubin = nvrtc.compile(&text, Arch::Sm90a, &Options::default()).unwrap();
@@ -197,6 +276,42 @@ fn the_text_grows_by_a_line_of_offsets_a_layer() {
         emit(&program, Arch::Sm90a).unwrap().text.lines().count()
     };
     assert_eq!(text(70) - text(2), 68);
+}
+
+#[test]
+fn damaged_drafts_are_refused() {
+    let [target, inject, _] = pair("pair", &odd_llama(), &mimo_draft(), Format::BF16, 200);
+    let target_damages: [(&str, Damage); 4] = [
+        ("a tap behind the layers", |p| p.taps.as_mut().unwrap().layers[0] = 2),
+        ("a layer that is tapped twice", |p| p.taps.as_mut().unwrap().layers[0] = 0),
+        ("a tap of other columns", |p| p.taps.as_mut().unwrap().cols = 32),
+        ("a layer that leaves nothing", |p| {
+            let Some(Kind::Gemm(gemm)) = p.bodies[0].last_mut().map(|stage| &mut stage.kind) else {
+                panic!("the last product")
+            };
+            gemm.tap = false;
+        }),
+    ];
+    let inject_damages: [(&str, Damage); 4] = [
+        ("taps in the middle", |p| p.before.swap(0, 1)),
+        ("more layers than caches", |p| p.kv.layers = 1),
+        ("heads that do not fit", |p| context(p).kv_heads = 1),
+        ("keys that are normed by two eps", |p| context(p).k_norms[1].as_mut().unwrap().eps = 0.5),
+    ];
+    let all = target_damages.into_iter().map(|damage| (&target, damage));
+    for (sound, (what, damage)) in all.chain(inject_damages.into_iter().map(|damage| (&inject, damage))) {
+        sound.verify().unwrap();
+        let mut damaged = sound.clone();
+        damage(&mut damaged);
+        assert!(damaged.verify().is_err(), "{what} was accepted:\n{damaged}");
+    }
+}
+
+fn context(program: &mut ResidentProgram) -> &mut tilec_ir::resident::Context {
+    match program.before.last_mut().map(|stage| &mut stage.kind) {
+        Some(Kind::Context(context)) => context,
+        other => panic!("{other:?}"),
+    }
 }
 
 /// A change that makes a program unsafe or meaningless.
@@ -248,11 +363,13 @@ fn sizes_without_a_kernel_are_named() {
         emit(&program, Arch::Sm90a).map(drop).map_err(|error| error.to_string())
     };
     assert_eq!(with("hidden_size", 72), Ok(()));
+    // Products without a norm in front are cut.
+    assert_eq!(with("intermediate_size", 12296), Ok(()));
     for (key, value, said) in [
         ("hidden_size", 68, "multiples of 8"),
         ("head_dim", 20, "heads of 20"),
         ("head_dim", 512, "heads of 512"),
-        ("intermediate_size", 12296, "12296 columns"),
+        ("hidden_size", 12296, "12296 columns"),
     ] {
         let error = with(key, value).unwrap_err();
         assert!(error.contains(said), "{key} {value}: {error}");

@@ -3,7 +3,7 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 4;
+pub const LAUNCH_VERSION: u32 = 5;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
@@ -53,7 +53,7 @@ pub struct LaunchArgs {
     pub sync: u64,
     /// `f32 [logit rows][vocab]`.
     pub logits: u64,
-    /// `u32 [rows]`: token id of each row.
+    /// `u32 [rows]`: token id of each row; of a program that begins with taps, the number of their row.
     pub tokens: u64,
     /// `u32 [rows]`: position of each row in its sequence. Rows of a sequence are adjacent and
     /// ascending.
@@ -76,6 +76,9 @@ pub struct LaunchArgs {
     /// Mapped host memory: one `u32`, to which the launch adds the experts whose weights were streamed, in
     /// all steps and layers. Null if nobody wants to know.
     pub experts: u64,
+    /// What layers leave for a draft, `f32 [rows][taps][columns]`: the rows of this launch, where a step
+    /// writes them; all rows of the last step, where a draft reads them. Unused without a draft.
+    pub taps: u64,
     /// Nanoseconds after which a wait gives up.
     pub patience_ns: u64,
     /// Rows, 1 to [`STEP_ROWS`].
@@ -152,7 +155,7 @@ mod tests {
     #[test]
     fn the_arguments_have_no_holes() {
         // The kernel's structure is written by hand to the same layout.
-        assert_eq!(std::mem::size_of::<LaunchArgs>(), 16 * 8 + 10 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<LaunchArgs>(), 17 * 8 + 10 * 4 + STOP_TOKENS * 4);
         assert_eq!(std::mem::size_of::<StallRecord>(), STALL_WORDS * 4);
     }
 }

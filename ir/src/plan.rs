@@ -5,7 +5,7 @@
 
 use crate::abi::{ABI_VERSION, KvLayout};
 use crate::cost::StageCost;
-use crate::launch::LAUNCH_VERSION;
+use crate::launch::{LAUNCH_VERSION, STEP_ROWS};
 use crate::pack::Packing;
 use crate::spec::Shard;
 use crate::stages::{Buffer, BufferElem};
@@ -100,6 +100,9 @@ pub struct ProgramPlan {
     pub costs: Vec<StageCost>,
     /// The native code, as [`Plan::code`].
     pub code: PlanFile,
+    /// As [`Plan::resident`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resident: Option<ResidentPlan>,
 }
 
 impl ProgramPlan {
@@ -121,14 +124,16 @@ pub struct DraftPlan {
     pub mask_token: u32,
     /// Layers of the model whose residual streams the draft reads.
     pub taps: Vec<usize>,
-    /// Number of the model's buffer with the taps, `f32 [rows][taps x hidden]`.
+    /// Number of the model's buffer with the taps, `f32 [rows][taps x hidden]`; those of all rows of a step.
     pub taps_buffer: usize,
     /// KV cache of the draft's layers; pages have the numbers of the model's.
     pub kv: KvLayout,
     /// Fills the KV cache with the context.
     pub inject: ProgramPlan,
-    /// Number of `inject`'s buffer that takes the taps of the rows.
-    pub input: usize,
+    /// Number of `inject`'s buffer that takes the taps of the rows; none on CUDA, where it reads them where
+    /// the step left them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<usize>,
     /// Guesses a block.
     pub block_pass: ProgramPlan,
     /// Number of `block_pass`'s buffer with the logits, `f32 [logit rows][vocab]`.
@@ -318,8 +323,13 @@ impl Plan {
                 return Err(format!("{:?} is no file of the plan's folder", file.file));
             }
         }
-        match (self.target.device.as_str(), &self.resident) {
-            ("cpu", None) => {}
+        self.check_kernel(self.resident.as_ref())?;
+        self.packing.verify().map_err(|error| error.to_string())
+    }
+
+    fn check_kernel(&self, resident: Option<&ResidentPlan>) -> Result<(), String> {
+        match (self.target.device.as_str(), resident) {
+            ("cpu", None) => Ok(()),
             ("cuda", Some(resident)) => {
                 if resident.launch_version != LAUNCH_VERSION {
                     return Err(format!(
@@ -328,11 +338,10 @@ impl Plan {
                     ));
                 }
                 bounded("resident.threads", resident.threads as usize, 1024)?;
-                bounded("resident.shared_bytes", resident.shared_bytes as usize, 1 << 20)?;
+                bounded("resident.shared_bytes", resident.shared_bytes as usize, 1 << 20)
             }
-            (device, _) => return Err(format!("target.device {device:?} and its kernel do not fit")),
+            (device, _) => Err(format!("target.device {device:?} and its kernel do not fit")),
         }
-        self.packing.verify().map_err(|error| error.to_string())
     }
 
     fn check_program(
@@ -367,23 +376,30 @@ impl Plan {
         if draft.kv.page_tokens != self.kv.page_tokens {
             return Err("draft.kv has other pages than the model's".into());
         }
-        if !(2..=self.limits.max_rows).contains(&draft.block) {
-            let max = self.limits.max_rows;
-            return Err(format!("draft.block is {}, not 2 to the plan's {max} rows", draft.block));
+        let resident = self.resident.is_some();
+        // A block is never cut: its rows see each other.
+        let max = if resident { self.limits.max_rows.min(STEP_ROWS) } else { self.limits.max_rows };
+        if !(2..=max).contains(&draft.block) {
+            return Err(format!("draft.block is {}, not 2 to {max} rows", draft.block));
         }
         if draft.mask_token as usize >= self.vocab {
             return Err(format!("draft.mask_token {} is not below vocab {}", draft.mask_token, self.vocab));
         }
         for program in [&draft.inject, &draft.block_pass] {
             self.check_program(&program.buffers, program.scratch_bytes, &program.stages)?;
+            self.check_kernel(program.resident.as_ref())?;
         }
         let rows = self.limits.max_rows;
-        let (taps, input) = (self.buffers.get(draft.taps_buffer), draft.inject.buffers.get(draft.input));
+        let taps = self.buffers.get(draft.taps_buffer);
+        let taps = taps.filter(|taps| taps.rows == rows && taps.elem == BufferElem::F32);
+        let input = draft.input.map(|input| draft.inject.buffers.get(input));
         match (taps, input) {
-            (Some(taps), Some(input))
+            (Some(taps), Some(Some(input)))
                 if taps.cols == input.cols
-                    && (taps.rows, input.rows) == (rows, rows)
-                    && (taps.elem, input.elem) == (BufferElem::F32, BufferElem::F32) => {}
+                    && input.rows == rows
+                    && input.elem == BufferElem::F32
+                    && !resident => {}
+            (Some(_), None) if resident => {}
             _ => return Err("draft.input does not fit the model's taps".into()),
         }
         match draft.block_pass.buffers.get(draft.logits) {

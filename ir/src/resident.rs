@@ -21,6 +21,12 @@ pub const CHUNK: usize = 128;
 /// Chunks whose parts are added up first.
 pub const SPAN: usize = 8;
 
+/// Columns of a product's rows beyond which a consumer's registers do not hold its share.
+pub const MAX_K: usize = 12288;
+
+/// A product that reads a part of longer rows begins at multiples of this: whole blocks of every format.
+pub const K_STEP: usize = 128;
+
 /// A norm whose gains are `f32` in the packed weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
@@ -82,8 +88,12 @@ pub struct Gemm {
     pub format: Format,
     /// Scales of block FP8: see [`crate::pack::PackContent::OctetScales`].
     pub scales: Option<Slot>,
-    /// Columns of the input.
+    /// Columns of the input that it multiplies.
     pub k: usize,
+    /// The first of them. Rows longer than [`MAX_K`] are multiplied by several stages, one behind the other.
+    pub first: usize,
+    /// Columns of a row of the input, and of the weights.
+    pub row: usize,
     /// Features of one operand.
     pub cols: usize,
     /// Octets of a tile: 1, or 2 for a gated pair.
@@ -94,6 +104,9 @@ pub struct Gemm {
     pub epilogue: Epilogue,
     /// Where they go; the logits have a place of their own.
     pub output: BufferId,
+    /// Whether the layer's residual stream is complete behind it, and goes to [`ResidentProgram::taps`] as
+    /// well where the layer has a tap.
+    pub tap: bool,
 }
 
 impl Gemm {
@@ -102,9 +115,14 @@ impl Gemm {
         self.cols.div_ceil(OCTET)
     }
 
-    /// Blocks of an octet.
+    /// Blocks of an octet that it multiplies.
     pub const fn blocks(&self) -> usize {
         octet_blocks(self.format, self.k)
+    }
+
+    /// Blocks of an octet over whole rows.
+    pub const fn row_blocks(&self) -> usize {
+        octet_blocks(self.format, self.row)
     }
 
     /// Bytes of weights that the stage reads, scales included.
@@ -228,6 +246,44 @@ pub struct Attention {
     pub sinks: Option<Slot>,
     /// Factor on the values, before they are cached.
     pub value_scale: f32,
+    /// Whether a row also sees the rows of its sequence behind it in the step; with a window so many
+    /// positions, itself included.
+    pub bidirectional: bool,
+}
+
+/// An embedding of a token's own, in place of its row of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replaced {
+    /// The token.
+    pub token: u32,
+    /// f32 `[cols]`.
+    pub vector: Slot,
+}
+
+/// Keys and values of several layers at once, normed, rotated and cached; nothing is attended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Context {
+    /// `[rows][layers][kv_heads * qk + kv_heads * v]`, f32.
+    pub input: BufferId,
+    /// Norm of the keys of each layer: as many as there are layers, all with the same `eps`. Layer n has
+    /// cache n.
+    pub k_norms: Vec<Option<Norm>>,
+    /// KV heads of a layer.
+    pub kv_heads: usize,
+    /// Rotary embedding of the keys.
+    pub rope: Option<Rope>,
+    /// Factor on the values.
+    pub value_scale: f32,
+}
+
+/// Which layers' residual streams a step leaves for a draft, in
+/// [`crate::launch::LaunchArgs::taps`]: `f32 [rows][taps][cols]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Taps {
+    /// The layers, in the order of the taps.
+    pub layers: Vec<usize>,
+    /// Columns of a residual stream.
+    pub cols: usize,
 }
 
 /// What a stage does.
@@ -245,9 +301,19 @@ pub enum Kind {
         vocab: usize,
         /// Columns.
         k: usize,
+        /// A token that the table does not know.
+        replaced: Option<Replaced>,
         /// Where they go, f32.
         output: BufferId,
     },
+    /// Rows of the taps that a step of the target left; the rows of the launch have their numbers in place
+    /// of tokens. Only the first stage of a program.
+    Taps {
+        /// Where they go: f32 or bf16, all taps of a row side by side.
+        output: BufferId,
+    },
+    /// See [`Context`].
+    Context(Context),
     /// See [`Gemm`].
     Gemm(Gemm),
     /// See [`Scores`].
@@ -264,7 +330,11 @@ impl Kind {
         match self {
             Kind::Gemm(gemm) => Some(gemm),
             Kind::Experts(experts) => Some(&experts.gemm),
-            Kind::Embed { .. } | Kind::Scores(_) | Kind::Attention(_) => None,
+            Kind::Embed { .. }
+            | Kind::Taps { .. }
+            | Kind::Context(_)
+            | Kind::Scores(_)
+            | Kind::Attention(_) => None,
         }
     }
 
@@ -291,7 +361,7 @@ pub struct Stage {
 pub struct ResidentProgram {
     /// Name of the model.
     pub name: String,
-    /// Columns of the logits.
+    /// Columns of the logits; 0 of a program that only fills a cache.
     pub vocab: usize,
     /// Positions of a sequence.
     pub context: usize,
@@ -303,6 +373,8 @@ pub struct ResidentProgram {
     pub packing: Packing,
     /// Rotary embeddings, for people.
     pub ropes: Vec<(String, RopeSpec)>,
+    /// What a step leaves for a draft.
+    pub taps: Option<Taps>,
     /// The embedding.
     pub before: Vec<Stage>,
     /// Kinds of layers.
@@ -317,6 +389,14 @@ pub struct ResidentProgram {
 fn gemm_defect(gemm: &Gemm) -> Option<String> {
     if matches!(gemm.epilogue, Epilogue::Gated(_)) != (gemm.operands == 2) {
         return Some("a gate has two operands".into());
+    }
+    let Gemm { first, k, row, .. } = *gemm;
+    if k == 0 || first.checked_add(k).is_none_or(|end| end > row) || !first.is_multiple_of(K_STEP) {
+        return Some(format!("columns {first} and on, {k} of them, are not in rows of {row}"));
+    }
+    let inner = first + k < row && !k.is_multiple_of(K_STEP);
+    if inner || k < row && (gemm.norm.is_some() || gemm.operands > 1) {
+        return Some("a part of a row is whole blocks, without a norm or a gate".into());
     }
     // Those of MXFP4 lie between its codes.
     (gemm.scales.is_some() != (gemm.format == Format::FP8_BLOCK))
@@ -381,6 +461,7 @@ impl ResidentProgram {
     pub fn verify(&self) -> Result<(), Defect> {
         let mut written = vec![false; self.buffers.len()];
         let mut chosen = None; // the layer whose experts were chosen last
+        self.verify_taps()?;
         for (name, layer, stage) in self.sequence() {
             let fail = |what: String| Err(Defect { stage: name.clone(), what });
             let slots = |slot: Slot| match (slot, layer) {
@@ -391,20 +472,47 @@ impl ResidentProgram {
                 (Slot::Layer(_), None) => false,
             };
             let (reads, writes, weights) = match &stage.kind {
-                Kind::Embed { table, format, scales, output, k, .. } => {
+                Kind::Embed { table, format, scales, output, k, replaced, .. } => {
                     if scales.is_some() != (*format == Format::FP8_BLOCK) {
                         return fail(format!("{format} and its scales do not fit"));
                     }
                     if self.buffer(*output).cols != *k {
                         return fail(format!("{k} columns do not fit {}", self.buffer(*output).name));
                     }
-                    (Vec::new(), *output, scales.iter().copied().chain([*table]).collect())
+                    let mut slots = vec![*table];
+                    slots.extend(scales);
+                    slots.extend(replaced.map(|replaced| replaced.vector));
+                    (Vec::new(), Some(*output), slots)
+                }
+                Kind::Taps { output } => {
+                    let first = self.before.first().is_some_and(|first| std::ptr::eq(first, stage));
+                    if !first || !self.buffer(*output).cols.is_multiple_of(OCTET) {
+                        return fail("taps are whole octets, and a program begins with them".into());
+                    }
+                    (Vec::new(), Some(*output), Vec::new())
+                }
+                Kind::Context(context) => {
+                    let layer = context.kv_heads * (self.kv.qk_dim + self.kv.v_dim);
+                    let mut eps = context.k_norms.iter().map(|norm| norm.map(|norm| norm.eps));
+                    let first = eps.next();
+                    if context.k_norms.len() != self.kv.layers
+                        || context.kv_heads != self.kv.kv_heads
+                        || self.buffer(context.input).cols != layer * self.kv.layers
+                        || self.buffer(context.input).elem != BufferElem::F32
+                        || eps.any(|eps| Some(eps) != first)
+                    {
+                        return fail("layers, heads and buffers do not fit".into());
+                    }
+                    let mut slots: Vec<Slot> =
+                        context.k_norms.iter().flatten().map(|norm| norm.gain).collect();
+                    slots.extend(context.rope.map(|rope| rope.table));
+                    (vec![context.input], None, slots)
                 }
                 Kind::Gemm(gemm) => {
-                    if self.buffer(gemm.input).cols != gemm.k {
+                    if self.buffer(gemm.input).cols != gemm.row {
                         return fail(format!(
                             "{} columns do not fit {}",
-                            gemm.k,
+                            gemm.row,
                             self.buffer(gemm.input).name
                         ));
                     }
@@ -428,7 +536,7 @@ impl ResidentProgram {
                     if let Some(what) = gemm_defect(gemm) {
                         return fail(what);
                     }
-                    (vec![gemm.input], gemm.output, gemm_slots(gemm))
+                    (vec![gemm.input], Some(gemm.output), gemm_slots(gemm))
                 }
                 Kind::Scores(scores) => {
                     let (input, output) = (self.buffer(scores.input), self.buffer(scores.output));
@@ -443,7 +551,7 @@ impl ResidentProgram {
                     let mut slots = vec![scores.weights];
                     slots.extend(scores.bias);
                     slots.extend(scores.norm.map(|norm| norm.gain));
-                    (vec![scores.input], scores.output, slots)
+                    (vec![scores.input], Some(scores.output), slots)
                 }
                 Kind::Experts(experts) => {
                     let Experts { gemm, experts: count, top_k, route } = experts;
@@ -484,7 +592,7 @@ impl ResidentProgram {
                             }
                         }
                     }
-                    (reads, gemm.output, slots)
+                    (reads, Some(gemm.output), slots)
                 }
                 Kind::Attention(attention) => {
                     let qk = (attention.heads + attention.kv_heads) * self.kv.qk_dim;
@@ -499,7 +607,7 @@ impl ResidentProgram {
                     let mut slots: Vec<Slot> = norms.map(|norm| norm.gain).collect();
                     slots.extend(attention.rope.map(|rope| rope.table));
                     slots.extend(attention.sinks);
-                    (vec![attention.input], attention.output, slots)
+                    (vec![attention.input], Some(attention.output), slots)
                 }
             };
             if let Some(bad) = weights.into_iter().find(|slot| !slots(*slot)) {
@@ -510,11 +618,34 @@ impl ResidentProgram {
                     return fail(format!("reads {} before it is written", self.buffer(read).name));
                 }
                 let stored = !matches!(&stage.kind, Kind::Gemm(gemm) if gemm.epilogue == Epilogue::Logits);
-                if stored && read == writes {
+                if stored && Some(read) == writes {
                     return fail(format!("writes {} while other SMs read it", self.buffer(read).name));
                 }
             }
-            written[writes.0 as usize] = true;
+            if let Some(writes) = writes {
+                written[writes.0 as usize] = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that every layer with a tap leaves its residual stream.
+    fn verify_taps(&self) -> Result<(), Defect> {
+        let fail = |what: String| Err(Defect { stage: "taps".into(), what });
+        let Some(Taps { layers, cols }) = &self.taps else { return Ok(()) };
+        for (number, layer) in layers.iter().enumerate() {
+            let Some(Layer { body, .. }) = self.layers.get(*layer) else {
+                return fail(format!("there is no layer {layer}"));
+            };
+            if layers[..number].contains(layer) {
+                return fail(format!("layer {layer} is tapped twice"));
+            }
+            let stored = |gemm: &Gemm| gemm.tap && gemm.cols == *cols && gemm.epilogue == Epilogue::Residual;
+            let taps =
+                self.bodies[*body].iter().filter_map(|stage| stage.kind.gemm()).filter(|gemm| gemm.tap);
+            if !taps.clone().all(stored) || taps.count() != 1 {
+                return fail(format!("layer {layer} does not leave one residual stream of {cols} columns"));
+            }
         }
         Ok(())
     }
@@ -552,6 +683,16 @@ impl ResidentProgram {
                 cost.anchor = "embed".into();
                 cost.activation_bytes_per_row = format.stored_bytes(1, *k) as u64 + row(*output);
             }
+            Kind::Taps { output } => {
+                cost.anchor = "taps".into();
+                cost.activation_bytes_per_row = self.buffer(*output).cols as u64 * 4 + row(*output);
+            }
+            Kind::Context(context) => {
+                cost.anchor = "context".into();
+                let each = self.kv.qk_dim + self.kv.v_dim;
+                let cached = context.k_norms.len() * context.kv_heads * each * self.kv.kv_type.bytes();
+                cost.activation_bytes_per_row = row(context.input) + cached as u64;
+            }
             Kind::Gemm(gemm) => {
                 cost.anchor = format!("gemm {}", gemm.format);
                 cost.weight_bytes = gemm.weight_bytes() as u64;
@@ -588,7 +729,11 @@ impl ResidentProgram {
     fn product_text(&self, gemm: &Gemm) -> String {
         let pair = if gemm.operands == 2 { " pair" } else { "" };
         let (cols, k, tiles) = (gemm.cols, gemm.k, gemm.tiles());
-        format!("{} {cols}x{k}{pair} {} in {tiles} tiles", gemm.format, gemm.weights)
+        let part = match gemm.row {
+            row if row == k => String::new(),
+            row => format!(" from column {} of {row}", gemm.first),
+        };
+        format!("{} {cols}x{k}{pair}{part} {} in {tiles} tiles", gemm.format, gemm.weights)
     }
 
     fn epilogue_text(&self, gemm: &Gemm, add: &str) -> String {
@@ -597,7 +742,10 @@ impl ResidentProgram {
         match gemm.epilogue {
             Epilogue::Store => format!("{bias} -> store {output}"),
             Epilogue::Gated(activation) => format!("{bias} -> {activation} -> store {output}"),
-            Epilogue::Residual => format!("{bias} -> {add} to {output}"),
+            Epilogue::Residual => {
+                let tap = if gemm.tap { " -> taps" } else { "" };
+                format!("{bias} -> {add} to {output}{tap}")
+            }
             Epilogue::Logits => format!("{bias} -> logits"),
         }
     }
@@ -610,8 +758,30 @@ impl ResidentProgram {
             None => String::new(),
         };
         match &stage.kind {
-            Kind::Embed { table, format, vocab, k, output, .. } => {
-                format!("embed {format} {vocab}x{k} {table} -> {}", name(output))
+            Kind::Embed { table, format, vocab, k, replaced, output, .. } => {
+                let replaced = replaced.map_or(String::new(), |Replaced { token, vector }| {
+                    format!(" -> {vector} for token {token}")
+                });
+                format!("embed {format} {vocab}x{k} {table}{replaced} -> {}", name(output))
+            }
+            Kind::Taps { output } => format!("rows of taps -> {}", name(output)),
+            Kind::Context(context) => {
+                let Context { input, k_norms, kv_heads, rope, value_scale } = context;
+                let norms = match k_norms.iter().flatten().next() {
+                    Some(norm) => format!("k_norm eps={:e} -> ", norm.eps),
+                    None => String::new(),
+                };
+                let rope =
+                    rope.map_or(String::new(), |rope| format!("rope {} dims={} -> ", rope.table, rope.dims));
+                let values = match value_scale {
+                    1.0 => String::new(),
+                    factor => format!("values x {factor} -> "),
+                };
+                let layers = k_norms.len();
+                format!(
+                    "{} -> {norms}{rope}{values}cache of {layers} layers, kv_heads={kv_heads}",
+                    name(input)
+                )
             }
             Kind::Gemm(gemm) => {
                 let select = if gemm.select { "selected rows of " } else { "" };
@@ -665,6 +835,7 @@ impl ResidentProgram {
                     .map_or(String::new(), |rope| format!("rope {} dims={} -> ", rope.table, rope.dims));
                 let window = attention.window.map_or(String::new(), |window| format!(" window={window}"));
                 let sinks = attention.sinks.map_or(String::new(), |sinks| format!(" sinks={sinks}"));
+                let both = if attention.bidirectional { " bidirectional" } else { "" };
                 let values = match attention.value_scale {
                     1.0 => String::new(),
                     factor => format!("values x {factor} -> "),
@@ -674,7 +845,7 @@ impl ResidentProgram {
                     fewer => format!(" kv_heads={fewer}"),
                 };
                 format!(
-                    "{} -> {}{}{rope}{values}cache -> attention heads={}{kv_heads} scale={}{window}{sinks} -> {}",
+                    "{} -> {}{}{rope}{values}cache -> attention heads={}{kv_heads} scale={}{window}{sinks}{both} -> {}",
                     name(&attention.input),
                     norm("q_norm", &attention.q_norm),
                     norm("k_norm", &attention.k_norm),
@@ -708,6 +879,9 @@ impl fmt::Display for ResidentProgram {
                 "  buffer {:<8} {elem}[{rows}, {}] at {:#x}",
                 buffer.name, buffer.cols, buffer.offset
             )?;
+        }
+        if let Some(taps) = &self.taps {
+            writeln!(f, "  taps of layers {:?}, {} columns each", taps.layers, taps.cols)?;
         }
         writeln!(f, "  packed {} bytes in {} items", self.packing.bytes, self.packing.items.len())?;
         let list = |f: &mut fmt::Formatter<'_>, title: &str, stages: &[Stage]| -> fmt::Result {

@@ -1,5 +1,5 @@
-// Causal attention of a step's rows over the paged KV cache, grouped-query, split over the context, on
-// the tensor cores.
+// Attention of a step's rows over the paged KV cache, grouped-query, split over the context, on the tensor
+// cores: causal, or such that a row also sees the rows of its run behind it.
 //
 // A run is a sequence's rows in the step; their positions follow each other. An item is a run, a KV head
 // and a chunk of CHUNK positions; each SM has a row of neighbours, so that queries stay as they are from
@@ -21,7 +21,7 @@
 // Queries whose row has several chunks leave their parts in memory. Whoever finishes the last of the
 // eight chunks of a span adds these up, and whoever finishes the last span adds up the spans, each in the
 // order of the positions. Chunks and spans lie at absolute positions and every sum has a fixed order, so
-// a row's bits depend only on its own sequence; and only on the rows before it, as long as the values of
+// a row's bits depend only on its own sequence; and only on the rows that it sees, as long as the values of
 // those behind it in the run are finite (an unseen value is multiplied by 0).
 //
 // A stage A says:
@@ -29,6 +29,7 @@
 //   CACHE_HEADS                KV heads that the cache has room for: the most that a layer has
 //   SCALE, VALUE_SCALE         factors on the scores and, before they are cached, on the values
 //   WINDOWED, window(b)        whether rows see only so many positions; NO_WINDOW of a layer without
+//   BOTH_WAYS                  whether a row sees the rows of its run behind it, as far as a window goes
 //   Kv, Out                    Bf16 or F16; Bf16 or F32
 //   Q_NORM, K_NORM, EPS        whether heads are normed
 //   SINKS, sinks(b)            whether each head has a score that carries no value, and these [HEADS]
@@ -139,6 +140,12 @@ template <class A> __device__ __forceinline__ u32 first_chunk(const Block& b, u3
   return A::WINDOWED && position + 1 > A::window(b) ? (position + 1 - A::window(b)) / CHUNK : 0;
 }
 
+// The last position that a row sees, whose run ends in `last`.
+template <class A> __device__ __forceinline__ u32 last_seen(const Block& b, u32 position, u32 last) {
+  if constexpr (!A::BOTH_WAYS) return position;
+  return A::WINDOWED && position + A::window(b) - 1 < last ? position + A::window(b) - 1 : last;
+}
+
 // A place among the items of a stage, which are ordered by run, KV head and chunk.
 template <class A> struct Walk {
   u32 item = 0, begin = 0;  // this item, and the first of its run
@@ -148,6 +155,10 @@ template <class A> struct Walk {
   __device__ __forceinline__ explicit Walk(const Consumer& b) { enter(b); }
   __device__ __forceinline__ bool there(const Consumer& b) const { return row < b.args.rows; }
   __device__ __forceinline__ u32 kv_head() const { return (item - begin) / chunks; }
+  // The last position that a row of the run sees.
+  __device__ __forceinline__ u32 last_seen(const Consumer& b, u32 position) const {
+    return ::last_seen<A>(b, position, b.shared.position[row + rows - 1]);
+  }
   __device__ __forceinline__ u32 chunk() const { return from + (item - begin) % chunks; }
   // So many items on.
   __device__ __forceinline__ void skip(const Consumer& b, u32 items) {
@@ -338,7 +349,7 @@ template <class A> __device__ __forceinline__ void join_chunks(Consumer& b, cons
   const u32 kv_head = item.kv_head();
 #pragma unroll 1
   for (u32 r = item.row; r < item.row + item.rows; ++r) {
-    const u32 position = b.shared.position[r], from = first_chunk<A>(b, position), to = position / CHUNK + 1;
+    const u32 position = b.shared.position[r], from = first_chunk<A>(b, position), to = item.last_seen(b, position) / CHUNK + 1;
     const u32 first = share.begin > from ? share.begin : from, behind = share.end < to ? share.end : to;
     if (to - from == 1 || first >= behind) continue;
     const bool whole = from / SPAN == (to - 1) / SPAN;
@@ -366,7 +377,7 @@ template <class A> __device__ __forceinline__ void join_spans(Consumer& b, const
   const u32 kv_head = item.kv_head();
 #pragma unroll 1
   for (u32 r = item.row; r < item.row + item.rows; ++r) {
-    const u32 position = b.shared.position[r], from = first_chunk<A>(b, position) / SPAN, to = position / CHUNK / SPAN + 1;
+    const u32 position = b.shared.position[r], from = first_chunk<A>(b, position) / SPAN, to = item.last_seen(b, position) / CHUNK / SPAN + 1;
     if (to - from == 1) continue;
 #pragma unroll 1
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
@@ -521,7 +532,9 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     const u32 kv_head = now.kv_head(), start = now.chunk() * CHUNK, base = start + warp * WARP_POSITIONS;
     const u32 run_position = b.shared.position[now.row], run_end = run_position + now.rows;
     // Rows of the run that see the chunk, and those that lie in it.
-    const u32 row = now.row + (start > run_position ? start - run_position : 0);
+    u32 ahead = 0;  // how far a row sees
+    if (A::BOTH_WAYS) ahead = A::WINDOWED ? A::window(b) - 1 : NO_WINDOW;
+    const u32 row = now.row + (start > run_position + ahead ? start - run_position - ahead : 0);
     u32 row_end = now.row + now.rows;
     if (A::WINDOWED && start + CHUNK + A::window(b) - 1 < run_end) row_end = now.row + (start + CHUNK + A::window(b) - 1 - run_position);
     const u32 count = (row_end - row) * GROUP;
@@ -546,11 +559,12 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       // Weights relative to the query's largest score among the warp's positions.
       const u32 position = query + g < count ? b.shared.position[row + (query + g) / GROUP] : 0;
       const u32 from = A::WINDOWED && position + 1 > A::window(b) ? position + 1 - A::window(b) : 0;
+      const u32 end = last_seen<A>(b, position, run_end - 1);
       float top = MINUS_INFINITY;
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
         const u32 p = base + t * 4 + i;
-        if (query + g >= count || p > position || (A::WINDOWED && p < from)) score[i] = MINUS_INFINITY;
+        if (query + g >= count || p > end || (A::WINDOWED && p < from)) score[i] = MINUS_INFINITY;
         top = fmaxf(top, score[i]);
       }
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
@@ -616,7 +630,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           }
           const u32 r = row + (query + q) / GROUP, h = (query + q) % GROUP, head = kv_head * GROUP + h;
           const u32 own_from = first_chunk<A>(b, b.shared.position[r]);
-          if (b.shared.position[r] / CHUNK == own_from) {
+          if (last_seen<A>(b, b.shared.position[r], run_end - 1) / CHUNK == own_from) {
             store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + head) * A::V + d, normalize<A>(b, head, m, sum, all));
           } else {
             const u64 part = parts.at(r, kv_head, now.chunk() - own_from, h);

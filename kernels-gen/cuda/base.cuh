@@ -30,6 +30,7 @@ struct LaunchArgs {
   const u32* halt;
   u64* trace;
   u32* experts;
+  float* taps;
   u64 patience_ns;
   u32 rows;
   u32 logit_rows;

@@ -21,7 +21,8 @@
 // A stage S says:
 //   Weights              Bf16, F16, E4m3, Mxfp4
 //   SCALES, scales(b)    of E4m3: scales of an octet, and all of them
-//   K, BLOCKS, COLS      columns of x, blocks of an octet, features of one operand
+//   K, BLOCKS, COLS      columns of x that are multiplied, their blocks of an octet, features of one operand
+//   STRIDE, ROW_BLOCKS   columns of a row of x, and blocks of an octet, over whole rows
 //   OPERANDS, TILES      octets of a tile, tiles of the stage
 //   Input                F32, or the half type of the products
 //   NORM, EPS            whether x is normed first (gains lie in Block::gain)
@@ -47,7 +48,8 @@ template <class S> struct Slots {
   static constexpr u32 BLOCKS = WARP_BLOCKS * CONSUMERS;
   static constexpr u32 COUNT = (S::BLOCKS + BLOCKS - 1) / BLOCKS;  // of an octet
   static constexpr u32 OCTET_BYTES = S::BLOCKS * S::Weights::BLOCK_BYTES;
-  static constexpr u32 TILE_BYTES = S::OPERANDS * OCTET_BYTES;
+  static constexpr u32 TILE_BYTES = S::OPERANDS * S::ROW_BLOCKS * S::Weights::BLOCK_BYTES;
+  static_assert(S::BLOCKS == S::ROW_BLOCKS || S::OPERANDS == 1, "parts of rows have one operand");
 };
 
 // A tile's octets through the ring. False if the launch ended.
@@ -114,7 +116,7 @@ template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activa
   auto inside = [&](u32 i, u32 h) { return active && (i * CONSUMERS + CONSUMERS <= S::K / BLOCK || column + i * STRIDE + h * 4 < S::K); };
 
   if constexpr (S::HALF_INPUT) {
-    const u16* x = S::input(b) + (u64)source * S::K + column;
+    const u16* x = S::input(b) + (u64)source * S::STRIDE + column;
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
@@ -126,7 +128,7 @@ template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activa
     }
     a.scale = 1.f;
   } else {
-    const float* x = S::input(b) + (u64)source * S::K + column;
+    const float* x = S::input(b) + (u64)source * S::STRIDE + column;
     const float* gain = reinterpret_cast<const float*>(b.gain) + column;
     // Long rows do not fit in registers beside their halves: they are read again from L2.
     constexpr bool KEEP = COUNT * QUADS <= 32;

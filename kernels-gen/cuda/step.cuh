@@ -1,7 +1,8 @@
 // The beginning and the end of a step: which tokens, and what comes of the logits.
 
 // Rows of the packed embedding table by token id, to f32. A stage E says: BLOCKS, K, Weights, table(b),
-// out(b) [rows][K]; of block FP8 also SCALES and scales(b).
+// out(b) [rows][K]; of block FP8 also SCALES and scales(b); REPLACED and replaced(b) [K], a token (none if
+// ~0) and what it has in place of its row.
 template <class E> __device__ __forceinline__ void embed(Consumer& b) {
   const u32 lane = lane_id();
   for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.args.rows * E::BLOCKS; n += gridDim.x * CONSUMERS) {
@@ -9,6 +10,11 @@ template <class E> __device__ __forceinline__ void embed(Consumer& b) {
     const u8* from = E::table(b) + ((u64)(token / OCTET) * E::BLOCKS + block) * OCTET_BLOCK + token % OCTET * 64;
     const u16 word = reinterpret_cast<const u16*>(from)[lane];  // one half, or two codes
     float* to = E::out(b) + (u64)row * E::K;
+    if (E::REPLACED != ~0u && token == E::REPLACED) {
+      constexpr u32 COLUMNS = E::Weights::BLOCK_COLUMNS;
+      for (u32 column = block * COLUMNS + lane; column < block * COLUMNS + COLUMNS && column < E::K; column += LANES) to[column] = E::replaced(b)[column];
+      continue;
+    }
     if constexpr (E::Weights::BLOCK_COLUMNS == 64) {
       const u32 column = block * 64 + lane * 2, pair = E::Weights::template pair<0>(word);
       const float scale = E::scales(b)[(u64)(token / OCTET) * E::SCALES + block / 2] * E::Weights::UNIT;

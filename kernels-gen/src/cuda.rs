@@ -31,6 +31,9 @@ pub const EXPERTS: Header = Header { name: "experts.cuh", text: include_str!("..
 /// Attention over the paged cache.
 pub const ATTENTION: Header = Header { name: "attention.cuh", text: include_str!("../cuda/attention.cuh") };
 
+/// What a draft's context is made of. Behind [`ATTENTION`].
+pub const CONTEXT: Header = Header { name: "context.cuh", text: include_str!("../cuda/context.cuh") };
+
 /// Embedding, and the choice of the next tokens.
 pub const STEP: Header = Header { name: "step.cuh", text: include_str!("../cuda/step.cuh") };
 

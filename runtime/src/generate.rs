@@ -420,10 +420,11 @@ impl Generator {
         })
     }
 
-    /// The active sequences in groups of as many as a launch decodes, if all of them decode and the kernel
-    /// can choose their tokens.
+    /// The active sequences in groups of as many as a launch decodes, if all of them decode, nothing is
+    /// guessed, and the kernel can choose their tokens.
     fn decoding(&self, active: &[Option<Active>], requests: &[Request]) -> Option<Vec<Vec<usize>>> {
-        if !self.engine.is_resident() || self.launch_steps == 1 {
+        // With a draft, every step has guesses to verify.
+        if !self.engine.is_resident() || self.launch_steps == 1 || self.block() > 0 {
             return None;
         }
         let sequences = (0..active.len()).filter(|sequence| active[*sequence].is_some());

@@ -7,11 +7,11 @@ extern "C" uint32_t simulator_threads() { return BLOCK_THREADS; }
 
 // As in machine.cpp.
 struct Launch {
-  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing;
+  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing, tap_offset;
   uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
 };
 
-extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail) {
+extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps) {
   LaunchArgs args = {};
   args.weights = weights;
   args.kv = kv;
@@ -35,5 +35,6 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.in_flight = 2;
   args.experts = mail + 40;
   args.routing = launch.routing;
+  args.taps = taps + launch.tap_offset;
   *static_cast<LaunchArgs*>(to) = args;
 }

@@ -278,19 +278,21 @@ uint8_t* poisoned(size_t bytes) {
 
 // Words of launch.bin, then the page table.
 struct Launch {
-  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing;
+  uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing, tap_offset;
   uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
 };
 
-extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail);
+extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps);
 
-// Reads weights.bin, kv.bin and launch.bin; writes kv.bin, arena.bin, sync.bin, logits.bin, chosen.bin and experts.bin.
+// Reads weights.bin, kv.bin, taps.bin and launch.bin; writes kv.bin, taps.bin, arena.bin, sync.bin, logits.bin,
+// chosen.bin and experts.bin.
 int main(int, char** argv) {
   const std::string folder = std::string(argv[1]) + "/";
   machine::block_count = atoi(argv[2]);
-  size_t weight_bytes, kv_bytes, launch_bytes;
+  size_t weight_bytes, kv_bytes, taps_bytes, launch_bytes;
   const uint8_t* weights = load(folder + "weights.bin", weight_bytes);
   uint8_t* kv = load(folder + "kv.bin", kv_bytes);
+  uint8_t* taps = load(folder + "taps.bin", taps_bytes);
   const uint8_t* words = load(folder + "launch.bin", launch_bytes);
   const Launch& launch = *reinterpret_cast<const Launch*>(words);
   uint8_t* arena = poisoned(launch.arena_bytes);
@@ -300,9 +302,10 @@ int main(int, char** argv) {
   uint8_t* logits = poisoned(logit_bytes);
   std::vector<uint32_t> mail(1024);  // the record of a stall, a word that halts, from 40 on experts, from 64 on the tokens
   uint64_t args[64];
-  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data());
+  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps));
   machine::run(atoll(argv[3]), args, launch.shared_bytes);
   store(folder + "kv.bin", kv, kv_bytes);
+  store(folder + "taps.bin", taps, taps_bytes);
   store(folder + "arena.bin", arena, launch.arena_bytes);
   store(folder + "sync.bin", sync, launch.sync_bytes);
   store(folder + "logits.bin", logits, logit_bytes);

@@ -642,3 +642,47 @@ fn the_demos_draft_accepts_what_its_own_loop_does() {
     generator.clear();
     assert!(texts(&run(&mut generator, &requests)) == texts(&drafted));
 }
+
+/// A pair for a GPU: three kernels on one set of packed weights, blocks as long as a launch has rows.
+#[test]
+fn a_pair_has_kernels_for_a_gpu() {
+    use tilec_codegen::compile::{Host, Level, compile};
+    use tilec_ir::plan::Plan;
+    use tilec_ir::spec::Device;
+    for pair in ["sliding-both-ways", "full"] {
+        let fixture = Fixture::open_pair(pair);
+        let mut spec = fixture.spec();
+        (spec.target.device, spec.target.arch) = (Device::Cuda, "sm_90a".into());
+        let host = Host { threads: 2, cubins: None };
+        let compiled = compile(&fixture.input(), &spec, &host).unwrap();
+        if pair == "sliding-both-ways" {
+            insta::assert_snapshot!("pair-resident", compiled.text(Level::Resident));
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("plan");
+        compiled.write(&path).unwrap();
+        let plan = Plan::load(&path).unwrap();
+        let draft = plan.draft.as_ref().unwrap();
+        // The full draft was trained with 16 rows.
+        assert_eq!((draft.block, draft.input, plan.buffers[draft.taps_buffer].rows), (8, None, 16));
+        let embeddings = plan.packing.items.iter().filter(|item| {
+            serde_json::to_string(&item.content).unwrap().contains("model.embed_tokens.weight")
+        });
+        assert_eq!(embeddings.count(), 1, "the target's embedding is packed once");
+        for program in [&draft.inject, &draft.block_pass] {
+            assert!(path.join(&program.code.file).is_file() && program.resident.is_some());
+        }
+        let mut bad = plan.clone();
+        bad.draft.as_mut().unwrap().block = 9;
+        assert!(bad.verify().unwrap_err().contains("not 2 to 8 rows"));
+        let mut bad = plan.clone();
+        bad.draft.as_mut().unwrap().inject.resident = None;
+        assert!(bad.verify().unwrap_err().contains("its kernel do not fit"));
+        // Asked for, a longer block is an error, not a shorter one.
+        spec.limits.rows = 64;
+        spec.draft.as_mut().unwrap().dflash.block = Some(12);
+        let error = compile(&fixture.input(), &spec, &host).unwrap_err().to_string();
+        let said = if pair == "full" { "has 8 rows at a time" } else { "was trained with 8" };
+        assert!(error.contains(said), "{error}");
+    }
+}

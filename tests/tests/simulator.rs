@@ -2,6 +2,9 @@
 //! simulated machine (`tests/simulator`) in place of its one header of instructions. Blocks, warps and
 //! copies run in a random order, unread memory is NaN, and whatever waits for ever is found.
 
+#[path = "simulator/draft.rs"]
+mod draft;
+
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -109,12 +112,17 @@ impl Simulation {
             graph = shard::shard(&graph, rank).unwrap();
         }
         let program = resident::resident(&fuse::fuse(&graph).unwrap(), context).unwrap();
-        let text = emit(&program, Arch::Sm90a).unwrap();
         let checkpoint = Checkpoint::synthetic(config.clone(), 7, tensors);
+        Simulation::of(program, graph, checkpoint)
+    }
 
+    /// The kernel of a program, with weights packed as it says.
+    fn of(program: ResidentProgram, graph: Graph, checkpoint: Checkpoint) -> Simulation {
+        let text = emit(&program, Arch::Sm90a).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let packed = pack(&checkpoint, &program.packing, &mut |_, _| ()).unwrap();
         std::fs::write(folder.path().join("weights.bin"), packed.as_slice()).unwrap();
+        std::fs::write(folder.path().join("taps.bin"), []).unwrap();
         let simulation = Simulation { folder, program, graph, checkpoint, shared_bytes: text.shared.bytes() };
         simulation.build(&text.text);
         // Whoever reads what was never written gets NaN.
@@ -206,6 +214,20 @@ impl Simulation {
 
     /// The same, with experts as `LaunchArgs::routing` says.
     fn launch_routed(&self, rows: &[Row], steps: usize, blocks: usize, seed: u64, routing: usize) -> Outcome {
+        let all: Vec<usize> = (0..rows.len()).collect();
+        self.launch_at(rows, &all, steps, [blocks, routing, 0], seed)
+    }
+
+    /// The same, of which the rows `wanted` want logits, with taps from an element on. `settings` are
+    /// blocks, routing and that element.
+    fn launch_at(
+        &self,
+        rows: &[Row],
+        wanted: &[usize],
+        steps: usize,
+        [blocks, routing, tap_offset]: [usize; 3],
+        seed: u64,
+    ) -> Outcome {
         assert!(rows.len() <= STEP_ROWS);
         let buffers = self.program.buffers.iter();
         let arena = buffers.map(|buffer| buffer.offset + STEP_ROWS * buffer.cols * 4).max().unwrap();
@@ -215,12 +237,13 @@ impl Simulation {
             SYNC_BYTES,
             self.program.vocab,
             rows.len(),
-            rows.len(),
+            wanted.len(),
             steps,
             self.pages_per_sequence(),
             pages,
             self.shared_bytes,
             routing,
+            tap_offset,
         ]
         .map(|value| value as u32)
         .to_vec();
@@ -232,7 +255,7 @@ impl Simulation {
         column(&|_, row| row.token);
         column(&|_, row| row.position as u32);
         column(&|_, row| row.sequence);
-        column(&|at, _| at as u32);
+        column(&|at, _| wanted.get(at).map_or(0, |row| *row as u32));
         launch.extend(0..pages as u32);
         let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
         std::fs::write(self.path("launch.bin"), bytes).unwrap();
@@ -245,9 +268,9 @@ impl Simulation {
         assert!(output.status.success(), "seed {seed}, {blocks} blocks: {problem}");
         let read = |name: &str| std::fs::read(self.path(name)).unwrap();
         let mut logits = floats(&read("logits.bin"));
-        logits.truncate(rows.len() * self.program.vocab);
+        logits.truncate(wanted.len() * self.program.vocab);
         let chosen = words(&read("chosen.bin"));
-        let chosen = chosen.chunks(STEP_ROWS).flat_map(|step| step[..rows.len()].to_vec());
+        let chosen = chosen.chunks(STEP_ROWS).flat_map(|step| step[..wanted.len()].to_vec());
         let chosen = chosen.map(|word| word - 1).collect();
         let experts = words(&read("experts.bin"))[0];
         Outcome { logits, chosen, arena: read("arena.bin"), sync: read("sync.bin"), experts }

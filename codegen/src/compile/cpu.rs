@@ -50,7 +50,7 @@ pub(super) fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Re
                 taps: draft.draft.taps.clone(),
                 taps_buffer: number(stages.taps),
                 kv: block.kv,
-                input: number(inject.input),
+                input: Some(number(inject.input)),
                 logits: number(block.logits),
                 inject: program_plan(&inject, &inject_native, INJECT_OBJECT),
                 block_pass: program_plan(&block, &block_native, BLOCK_OBJECT),
@@ -108,6 +108,7 @@ fn program_plan(stages: &StageProgram, native: &Native, object: &str) -> Program
         stages: stages.sequence().iter().map(|at| at.name()).collect(),
         costs: costs(stages),
         code: plan_file(object, &native.object),
+        resident: None,
     }
 }
 

@@ -1,14 +1,17 @@
 //! A plan for a GPU: one resident kernel, through NVRTC.
 
-use super::{CompileError, Compiled, Input, Level, graph, level_files, limits, plan_file, sha256, verified};
+use super::{CompileError, Compiled, Input, Level, graphs, level_files, limits, plan_file, sha256, verified};
 use crate::emit::cuda::{CudaText, emit};
 use crate::frontends;
 use crate::nvrtc::{self, Arch, Budget, Cubin, CubinCache, Nvrtc, Options};
+use crate::passes::packer::Packer;
 use crate::passes::{fuse, resident};
 use std::path::Path;
 use tilec_ir::abi::ABI_VERSION;
+use tilec_ir::graph::Graph;
 use tilec_ir::launch::{KERNEL, LAUNCH_VERSION};
-use tilec_ir::plan::{PLAN_VERSION, Plan, PlanTarget, ResidentPlan};
+use tilec_ir::plan::{DraftPlan, PLAN_VERSION, Plan, PlanTarget, ProgramPlan, ResidentPlan};
+use tilec_ir::resident::ResidentProgram;
 use tilec_ir::spec::{Activations, ModelSpec};
 use tilec_ir::stages::{Buffer, BufferElem};
 use tilec_kernels_gen::cuda::BLOCK_THREADS;
@@ -20,6 +23,10 @@ const CUBIN: &str = "kernel.cubin";
 /// and no memory.
 pub const BUDGET: Budget = Budget { registers: 168, stack: 0, spills: 0 };
 
+/// Names of the draft's machine code.
+const INJECT_CUBIN: &str = "draft-inject.cubin";
+const BLOCK_CUBIN: &str = "draft-block.cubin";
+
 /// Compiles for the architecture that `spec.target.arch` names.
 pub(super) fn compile(
     input: &Input<'_>,
@@ -29,36 +36,52 @@ pub(super) fn compile(
     if spec.target.threads.is_some() {
         return Err(CompileError::Meaningless { key: "threads", device: "cuda" });
     }
-    let arch = Arch::parse(&spec.target.arch)?;
     // The tensor cores multiply halves: activations are never quantized to integers.
     let mut spec = spec.clone();
     spec.precision.activations = Activations::F32;
-    let graph = graph(input, &spec)?;
+    let (graph, draft) = graphs(input, &spec)?;
     let limits = limits(input, &spec)?;
-    let fused = fuse::fuse(&graph)?;
-    let program = resident::resident(&fused, limits.context)?;
-    let kernel = emit(&program, arch)?;
-    let cubin = assemble(input.name, &kernel, arch, cubins)?;
-
-    let graph_text = graph.to_string();
-    let graph_sha256 = sha256(graph_text.as_bytes());
-    let texts = vec![
-        (Level::Graph, graph_text),
-        (Level::Fused, fused.to_string()),
-        (Level::Resident, program.to_string()),
-        (Level::Cuda, kernel.text),
-    ];
-    // The logits lie apart from the arena, since the host reads them: a buffer behind all others.
-    let mut buffers = program.buffers.clone();
-    let end = buffers.iter().map(|buffer| buffer.offset + buffer.bytes()).max().unwrap_or(0);
-    buffers.push(Buffer {
-        name: "logits".into(),
-        elem: BufferElem::F32,
-        cols: program.vocab,
-        rows: limits.max_rows,
-        offset: end.next_multiple_of(256),
-    });
-    let logits = buffers.len() - 1;
+    let mut compiler = Compiler {
+        name: input.name,
+        context: limits.context,
+        arch: Arch::parse(&spec.target.arch)?,
+        cubins,
+        packer: Packer::new(resident::WEIGHT_ALIGN),
+        texts: [Level::Graph, Level::Fused, Level::Resident, Level::Cuda].map(|level| (level, String::new())),
+    };
+    // All programs read one set of packed weights: a draft's embedding and head are its target's.
+    let model = compiler.program(&graph)?;
+    let mut buffers = model.program.buffers.clone();
+    let logits = apart(&mut buffers, "logits", model.program.vocab, limits.max_rows);
+    let mut objects = Vec::new();
+    let draft = match (&draft, &input.draft) {
+        (Some(draft), Some(input)) => {
+            let inject = compiler.program(&draft.inject)?;
+            let block = compiler.program(&draft.block)?;
+            let tapped = model.program.taps.as_ref().map_or(0, |taps| taps.layers.len() * taps.cols);
+            let mut block_buffers = block.program.buffers.clone();
+            let block_logits = apart(&mut block_buffers, "logits", block.program.vocab, limits.max_rows);
+            let plan = DraftPlan {
+                weights: input.weights.clone(),
+                block: draft.rows,
+                mask_token: draft.draft.mask_token,
+                taps: draft.draft.taps.clone(),
+                taps_buffer: apart(&mut buffers, "taps", tapped, limits.max_rows),
+                kv: block.program.kv,
+                input: None,
+                logits: block_logits,
+                inject: inject.plan(inject.program.buffers.clone(), INJECT_CUBIN),
+                block_pass: block.plan(block_buffers, BLOCK_CUBIN),
+            };
+            objects.push((INJECT_CUBIN.to_string(), inject.cubin.bytes));
+            objects.push((BLOCK_CUBIN.to_string(), block.cubin.bytes));
+            Some(plan)
+        }
+        _ => None,
+    };
+    let texts = compiler.texts.to_vec();
+    let graph_sha256 = sha256(texts[0].1.as_bytes());
+    let ProgramPlan { stages, costs, code, resident, .. } = model.plan(Vec::new(), CUBIN);
     let plan = verified(Plan {
         plan_version: PLAN_VERSION,
         abi_version: ABI_VERSION,
@@ -69,31 +92,89 @@ pub(super) fn compile(
         tokenizer: input.tokenizer.clone(),
         target: PlanTarget {
             device: "cuda".into(),
-            arch: arch.name().into(),
+            arch: compiler.arch.name().into(),
             cpu: String::new(),
             features: Vec::new(),
             workers: 1,
         },
         limits,
-        vocab: program.vocab,
+        vocab: model.program.vocab,
         buffers,
         logits,
         scratch_bytes: 0,
-        stages: program.sequence().into_iter().map(|(name, _, _)| name).collect(),
-        kv: program.kv,
-        packing: program.packing.clone(),
-        costs: program.costs(),
-        code: plan_file(CUBIN, &cubin.bytes),
-        resident: Some(ResidentPlan {
-            launch_version: LAUNCH_VERSION,
-            threads: BLOCK_THREADS,
-            shared_bytes: kernel.shared.bytes() as u32,
-        }),
+        stages,
+        kv: model.program.kv,
+        packing: compiler.packer.packing,
+        costs,
+        code,
+        resident,
         shard: spec.target.shard(),
-        draft: None,
+        draft,
         texts: level_files(&texts),
     })?;
-    Ok(Compiled { plan, texts, object: cubin.bytes, objects: Vec::new() })
+    Ok(Compiled { plan, texts, object: model.cubin.bytes, objects })
+}
+
+/// Adds a buffer that does not belong to a step's [`STEP_ROWS`](tilec_ir::launch::STEP_ROWS) rows but to
+/// those of all its launches, behind all others; its number.
+fn apart(buffers: &mut Vec<Buffer>, name: &str, cols: usize, rows: usize) -> usize {
+    let end = buffers.iter().map(|buffer| buffer.offset + buffer.bytes()).max().unwrap_or(0);
+    let offset = end.next_multiple_of(256);
+    buffers.push(Buffer { name: name.into(), elem: BufferElem::F32, cols, rows, offset });
+    buffers.len() - 1
+}
+
+/// Compiles the programs of a plan, one behind the other.
+struct Compiler<'a> {
+    name: &'a str,
+    context: usize,
+    arch: Arch,
+    cubins: Option<&'a Path>,
+    packer: Packer,
+    /// Text of each level, of all programs.
+    texts: [(Level, String); 4],
+}
+
+/// A program and its kernel.
+struct Kernel {
+    program: ResidentProgram,
+    shared_bytes: u32,
+    cubin: Cubin,
+}
+
+impl Compiler<'_> {
+    fn program(&mut self, graph: &Graph) -> Result<Kernel, CompileError> {
+        let fused = fuse::fuse(graph)?;
+        let program = resident::resident_with(&fused, self.context, &mut self.packer)?;
+        let kernel = emit(&program, self.arch)?;
+        let cubin = assemble(self.name, &kernel, self.arch, self.cubins)?;
+        let shared_bytes = kernel.shared.bytes() as u32;
+        let texts = [graph.to_string(), fused.to_string(), program.to_string(), kernel.text];
+        for ((_, all), text) in self.texts.iter_mut().zip(texts) {
+            if !all.is_empty() {
+                all.push('\n');
+            }
+            all.push_str(&text);
+        }
+        Ok(Kernel { program, shared_bytes, cubin })
+    }
+}
+
+impl Kernel {
+    fn plan(&self, buffers: Vec<Buffer>, file: &str) -> ProgramPlan {
+        ProgramPlan {
+            buffers,
+            scratch_bytes: 0,
+            stages: self.program.sequence().into_iter().map(|(name, _, _)| name).collect(),
+            costs: self.program.costs(),
+            code: plan_file(file, &self.cubin.bytes),
+            resident: Some(ResidentPlan {
+                launch_version: LAUNCH_VERSION,
+                threads: BLOCK_THREADS,
+                shared_bytes: self.shared_bytes,
+            }),
+        }
+    }
 }
 
 /// Machine code of a kernel.

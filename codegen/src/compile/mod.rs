@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tilec_ir::graph::{Graph, GraphError, RopeSpec, verify};
+use tilec_ir::launch::STEP_ROWS;
 use tilec_ir::plan::{MANIFEST, Plan, PlanError, PlanFile, PlanLimits, WeightsFrom};
 use tilec_ir::spec::{Device, ModelSpec, Precision, SpecError};
 use tilec_ir::tensor::TensorInfo;
@@ -179,11 +180,6 @@ pub enum CompileError {
     /// The draft's checkpoint is not there.
     #[error("the spec has a draft, but its checkpoint was not read")]
     NoDraft,
-    /// The device has no code for drafts yet.
-    #[error(
-        "target.device cuda cannot run a draft yet: use --no-draft, remove `draft`, or set target.device to cpu"
-    )]
-    DraftOnCuda,
     /// Running on several GPUs is not built.
     #[error(
         "target.gpus is {gpus}, and running on several GPUs is not built yet: add `only_rank: 0` (up to {}) to \
@@ -256,7 +252,7 @@ pub fn graphs(input: &Input<'_>, spec: &ModelSpec) -> Result<(Graph, Option<Draf
             if let Some(theta) = asked.dflash.context_rope_theta {
                 draft.context_rope = Some(RopeSpec { theta: theta as f64, ..draft.rope.clone() });
             }
-            let rows = block_rows(&draft, asked.dflash.block, spec.limits.rows)?;
+            let rows = block_rows(&draft, asked.dflash.block, spec)?;
             draft.tap(&mut graph)?;
             let mut inject = draft.inject(input_draft.tensors)?;
             let mut block = draft.block(input_draft.tensors, &graph)?;
@@ -293,18 +289,25 @@ fn check_ranks(spec: &ModelSpec) -> Result<(), CompileError> {
 }
 
 /// Rows of a block: as many as asked for, or as the draft was trained with and a step has.
-fn block_rows(draft: &Dflash, asked: Option<usize>, step: usize) -> Result<usize, CompileError> {
+fn block_rows(draft: &Dflash, asked: Option<usize>, spec: &ModelSpec) -> Result<usize, CompileError> {
+    let step = spec.limits.rows;
+    // The rows of a block see each other, so that a launch has all of them.
+    let launch = match spec.target.device {
+        Device::Cpu => usize::MAX,
+        Device::Cuda => STEP_ROWS,
+    };
     let limits = [
         (draft.block, format!("the draft was trained with {}", draft.block)),
         (step, format!("limits.rows is {step}")),
+        (launch, format!("a GPU's kernel has {launch} rows at a time")),
     ];
-    for (limit, what) in limits {
+    for (limit, what) in &limits {
         match asked {
-            Some(block) if block > limit => return Err(CompileError::Block { block, what }),
+            Some(block) if block > *limit => return Err(CompileError::Block { block, what: what.clone() }),
             _ => {}
         }
     }
-    match asked.unwrap_or(draft.block.min(step)) {
+    match asked.unwrap_or(draft.block.min(step).min(launch)) {
         block @ 2.. => Ok(block),
         block => {
             Err(CompileError::Block { block, what: "a block has at least 2 rows: raise limits.rows".into() })
@@ -329,7 +332,6 @@ pub fn compile(input: &Input<'_>, spec: &ModelSpec, host: &Host) -> Result<Compi
         Device::Cuda if spec.target.shard().is_some() && spec.draft.is_some() => {
             Err(CompileError::DraftOfRank)
         }
-        Device::Cuda if spec.draft.is_some() => Err(CompileError::DraftOnCuda),
         Device::Cuda => cuda::compile(input, spec, host.cubins.as_deref()),
     }
 }

@@ -6,22 +6,22 @@ use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::launch::{KERNEL, SYNC_BYTES};
+use tilec_ir::octet::{octet_block_bytes, octet_blocks};
 use tilec_ir::pack::FP8_COLUMNS;
 use tilec_ir::resident::{
-    Attention, CHUNK, Epilogue, Experts, Gemm, Kind, Norm, ResidentProgram, Route, SPAN, Scores, Stage,
+    Attention, CHUNK, Context, Epilogue, Experts, Gemm, Kind, MAX_K, Norm, Replaced, ResidentProgram, Route,
+    SPAN, Scores, Stage, Taps,
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, EXPERTS, FORMATS, GEMM, Header, PTX, SLOT_BYTES, STEP, SharedLayout, SharedNeeds,
+    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PTX, SLOT_BYTES, STEP, SharedLayout,
+    SharedNeeds,
 };
 
 use crate::nvrtc::Arch;
 
 /// Bytes a second that the floors in comments assume: what one H200 reads.
 const FLOOR_BYTES_PER_SECOND: f64 = 4.59e12;
-
-/// Columns of an input beyond which a consumer's registers do not hold its share of the row.
-const MAX_K: usize = 12288;
 
 /// The text of a kernel, and what launching it takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,6 +113,10 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
     if needs.experts > 0 {
         out.header(&EXPERTS);
     }
+    let of_context = |stage: &Stage| matches!(stage.kind, Kind::Taps { .. } | Kind::Context(_));
+    if program.before.iter().any(of_context) {
+        out.header(&CONTEXT);
+    }
     out.header(&STEP);
     for (prefix, stages) in out.lists() {
         for stage in stages {
@@ -150,6 +154,9 @@ fn merge_windows(program: &ResidentProgram) -> (ResidentProgram, Vec<u32>) {
     merged.bodies = kept.iter().map(|body| merged.bodies[*body].clone()).collect();
     (merged, windows)
 }
+
+/// The tap of a layer that has none.
+const NO_TAP: u32 = u32::MAX;
 
 /// The window of a layer without one: no position is so large.
 const NO_WINDOW: u32 = 0x7fff_ffff;
@@ -209,13 +216,12 @@ impl<'p> Writer<'p> {
 
     fn head(&mut self, shared: &SharedLayout, needs: &SharedNeeds) {
         let program = self.program;
+        let layers = match program.layers.len() {
+            0 => String::new(),
+            layers => format!(" of {layers} layers"),
+        };
         let bytes: u64 = program.costs().iter().map(|cost| cost.streamed_bytes(1) * cost.runs as u64).sum();
-        line!(
-            self,
-            "// {}: a decoding step of {} layers as one resident kernel.",
-            program.name,
-            program.layers.len()
-        );
+        line!(self, "// {}: a step{layers} as one resident kernel.", program.name);
         line!(
             self,
             "// Streams {} of weights a step: {:.1} us at {:.2} TB/s.",
@@ -252,6 +258,21 @@ impl<'p> Writer<'p> {
             program.name,
             "=".repeat(88_usize.saturating_sub(program.name.len()))
         );
+        for stage in &program.before {
+            if let Kind::Context(context) = &stage.kind {
+                let slots = context.k_norms.iter().map(|norm| match norm.map(|norm| norm.gain) {
+                    Some(Slot::Fixed(at)) => at,
+                    _ => 0,
+                });
+                let gains: Vec<String> = slots.map(|at| format!("{at:#x}")).collect();
+                line!(self, "// Gains of the keys of each layer.");
+                let layers = context.k_norms.len();
+                line!(self, "__constant__ u64 KEY_GAIN[{layers}] = {{{}}};", gains.join(", "));
+            }
+        }
+        if program.layers.is_empty() {
+            return;
+        }
         let columns = program.layers.iter().map(|layer| layer.offsets.len()).max().unwrap_or(0).max(1);
         line!(self, "// Byte offsets of each layer's weights, in the order of its stages.");
         line!(self, "__constant__ u64 LAYER_OFFSETS[LAYERS][{columns}] = {{");
@@ -266,6 +287,15 @@ impl<'p> Writer<'p> {
         if !self.windows.is_empty() {
             let windows = list(self.windows.iter().map(|window| u64::from(*window)).collect());
             line!(self, "__constant__ u32 LAYER_WINDOW[LAYERS] = {{{windows}}};");
+        }
+        if let Some(Taps { layers, cols }) = &program.taps {
+            let tap = |layer: usize| layers.iter().position(|tapped| *tapped == layer);
+            let taps =
+                (0..program.layers.len()).map(|layer| tap(layer).map_or(u64::from(NO_TAP), |tap| tap as u64));
+            let taps = list(taps.collect());
+            line!(self, "// What a draft reads: which tap a layer's residual stream is.");
+            line!(self, "constexpr u32 TAPS = {}, TAP_COLS = {cols}, NO_TAP = {NO_TAP};", layers.len());
+            line!(self, "__constant__ u32 LAYER_TAP[LAYERS] = {{{taps}}};");
         }
         if program.bodies.len() > 1 {
             let bodies = list(program.layers.iter().map(|layer| layer.body as u64).collect());
@@ -290,22 +320,39 @@ impl<'p> Writer<'p> {
         line!(self);
         let name = type_name(prefix, &stage.name);
         match &stage.kind {
-            Kind::Embed { table, format, scales, vocab, k, output } => {
+            Kind::Embed { table, format, scales, vocab, k, replaced, output } => {
                 line!(self, "// {}: a row of {vocab} x {k} {format} for each token.", stage.name);
                 line!(self, "struct {name} {{");
                 line!(self, "  using Weights = {};", weights_type(*format));
-                line!(
-                    self,
-                    "  static constexpr u32 K = {k}, BLOCKS = {};",
-                    tilec_ir::octet::octet_blocks(*format, *k)
-                );
+                line!(self, "  static constexpr u32 K = {k}, BLOCKS = {};", octet_blocks(*format, *k));
                 let table = self.weight(*table);
                 self.function("const u8*", "table", "const Block& b", &format!("return {table};"));
-                self.scales(*scales, *k);
+                self.scales(*scales, *k, 0);
+                let (token, vector) = match replaced {
+                    Some(Replaced { token, vector }) => (
+                        format!("{token}u"),
+                        format!("return reinterpret_cast<const float*>({});", self.weight(*vector)),
+                    ),
+                    None => ("~0u".into(), "return nullptr;".into()),
+                };
+                line!(self, "  static constexpr u32 REPLACED = {token};");
+                self.function("const float*", "replaced", "const Block& b", &vector);
                 let out = self.buffer(*output);
                 self.function("float*", "out", "const Block& b", &format!("return {out};"));
                 line!(self, "}};");
             }
+            Kind::Taps { output } => {
+                let cols = self.program.buffer(*output).cols;
+                line!(self, "// {}: {cols} columns of each row.", stage.name);
+                line!(self, "struct {name} {{");
+                let (out_type, elem) = self.out_types(*output);
+                line!(self, "  using Out = {out_type};");
+                line!(self, "  static constexpr u32 COLS = {cols};");
+                let out = self.buffer(*output);
+                self.function(&format!("{elem}*"), "out", "const Block& b", &format!("return {out};"));
+                line!(self, "}};");
+            }
+            Kind::Context(context) => self.context(&name, &stage.name, context),
             Kind::Gemm(gemm) => {
                 self.open_gemm(&name, &stage.name, gemm, "", gemm.weight_bytes() as u64);
                 self.epilogue(gemm, None);
@@ -321,11 +368,15 @@ impl<'p> Writer<'p> {
         line!(self, "  __device__ __forceinline__ static {result} {name}({arguments}) {{ {body} }}");
     }
 
-    /// Scales of block FP8, a row for each octet.
-    fn scales(&mut self, slot: Option<Slot>, k: usize) {
+    /// Scales of block FP8, a row of `k` columns for each octet, from column `first` on.
+    fn scales(&mut self, slot: Option<Slot>, k: usize, first: usize) {
         if let Some(slot) = slot {
             line!(self, "  static constexpr u32 SCALES = {};", k.div_ceil(FP8_COLUMNS));
-            let scales = format!("return reinterpret_cast<const float*>({});", self.weight(slot));
+            let first = match first / FP8_COLUMNS {
+                0 => String::new(),
+                first => format!(" + {first}"),
+            };
+            let scales = format!("return reinterpret_cast<const float*>({}){first};", self.weight(slot));
             self.function("const float*", "scales", "const Block& b", &scales);
         }
     }
@@ -351,6 +402,8 @@ impl<'p> Writer<'p> {
             gemm.blocks(),
             gemm.cols
         );
+        let row_blocks = gemm.row_blocks();
+        line!(self, "  static constexpr u32 STRIDE = {}, ROW_BLOCKS = {row_blocks};", gemm.row);
         line!(self, "  static constexpr u32 OPERANDS = {}, TILES = {};", gemm.operands, gemm.tiles());
         let half = self.program.buffer(gemm.input).elem != BufferElem::F32;
         let logits = gemm.epilogue == Epilogue::Logits;
@@ -361,10 +414,15 @@ impl<'p> Writer<'p> {
             gemm.format == Format::F16
         );
         line!(self, "  static constexpr float EPS = {};", float(gemm.norm.map_or(0.0, |norm| norm.eps)));
-        let weights = self.weight(gemm.weights);
+        let mut weights = self.weight(gemm.weights);
+        let mut input = self.buffer(gemm.input);
+        if gemm.first > 0 {
+            let blocks = octet_blocks(gemm.format, gemm.first);
+            weights = format!("{weights} + {}", blocks * octet_block_bytes(gemm.format));
+            input = format!("{input} + {}", gemm.first);
+        }
         self.function("const u8*", "weights", "const Block& b", &format!("return {weights};"));
-        self.scales(gemm.scales, gemm.k);
-        let input = self.buffer(gemm.input);
+        self.scales(gemm.scales, gemm.row, gemm.first);
         let elem = if half { "u16" } else { "float" };
         self.function(&format!("const {elem}*"), "input", "const Block& b", &format!("return {input};"));
     }
@@ -492,6 +550,13 @@ impl<'p> Writer<'p> {
                     None => "v[0].x += carry.residual.x; v[0].y += carry.residual.y;".to_string(),
                 });
                 body.push(store);
+                if gemm.tap && self.program.taps.is_some() {
+                    body.push(
+                        "if (LAYER_TAP[b.layer] != NO_TAP) *reinterpret_cast<float2*>(b.args.taps + ((u64)row * \
+                         TAPS + LAYER_TAP[b.layer]) * TAP_COLS + feature) = v[0];"
+                            .into(),
+                    );
+                }
             }
             Epilogue::Logits => {
                 body.push(format!("float* to = b.args.logits + (u64)row * {cols} + feature;"));
@@ -539,10 +604,7 @@ impl<'p> Writer<'p> {
         );
         line!(self, "struct {name} {{");
         let half = if kv.kv_type == KvType::Bf16 { "Bf16" } else { "F16" };
-        let (out_type, out_elem) = match self.program.buffer(attention.output).elem {
-            BufferElem::Bf16 => ("Bf16", "u16"),
-            _ => ("F32", "float"),
-        };
+        let (out_type, out_elem) = self.out_types(attention.output);
         line!(self, "  using Kv = {half};");
         line!(self, "  using Out = {out_type};");
         line!(
@@ -560,7 +622,8 @@ impl<'p> Writer<'p> {
             None => "NO_WINDOW".into(),
         };
         let windowed = attention.window.is_some() || !self.windows.is_empty();
-        line!(self, "  static constexpr bool WINDOWED = {windowed};");
+        let both = attention.bidirectional;
+        line!(self, "  static constexpr bool WINDOWED = {windowed}, BOTH_WAYS = {both};");
         self.function("u32", "window", "const Block& b", &format!("return {window};"));
         line!(
             self,
@@ -607,6 +670,57 @@ impl<'p> Writer<'p> {
         debug_assert_eq!((CHUNK, SPAN), (128, 8), "attention.cuh says so too");
     }
 
+    /// Types of a buffer's elements: as stages name them, and as they lie in memory.
+    fn out_types(&self, buffer: BufferId) -> (&'static str, &'static str) {
+        match self.program.buffer(buffer).elem {
+            BufferElem::Bf16 => ("Bf16", "u16"),
+            _ => ("F32", "float"),
+        }
+    }
+
+    /// Keys and values of all of a draft's layers.
+    fn context(&mut self, name: &str, stage: &str, context: &Context) {
+        let kv = &self.program.kv;
+        let Context { input, k_norms, kv_heads, rope, value_scale } = context;
+        let layers = k_norms.len();
+        line!(
+            self,
+            "// {stage}: {layers} layers of {kv_heads} KV heads of {} and {} columns; {} B of cache a position.",
+            kv.qk_dim,
+            kv.v_dim,
+            layers * kv_heads * (kv.qk_dim + kv.v_dim) * kv.kv_type.bytes()
+        );
+        line!(self, "struct {name} {{");
+        line!(self, "  using Kv = {};", if kv.kv_type == KvType::Bf16 { "Bf16" } else { "F16" });
+        line!(
+            self,
+            "  static constexpr u32 LAYERS = {layers}, KV_HEADS = {kv_heads}, QK = {}, V = {};",
+            kv.qk_dim,
+            kv.v_dim
+        );
+        let norm = k_norms.first().copied().flatten();
+        line!(self, "  static constexpr bool K_NORM = {};", norm.is_some());
+        let eps = norm.map_or(0.0, |norm| norm.eps);
+        line!(self, "  static constexpr float EPS = {}, VALUE_SCALE = {};", float(eps), float(*value_scale));
+        let (dims, positions) = rope.map_or((0, 0), |rope| (rope.dims, rope.positions));
+        line!(
+            self,
+            "  static constexpr u32 ROPE = {dims}, POSITIONS = {positions}, PAGE_TOKENS = {}, V_PAD = {};",
+            kv.page_tokens,
+            kv.v_pad()
+        );
+        let gain = "return reinterpret_cast<const float*>(b.args.weights + KEY_GAIN[layer]);";
+        self.function("const float*", "k_gain", "const Block& b, u32 layer", gain);
+        let rope = match rope {
+            Some(rope) => format!("return reinterpret_cast<const float*>({});", self.weight(rope.table)),
+            None => "return nullptr;".into(),
+        };
+        self.function("const float*", "rope", "const Block& b", &rope);
+        let input = self.buffer(*input);
+        self.function("const float*", "input", "const Block& b", &format!("return {input};"));
+        line!(self, "}};");
+    }
+
     /// The work of each role in a step.
     fn roles(&mut self) {
         line!(self, "\n// ---- The step, as each role sees it {}", "-".repeat(63));
@@ -632,6 +746,8 @@ impl<'p> Writer<'p> {
                 Kind::Scores(_) => vec![format!("score_experts<{name}>(b);")],
                 Kind::Experts(_) => vec![format!("multiply_experts<{name}>(b);")],
                 Kind::Attention(_) => vec![format!("attend<{name}>(b, LAYER_CACHE[b.layer]);")],
+                Kind::Taps { .. } => vec![format!("take_taps<{name}>(b);")],
+                Kind::Context(_) => vec![format!("cache_context<{name}>(b);")],
             },
             "",
         );
@@ -639,7 +755,8 @@ impl<'p> Writer<'p> {
             "void control_step(Control& b)",
             |writer, name, stage, next| {
                 let mut lines = match &stage.kind {
-                    Kind::Embed { .. } => Vec::new(), // opened by the step's beginning
+                    // Opened by the step's beginning.
+                    Kind::Embed { .. } | Kind::Taps { .. } => Vec::new(),
                     Kind::Gemm(gemm) => {
                         let mut lines = vec![format!("finish<{name}>(b);")];
                         if gemm.epilogue == Epilogue::Logits {
@@ -651,7 +768,7 @@ impl<'p> Writer<'p> {
                         vec!["b.open_stage();".into(), format!("b.pass_tiles({});", scores.experts)]
                     }
                     Kind::Experts(_) => vec![format!("finish_experts<{name}>(b);")],
-                    Kind::Attention(_) => vec!["b.open_stage();".into()],
+                    Kind::Attention(_) | Kind::Context(_) => vec!["b.open_stage();".into()],
                 };
                 let norm = match next {
                     Next::Stage(kind) => kind.norm().map(|(norm, k)| (norm.gain, k)),
@@ -695,6 +812,23 @@ impl<'p> Writer<'p> {
             };
         let before = if program.layers.is_empty() { Next::End } else { Next::FirstOfLayer("0", layer_k) };
         emit(self, "", &program.before, "  ", before);
+        if !program.layers.is_empty() {
+            self.role_layers(&emit, layer_k);
+        }
+        emit(self, "", &program.after, "  ", Next::End);
+        if !end.is_empty() {
+            line!(self, "  {end}");
+        }
+        line!(self, "}}");
+    }
+
+    /// The loop over the layers in a role's work.
+    fn role_layers(
+        &mut self,
+        emit: &impl Fn(&mut Writer<'p>, &str, &'p [Stage], &str, Next<'p>),
+        layer_k: usize,
+    ) {
+        let program = self.program;
         line!(self, "  for (b.layer = 0; b.layer < LAYERS; ++b.layer) {{");
         let behind = Next::FirstOfLayer("b.layer + 1", layer_k);
         if let [body] = &program.bodies[..] {
@@ -709,11 +843,6 @@ impl<'p> Writer<'p> {
             line!(self, "    }}");
         }
         line!(self, "  }}");
-        emit(self, "", &program.after, "  ", Next::End);
-        if !end.is_empty() {
-            line!(self, "  {end}");
-        }
-        line!(self, "}}");
     }
 
     fn kernel(&mut self, experts: bool) {

@@ -189,6 +189,25 @@ pub fn synthetic_tensors(
     Ok(tensors.collect())
 }
 
+/// The tensors of a draft of this config for a model of the config `target`, by their own names and as in
+/// [`synthetic_tensors`]; without an embedding of its own for masks.
+///
+/// # Errors
+/// As [`parse`], of either; and when the draft is for another model.
+pub fn synthetic_draft_tensors(
+    config: &Value,
+    target: &Value,
+    format: Format,
+) -> Result<BTreeMap<String, TensorInfo>, FrontendError> {
+    let facts = facts(target)?;
+    let target = DraftTarget { vocab: facts.vocab, hidden: facts.hidden, layers: facts.layers };
+    let tensors = Dflash::parse(config, target)?.tensors().into_iter().map(|(name, shape)| {
+        let format = if shape.len() == 1 { Format::F32 } else { format };
+        (name, TensorInfo { shape, format })
+    });
+    Ok(tensors.collect())
+}
+
 /// The tensors of a checkpoint of this config in the formats that the model is published in, which its
 /// `quantization_config` says: matrices bf16 but for those, vectors float32. Otherwise as
 /// [`synthetic_tensors`].

@@ -1,7 +1,8 @@
 //! The passes, one a file: each takes a level to the next, or to itself.
 
 pub mod fuse;
-mod packer;
+mod inject;
+pub mod packer;
 pub mod precision;
 pub mod resident;
 pub mod schedule;

@@ -9,16 +9,17 @@ use tilec_ir::graph::Router;
 use tilec_ir::launch::{OCTET, STEP_ROWS};
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, ResidentProgram,
-    Rope, Route, SPAN, Scores, Stage,
+    Attention, Bias, CHUNK, Epilogue, Experts, Gemm, K_STEP, Kind, MAX_EXPERTS, MAX_K, MAX_TOP_K, Norm,
+    Replaced, ResidentProgram, Rope, Route, SPAN, Scores, Stage, Taps,
 };
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
 
+use super::inject;
 use super::packer::Packer;
 use super::tile::{TileError, expert_rows, kv_layout, layerless, segments_of, vector_content};
 
 /// Weights start on lines of this many bytes: an L2 line pair, and more than a bulk copy needs.
-const WEIGHT_ALIGN: u64 = 256;
+pub const WEIGHT_ALIGN: u64 = 256;
 
 /// The format that a matrix has in the kernel: what the tensor cores multiply. Formats without
 /// tensor-core products of their own are widened to halves, which hold all their digits but those
@@ -53,7 +54,19 @@ pub const fn expert_format(format: Format) -> Format {
 /// # Errors
 /// An operator that no stage can run, or sizes that do not fit the tensor cores.
 pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileError> {
-    refuse_unknown(fused)?;
+    resident_with(fused, context, &mut Packer::new(WEIGHT_ALIGN))
+}
+
+/// As [`resident`], with weights packed behind those of other programs in `packer`, aligned to
+/// [`WEIGHT_ALIGN`]: what is there already, a draft's head say, is not packed again.
+///
+/// # Errors
+/// As [`resident`].
+pub fn resident_with(
+    fused: &Fused,
+    context: usize,
+    packer: &mut Packer,
+) -> Result<ResidentProgram, TileError> {
     let kv = kv_layout(fused)?;
     let whole = |what: String| TileError { op: fused.name.clone(), what };
     if kv.kv_type == KvType::F32 {
@@ -76,7 +89,8 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
         normed: HashMap::new(),
         heads: HashMap::new(),
         routes: HashMap::new(),
-        packer: Packer::new(WEIGHT_ALIGN),
+        taps: Vec::new(),
+        packer,
     };
     let mut program = ResidentProgram {
         name: fused.name.clone(),
@@ -86,12 +100,18 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
         kv,
         packing: Packing::default(),
         ropes: fused.ropes.iter().map(|(name, spec)| (name.clone(), spec.clone())).collect(),
+        taps: None,
         before: Vec::new(),
         bodies: Vec::new(),
         layers: Vec::new(),
         after: Vec::new(),
     };
-    let mut at = 0;
+    // A program without logits fills the caches of all its layers at once.
+    let fills = fused.ops.iter().all(|op| !matches!(op.anchor, Anchor::Attention { .. }));
+    if fills {
+        program.before = inject::stages(&mut lowering)?;
+    }
+    let mut at = if fills { fused.ops.len() } else { 0 };
     while at < fused.ops.len() {
         let layer = fused.ops[at].layer;
         let end = at + fused.ops[at..].iter().take_while(|op| op.layer == layer).count();
@@ -121,32 +141,19 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
         }
         at = end;
     }
-    let Some(vocab) = program.after.iter().find_map(|stage| match &stage.kind {
+    let vocab = program.after.iter().find_map(|stage| match &stage.kind {
         Kind::Gemm(gemm) if gemm.epilogue == Epilogue::Logits => Some(gemm.cols),
         _ => None,
-    }) else {
+    });
+    if vocab.is_none() && !fills {
         return Err(whole("has no logits".into()));
-    };
-    program.vocab = vocab;
+    }
+    program.vocab = vocab.unwrap_or(0);
+    lowering.set_taps(&mut program)?;
     program.buffers = lowering.buffers;
-    program.packing = lowering.packer.packing;
+    program.packing = lowering.packer.packing.clone();
     program.verify().map_err(|defect| whole(defect.to_string()))?;
     Ok(program)
-}
-
-/// What models have and the resident kernel does not yet.
-fn refuse_unknown(fused: &Fused) -> Result<(), TileError> {
-    const REMEDY: &str = "compile for the processor instead (`target: {device: cpu}`)";
-    for op in &fused.ops {
-        let missing = op.parts.iter().flat_map(|part| &part.pieces).find_map(|piece| match piece {
-            Piece::Replace { .. } => Some("tokens with an embedding of their own"),
-            _ => None,
-        });
-        if let Some(missing) = missing {
-            return Err(error(op, format!("the resident kernel does not have {missing} yet: {REMEDY}")));
-        }
-    }
-    Ok(())
 }
 
 /// Whether a piece has nothing to do where one rank runs alone: its part stands for the sum.
@@ -155,7 +162,7 @@ fn goes_on_alone(piece: &Piece) -> bool {
 }
 
 /// The scales of octets of block FP8.
-fn octet_scales(octets: &PackContent) -> Option<PackContent> {
+pub(super) fn octet_scales(octets: &PackContent) -> Option<PackContent> {
     match octets {
         PackContent::Octets { format: Format::FP8_BLOCK, k, segments, interleave, octets } => {
             let (k, segments, interleave, octets) = (*k, segments.clone(), *interleave, *octets);
@@ -165,8 +172,41 @@ fn octet_scales(octets: &PackContent) -> Option<PackContent> {
     }
 }
 
-fn error(op: &FusedOp, what: impl Into<String>) -> TileError {
+pub(super) fn error(op: &FusedOp, what: impl Into<String>) -> TileError {
     TileError { op: op.name.clone(), what: what.into() }
+}
+
+/// The factor of values in front of their cache.
+pub(super) fn value_scale(op: &FusedOp, pieces: &[Piece]) -> Result<f32, TileError> {
+    match pieces {
+        [Piece::WriteValues(_)] => Ok(1.0),
+        [Piece::Scale(factor), Piece::WriteValues(_)] if factor.is_finite() => Ok(*factor),
+        _ => Err(error(op, format!("the kernel has no epilogue for {:?}", op.parts))),
+    }
+}
+
+/// A product of rows that are too long for a consumer's registers becomes several, each of a part of the
+/// columns; those behind the first add to what is there. What cannot be added up stays whole.
+fn split(kind: Kind, buffers: &[Buffer]) -> Vec<Kind> {
+    let Kind::Gemm(gemm) = kind else { return vec![kind] };
+    let adds = match gemm.epilogue {
+        Epilogue::Store => buffers[gemm.output.0 as usize].elem == BufferElem::F32,
+        Epilogue::Residual => true,
+        Epilogue::Gated(_) | Epilogue::Logits => false,
+    };
+    if gemm.k <= MAX_K || gemm.norm.is_some() || !adds {
+        return vec![Kind::Gemm(gemm)];
+    }
+    let each = gemm.k.div_ceil(gemm.k.div_ceil(MAX_K)).next_multiple_of(K_STEP);
+    let part = |first: usize| {
+        let k = each.min(gemm.k - first);
+        let whole = Gemm { first, k, ..gemm.clone() };
+        Kind::Gemm(match first {
+            0 => whole,
+            _ => Gemm { bias: Vec::new(), epilogue: Epilogue::Residual, ..whole },
+        })
+    };
+    (0..gemm.k).step_by(each).map(part).collect()
 }
 
 /// A norm that waits for the product in front of which it is recomputed.
@@ -190,28 +230,35 @@ struct Heads {
 }
 
 /// Norm and rotation of heads.
-#[derive(Clone, Default)]
-struct HeadChain {
-    norm: Option<(String, f32)>,
-    rope: Option<String>,
+#[derive(Clone, Default, PartialEq)]
+pub(super) struct HeadChain {
+    pub(super) norm: Option<(String, f32)>,
+    pub(super) rope: Option<String>,
 }
 
-struct Lowering<'a> {
-    fused: &'a Fused,
+pub(super) struct Lowering<'a> {
+    pub(super) fused: &'a Fused,
     context: usize,
-    kv: KvLayout,
-    buffers: Vec<Buffer>,
+    pub(super) kv: KvLayout,
+    pub(super) buffers: Vec<Buffer>,
     of_value: HashMap<ValueId, BufferId>,
     normed: HashMap<ValueId, Normed>,
     heads: HashMap<ValueId, Heads>,
     /// Where the scores lie that experts are chosen by, and how; nothing once they are chosen.
     routes: HashMap<ValueId, Option<(BufferId, Router)>>,
-    packer: Packer,
+    /// Values that a draft reads.
+    taps: Vec<ValueId>,
+    pub(super) packer: &'a mut Packer,
 }
 
 impl Lowering<'_> {
-    /// The stage of an operator; none for a norm, which the next product takes along.
-    fn stage(&mut self, op: &FusedOp, offsets: &mut Option<Vec<u64>>) -> Result<Option<Stage>, TileError> {
+    /// The stages of an operator; none for a norm, which the next product takes along, several for a product
+    /// of long rows.
+    pub(super) fn stage(
+        &mut self,
+        op: &FusedOp,
+        offsets: &mut Option<Vec<u64>>,
+    ) -> Result<Vec<Stage>, TileError> {
         let input = || match op.inputs[..] {
             [value] => Ok(value),
             _ => Err(error(op, format!("reads {} values, a stage reads one", op.inputs.len()))),
@@ -222,21 +269,71 @@ impl Lowering<'_> {
                 self.rows(op, input()?)?;
                 None
             }
-            Anchor::Gemm => Some(self.gemm(op, input()?, offsets)?),
+            Anchor::Gemm => {
+                let name = layerless(&op.name);
+                let parts = split(self.gemm(op, input()?, offsets)?, &self.buffers);
+                let named = |(part, kind)| {
+                    let name = if part == 0 { name.to_string() } else { format!("{name}_{}", part + 1) };
+                    Stage { name, kind }
+                };
+                return Ok(parts.into_iter().enumerate().map(named).collect());
+            }
             Anchor::Route(router) => {
                 self.route(op, input()?, router)?;
                 None
             }
             Anchor::Experts { top_k, per_slot } => Some(self.experts(op, *top_k, *per_slot, offsets)?),
-            Anchor::Input | Anchor::Taps => {
-                return Err(error(op, "the resident kernel has no stage for drafts yet"));
-            }
-            Anchor::Attention { bidirectional: true, .. } => {
-                return Err(error(op, "the resident kernel has no attention that sees both ways yet"));
+            Anchor::Input => match op.writes()[..] {
+                [value] => {
+                    let cols = op.parts[0].cols;
+                    Some(Kind::Taps { output: self.half_buffer("taps", value, cols) })
+                }
+                _ => return Err(error(op, "hands over one value")),
+            },
+            Anchor::Taps => {
+                self.taps = op.inputs.clone();
+                None
             }
             Anchor::Attention { .. } => Some(self.attention(op, input()?, offsets)?),
         };
-        Ok(kind.map(|kind| Stage { name: layerless(&op.name).to_string(), kind }))
+        Ok(kind.map(|kind| Stage { name: layerless(&op.name).to_string(), kind }).into_iter().collect())
+    }
+
+    /// Lets the last stage of every kind of layer leave its residual stream, for the layers with a tap.
+    fn set_taps(&self, program: &mut ResidentProgram) -> Result<(), TileError> {
+        let mut layers = Vec::new();
+        let mut cols = 0;
+        for tap in &self.taps {
+            let last = |layer: usize| self.fused.ops.iter().rfind(|op| op.layer == Some(layer));
+            let op = self.fused.ops.iter().find(|op| op.writes().contains(tap));
+            let Some(layer) = op.and_then(|op| op.layer) else {
+                let what = format!("{} is not what a layer leaves", self.fused.value(*tap).name);
+                return Err(TileError { op: "taps".into(), what });
+            };
+            if last(layer).map(|last| &last.name) != op.map(|op| &op.name) {
+                return Err(TileError {
+                    op: "taps".into(),
+                    what: format!("layer {layer} leaves something else"),
+                });
+            }
+            layers.push(layer);
+            cols = self.fused.value(*tap).ty.cols;
+        }
+        if layers.is_empty() {
+            return Ok(());
+        }
+        program.taps = Some(Taps { layers, cols });
+        for body in &mut program.bodies {
+            match body.last_mut().map(|stage| &mut stage.kind) {
+                Some(Kind::Gemm(gemm) | Kind::Experts(Experts { gemm, .. }))
+                    if gemm.epilogue == Epilogue::Residual =>
+                {
+                    gemm.tap = true;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn embed(&mut self, op: &FusedOp, weight: &str) -> Result<Kind, TileError> {
@@ -257,7 +354,18 @@ impl Lowering<'_> {
         }
         let output = self.buffer("x", BufferElem::F32, *cols);
         self.of_value.insert(value, output);
-        Ok(Kind::Embed { table, format, scales, vocab: info.shape[0], k: *cols, output })
+        let mut replaced = None;
+        // A token that has something else in place of its row, if nobody reads the row itself.
+        let readers: Vec<&FusedOp> = self.fused.ops.iter().filter(|op| op.reads().contains(&value)).collect();
+        if let [reader] = readers[..]
+            && let ([_], [Part { pieces, .. }]) = (&reader.inputs[..], &reader.parts[..])
+            && let [Piece::Replace { weight, token }, Piece::Store(masked)] = &pieces[..]
+        {
+            let vector = self.packer.fixed(vector_content(self.fused, weight, *cols));
+            replaced = Some(Replaced { token: *token, vector });
+            self.of_value.insert(*masked, output);
+        }
+        Ok(Kind::Embed { table, format, scales, vocab: info.shape[0], k: *cols, replaced, output })
     }
 
     fn rows(&mut self, op: &FusedOp, source: ValueId) -> Result<(), TileError> {
@@ -267,6 +375,8 @@ impl Lowering<'_> {
             chain => (false, chain),
         };
         match chain {
+            // The embedding has seen to it.
+            [Piece::Replace { .. }, Piece::Store(value)] if self.of_value.contains_key(value) => Ok(()),
             [Piece::RmsNorm { weight, group, eps }, Piece::Store(value)] if *group == part.cols => {
                 let normed = Normed { source, gain: weight.clone(), len: *group, eps: *eps, select };
                 self.normed.insert(*value, normed);
@@ -274,6 +384,25 @@ impl Lowering<'_> {
             }
             _ => Err(error(op, "the kernel has no stage for these pieces on rows")),
         }
+    }
+
+    /// The buffer of a value, and the norm in front of it.
+    pub(super) fn input(
+        &mut self,
+        op: &FusedOp,
+        value: ValueId,
+        offsets: &mut Option<Vec<u64>>,
+    ) -> Result<(BufferId, Option<Norm>), TileError> {
+        let normed = self.normed.get(&value).cloned();
+        let source = normed.as_ref().map_or(value, |normed| normed.source);
+        let Some(&buffer) = self.of_value.get(&source) else {
+            return Err(error(op, "reads a value that has no buffer"));
+        };
+        let norm = normed.map(|normed| {
+            let content = PackContent::F32 { tensor: normed.gain, len: normed.len };
+            Norm { gain: self.packer.slot(content, offsets.as_mut()), eps: normed.eps }
+        });
+        Ok((buffer, norm))
     }
 
     fn gemm(
@@ -327,11 +456,14 @@ impl Lowering<'_> {
             format,
             scales,
             k,
+            first: 0,
+            row: k,
             operands,
             bias,
             epilogue,
             output,
             cols,
+            tap: false,
         }))
     }
 
@@ -371,43 +503,58 @@ impl Lowering<'_> {
                     let buffer = self.half_buffer(layerless(&op.name), *new, cols);
                     Ok((Epilogue::Store, buffer))
                 }
+                // A norm of the whole row waits for whoever reads it.
+                [Piece::RmsNorm { weight, group, eps }, Piece::Store(new)] if *group == part.cols => {
+                    let buffer = self.buffer(layerless(&op.name), BufferElem::F32, cols);
+                    self.of_value.insert(*new, buffer);
+                    let (gain, len, eps) = (weight.clone(), *group, *eps);
+                    self.normed.insert(*new, Normed { source: *new, gain, len, eps, select: false });
+                    Ok((Epilogue::Store, buffer))
+                }
                 _ => Err(refuse()),
             };
         }
         let [q, k, v] = &op.parts[..] else { return Err(refuse()) };
         let (q, k, v) = (chain(q), chain(k), chain(v));
-        let value_scale = match &v[..] {
-            [Piece::WriteValues(_)] => 1.0,
-            [Piece::Scale(factor), Piece::WriteValues(_)] if factor.is_finite() => *factor,
-            _ => return Err(refuse()),
-        };
+        let value_scale = value_scale(op, &v)?;
         let (Some(Piece::Store(queries)), Some(Piece::WriteKeys(_))) = (q.last(), k.last()) else {
             return Err(refuse());
         };
-        let heads = |pieces: &[Piece]| -> Result<HeadChain, TileError> {
-            let mut chain = HeadChain::default();
-            for piece in &pieces[..pieces.len() - 1] {
-                match piece {
-                    Piece::RmsNorm { weight, group, eps }
-                        if *group == self.kv.qk_dim && chain.rope.is_none() =>
-                    {
-                        chain.norm = Some((weight.clone(), *eps));
-                    }
-                    Piece::Rope { rope, head_dim } if *head_dim == self.kv.qk_dim => {
-                        chain.rope = Some(rope.clone())
-                    }
-                    _ => return Err(refuse()),
-                }
-            }
-            Ok(chain)
-        };
-        let (q, k) = (heads(&q)?, heads(&k)?);
+        let (q, k) = (self.head_chain(op, &q)?, self.head_chain(op, &k)?);
         if q.rope != k.rope {
             return Err(error(op, "queries and keys are rotated differently"));
         }
         let qkv = self.buffer("qkv", BufferElem::F32, cols);
         self.heads.insert(*queries, Heads { qkv, q, k, value_scale });
         Ok((Epilogue::Store, qkv))
+    }
+
+    /// What becomes of each head of queries or keys in front of their sink.
+    pub(super) fn head_chain(&self, op: &FusedOp, pieces: &[Piece]) -> Result<HeadChain, TileError> {
+        let mut chain = HeadChain::default();
+        for piece in &pieces[..pieces.len().saturating_sub(1)] {
+            match piece {
+                Piece::RmsNorm { weight, group, eps } if *group == self.kv.qk_dim && chain.rope.is_none() => {
+                    chain.norm = Some((weight.clone(), *eps));
+                }
+                Piece::Rope { rope, head_dim } if *head_dim == self.kv.qk_dim => {
+                    chain.rope = Some(rope.clone())
+                }
+                _ => return Err(error(op, format!("the kernel has no epilogue for {:?}", op.parts))),
+            }
+        }
+        Ok(chain)
+    }
+
+    /// The table of a rotary embedding.
+    pub(super) fn rope(&mut self, name: &str) -> Rope {
+        let spec = &self.fused.ropes[name];
+        let content = PackContent::RopeTable {
+            inv_freq: spec.inv_freq(),
+            positions: self.context,
+            attention_factor: spec.attention_factor(),
+        };
+        Rope { table: self.packer.fixed(content), positions: self.context, dims: spec.dims }
     }
 
     fn feeds_a_choice(&self, value: ValueId) -> bool {
@@ -551,18 +698,23 @@ impl Lowering<'_> {
             format,
             scales: None,
             k: k.next_multiple_of(OCTET),
+            first: 0,
+            row: k.next_multiple_of(OCTET),
             operands,
             bias,
             epilogue,
             output,
             cols,
+            tap: false,
         };
         Ok(Kind::Experts(Experts { gemm, experts, top_k, route }))
     }
 
     /// The buffer in which `old` becomes `new`: nobody reads the old one behind this operator.
     fn residual(&mut self, op: &FusedOp, old: ValueId, new: ValueId) -> Result<BufferId, TileError> {
-        let last = self.fused.ops.iter().rposition(|other| other.reads().contains(&old));
+        // Taps are taken where the value is made.
+        let reads = |other: &FusedOp| other.anchor != Anchor::Taps && other.reads().contains(&old);
+        let last = self.fused.ops.iter().rposition(reads);
         if last.is_none_or(|last| self.fused.ops[last].name != op.name) {
             return Err(error(op, "its residual is read again after the sum"));
         }
@@ -577,9 +729,10 @@ impl Lowering<'_> {
         queries: ValueId,
         offsets: &mut Option<Vec<u64>>,
     ) -> Result<Kind, TileError> {
-        let Anchor::Attention { cache, heads, scale, window, sinks, .. } = &op.anchor else {
+        let Anchor::Attention { cache, heads, scale, window, sinks, bidirectional } = &op.anchor else {
             return Err(error(op, "is no attention"));
         };
+        let bidirectional = *bidirectional;
         let (heads, scale, window) = (*heads, *scale, *window);
         let kv_heads = self.fused.caches[*cache].kv_heads;
         let Some(Heads { qkv, q, k, value_scale }) = self.heads.get(&queries).cloned() else {
@@ -599,15 +752,7 @@ impl Lowering<'_> {
         {
             return Err(error(op, "queries and keys are normed with different eps"));
         }
-        let rope = q.rope.map(|name| {
-            let spec = &self.fused.ropes[&name];
-            let content = PackContent::RopeTable {
-                inv_freq: spec.inv_freq(),
-                positions: self.context,
-                attention_factor: spec.attention_factor(),
-            };
-            Rope { table: self.packer.fixed(content), positions: self.context, dims: spec.dims }
-        });
+        let rope = q.rope.map(|name| self.rope(&name));
         let sinks = sinks.as_ref().map(|name| {
             let content = vector_content(self.fused, name, heads);
             self.packer.slot(content, offsets.as_mut())
@@ -629,6 +774,7 @@ impl Lowering<'_> {
             window,
             sinks,
             value_scale,
+            bidirectional,
         }))
     }
 
@@ -648,7 +794,7 @@ impl Lowering<'_> {
 
     /// The buffer of this name and shape. Every stage waits for all of the one before, and no stage
     /// of a layer reads what another layer's stage of this name wrote, so layers share buffers.
-    fn buffer(&mut self, name: &str, elem: BufferElem, cols: usize) -> BufferId {
+    pub(super) fn buffer(&mut self, name: &str, elem: BufferElem, cols: usize) -> BufferId {
         let same = |buffer: &Buffer| buffer.name == name && buffer.elem == elem && buffer.cols == cols;
         if let Some(known) = self.buffers.iter().position(same) {
             return BufferId(known as u32);
@@ -660,7 +806,7 @@ impl Lowering<'_> {
     }
 
     /// Biases of the parts, by the features that they belong to.
-    fn bias(&mut self, op: &FusedOp, offsets: &mut Option<Vec<u64>>) -> Vec<Bias> {
+    pub(super) fn bias(&mut self, op: &FusedOp, offsets: &mut Option<Vec<u64>>) -> Vec<Bias> {
         let mut found = Vec::new();
         let mut start = 0;
         for part in &op.parts {
@@ -676,7 +822,7 @@ impl Lowering<'_> {
         found
     }
 
-    fn octets(
+    pub(super) fn octets(
         &self,
         op: &FusedOp,
         format: Format,

@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use tilec_ir::launch::{KERNEL, LaunchArgs};
-use tilec_ir::plan::Plan;
+use tilec_ir::plan::{Plan, PlanFile, ResidentPlan};
 
 /// Memory of a device; freed when dropped.
 pub struct Memory {
@@ -106,7 +106,18 @@ impl HostMemory {
     }
 }
 
-/// A device with a plan's kernel. Work is queued and done in order.
+/// A kernel of a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// The model's step.
+    Model,
+    /// Makes a draft's context.
+    Inject,
+    /// A block of a draft.
+    Block,
+}
+
+/// A device with a plan's kernels. Work is queued and done in order.
 ///
 /// The `unsafe` functions want what they are given to stay, and host memory not to be touched (or, where
 /// it is only read, not to be written), until [`Device::idle`] says that all is done.
@@ -117,7 +128,7 @@ pub trait Device: Send {
     /// Bytes per second that the memory can deliver at best, if that is known.
     fn memory_rate(&self) -> Option<u64>;
 
-    /// Bytes of the kernel's code.
+    /// Bytes of the kernels' code.
     fn code_bytes(&self) -> usize;
 
     /// `bytes` of uninitialised memory for `what`; `lower` names the limits that the size comes from. A
@@ -186,14 +197,14 @@ pub trait Device: Send {
     /// [`CudaError`].
     unsafe fn copy_within(&mut self, to: u64, from: u64, bytes: usize) -> Result<(), CudaError>;
 
-    /// Queues a launch of the kernel.
+    /// Queues a launch of a kernel.
     ///
     /// # Safety
     /// See [`Device`]; the arguments are as [`LaunchArgs`] says.
     ///
     /// # Errors
     /// [`CudaError`].
-    unsafe fn launch(&mut self, args: &LaunchArgs) -> Result<(), CudaError>;
+    unsafe fn launch(&mut self, program: Program, args: &LaunchArgs) -> Result<(), CudaError>;
 
     /// Whether everything that was queued is done.
     ///
@@ -205,36 +216,69 @@ pub trait Device: Send {
     fn abandon(&mut self);
 }
 
-/// A GPU with a plan's kernel.
+/// A GPU with a plan's kernels.
 pub struct Gpu {
     stream: Stream,
     kernel: Kernel,
+    /// What makes a draft's context, and a block.
+    draft: Option<[Kernel; 2]>,
     context: Arc<Context>,
     code_bytes: usize,
 }
 
 impl Gpu {
-    /// Opens GPU `number` and loads the kernel of the plan in `folder` after checking its sum and that
-    /// this GPU can run it.
+    /// Opens GPU `number` and loads the kernel of the plan in `folder`, and those of its draft if it is
+    /// to run, after checking their sums and that this GPU can run them.
     ///
     /// # Errors
     /// [`CudaError`].
-    pub fn open(number: usize, folder: &Path, plan: &Plan) -> Result<Gpu, CudaError> {
-        let path = folder.join(&plan.code.file);
-        let fault = |problem: String| CudaError::Code { path: path.clone(), problem };
-        let resident = plan.resident.ok_or_else(|| fault("the plan has no resident kernel".into()))?;
-        let cubin = std::fs::read(&path).map_err(|error| fault(error.to_string()))?;
-        let found: String = Sha256::digest(&cubin).iter().map(|byte| format!("{byte:02x}")).collect();
-        if !found.eq_ignore_ascii_case(&plan.code.sha256) {
-            return Err(fault(format!("its SHA-256 is {found}, the plan says {}", plan.code.sha256)));
-        }
+    pub fn open(number: usize, folder: &Path, plan: &Plan, draft: bool) -> Result<Gpu, CudaError> {
+        let cubin = Cubin::read(folder, &plan.code, plan.resident)?;
+        let draft = match plan.draft.as_ref().filter(|_| draft) {
+            Some(draft) => Some([
+                Cubin::read(folder, &draft.inject.code, draft.inject.resident)?,
+                Cubin::read(folder, &draft.block_pass.code, draft.block_pass.resident)?,
+            ]),
+            None => None,
+        };
         let context = Context::open(number)?;
         fits(&plan.target.arch, context.info())?;
         let stream = Stream::new(&context)?;
+        let all = std::iter::once(&cubin).chain(draft.iter().flatten());
+        let code_bytes = all.map(|cubin| cubin.bytes.len()).sum();
+        let kernel = cubin.load(&context)?;
+        let draft = match draft {
+            Some([inject, block]) => Some([inject.load(&context)?, block.load(&context)?]),
+            None => None,
+        };
+        Ok(Gpu { stream, kernel, draft, context, code_bytes })
+    }
+}
+
+/// Machine code that the compiler wrote.
+struct Cubin {
+    bytes: Vec<u8>,
+    resident: ResidentPlan,
+}
+
+impl Cubin {
+    /// Reads a file of the plan in `folder` and checks its sum.
+    fn read(folder: &Path, file: &PlanFile, resident: Option<ResidentPlan>) -> Result<Cubin, CudaError> {
+        let path = folder.join(&file.file);
+        let fault = |problem: String| CudaError::Code { path: path.clone(), problem };
+        let resident = resident.ok_or_else(|| fault("the plan has no resident kernel".into()))?;
+        let bytes = std::fs::read(&path).map_err(|error| fault(error.to_string()))?;
+        let found: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        if !found.eq_ignore_ascii_case(&file.sha256) {
+            return Err(fault(format!("its SHA-256 is {found}, the plan says {}", file.sha256)));
+        }
+        Ok(Cubin { bytes, resident })
+    }
+
+    fn load(&self, context: &Arc<Context>) -> Result<Kernel, CudaError> {
+        let ResidentPlan { threads, shared_bytes, .. } = self.resident;
         // SAFETY: the file is the one that the compiler wrote: its sum is the plan's.
-        let kernel =
-            unsafe { Kernel::load(&context, &cubin, KERNEL, resident.threads, resident.shared_bytes) };
-        Ok(Gpu { stream, kernel: kernel?, context, code_bytes: cubin.len() })
+        unsafe { Kernel::load(context, &self.bytes, KERNEL, threads, shared_bytes) }
     }
 }
 
@@ -302,9 +346,18 @@ impl Device for Gpu {
         unsafe { self.stream.copy_within(to, from, bytes) }
     }
 
-    unsafe fn launch(&mut self, args: &LaunchArgs) -> Result<(), CudaError> {
-        // SAFETY: the plan's kernel takes these arguments; the rest is the caller's promise.
-        unsafe { self.kernel.launch(&self.stream, args) }
+    unsafe fn launch(&mut self, program: Program, args: &LaunchArgs) -> Result<(), CudaError> {
+        let kernel = match (program, &self.draft) {
+            (Program::Inject, Some([inject, _])) => inject,
+            (Program::Block, Some([_, block])) => block,
+            (Program::Model, _) => &self.kernel,
+            (_, None) => {
+                let problem = "the plan's draft was not loaded".into();
+                return Err(CudaError::Code { path: KERNEL.into(), problem });
+            }
+        };
+        // SAFETY: the plan's kernels take these arguments; the rest is the caller's promise.
+        unsafe { kernel.launch(&self.stream, args) }
     }
 
     fn idle(&mut self) -> Result<bool, CudaError> {
@@ -346,7 +399,8 @@ mod tests {
     fn a_kernel_that_is_damaged_or_missing_is_refused_before_the_driver_is_asked() {
         let folder = tempfile::tempdir().unwrap();
         let mut plan = crate::cuda::fake::cuda_plan();
-        let refused = |plan: &Plan| Gpu::open(0, folder.path(), plan).map(|_| ()).unwrap_err().to_string();
+        let refused =
+            |plan: &Plan| Gpu::open(0, folder.path(), plan, true).map(|_| ()).unwrap_err().to_string();
         let text = refused(&plan);
         assert!(text.contains("kernel.o") && text.contains("compile the model again"), "{text}");
         std::fs::write(folder.path().join(&plan.code.file), b"cubin").unwrap();

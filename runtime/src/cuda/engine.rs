@@ -5,7 +5,7 @@
 //! that waits for too long ends itself and says where; if not even that is heard of, the engine gives
 //! up, and leaves its memory to the system.
 
-use super::device::{Device, HostMemory, Memory};
+use super::device::{Device, HostMemory, Memory, Program};
 use super::error::CudaError;
 use super::{DECODE_STEPS, weights};
 use crate::engine::{EngineError, EngineOptions, RowInput, StepError};
@@ -14,7 +14,7 @@ use crate::memory::Breakdown;
 use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use tilec_ir::abi::KvType;
+use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::launch::{
     LaunchArgs, STALL_WORDS, STEP_ROWS, STOP_TOKENS, SYNC_BYTES, StallRecord, TRACE_FIELDS,
 };
@@ -61,11 +61,19 @@ const MAIL_WORDS: usize = 128;
 /// The kernel's `f32` and `u32`.
 const WORD: usize = 4;
 
-/// Weights, memory and kernel of a plan on a GPU.
+/// Rows of a pass, and which of the wanted rows of logits it has.
+type Pass = (Range<usize>, Range<usize>);
+
+/// Weights, memory and kernels of a plan on a GPU.
 pub struct CudaEngine {
     weights: Memory,
     kv: Memory,
     arena: Memory,
+    draft: Option<CudaDraft>,
+    /// Where the taps of a step lie in the arena; 0 without a draft.
+    taps: u64,
+    /// Bytes of a row of them.
+    tap_bytes: u64,
     sync: Memory,
     logits: Memory,
     inputs: Memory,
@@ -90,6 +98,13 @@ pub struct CudaEngine {
     poisoned: Option<String>,
     /// Last: everything above was made by it.
     device: Box<dyn Device>,
+}
+
+/// Memory of a draft's kernels.
+struct CudaDraft {
+    kv: Memory,
+    inject: Memory,
+    block: Memory,
 }
 
 /// Experts that are chosen at random, all with the same weight, for measurements.
@@ -127,7 +142,9 @@ impl CudaEngine {
         let row_bytes = plan.vocab.checked_mul(WORD);
         let logits_bytes = row_bytes.and_then(|bytes| bytes.checked_mul(logit_rows));
         let logits_bytes = logits_bytes.ok_or(CudaError::Overflow { what: "logits", lower: ROWS })?;
-        let inputs_bytes = plan.limits.max_rows.div_ceil(STEP_ROWS) * PASS_WORDS * WORD;
+        // Of two passes of blocks one behind the other at least one is more than half full.
+        let passes = plan.limits.max_rows.div_ceil(STEP_ROWS / 2) + 1;
+        let inputs_bytes = passes * PASS_WORDS * WORD;
         let table_bytes = plan.limits.sequences.checked_mul(plan.limits.pages_per_sequence(&plan.kv));
         let table_bytes = table_bytes.and_then(|entries| entries.checked_mul(WORD));
         let table_bytes = table_bytes.ok_or(CudaError::Overflow { what: "page table", lower: KV_LIMITS })?;
@@ -139,10 +156,23 @@ impl CudaEngine {
         let weights = sized("weights", "precision.weights", weights_bytes)?;
         let kv = sized("KV cache", KV_LIMITS, plan.kv.total_bytes(pages))?;
         let trace = trace_bytes.map(|bytes| sized("profile", ROWS, Some(bytes))).transpose()?;
+        let draft = match plan.draft.as_ref().filter(|_| options.draft) {
+            Some(draft) => Some(CudaDraft {
+                kv: sized("KV cache of the draft", KV_LIMITS, draft.kv.total_bytes(pages))?,
+                inject: sized("activations of the draft", ROWS, Some(draft.inject.arena_bytes()))?,
+                block: sized("activations of the draft", ROWS, Some(draft.block_pass.arena_bytes()))?,
+            }),
+            None => None,
+        };
+        let arena = sized("activations", ROWS, Some(plan.arena_bytes()))?;
+        let taps = plan.draft.as_ref().map(|draft| &plan.buffers[draft.taps_buffer]);
         let mut engine = CudaEngine {
             weights,
             kv,
-            arena: sized("activations", ROWS, Some(plan.arena_bytes()))?,
+            taps: taps.map_or(0, |taps| arena.address() + taps.offset as u64),
+            tap_bytes: taps.map_or(0, |taps| (taps.cols * WORD) as u64),
+            arena,
+            draft,
             sync: sized("counters", ROWS, Some(SYNC_BYTES))?,
             logits: sized("logits", ROWS, row_bytes.and_then(|bytes| bytes.checked_mul(STEP_ROWS)))?,
             inputs: sized("rows", ROWS, Some(inputs_bytes))?,
@@ -162,11 +192,23 @@ impl CudaEngine {
             poisoned: None,
             device,
         };
-        for memory in [&engine.weights, &engine.kv, &engine.arena] {
+        let draft = engine.draft.iter().flat_map(|draft| [&draft.kv, &draft.inject, &draft.block]);
+        for memory in [&engine.weights, &engine.kv, &engine.arena].into_iter().chain(draft) {
             // SAFETY: all of memory that stays as long as the device.
             unsafe { engine.device.zero(memory.address(), memory.bytes()) }?;
         }
         Ok(engine)
+    }
+
+    /// Whether the plan's draft was loaded.
+    pub fn has_draft(&self) -> bool {
+        self.draft.is_some()
+    }
+
+    /// The KV caches, with where they are.
+    fn caches(&self, plan: &Plan) -> Vec<(KvLayout, u64)> {
+        let draft = self.draft.iter().zip(&plan.draft).map(|(own, draft)| (draft.kv, own.kv.address()));
+        std::iter::once((plan.kv, self.kv.address())).chain(draft).collect()
     }
 
     /// Fills the weights.
@@ -182,7 +224,7 @@ impl CudaEngine {
         weights::load(&mut *self.device, &self.weights, plan, options, progress)
     }
 
-    /// Fills the KV cache, the activations and the logits with [`POISON`] before whatever is queued next,
+    /// Fills the KV caches, the activations and the logits with [`POISON`] before whatever is queued next,
     /// and from now on every page that is cleared.
     ///
     /// # Errors
@@ -190,16 +232,18 @@ impl CudaEngine {
     pub fn poison(&mut self, plan: &Plan) -> Result<(), StepError> {
         self.ready()?;
         self.fresh = POISON;
-        let all = [&self.kv, &self.arena, &self.logits].map(|memory| (memory.address(), memory.bytes()));
+        let draft = self.draft.iter().flat_map(|draft| [&draft.kv, &draft.inject, &draft.block]);
+        let all = [&self.kv, &self.arena, &self.logits].into_iter().chain(draft);
+        let all: Vec<(u64, usize)> = all.map(|memory| (memory.address(), memory.bytes())).collect();
         for (address, bytes) in all {
             // SAFETY: all of memory that stays as long as the device.
             let filled = unsafe { self.device.fill(address, POISON, bytes) };
-            filled.map_err(|error| self.fail(plan, Trouble::Failed(error)))?;
+            filled.map_err(|error| self.fail(&plan.stages, Trouble::Failed(error)))?;
         }
         Ok(())
     }
 
-    /// Zeroes pages of the KV cache (or poisons them) before whatever is queued next.
+    /// Zeroes pages of the KV caches (or poisons them) before whatever is queued next.
     ///
     /// # Errors
     /// [`StepError`].
@@ -208,37 +252,47 @@ impl CudaEngine {
             return Ok(());
         }
         self.ready()?;
-        let bytes = plan.kv.kv_heads * plan.kv.block_bytes();
-        for page in pages {
-            for layer in 0..plan.kv.layers {
-                let offset = plan.kv.block_offset(self.pages, layer, *page as usize, 0);
-                // SAFETY: a page of the cache, which stays as long as the device.
-                let filled =
-                    unsafe { self.device.fill(self.kv.address() + offset as u64, self.fresh, bytes) };
-                filled.map_err(|error| self.fail(plan, Trouble::Failed(error)))?;
+        for (kv, address) in self.caches(plan) {
+            let bytes = kv.kv_heads * kv.block_bytes();
+            for page in pages {
+                for layer in 0..kv.layers {
+                    let offset = kv.block_offset(self.pages, layer, *page as usize, 0);
+                    // SAFETY: a page of the cache, which stays as long as the device.
+                    let filled = unsafe { self.device.fill(address + offset as u64, self.fresh, bytes) };
+                    filled.map_err(|error| self.fail(&plan.stages, Trouble::Failed(error)))?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Fills pages of the KV cache with numbers that no token made, from -1 to 1, before whatever is
+    /// Fills pages of the KV caches with numbers that no token made, from -1 to 1, before whatever is
     /// queued next.
     ///
     /// # Errors
     /// [`StepError`].
     pub fn fill(&mut self, plan: &Plan, pages: &[u32]) -> Result<(), StepError> {
+        self.caches(plan).into_iter().try_for_each(|(kv, address)| self.fill_cache(plan, kv, address, pages))
+    }
+
+    fn fill_cache(
+        &mut self,
+        plan: &Plan,
+        kv: KvLayout,
+        address: u64,
+        pages: &[u32],
+    ) -> Result<(), StepError> {
         self.ready()?;
-        let page_bytes = plan.kv.kv_heads * plan.kv.block_bytes();
+        let page_bytes = kv.kv_heads * kv.block_bytes();
         let mut host = self.device.allocate_host(FILL_BYTES.max(page_bytes))?;
         let pages_at_once = host.bytes() / page_bytes;
         // SAFETY: nothing is queued on it yet.
-        fill_random(plan.kv.kv_type, unsafe { host.slice_mut(0..host.bytes()) });
+        fill_random(kv.kv_type, unsafe { host.slice_mut(0..host.bytes()) });
         let mut queued = Ok(());
         for run in pages.chunk_by(|one, next| one + 1 == *next) {
             for part in run.chunks(pages_at_once) {
-                for layer in 0..plan.kv.layers {
-                    let to = self.kv.address()
-                        + plan.kv.block_offset(self.pages, layer, part[0] as usize, 0) as u64;
+                for layer in 0..kv.layers {
+                    let to = address + kv.block_offset(self.pages, layer, part[0] as usize, 0) as u64;
                     // SAFETY: neighbouring pages of a layer are one range of the cache; the host's memory
                     // stays until the wait below.
                     let copied = unsafe { self.device.copy_in(to, &host, 0..part.len() * page_bytes) };
@@ -249,7 +303,7 @@ impl CudaEngine {
         let result = queued
             .map_err(Trouble::Failed)
             .and_then(|()| wait(&mut *self.device, FILL_PATIENCE, Duration::ZERO, &mut || 0));
-        result.map_err(|trouble| self.fail(plan, trouble))
+        result.map_err(|trouble| self.fail(&plan.stages, trouble))
     }
 
     /// Runs a step that was checked and has its pages, in passes of [`STEP_ROWS`] rows; returns the
@@ -264,36 +318,95 @@ impl CudaEngine {
         rows: &[RowInput],
         logit_rows: &[u32],
     ) -> Result<&[f32], StepError> {
-        self.ready()?;
         let passes = split(rows.len(), logit_rows);
+        self.run(Program::Model, plan, pages, rows, logit_rows, &passes)
+    }
+
+    /// Fills the draft's cache at the positions of `rows`, of which `chosen` has the numbers in the last
+    /// step.
+    ///
+    /// # Errors
+    /// [`StepError`] if there is no draft; after another one the engine does nothing more.
+    pub fn inject(
+        &mut self,
+        plan: &Plan,
+        pages: &PageTable,
+        rows: &[RowInput],
+        chosen: &[u32],
+    ) -> Result<(), StepError> {
+        // The kernel takes the number of a row's taps for its token.
+        let rows: Vec<RowInput> =
+            rows.iter().zip(chosen).map(|(row, number)| RowInput { token: *number, ..*row }).collect();
+        let passes = split(rows.len(), &[]);
+        self.run(Program::Inject, plan, pages, &rows, &[], &passes).map(|_| ())
+    }
+
+    /// Runs blocks of the draft that were checked and have their pages; returns the logits
+    /// `[logit_rows][vocab]`. No block has more rows than a pass.
+    ///
+    /// # Errors
+    /// [`StepError`] if there is no draft; after another one the engine does nothing more.
+    pub fn block(
+        &mut self,
+        plan: &Plan,
+        pages: &PageTable,
+        rows: &[RowInput],
+        logit_rows: &[u32],
+    ) -> Result<&[f32], StepError> {
+        let passes = split_blocks(rows, logit_rows);
+        self.run(Program::Block, plan, pages, rows, logit_rows, &passes)
+    }
+
+    /// Runs a kernel on rows, pass by pass; returns the logits.
+    fn run(
+        &mut self,
+        program: Program,
+        plan: &Plan,
+        pages: &PageTable,
+        rows: &[RowInput],
+        logit_rows: &[u32],
+        passes: &[Pass],
+    ) -> Result<&[f32], StepError> {
+        self.ready()?;
+        let stages = match (program, &plan.draft) {
+            (Program::Model, _) => &plan.stages,
+            (Program::Inject, Some(draft)) if self.has_draft() => &draft.inject.stages,
+            (Program::Block, Some(draft)) if self.has_draft() => &draft.block_pass.stages,
+            _ => return Err(StepError::NoDraft),
+        };
         for (number, (range, wanted)) in passes.iter().enumerate() {
             let start = range.start as u32;
             let wanted = logit_rows[wanted.clone()].iter().map(|row| row - start);
             self.write_rows(number, &rows[range.clone()], wanted);
         }
-        let result = self.queue_step(plan, pages, &passes).map_err(Trouble::Failed).and_then(|()| {
+        let queued = self.queue_passes(program, plan, pages, passes);
+        let result = queued.map_err(Trouble::Failed).and_then(|()| {
             let mail = self.mail.words();
             let done = &mail[DONE];
             wait(&mut *self.device, self.patience + MARGIN, WATCH, &mut || {
                 u64::from(done.load(Ordering::Relaxed))
             })
         });
-        self.finish(plan, result)?;
+        self.finish(stages, result)?;
         let bytes = logit_rows.len() * plan.vocab * WORD;
         // SAFETY: nothing is queued any more.
         Ok(bytemuck::cast_slice(unsafe { self.logits_host.slice(0..bytes) }))
     }
 
-    fn queue_step(
+    fn queue_passes(
         &mut self,
+        program: Program,
         plan: &Plan,
         pages: &PageTable,
-        passes: &[(Range<usize>, Range<usize>)],
+        passes: &[Pass],
     ) -> Result<(), CudaError> {
         self.queue_inputs(pages, passes.len())?;
         for (number, (rows, wanted)) in passes.iter().enumerate() {
-            let args = self.args(pages, number, rows.len(), wanted.len());
-            self.queue_launch(&args)?;
+            let mut args = self.args(program, pages, number, rows.len(), wanted.len());
+            if program == Program::Model {
+                args.taps += rows.start as u64 * self.tap_bytes;
+            }
+            self.queue_launch(program, &args)?;
             let row_bytes = plan.vocab * WORD;
             let done = self.inputs.address() + ((number * PASS_WORDS + PASS_NUMBER) * WORD) as u64;
             let device = &mut *self.device;
@@ -308,7 +421,7 @@ impl CudaEngine {
                 device.copy_out(&self.mail, DONE * WORD..(DONE + 1) * WORD, done)?;
             }
         }
-        self.queue_trace()
+        if program == Program::Model { self.queue_trace() } else { Ok(()) }
     }
 
     /// Decodes in one launch: see [`crate::engine::Engine::decode`]. The rows were checked and have
@@ -330,7 +443,7 @@ impl CudaEngine {
         for word in &self.chosen.words()[..steps * STEP_ROWS] {
             word.store(0, Ordering::Relaxed);
         }
-        let mut args = self.args(pages, 0, rows.len(), rows.len());
+        let mut args = self.args(Program::Model, pages, 0, rows.len(), rows.len());
         args.steps = steps as u32;
         args.chosen = self.chosen.address();
         // The kernel knows some of the tokens that end a text; this side looks for all of them.
@@ -342,7 +455,7 @@ impl CudaEngine {
         let mut told = Told { steps: 0, ended: false, bad: None };
         let queued = self
             .queue_inputs(pages, 1)
-            .and_then(|()| self.queue_launch(&args))
+            .and_then(|()| self.queue_launch(Program::Model, &args))
             .and_then(|()| self.queue_trace());
         let result = queued.map_err(Trouble::Failed).and_then(|()| {
             let (chosen, halt) = (self.chosen.words(), &self.mail.words()[HALT]);
@@ -354,7 +467,7 @@ impl CudaEngine {
                 told.steps as u64
             })
         });
-        self.finish(plan, result)?;
+        self.finish(&plan.stages, result)?;
         let problem = match told.bad {
             Some((step, row, token)) => {
                 format!("with token {token} for row {row} of step {step}, which is none of {}", plan.vocab)
@@ -397,17 +510,17 @@ impl CudaEngine {
         unsafe { self.device.copy_in(self.inputs.address(), &self.inputs_host, 0..bytes) }
     }
 
-    fn queue_launch(&mut self, args: &LaunchArgs) -> Result<(), CudaError> {
+    fn queue_launch(&mut self, program: Program, args: &LaunchArgs) -> Result<(), CudaError> {
         let trace = self.trace.as_ref().map(|trace| (trace.address(), trace.bytes()));
         // SAFETY: the counters and the trace are this long. The arguments lead to memory of this engine,
         // of the sizes that the plan and `LaunchArgs` say; it stays until the kernel has ended, because
         // every step waits for that, or is leaked.
         unsafe {
             self.device.zero(self.sync.address(), SYNC_BYTES)?;
-            if let Some((address, bytes)) = trace {
+            if let Some((address, bytes)) = trace.filter(|_| args.trace != 0) {
                 self.device.zero(address, bytes)?;
             }
-            self.device.launch(args)
+            self.device.launch(program, args)
         }
     }
 
@@ -420,13 +533,27 @@ impl CudaEngine {
     }
 
     /// The arguments of a launch of one step.
-    fn args(&self, pages: &PageTable, pass: usize, rows: usize, logit_rows: usize) -> LaunchArgs {
+    fn args(
+        &self,
+        program: Program,
+        pages: &PageTable,
+        pass: usize,
+        rows: usize,
+        logit_rows: usize,
+    ) -> LaunchArgs {
+        let (kv, arena) = match (program, &self.draft) {
+            (Program::Inject, Some(draft)) => (&draft.kv, &draft.inject),
+            (Program::Block, Some(draft)) => (&draft.kv, &draft.block),
+            _ => (&self.kv, &self.arena),
+        };
+        // The stages of a draft have no times.
+        let trace = self.trace.as_ref().filter(|_| program == Program::Model);
         let input = |word: usize| self.inputs.address() + ((pass * PASS_WORDS + word) * WORD) as u64;
         let mail = |word: usize| self.mail.address() + (word * WORD) as u64;
         LaunchArgs {
             weights: self.weights.address(),
-            kv: self.kv.address(),
-            arena: self.arena.address(),
+            kv: kv.address(),
+            arena: arena.address(),
             sync: self.sync.address(),
             logits: self.logits.address(),
             tokens: input(TOKENS),
@@ -437,8 +564,9 @@ impl CudaEngine {
             stall: mail(STALL),
             chosen: 0,
             halt: mail(HALT),
-            trace: self.trace.as_ref().map_or(0, Memory::address),
+            trace: trace.map_or(0, Memory::address),
             experts: mail(STREAMED),
+            taps: self.taps,
             patience_ns: u64::try_from(self.patience.as_nanos()).unwrap_or(u64::MAX),
             rows: rows as u32,
             logit_rows: logit_rows as u32,
@@ -462,12 +590,12 @@ impl CudaEngine {
     }
 
     /// Looks whether a wait of the kernel gave up, and at how the host's own wait ended.
-    fn finish(&mut self, plan: &Plan, result: Result<(), Trouble>) -> Result<(), StepError> {
+    fn finish(&mut self, stages: &[String], result: Result<(), Trouble>) -> Result<(), StepError> {
         match result {
             Ok(()) if self.stall().code == 0 => Ok(()),
             // The kernel ended well, and yet says that it is stuck.
-            Ok(()) => Err(self.fail(plan, Trouble::Silent(Duration::ZERO))),
-            Err(trouble) => Err(self.fail(plan, trouble)),
+            Ok(()) => Err(self.fail(stages, Trouble::Silent(Duration::ZERO))),
+            Err(trouble) => Err(self.fail(stages, trouble)),
         }
     }
 
@@ -489,7 +617,7 @@ impl CudaEngine {
     }
 
     /// Ends the use of this engine with the error that says most.
-    fn fail(&mut self, plan: &Plan, trouble: Trouble) -> StepError {
+    fn fail(&mut self, stages: &[String], trouble: Trouble) -> StepError {
         let record = self.stall();
         if let Trouble::Silent(after) = trouble
             && !after.is_zero()
@@ -500,7 +628,7 @@ impl CudaEngine {
         }
         let error = match trouble {
             _ if record.code != 0 => {
-                let name = plan.stages.get(record.stage as usize);
+                let name = stages.get(record.stage as usize);
                 StepError::Stuck {
                     stage: name.map_or_else(|| format!("number {}", record.stage), Clone::clone),
                     step: record.step,
@@ -538,11 +666,12 @@ impl CudaEngine {
     pub fn memory(&self) -> Breakdown {
         let bytes = |memory: &Memory| memory.bytes() as u64;
         let small = [&self.sync, &self.logits, &self.inputs, &self.table].map(bytes);
+        let draft = |of: fn(&CudaDraft) -> u64| self.draft.as_ref().map_or(0, of);
         Breakdown {
             weights: bytes(&self.weights),
-            kv: bytes(&self.kv),
+            kv: bytes(&self.kv) + draft(|draft| draft.kv.bytes() as u64),
             kv_used: 0,
-            arena: bytes(&self.arena),
+            arena: bytes(&self.arena) + draft(|draft| (draft.inject.bytes() + draft.block.bytes()) as u64),
             scratch: small.iter().sum::<u64>() + self.trace.as_ref().map_or(0, bytes),
             code: self.device.code_bytes() as u64,
         }
@@ -573,15 +702,34 @@ impl Drop for CudaEngine {
 }
 
 /// The passes of a step: which rows, and which of the wanted rows of logits, each has.
-fn split(rows: usize, logit_rows: &[u32]) -> Vec<(Range<usize>, Range<usize>)> {
+fn split(rows: usize, logit_rows: &[u32]) -> Vec<Pass> {
+    let starts = (0..rows).step_by(STEP_ROWS);
+    with_wanted(starts.map(|start| start..rows.min(start + STEP_ROWS)), logit_rows)
+}
+
+/// The passes of blocks, which are not cut: their rows see each other. As many of them as fit to a pass.
+fn split_blocks(rows: &[RowInput], logit_rows: &[u32]) -> Vec<Pass> {
+    let mut passes: Vec<Range<usize>> = Vec::new();
+    let mut end = 0;
+    for block in rows.chunk_by(|a, b| a.sequence == b.sequence) {
+        let start = end;
+        end += block.len();
+        match passes.last_mut() {
+            Some(last) if end - last.start <= STEP_ROWS => last.end = end,
+            _ => passes.push(start..end),
+        }
+    }
+    with_wanted(passes.into_iter(), logit_rows)
+}
+
+/// Adds to each pass which of the wanted rows of logits it has.
+fn with_wanted(passes: impl Iterator<Item = Range<usize>>, logit_rows: &[u32]) -> Vec<Pass> {
     let mut wanted = 0;
-    (0..rows)
-        .step_by(STEP_ROWS)
-        .map(|start| {
-            let end = rows.min(start + STEP_ROWS);
+    passes
+        .map(|pass| {
             let first = wanted;
-            wanted += logit_rows[first..].iter().take_while(|row| (**row as usize) < end).count();
-            (start..end, first..wanted)
+            wanted += logit_rows[first..].iter().take_while(|row| (**row as usize) < pass.end).count();
+            (pass, first..wanted)
         })
         .collect()
 }

@@ -2,7 +2,7 @@
 //! kernel. The toy kernel is the one of the processor's tests: its next token is the sum of all tokens in
 //! the context, which it remembers in the cache's pages.
 
-use super::device::{Device, HostMemory, Memory};
+use super::device::{Device, HostMemory, Memory, Program};
 use super::error::CudaError;
 use crate::engine::tests::{VOCAB, toy_plan};
 use crate::engine::{Engine, EngineOptions};
@@ -28,8 +28,10 @@ type Job = Box<dyn FnOnce() -> Result<(), CudaError> + Send>;
 /// What tests see of the device.
 #[derive(Default)]
 pub struct Seen {
-    /// Arguments of every launch.
+    /// Arguments of every launch of the model's kernel.
     pub launches: Mutex<Vec<LaunchArgs>>,
+    /// Which kernels were launched.
+    pub programs: Mutex<Vec<Program>>,
     /// Copies to the device.
     pub copies_in: AtomicUsize,
     /// Bytes of device memory that are held.
@@ -45,10 +47,16 @@ pub struct Seen {
 pub struct FakeDevice {
     seen: Arc<Seen>,
     kernel: FakeKernel,
+    draft: Option<[FakeKernel; 2]>,
     queue: Sender<Job>,
 }
 
 impl FakeDevice {
+    /// A device with a kernel, and with those of a draft: that which injects, and that of a block.
+    pub fn with_draft(kernel: FakeKernel, draft: [FakeKernel; 2]) -> FakeDevice {
+        FakeDevice { draft: Some(draft), ..FakeDevice::new(kernel) }
+    }
+
     /// A device with a kernel.
     pub fn new(kernel: FakeKernel) -> FakeDevice {
         let seen = Arc::new(Seen::default());
@@ -64,7 +72,7 @@ impl FakeDevice {
                 state.pending.fetch_sub(1, Ordering::AcqRel);
             }
         });
-        FakeDevice { seen, kernel, queue }
+        FakeDevice { seen, kernel, draft: None, queue }
     }
 
     /// What tests see.
@@ -190,9 +198,18 @@ impl Device for FakeDevice {
         })
     }
 
-    unsafe fn launch(&mut self, args: &LaunchArgs) -> Result<(), CudaError> {
-        let (args, kernel) = (*args, Arc::clone(&self.kernel));
-        self.seen.launches.lock().unwrap().push(args);
+    unsafe fn launch(&mut self, program: Program, args: &LaunchArgs) -> Result<(), CudaError> {
+        let kernel = match (program, &self.draft) {
+            (Program::Model, _) => &self.kernel,
+            (Program::Inject, Some([inject, _])) => inject,
+            (Program::Block, Some([_, block])) => block,
+            (_, None) => panic!("the device has no draft"),
+        };
+        let (args, kernel) = (*args, Arc::clone(kernel));
+        if program == Program::Model {
+            self.seen.launches.lock().unwrap().push(args);
+        }
+        self.seen.programs.lock().unwrap().push(program);
         self.queue(move || kernel(&args))
     }
 
@@ -249,7 +266,7 @@ pub fn fake_engine(options: &EngineOptions) -> (Engine, Arc<Seen>) {
 ///
 /// # Safety
 /// The arguments are those of a launch, and the position has a page.
-unsafe fn cell(layout: &KvLayout, args: &LaunchArgs, sequence: u32, position: u32) -> *mut f32 {
+pub unsafe fn cell(layout: &KvLayout, args: &LaunchArgs, sequence: u32, position: u32) -> *mut f32 {
     let (entry, lane) = (position as usize / layout.page_tokens, position as usize % layout.page_tokens);
     assert!(entry < args.pages_per_sequence as usize);
     // SAFETY: the table has this entry, the cache this block and lane.

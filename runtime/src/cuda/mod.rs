@@ -5,6 +5,8 @@
 
 mod ceiling;
 mod device;
+#[cfg(test)]
+mod draft_tests;
 mod driver;
 mod engine;
 mod error;

@@ -272,8 +272,9 @@ impl CpuEngine {
         let (Some(plan_draft), Some(draft)) = (&plan.draft, &mut self.draft) else {
             return Err(StepError::NoDraft);
         };
-        let (taps, input) =
-            (&plan.buffers[plan_draft.taps_buffer], &plan_draft.inject.buffers[plan_draft.input]);
+        // A plan for the processor names the buffer: `verify` checks.
+        let Some(input) = plan_draft.input else { return Err(StepError::NoDraft) };
+        let (taps, input) = (&plan.buffers[plan_draft.taps_buffer], &plan_draft.inject.buffers[input]);
         let bytes = taps.cols * 4;
         let from = &self.program.arena.as_slice()[taps.offset..];
         let to = &mut draft.inject.arena.as_mut_slice()[input.offset..];

@@ -150,7 +150,7 @@ impl Engine {
         let plan = Plan::load(folder)?;
         // What is quickly known to fail comes before hours of packing.
         if plan.resident.is_some() {
-            let gpu = cuda::Gpu::open(options.device, folder, &plan)?;
+            let gpu = cuda::Gpu::open(options.device, folder, &plan, options.draft)?;
             let mut engine = Engine::on_device(plan, Box::new(gpu), options)?;
             if let Back::Cuda(back) = &mut engine.back {
                 back.load_weights(&engine.plan, options, progress)?;
@@ -272,10 +272,11 @@ impl Engine {
 
     /// Rows of a block that the draft takes at most, if there is a draft.
     pub fn draft_block(&self) -> Option<usize> {
-        match &self.back {
-            Back::Cpu(back) if back.has_draft() => self.plan.draft.as_ref().map(|draft| draft.block),
-            _ => None,
-        }
+        let loaded = match &self.back {
+            Back::Cpu(back) => back.has_draft(),
+            Back::Cuda(back) => back.has_draft(),
+        };
+        self.plan.draft.as_ref().filter(|_| loaded).map(|draft| draft.block)
     }
 
     /// Positions of a sequence in the draft's context.
@@ -312,8 +313,10 @@ impl Engine {
                 return Err(StepError::DraftGap { sequence, context, position });
             }
         }
-        let Back::Cpu(back) = &mut self.back else { return Err(StepError::NoDraft) };
-        back.inject(&self.plan, &self.pages, &chosen, rows)?;
+        match &mut self.back {
+            Back::Cpu(back) => back.inject(&self.plan, &self.pages, &chosen, rows)?,
+            Back::Cuda(back) => back.inject(&self.plan, &self.pages, &chosen, rows)?,
+        }
         for row in &chosen {
             self.draft_lengths[row.sequence as usize] = row.position as usize + 1;
         }
@@ -358,10 +361,11 @@ impl Engine {
             // The block's keys and values lie where those of the context will come.
             self.draft_lengths[block.sequence as usize] = block.position as usize;
         }
-        let (Back::Cpu(back), Some(draft)) = (&mut self.back, &self.plan.draft) else {
-            return Err(StepError::NoDraft);
-        };
-        back.block(draft, &self.pages, &rows, &logit_rows)
+        match (&mut self.back, &self.plan.draft) {
+            (Back::Cpu(back), Some(draft)) => back.block(draft, &self.pages, &rows, &logit_rows),
+            (Back::Cuda(back), Some(_)) => back.block(&self.plan, &self.pages, &rows, &logit_rows),
+            (_, None) => Err(StepError::NoDraft),
+        }
     }
 
     /// Whether this engine has [`Engine::decode`]: its plan has a resident kernel.
@@ -414,6 +418,12 @@ impl Engine {
             }
         }
         self.reserve(rows.iter().map(|row| (row.sequence as usize, row.position as usize + steps)))?;
+        // The taps of all steps but the last are gone, and the draft is told of none.
+        self.tapped.clear();
+        for row in rows {
+            let known = &mut self.draft_lengths[row.sequence as usize];
+            *known = (*known).min(row.position as usize);
+        }
         let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
         let done = back.decode(&self.plan, &self.pages, rows, steps, stop_tokens, on_token);
         for row in rows {
@@ -454,6 +464,8 @@ impl Engine {
         let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
         back.fill(&self.plan, &pages)?;
         self.lengths[sequence] = length;
+        // Also for the draft.
+        self.draft_lengths[sequence] = if back.has_draft() { length } else { 0 };
         Ok(())
     }
 

@@ -1,0 +1,287 @@
+//! Drafts on a device in software. The toy's taps are a row's token and position, its draft remembers the
+//! tokens of its context in a cache of its own, and guesses by the toy's own rule, now and then wrongly.
+
+use super::device::Program;
+use super::fake::*;
+use crate::engine::tests::{VOCAB, toy_next};
+use crate::engine::{BlockInput, Engine, EngineOptions, RowInput, StepError};
+use crate::generate::{Generator, Request};
+use crate::sampling::SamplingParams;
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use tilec_ir::abi::{KvLayout, KvType};
+use tilec_ir::launch::{LaunchArgs, STEP_ROWS};
+use tilec_ir::plan::{DraftPlan, Plan, PlanFile, ProgramPlan, WeightsFrom};
+use tilec_ir::stages::{Buffer, BufferElem};
+
+const DRAFT_KV: KvLayout =
+    KvLayout { kv_type: KvType::F32, layers: 1, kv_heads: 1, qk_dim: 4, v_dim: 4, page_tokens: 16 };
+
+/// Token of a row to be guessed.
+const MASK: u32 = 63;
+
+/// Positions at which a guess is wrong: those that this divides.
+const WRONG: u32 = 5;
+
+/// The toy's plan with a draft of blocks of up to 6 rows.
+fn draft_plan() -> Plan {
+    let mut plan = cuda_plan();
+    let rows = plan.limits.max_rows;
+    let f32s =
+        |name: &str, cols, offset| Buffer { name: name.into(), elem: BufferElem::F32, cols, rows, offset };
+    plan.buffers.push(f32s("taps", 2, 1 << 16));
+    let program = |file: &str, buffers| ProgramPlan {
+        buffers,
+        scratch_bytes: 0,
+        stages: vec![format!("{file} first"), format!("{file} second")],
+        costs: Vec::new(),
+        code: PlanFile { file: file.into(), sha256: String::new() },
+        resident: plan.resident,
+    };
+    let synthetic =
+        WeightsFrom::Synthetic { seed: 0, config: serde_json::Value::Null, tensors: Default::default() };
+    plan.draft = Some(DraftPlan {
+        weights: synthetic,
+        block: 6,
+        mask_token: MASK,
+        taps: vec![0],
+        taps_buffer: 1,
+        kv: DRAFT_KV,
+        inject: program("inject", vec![f32s("kv", 8, 0)]),
+        input: None,
+        block_pass: program("block", vec![f32s("logits", VOCAB, 0)]),
+        logits: 0,
+    });
+    plan.verify().unwrap();
+    plan
+}
+
+/// The rows of a launch.
+///
+/// # Safety
+/// The arguments are those of a launch.
+unsafe fn columns(args: &LaunchArgs) -> Vec<RowInput> {
+    // SAFETY: the caller's promise: a launch has as many of each.
+    let column = |address: u64, row| unsafe { *(address as *const u32).add(row) };
+    let row = |row| RowInput {
+        token: column(args.tokens, row),
+        position: column(args.positions, row),
+        sequence: column(args.sequences, row),
+    };
+    (0..args.rows as usize).map(row).collect()
+}
+
+/// The kernels: the toy with taps, and its draft's two. `runs` hears of the rows of every launch of a block.
+fn kernels(runs: &Arc<Mutex<Vec<u32>>>) -> (FakeKernel, [FakeKernel; 2]) {
+    let toy = toy_kernel(cuda_plan().kv);
+    // SAFETY: the engine keeps the arguments valid.
+    let model: FakeKernel = Arc::new(move |args| unsafe {
+        for (number, row) in columns(args).iter().enumerate() {
+            *(args.taps as *mut [f32; 2]).add(number) = [row.token as f32, row.position as f32];
+        }
+        toy(args)
+    });
+    // SAFETY: as above; rows have pages.
+    let inject: FakeKernel = Arc::new(|args| unsafe {
+        assert!((1..=STEP_ROWS as u32).contains(&args.rows) && args.logit_rows == 0 && args.trace == 0);
+        for row in columns(args) {
+            // The number of the taps' row stands in place of the token.
+            let [token, position] = *(args.taps as *const [f32; 2]).add(row.token as usize);
+            assert_eq!(position, row.position as f32, "taps of another row");
+            *cell(&DRAFT_KV, args, row.sequence, row.position) = token;
+        }
+        Ok(())
+    });
+    let runs = Arc::clone(runs);
+    // SAFETY: as above.
+    let block: FakeKernel = Arc::new(move |args| unsafe {
+        let rows = columns(args);
+        runs.lock().unwrap().push(args.rows);
+        let first =
+            |at: usize| (0..=at).rfind(|at| rows[*at].token != MASK).expect("a block begins with a token");
+        for wanted in 0..args.logit_rows as usize {
+            let row = *(args.logit_index as *const u32).add(wanted) as usize;
+            let first = &rows[first(row)];
+            assert_eq!(first.sequence, rows[row].sequence);
+            let context = (0..first.position).map(|at| *cell(&DRAFT_KV, args, first.sequence, at) as u32);
+            let mut history: Vec<u32> = context.chain([first.token]).collect();
+            while history.len() <= rows[row].position as usize {
+                history.push(toy_next(&history));
+            }
+            let wrong = u32::from(rows[row].position.is_multiple_of(WRONG));
+            let guess = (history[history.len() - 1] + wrong) % VOCAB as u32;
+            let logits = (args.logits as *mut f32).add(wanted * VOCAB);
+            (0..VOCAB).for_each(|token| *logits.add(token) = if token as u32 == guess { 1.0 } else { 0.0 });
+        }
+        for row in &rows {
+            *cell(&DRAFT_KV, args, row.sequence, row.position) = f32::NAN;
+        }
+        Ok(())
+    });
+    (model, [inject, block])
+}
+
+fn draft_engine(options: &EngineOptions) -> (Engine, Arc<Seen>, Arc<Mutex<Vec<u32>>>) {
+    let runs = Arc::new(Mutex::new(Vec::new()));
+    let (model, draft) = kernels(&runs);
+    let device = FakeDevice::with_draft(model, draft);
+    let seen = device.seen();
+    (Engine::on_device(draft_plan(), Box::new(device), options).unwrap(), seen, runs)
+}
+
+fn rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
+    (start..).zip(tokens).map(|(position, token)| RowInput { token: *token, position, sequence }).collect()
+}
+
+fn request(prompt: &[u32], max_tokens: usize) -> Request {
+    Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        stop_tokens: Vec::new(),
+        stop_strings: Vec::new(),
+        sampling: SamplingParams::greedy(),
+        skip_special: true,
+    }
+}
+
+/// What the toy says after `tokens`, and after that, so many times.
+fn expected(tokens: &[u32], count: usize) -> Vec<u32> {
+    let mut all = tokens.to_vec();
+    (0..count).for_each(|_| all.push(toy_next(&all)));
+    all.split_off(tokens.len())
+}
+
+#[test]
+fn texts_with_a_draft_are_the_toys_and_rounds_end_at_its_mistakes() {
+    let (engine, seen, _) = draft_engine(&EngineOptions::default());
+    assert_eq!(engine.draft_block(), Some(6));
+    let mut generator = Generator::new(engine, None);
+    let requests =
+        [request(&[1, 2, 3, 4, 9, 8, 7, 6, 5, 5, 5], 30), request(&[9], 22), request(&[60, 1], 40)];
+    let run = generator.run(&requests, &mut |_| ControlFlow::Continue(())).unwrap();
+    for (done, request) in run.completions.iter().zip(&requests) {
+        assert_eq!(done.tokens, expected(&request.prompt, request.max_tokens));
+    }
+    // Five guesses a block, of which that of every fifth position is wrong: a round goes from one of these
+    // to the next, but for the first of a text.
+    assert_eq!(run.draft.histogram, [0, 0, 1, 1, 15], "{:?}", run.draft);
+    assert_eq!(seen.launches.lock().unwrap().iter().filter(|args| args.steps > 1).count(), 0);
+    // The same texts without guesses, many steps a launch; then with them again behind what is cached.
+    generator.set_draft_rows(0);
+    generator.clear();
+    let plain = generator.run(&requests, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert!(seen.launches.lock().unwrap().iter().any(|args| args.steps > 1));
+    for (done, drafted) in plain.completions.iter().zip(&run.completions) {
+        assert_eq!(done.tokens, drafted.tokens);
+    }
+    generator.set_draft_rows(3);
+    let longer = [&requests[1].prompt[..], &plain.completions[1].tokens].concat();
+    let again = generator.run(&[request(&longer, 10)], &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(again.completions[0].tokens, expected(&longer, 10));
+    assert!(again.draft.rounds > 2, "{:?}", again.draft);
+}
+
+#[test]
+fn taps_of_all_passes_stay_until_they_are_injected() {
+    let (mut engine, seen, runs) = draft_engine(&EngineOptions::default());
+    let (one, other): (Vec<u32>, Vec<u32>) = ((1..12).collect(), (20..28).collect());
+    engine.step(&[rows(0, 0, &one), rows(2, 0, &other)].concat(), &[]).unwrap();
+    let taps: Vec<u64> = seen.launches.lock().unwrap().iter().map(|args| args.taps).collect();
+    assert_eq!((taps[1] - taps[0], taps[2] - taps[1]), (64, 64), "8 rows of two floats");
+    // All rows but the last one of the first sequence: 18 rows, three passes.
+    let chosen: Vec<u32> = (0..10).chain(11..19).collect();
+    engine.inject(&chosen).unwrap();
+    assert_eq!([0, 1, 2].map(|n| engine.draft_length(n)), [10, 0, 8]);
+    assert_eq!(seen.programs.lock().unwrap()[3..], [Program::Inject; 3]);
+    // Blocks are not cut: of 5, 4 and 2 rows, the first fills a launch with its neighbour's too much.
+    engine.step(&rows(1, 0, &[40]), &[]).unwrap();
+    engine.inject(&[0]).unwrap();
+    let block = |sequence, position: u32, token, rows| BlockInput {
+        token,
+        position,
+        sequence,
+        rows,
+        wanted: rows - 1,
+    };
+    let blocks = [block(0, 10, 11, 5), block(2, 8, 28, 4), block(1, 1, 40, 2)];
+    let logits = engine.draft(&blocks).unwrap();
+    let guesses: Vec<u32> = logits
+        .chunks_exact(VOCAB)
+        .map(|row| row.iter().position(|logit| *logit == 1.0).unwrap() as u32)
+        .collect();
+    let mut wanted = Vec::new();
+    for (history, count) in [(&one[..10], 5), (&other[..], 4), (&[40][..], 2)] {
+        let token = if count == 5 {
+            11
+        } else if count == 4 {
+            28
+        } else {
+            40
+        };
+        let history = [history, &[token]].concat();
+        let wrong = |(at, token): (usize, u32)| (token + u32::from((at as u32).is_multiple_of(WRONG))) % 64;
+        wanted.extend((history.len()..).zip(expected(&history, count - 1)).map(wrong));
+    }
+    assert_eq!(guesses, wanted);
+    assert_eq!(runs.lock().unwrap()[..], [5, 6]);
+    // What the block left in the cache is gone with the next rows of the context.
+    assert_eq!(engine.draft_length(0), 10);
+    engine.step(&rows(0, 10, &[11, 12]), &[]).unwrap();
+    engine.inject(&[0, 1]).unwrap();
+    assert_eq!(engine.draft_length(0), 12);
+}
+
+#[test]
+fn a_decoding_launch_leaves_a_gap_in_the_context_and_says_so() {
+    let (mut engine, _, _) = draft_engine(&EngineOptions::default());
+    engine.step(&rows(0, 0, &[1, 2, 3]), &[]).unwrap();
+    engine.inject(&[0, 1, 2]).unwrap();
+    let told = engine.decode(&rows(0, 3, &[4]), 5, &[], &mut |_, _, _| ControlFlow::Continue(())).unwrap();
+    assert_eq!((told, engine.length(0), engine.draft_length(0)), (5, 8, 3));
+    assert!(matches!(engine.inject(&[0]), Err(StepError::Inject { rows: 0 })));
+    let block = BlockInput { token: 9, position: 8, sequence: 0, rows: 4, wanted: 3 };
+    assert!(matches!(engine.draft(&[block]), Err(StepError::DraftGap { context: 3, position: 8, .. })));
+    assert!(matches!(
+        engine.draft(&[BlockInput { rows: 7, ..block }]),
+        Err(StepError::Block { rows: 7, max: 6 })
+    ));
+    // A pretended context is the draft's as well.
+    engine.pretend_length(1, 20).unwrap();
+    assert_eq!(engine.draft_length(1), 20);
+}
+
+#[test]
+fn a_draft_that_is_not_wanted_takes_no_memory() {
+    let options = EngineOptions { draft: false, ..Default::default() };
+    let (mut engine, seen, _) = draft_engine(&options);
+    assert_eq!(engine.draft_block(), None);
+    let without = seen.held.load(Ordering::Relaxed);
+    engine.step(&rows(0, 0, &[1, 2]), &[]).unwrap();
+    assert_eq!(engine.inject(&[0]), Err(StepError::NoDraft));
+    let (mut engine, seen, _) = draft_engine(&EngineOptions::default());
+    let draft = DRAFT_KV.total_bytes(9).unwrap() + 20 * 8 * 4 + 20 * VOCAB * 4;
+    assert_eq!(seen.held.load(Ordering::Relaxed) - without, draft as u64);
+    let memory = engine.memory();
+    let all = memory.weights + memory.kv + memory.arena + memory.scratch;
+    assert_eq!(all + 1, seen.held.load(Ordering::Relaxed), "memory of nothing is a byte here");
+    engine.poison().unwrap();
+    engine.step(&rows(0, 0, &[1, 2]), &[]).unwrap();
+    engine.inject(&[0, 1]).unwrap();
+    let block = BlockInput { token: 3, position: 2, sequence: 0, rows: 2, wanted: 1 };
+    assert_eq!(engine.draft(&[block]).unwrap().iter().position(|logit| *logit == 1.0), Some(6));
+}
+
+#[test]
+fn a_stuck_draft_names_its_own_stage() {
+    let record = [1, 1, 77, 6, 3, 4, 0, 0];
+    let (model, [inject, _]) = kernels(&Arc::default());
+    let device = FakeDevice::with_draft(model, [inject, stuck_kernel(record)]);
+    let mut engine = Engine::on_device(draft_plan(), Box::new(device), &EngineOptions::default()).unwrap();
+    engine.step(&rows(0, 0, &[1]), &[]).unwrap();
+    engine.inject(&[0]).unwrap();
+    let block = BlockInput { token: 3, position: 1, sequence: 0, rows: 2, wanted: 1 };
+    let error = engine.draft(&[block]).unwrap_err();
+    assert!(matches!(&error, StepError::Stuck { stage, .. } if stage == "block second"), "{error:?}");
+    assert!(matches!(engine.step(&rows(0, 1, &[1]), &[]), Err(StepError::Poisoned { .. })));
+}

@@ -1,0 +1,430 @@
+//! A draft's three kernels on the simulated machine: a step of the target that leaves taps, the kernel that
+//! makes the draft's context of them, and the kernel of a block; against the formulas in float64, and round
+//! by round against the loop of the formulas.
+
+use super::{Simulation, Weights, deviation, row};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use tilec_codegen::compile::{DraftInput, Input, graphs};
+use tilec_codegen::frontends;
+use tilec_codegen::passes::packer::Packer;
+use tilec_codegen::passes::{fuse, resident};
+use tilec_ir::abi::KvType;
+use tilec_ir::format::Format;
+use tilec_ir::graph::Graph;
+use tilec_ir::graph::interp::{Interpreter, Row};
+use tilec_ir::launch::STEP_ROWS;
+use tilec_ir::plan::WeightsFrom;
+use tilec_ir::resident::{Epilogue, Gemm, Kind, ResidentProgram, Stage};
+use tilec_ir::spec::{Activations, DflashSpec, Draft, ModelSpec, WeightFormat};
+use tilec_ir::tensor::TensorInfo;
+use tilec_runtime::checkpoint::Checkpoint;
+use tilec_tests::{Fixture, fixtures};
+
+/// Rows of a step, of which a launch has eight.
+const ROWS: usize = 24;
+
+/// The three programs, with what each has of the memory that they share.
+struct Pair {
+    target: Simulation,
+    inject: Simulation,
+    block: Simulation,
+    mask: u32,
+    /// Columns of a row of all taps.
+    tap_cols: usize,
+    /// Varies the order of everything.
+    seed: std::cell::Cell<u64>,
+}
+
+impl Pair {
+    /// A pair of the fixtures, its weights in float16.
+    fn fixture(name: &str, context: usize) -> Pair {
+        let fixture = Fixture::open_pair(name);
+        let mut spec = fixture.spec();
+        spec.precision.kv_cache = Some(KvType::F16);
+        Pair::open(&fixture.input(), spec, context, &|| Fixture::open_pair(name).checkpoint)
+    }
+
+    /// A pair of random weights; the mask has an embedding of its own, and the context another rope.
+    fn synthetic(target: &Value, draft: &Value, weights: Format, context: usize) -> Pair {
+        let tensors = frontends::synthetic_tensors(target, Format::BF16).unwrap();
+        let mut draft_tensors = frontends::synthetic_draft_tensors(draft, target, Format::BF16).unwrap();
+        let hidden = target["hidden_size"].as_u64().unwrap() as usize;
+        draft_tensors
+            .insert("mask_embedding".into(), TensorInfo { shape: vec![hidden], format: Format::F32 });
+        let synthetic = |seed, config: &Value, tensors: &BTreeMap<String, TensorInfo>| {
+            Checkpoint::synthetic(config.clone(), seed, tensors.clone())
+        };
+        let unused = |tensors: &BTreeMap<String, TensorInfo>, config: &Value| WeightsFrom::Synthetic {
+            seed: 1,
+            config: config.clone(),
+            tensors: tensors.clone(),
+        };
+        let input = Input {
+            name: "random",
+            config: target,
+            tensors: &tensors,
+            weights: unused(&tensors, target),
+            tokenizer: None,
+            draft: Some(DraftInput {
+                config: draft,
+                tensors: &draft_tensors,
+                weights: unused(&draft_tensors, draft),
+            }),
+        };
+        let mut spec = ModelSpec::for_checkpoint("unused");
+        let half = if weights == Format::F16 { KvType::F16 } else { KvType::Bf16 };
+        spec.precision.kv_cache = Some(half);
+        spec.precision.weights = WeightFormat::Converted(weights);
+        let dflash = DflashSpec { checkpoint: "unused".into(), block: None, context_rope_theta: Some(500) };
+        spec.draft = Some(Draft { dflash });
+        Pair::open(&input, spec, context, &|| {
+            let mut checkpoint = synthetic(7, target, &tensors);
+            checkpoint.attach_draft(synthetic(8, draft, &draft_tensors));
+            checkpoint
+        })
+    }
+
+    fn open(
+        input: &Input<'_>,
+        mut spec: ModelSpec,
+        context: usize,
+        checkpoint: &dyn Fn() -> Checkpoint,
+    ) -> Pair {
+        spec.precision.activations = Activations::F32;
+        let (target, draft) = graphs(input, &spec).unwrap();
+        let draft = draft.unwrap();
+        let mut programs = lower([&target, &draft.inject, &draft.block], context);
+        cut_fc(&mut programs[1]);
+        let tap_cols = programs[0].taps.as_ref().map(|taps| taps.layers.len() * taps.cols).unwrap();
+        let simulations = programs
+            .into_iter()
+            .zip([target, draft.inject, draft.block])
+            .map(|(program, graph)| Simulation::of(program, graph, checkpoint()));
+        let Ok([target, inject, block]) = <[Simulation; 3]>::try_from(simulations.collect::<Vec<_>>()) else {
+            panic!("three programs");
+        };
+        let pair = Pair { target, inject, block, mask: draft.draft.mask_token, tap_cols, seed: 1.into() };
+        pair.write_taps(&vec![0xff; ROWS * tap_cols * 4]);
+        pair
+    }
+
+    fn write_taps(&self, bytes: &[u8]) {
+        for simulation in [&self.target, &self.inject] {
+            std::fs::write(simulation.path("taps.bin"), bytes).unwrap();
+        }
+    }
+
+    fn seed(&self) -> u64 {
+        self.seed.set(self.seed.get() + 1);
+        self.seed.get()
+    }
+
+    /// One step of the target in launches of eight rows; the logits of all rows.
+    fn step(&self, rows: &[Row]) -> Vec<f32> {
+        assert!(rows.len() <= ROWS);
+        let mut logits = Vec::new();
+        for (number, rows) in rows.chunks(STEP_ROWS).enumerate() {
+            let all: Vec<usize> = (0..rows.len()).collect();
+            let at = number * STEP_ROWS * self.tap_cols;
+            let seed = self.seed();
+            logits.extend(self.target.launch_at(rows, &all, 1, [2 + seed as usize % 3, 0, at], seed).logits);
+        }
+        self.write_taps(&std::fs::read(self.target.path("taps.bin")).unwrap());
+        logits
+    }
+
+    /// Adds rows of the last step to the draft's context.
+    fn inject(&self, rows: &[Row], chosen: &[usize]) {
+        for chosen in chosen.chunks(STEP_ROWS) {
+            let rows: Vec<Row> =
+                chosen.iter().map(|number| Row { token: *number as u32, ..rows[*number] }).collect();
+            let seed = self.seed();
+            self.inject.launch_at(&rows, &[], 1, [2 + seed as usize % 3, 0, 0], seed);
+        }
+        self.share_cache();
+    }
+
+    /// The kernels of the draft have one cache.
+    fn share_cache(&self) {
+        self.block.write_cache(&self.inject.cache());
+    }
+
+    /// The logits of the guesses of blocks, each with its token, its position, its sequence and its rows.
+    fn blocks(&self, blocks: &[(u32, usize, usize, usize)]) -> Vec<f32> {
+        let mut rows = Vec::new();
+        let mut wanted = Vec::new();
+        for (token, position, sequence, count) in blocks {
+            wanted.extend(rows.len() + 1..rows.len() + count);
+            let token = |n| if n == 0 { *token } else { self.mask };
+            rows.extend((0..*count).map(|n| row(token(n), position + n, *sequence)));
+        }
+        let seed = self.seed();
+        let outcome = self.block.launch_at(&rows, &wanted, 1, [2 + seed as usize % 3, 0, 0], seed);
+        self.inject.write_cache(&self.block.cache());
+        outcome.logits
+    }
+
+    /// Puts tokens into both contexts, `chunk` rows a step.
+    fn feed(&self, tokens: &[u32], sequence: usize, chunk: usize) {
+        let rows: Vec<Row> =
+            tokens.iter().enumerate().map(|(position, token)| row(*token, position, sequence)).collect();
+        for rows in rows.chunks(chunk) {
+            self.step(rows);
+            self.inject(rows, &(0..rows.len()).collect::<Vec<_>>());
+        }
+    }
+}
+
+fn lower(graphs: [&Graph; 3], context: usize) -> [ResidentProgram; 3] {
+    let mut packer = Packer::new(resident::WEIGHT_ALIGN);
+    graphs.map(|graph| {
+        resident::resident_with(&fuse::fuse(graph).unwrap(), context, &mut packer)
+            .unwrap_or_else(|e| panic!("{e}"))
+    })
+}
+
+/// Cuts the product with the taps into parts of 128 columns, as those of more columns than a kernel takes.
+fn cut_fc(program: &mut ResidentProgram) {
+    let Kind::Gemm(fc) = &program.before[1].kind else { panic!("fc is behind the taps") };
+    let part = |first: usize| {
+        let part = Gemm { first, k: 128.min(fc.k - first), ..fc.clone() };
+        let kind = match first {
+            0 => Kind::Gemm(part),
+            _ => Kind::Gemm(Gemm { epilogue: Epilogue::Residual, bias: Vec::new(), ..part }),
+        };
+        Stage { name: format!("fc{first}"), kind }
+    };
+    let parts: Vec<Stage> = (0..fc.k).step_by(128).map(part).collect();
+    program.before.splice(1..2, parts);
+    program.verify().unwrap();
+}
+
+/// Contexts of random taps, so many positions each, then a block behind each of them: against the interpreter.
+fn check_random_context(pair: &Pair, lengths: &[usize], bound: f64) {
+    let weights = [Weights(&pair.inject), Weights(&pair.block)];
+    let mut inject = Interpreter::new(&pair.inject.graph, &weights[0]).unwrap();
+    let mut block = Interpreter::new(&pair.block.graph, &weights[1]).unwrap();
+    let vocab = pair.block.program.vocab;
+    let mut state = 5u64;
+    let mut random = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    for (sequence, length) in lengths.iter().enumerate() {
+        for first in (0..*length).step_by(STEP_ROWS) {
+            let rows: Vec<Row> = (first..*length.min(&(first + STEP_ROWS)))
+                .map(|position| row(0, position, sequence))
+                .collect();
+            // Rows of the taps in another order than those of the launch.
+            let taps: Vec<f32> = (0..rows.len() * pair.tap_cols).map(|_| random()).collect();
+            let reversed: Vec<f32> = taps.chunks(pair.tap_cols).rev().flatten().copied().collect();
+            inject.set_input(&taps);
+            inject.step(&rows, &[]).unwrap();
+            let mut bytes: Vec<u8> = reversed.iter().flat_map(|value| value.to_le_bytes()).collect();
+            bytes.resize(ROWS * pair.tap_cols * 4, 0xff);
+            pair.write_taps(&bytes);
+            let last = rows.len() as u32 - 1;
+            let rows: Vec<Row> =
+                rows.iter().zip((0..=last).rev()).map(|(row, token)| Row { token, ..*row }).collect();
+            let seed = pair.seed();
+            pair.inject.launch_at(&rows, &[], 1, [2 + seed as usize % 3, 0, 0], seed);
+        }
+    }
+    pair.share_cache();
+    block.exchange_caches(&mut inject).unwrap();
+    for (sequence, length) in lengths.iter().enumerate() {
+        let token = 11 + sequence as u32;
+        let found = pair.blocks(&[(token, *length, sequence, 8)]);
+        let mut rows: Vec<Row> = (0..8).map(|n| row(pair.mask, length + n, sequence)).collect();
+        rows[0].token = token;
+        let wanted: Vec<usize> = (1..8).collect();
+        let wanted = block.step(&rows, &wanted).unwrap();
+        let off = deviation(&found, &wanted, vocab);
+        println!("behind {length} positions: {off:e}");
+        assert!(off < bound, "behind {length} positions: off by {off:e}");
+    }
+}
+
+/// The numbers of a reference file, by name.
+struct Reference {
+    whole: BTreeMap<String, Vec<u32>>,
+    logits: BTreeMap<String, Vec<f32>>,
+}
+
+impl Reference {
+    fn of(pair: &str) -> Reference {
+        let bytes =
+            std::fs::read(fixtures().join("dflash").join(pair).join("reference.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let (mut whole, mut logits) = (BTreeMap::new(), BTreeMap::new());
+        for (name, tensor) in file.tensors() {
+            let words = tensor.data().as_chunks::<8>().0;
+            if tensor.dtype() == safetensors::Dtype::F64 {
+                logits.insert(name, words.iter().map(|word| f64::from_le_bytes(*word) as f32).collect());
+            } else {
+                whole.insert(name, words.iter().map(|word| i64::from_le_bytes(*word) as u32).collect());
+            }
+        }
+        Reference { whole, logits }
+    }
+}
+
+/// Blocks of a pair against those of the formulas in float64, behind contexts made in different chunks.
+fn check_blocks(name: &str) {
+    let pair = Pair::fixture(name, 96);
+    let reference = Reference::of(name);
+    let vocab = pair.block.program.vocab;
+    let mut worst: f64 = 0.0;
+    let mut compared = 0;
+    for number in 0..4 {
+        let tokens = &reference.whole[&format!("block_tokens.{number}")];
+        let (token, before) = tokens.split_last().unwrap();
+        // Nothing is read that this text did not write.
+        for simulation in [&pair.target, &pair.inject] {
+            simulation.write_cache(&vec![0xff; simulation.cache_bytes()]);
+        }
+        pair.feed(before, 1, [24, 3, 7, 24][number]);
+        for rows in [2, 5, 8] {
+            // What the last block left behind the context is overwritten.
+            if let Some(logits) = reference.logits.get(&format!("block.{number}.{rows}")) {
+                let found = pair.blocks(&[(*token, before.len(), 1, rows)]);
+                worst = worst.max(deviation(&found, logits, vocab));
+                compared += 1;
+            }
+        }
+    }
+    println!("{name}: {compared} blocks, {worst:e}");
+    // Weights, keys, values and rows are rounded to float16.
+    assert!(compared >= 8 && worst < 0.01, "{name}: {compared} blocks are off by {worst:e}");
+}
+
+#[test]
+fn blocks_are_those_of_the_formulas() {
+    ["full", "default-taps"].into_iter().for_each(check_blocks);
+}
+
+#[test]
+fn blocks_with_windows_are_those_of_the_formulas() {
+    ["sliding-causal", "sliding-both-ways"].into_iter().for_each(check_blocks);
+}
+
+fn best(logits: &[f32]) -> u32 {
+    let better = |best: usize, at: usize| if logits[at] > logits[best] { at } else { best };
+    (0..logits.len()).reduce(better).unwrap() as u32
+}
+
+/// Rounds of two sequences in turn: a block, a step that verifies it, committed rows; against the tokens and
+/// the rounds of the loop in float64.
+#[test]
+fn rounds_are_those_of_the_reference() {
+    let name = "sliding-both-ways";
+    let pair = Pair::fixture(name, 128);
+    let reference = Reference::of(name);
+    let vocab = pair.target.program.vocab;
+    struct Text<'a> {
+        tokens: Vec<u32>,
+        wanted: &'a [u32],
+        rounds: &'a [u32],
+        added: Vec<u32>,
+    }
+    let mut texts: Vec<Text> = Vec::new();
+    for number in [0, 1] {
+        let of = |kind: &str| &reference.whole[&format!("{kind}.{number}")][..];
+        let (prompt, wanted) = (of("prompt"), of("tokens"));
+        pair.feed(&prompt[..prompt.len() - 1], number, 24);
+        let last = row(prompt[prompt.len() - 1], prompt.len() - 1, number);
+        let first = best(&pair.step(&[last]));
+        pair.inject(&[last], &[0]);
+        let tokens = [prompt, &[first]].concat();
+        texts.push(Text { tokens, wanted, rounds: of("rounds"), added: Vec::new() });
+    }
+    for _ in 0..12 {
+        for (sequence, text) in texts.iter_mut().enumerate() {
+            if text.added.len() == text.rounds.len() {
+                continue;
+            }
+            let position = text.tokens.len() - 1;
+            let guesses = pair.blocks(&[(text.tokens[position], position, sequence, 8)]);
+            let guesses: Vec<u32> = guesses.chunks(vocab).map(best).collect();
+            let tokens = text.tokens[position..].iter().chain(&guesses);
+            let verified: Vec<Row> =
+                tokens.enumerate().map(|(n, token)| row(*token, position + n, sequence)).collect();
+            let chosen: Vec<u32> = pair.step(&verified).chunks(vocab).map(best).collect();
+            let right = chosen.iter().zip(&guesses).take_while(|(chosen, guess)| chosen == guess).count();
+            text.tokens.extend(&chosen[..right + 1]);
+            text.added.push(right as u32 + 1);
+            pair.inject(&verified, &(0..=right).collect::<Vec<_>>());
+        }
+    }
+    for text in &texts {
+        assert_eq!(text.added, text.rounds[..text.added.len()]);
+        let count = text.tokens.len().min(text.wanted.len());
+        assert_eq!(text.tokens[..count], text.wanted[..count]);
+        assert!(text.added.iter().any(|added| *added > 2) && text.added.contains(&1));
+    }
+}
+
+/// A block's rows next to another block's: the same bits, whatever the order and the number of SMs.
+#[test]
+fn company_changes_no_bit_of_a_block() {
+    let pair = Pair::fixture("full", 96);
+    let vocab = pair.block.program.vocab;
+    let texts: [Vec<u32>; 2] =
+        [13, 30].map(|length| (0..length).map(|n| (n * 7 + length) % vocab as u32).collect());
+    for (sequence, text) in texts.iter().enumerate() {
+        pair.feed(text, sequence, 8);
+    }
+    let blocks = [(5, 13, 0, 3), (9, 30, 1, 5)];
+    let cache = pair.block.cache();
+    let alone: Vec<f32> = blocks
+        .iter()
+        .flat_map(|block| {
+            pair.block.write_cache(&cache);
+            pair.blocks(&[*block])
+        })
+        .collect();
+    for _ in 0..3 {
+        pair.block.write_cache(&cache);
+        assert!(pair.blocks(&blocks) == alone, "in company a block has other bits");
+    }
+    // A row of a block sees those behind it: without them it guesses otherwise.
+    pair.block.write_cache(&cache);
+    assert!(pair.blocks(&[(5, 13, 0, 2)]) != alone[..vocab]);
+}
+
+/// Drafts of MiMo's kind and unlike their targets, against the interpreter: sinks, values scaled and narrower
+/// than keys, a part of a head rotated, another rope for the context, an embedding of the mask's own, windows
+/// inside of a block; contexts of several chunks and spans; `fc` in parts.
+#[test]
+fn drafts_of_mimos_kind_are_the_interpreters() {
+    let target = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": 136, "intermediate_size": 72, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 83,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 3072,
+        "tie_word_embeddings": true
+    });
+    let draft = json!({
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_size": 136,
+        "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "head_dim": 48, "v_head_dim": 40, "partial_rotary_factor": 0.334, "block_size": 8,
+        "vocab_size": 83, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "sliding_window": 1100,
+        "layer_types": ["full_attention", "sliding_attention"], "is_causal": false, "attention_bias": true,
+        "dflash_config": {
+            "target_layer_ids": [2, 0, 1], "mask_token_id": 7, "attention_value_scale": 0.612,
+            "attention_sink_bias": true
+        }
+    });
+    // Blocks across the end of a chunk (128) and of a span (1,024).
+    for (window, weights, lengths, bound) in [
+        (200, Format::F16, &[124, 1021][..], 0.01),
+        (3, Format::BF16, &[125, 5], 0.03),
+        (5, Format::FP8_BLOCK, &[3, 126], 0.03),
+    ] {
+        let mut draft = draft.clone();
+        draft["sliding_window"] = window.into();
+        let pair = Pair::synthetic(&target, &draft, weights, 2304);
+        check_random_context(&pair, lengths, bound);
+    }
+}
