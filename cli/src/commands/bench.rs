@@ -19,7 +19,7 @@ use serde_json::json;
 use std::io::Write as _;
 use std::time::Instant;
 use tilec_ir::plan::Plan;
-use tilec_runtime::engine::{BlockInput, RowInput};
+use tilec_runtime::engine::{BlockInput, Engine, RowInput};
 
 /// Measures the ceiling of memory, then the model.
 pub fn run(args: &BenchArgs) -> Result<()> {
@@ -50,7 +50,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let floor = Floor::measure(&plan, prompt, generated);
     host::reset_peak();
     let mut session = Session::open_with_draft(&folder, &args.weights, !args.draft.no_draft)?;
-    let forced = Forced::new(args, &session)?;
+    let forced = Forced::new(args, session.draft_block())?;
     let tokens = random_tokens(prompt + generated, plan.vocab);
     let progress = ui::step_progress("measuring", repeats + 1);
     let (mut samples, mut drafted) = (Vec::new(), Vec::new());
@@ -113,8 +113,8 @@ struct Forced {
 
 impl Forced {
     /// `None` without a draft.
-    fn new(args: &BenchArgs, session: &Session) -> Result<Option<Forced>> {
-        let Some(most) = session.draft_block() else {
+    fn new(args: &BenchArgs, most: Option<usize>) -> Result<Option<Forced>> {
+        let Some(most) = most else {
             if args.accept.is_some() {
                 bail!("--accept is for plans with a draft, and this one has none, or --no-draft is given");
             }
@@ -157,7 +157,7 @@ impl Rounds {
 fn measure_rounds(session: &mut Session, tokens: &[u32], prompt: usize, forced: Forced) -> Result<Rounds> {
     session.reset();
     let engine = session.engine_mut();
-    let (max_rows, context) = (engine.plan().limits.max_rows, engine.plan().limits.context);
+    let max_rows = engine.plan().limits.max_rows;
     let row = |position: usize, token: u32| RowInput { token, position: position as u32, sequence: 0 };
     for start in (0..prompt).step_by(max_rows) {
         let chunk: Vec<RowInput> =
@@ -165,8 +165,16 @@ fn measure_rounds(session: &mut Session, tokens: &[u32], prompt: usize, forced: 
         engine.step(&chunk, &[])?;
         engine.inject(&(0..chunk.len() as u32).collect::<Vec<_>>())?;
     }
+    let sum = rounds(engine, tokens, prompt, forced)?;
+    session.reset();
+    Ok(sum)
+}
+
+/// Whole rounds behind the first `prompt` of the tokens, which model and draft know, until all are there.
+fn rounds(engine: &mut Engine, tokens: &[u32], prompt: usize, forced: Forced) -> Result<Rounds> {
+    let row = |position: usize, token: u32| RowInput { token, position: position as u32, sequence: 0 };
     let mut sum = Rounds { rounds: 0, tokens: 0, draft_s: 0.0, verify_s: 0.0, inject_s: 0.0 };
-    let vocab = engine.plan().vocab;
+    let (vocab, context) = (engine.plan().vocab, engine.plan().limits.context);
     while prompt + sum.tokens < tokens.len() {
         let position = prompt + sum.tokens;
         let rows = forced.block.min(context - position);
@@ -198,7 +206,6 @@ fn measure_rounds(session: &mut Session, tokens: &[u32], prompt: usize, forced: 
         sum.verify_s += (verified - guessed).as_secs_f64();
         sum.inject_s += verified.elapsed().as_secs_f64();
     }
-    session.reset();
     Ok(sum)
 }
 

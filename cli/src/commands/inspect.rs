@@ -120,13 +120,23 @@ struct Memory {
 
 impl Memory {
     fn of(plan: &Plan) -> Result<Memory> {
-        let kv = plan.kv.total_bytes(plan.kv_pages()).context("the size of the KV cache overflows")?;
-        Ok(Memory {
+        let overflow = "the size of the KV cache overflows";
+        let kv = plan.kv.total_bytes(plan.kv_pages()).context(overflow)?;
+        let mut memory = Memory {
             weights: plan.packing.bytes,
             kv: kv as u64,
             arena: plan.arena_bytes() as u64,
             scratch: (plan.target.workers * plan.scratch_bytes) as u64,
-        })
+        };
+        // A draft has all of its own but the weights.
+        if let Some(draft) = &plan.draft {
+            memory.kv += draft.kv.total_bytes(plan.kv_pages()).context(overflow)? as u64;
+            for program in [&draft.inject, &draft.block_pass] {
+                memory.arena += program.arena_bytes() as u64;
+                memory.scratch += (plan.target.workers * program.scratch_bytes) as u64;
+            }
+        }
+        Ok(memory)
     }
 
     fn total(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! The measurements on a GPU: steps of the resident kernel, beside what its memory allows.
 
 use crate::args::{BenchArgs, BenchOutput, Routing};
-use crate::commands::bench::random_tokens;
+use crate::commands::bench::{Forced, Rounds, random_tokens, rounds};
 use crate::commands::inspect::parameters;
 use crate::stats::Spread;
 use crate::ui::{Align, Table, count, mib};
@@ -30,11 +30,15 @@ const BLOCK_STEPS: usize = 16;
 
 /// Measures the ceiling of the GPU's memory, then the model.
 pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
-    let cases = Cases::of(args, &plan.limits)?;
+    let mut cases = Cases::of(args, &plan.limits)?;
     let repeats = args.repeats.unwrap_or(9) as usize;
+    let draft = plan.draft.as_ref().filter(|_| !args.draft.no_draft);
+    if let Some(forced) = Forced::new(args, draft.map(|draft| draft.block))? {
+        cases.add_rounds(args, &plan.limits, forced);
+    }
     ui::note("measuring the GPU's memory");
     let (gpu, ceiling) = ceiling::gpu_read_ceiling(&plan.target.arch)?;
-    let mut engine = session::load(folder, &args.weights, false, false)?;
+    let mut engine = session::load(folder, &args.weights, false, draft.is_some())?;
     let shared_permille = match args.routing {
         Routing::Model => None,
         Routing::Random(share) => Some((share * 1000.0) as u16),
@@ -47,15 +51,17 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
     for test in &cases.tests {
         let mut seconds = Vec::with_capacity(repeats);
         let mut streamed = Vec::new();
+        let mut split = Vec::new();
         // The first finds cold caches and low clocks.
         for repeat in 0..=repeats {
             let seed = repeat as u32;
             engine
                 .set_routing(shared_permille.map(|shared_permille| RandomRouting { shared_permille, seed }));
             engine.take_streamed_experts();
-            let measured = measure(&mut engine, test)?;
+            let (measured, rounds) = measure(&mut engine, test)?;
             if repeat > 0 {
                 seconds.push(measured);
+                split.extend(rounds);
                 streamed.extend(engine.take_streamed_experts().filter(|experts| *experts > 0));
             }
         }
@@ -63,7 +69,7 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
         let distinct = (!streamed.is_empty() && choices > 0.0).then(|| {
             streamed.iter().map(|experts| f64::from(*experts)).sum::<f64>() / streamed.len() as f64 / choices
         });
-        lines.push(Line::new(plan, *test, seconds, distinct));
+        lines.push(Line { rounds: split, ..Line::new(plan, *test, seconds, distinct) });
         progress.inc(1);
     }
     progress.finish_and_clear();
@@ -75,7 +81,7 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
 }
 
 /// One thing that is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Test {
     /// Steps of one token each of several sequences.
     Decode {
@@ -90,6 +96,15 @@ enum Test {
     Block { rows: usize, context: usize },
     /// A prompt, in steps as large as the plan allows.
     Prompt { tokens: usize },
+    /// Rounds of a draft, until so many tokens are there.
+    Rounds {
+        forced: Forced,
+        /// That was asked for.
+        context: usize,
+        /// Position of the first token.
+        start: usize,
+        tokens: usize,
+    },
 }
 
 /// What is measured, in order.
@@ -168,6 +183,22 @@ impl Cases {
         }
         Ok(Cases { tests })
     }
+
+    /// Adds rounds of a draft where single steps are decoded.
+    fn add_rounds(&mut self, args: &BenchArgs, limits: &PlanLimits, forced: Forced) {
+        let tokens = args.generated_tokens as usize;
+        let mut starts: Vec<(usize, usize)> = Vec::new();
+        for test in &self.tests {
+            if let Test::Decode { context, .. } = *test {
+                // The last block may go beyond the tokens.
+                let most = limits.context.saturating_sub(tokens + forced.block);
+                starts.push((context, context.saturating_sub(tokens / 2).min(most)));
+            }
+        }
+        starts.dedup();
+        let test = |(context, start)| Test::Rounds { forced, context, start, tokens };
+        self.tests.extend(starts.into_iter().filter(|_| tokens > 0).map(test));
+    }
 }
 
 impl Test {
@@ -176,6 +207,9 @@ impl Test {
             Test::Decode { .. } => "decode".into(),
             Test::Block { rows, .. } => format!("block of {rows}"),
             Test::Prompt { tokens } => format!("pp{tokens}"),
+            Test::Rounds { forced: Forced { block, accept }, .. } => {
+                format!("draft of {block} rows, {accept} accepted")
+            }
         }
     }
 
@@ -184,20 +218,24 @@ impl Test {
         match self {
             Test::Decode { rows, .. } | Test::Block { rows, .. } => *rows,
             Test::Prompt { tokens } => plan.limits.max_rows.min(*tokens),
+            Test::Rounds { forced, .. } => forced.block,
         }
     }
 
-    /// Tokens that go in while the time is measured that is shown.
-    fn tokens(&self) -> usize {
+    /// Tokens that go in, or come out of a round, while the time is measured that is shown.
+    fn tokens(&self) -> f64 {
         match self {
-            Test::Decode { rows, .. } | Test::Block { rows, .. } => *rows,
-            Test::Prompt { tokens } => *tokens,
+            Test::Decode { rows, .. } | Test::Block { rows, .. } => *rows as f64,
+            Test::Prompt { tokens } => *tokens as f64,
+            Test::Rounds { forced, .. } => forced.accept,
         }
     }
 
     fn context(&self) -> usize {
         match self {
-            Test::Decode { context, .. } | Test::Block { context, .. } => *context,
+            Test::Decode { context, .. } | Test::Block { context, .. } | Test::Rounds { context, .. } => {
+                *context
+            }
             Test::Prompt { .. } => 0,
         }
     }
@@ -211,6 +249,7 @@ impl Test {
                 let most = plan.limits.max_rows.max(1);
                 (0..*tokens).step_by(most).map(|at| most.min(tokens - at).div_ceil(STEP_ROWS)).sum()
             }
+            Test::Rounds { forced, tokens, .. } => (*tokens as f64 / forced.accept).ceil() as usize,
         }
     }
 
@@ -245,6 +284,19 @@ impl Test {
                     // The kernel streams the head in any case.
                     (must + bytes(1, logits), does + bytes(passes(rows), 1))
                 })
+            }
+            Test::Rounds { forced: Forced { block, accept }, start, tokens, .. } => {
+                let mean = *start as f64 + *tokens as f64 / 2.0;
+                let step = |costs: &[StageCost], distinct, rows, logit_rows| {
+                    resident_step_bytes(costs, distinct, 1, 1, rows, mean, logit_rows)
+                };
+                let own = plan.draft.as_ref().map_or(0.0, |draft| {
+                    let committed = accept.round() as usize;
+                    step(&draft.inject.costs, None, committed, 0)
+                        + step(&draft.block_pass.costs, None, *block, block - 1)
+                });
+                let bytes = own + step(&plan.costs, distinct, *block, *block);
+                (bytes, bytes)
             }
         }
     }
@@ -284,8 +336,8 @@ pub fn expert_layers(plan: &Plan) -> usize {
     plan.costs.iter().filter(|cost| cost.experts > 0).map(|cost| cost.runs).sum::<usize>() / 2
 }
 
-/// Measures once: seconds of a step, or of the prompt.
-fn measure(engine: &mut Engine, test: &Test) -> Result<f64> {
+/// Measures once: seconds of a step, of a round, or of the prompt; and what rounds were made of.
+fn measure(engine: &mut Engine, test: &Test) -> Result<(f64, Option<Rounds>)> {
     let vocab = engine.plan().vocab;
     match *test {
         Test::Decode { rows, start, steps, .. } => {
@@ -303,7 +355,7 @@ fn measure(engine: &mut Engine, test: &Test) -> Result<f64> {
                     bail!("the kernel ended after {done} of {steps} steps, which nobody asked for");
                 }
             }
-            Ok(seconds / steps as f64)
+            Ok((seconds / steps as f64, None))
         }
         Test::Block { rows, context } => {
             make_long(engine, 0, context + rows)?;
@@ -313,7 +365,7 @@ fn measure(engine: &mut Engine, test: &Test) -> Result<f64> {
             for _ in 0..BLOCK_STEPS {
                 engine.step(&inputs, &logit_rows)?;
             }
-            Ok(begin.elapsed().as_secs_f64() / BLOCK_STEPS as f64)
+            Ok((begin.elapsed().as_secs_f64() / BLOCK_STEPS as f64, None))
         }
         Test::Prompt { tokens } => {
             engine.reset(0);
@@ -329,7 +381,16 @@ fn measure(engine: &mut Engine, test: &Test) -> Result<f64> {
                 )?;
                 position += part.len();
             }
-            Ok(begin.elapsed().as_secs_f64())
+            Ok((begin.elapsed().as_secs_f64(), None))
+        }
+        Test::Rounds { forced, start, tokens, .. } => {
+            // Also pages for all of them.
+            let all = start + tokens + forced.block;
+            if engine.length(0).min(engine.draft_length(0)) < start || engine.kv().held_pages(0) == 0 {
+                engine.pretend_length(0, all.min(engine.plan().limits.context))?;
+            }
+            let sum = rounds(engine, &random_tokens(start + tokens, vocab), start, forced)?;
+            Ok((sum.seconds() / sum.rounds as f64, Some(sum)))
         }
     }
 }
@@ -372,6 +433,8 @@ struct Line {
     bytes: f64,
     /// Experts of a layer whose weights were read in a pass, on average.
     distinct: Option<f64>,
+    /// What rounds were made of, each time.
+    rounds: Vec<Rounds>,
 }
 
 impl Line {
@@ -379,11 +442,36 @@ impl Line {
         let nothing = Spread { mean: 0.0, stddev: 0.0, median: 0.0, min: 0.0, max: 0.0 };
         let spread = Spread::of(seconds.iter().copied()).unwrap_or(nothing);
         let (floor_bytes, bytes) = test.bytes(plan, distinct);
-        Line { test, rows: test.rows(plan), seconds, spread, floor_bytes, bytes, distinct }
+        Line {
+            test,
+            rows: test.rows(plan),
+            seconds,
+            spread,
+            floor_bytes,
+            bytes,
+            distinct,
+            rounds: Vec::new(),
+        }
     }
 
     fn tokens_per_second(&self) -> f64 {
-        self.test.tokens() as f64 / self.spread.median
+        self.test.tokens() / self.spread.median
+    }
+
+    /// How the time of rounds divides, if it is one of them.
+    fn split(&self) -> Option<String> {
+        let total: f64 = self.rounds.iter().map(Rounds::seconds).sum();
+        let rounds: usize = self.rounds.iter().map(|rounds| rounds.rounds).sum();
+        let part = |of: fn(&Rounds) -> f64| 1e6 * self.rounds.iter().map(of).sum::<f64>() / rounds as f64;
+        (total > 0.0).then(|| {
+            format!(
+                "a round behind {}: draft {:.0} us, verify {:.0} us, its context {:.0} us\n",
+                self.test.context(),
+                part(|rounds| rounds.draft_s),
+                part(|rounds| rounds.verify_s),
+                part(|rounds| rounds.inject_s),
+            )
+        })
     }
 
     /// Bytes per second.
@@ -438,11 +526,11 @@ impl Report<'_> {
         let memory = &self.memory;
         format!(
             "{}, {} parameters, {} packed, {}\n\n{}\n\
-             ms: median of {} repeats, of a step, or of the whole prompt (pp). GB: what the kernel moves; it \
+             ms: median of {} repeats, of a step, of a round, or of the whole prompt (pp). GB: what the kernel moves; it \
              reads the weights once for every {STEP_ROWS} rows. floor: the weights once, each context and the \
              activations, at the read ceiling. experts: those of a layer whose weights a pass reads.\n\
              read ceiling {:.0} GB/s, median {:.0} GB/s of {} passes over {}\n\
-             GPU memory: weights {}, KV cache {}, activations and tables {}\n",
+             GPU memory: weights {}, KV cache {}, activations and tables {}\n{}",
             self.plan.title(),
             count(parameters(self.plan)),
             mib(self.plan.packing.bytes),
@@ -456,6 +544,7 @@ impl Report<'_> {
             mib(memory.weights),
             mib(memory.kv),
             mib(memory.arena + memory.scratch),
+            self.lines.iter().filter_map(Line::split).collect::<String>(),
         )
     }
 
@@ -470,6 +559,7 @@ impl Report<'_> {
                 "tokens": line.test.tokens(),
                 "seconds": line.spread,
                 "samples_s": line.seconds,
+                "rounds": line.rounds,
                 "tokens_per_s": line.tokens_per_second(),
                 "bytes": line.bytes,
                 "bytes_per_s": line.rate(),
@@ -513,7 +603,9 @@ pub mod tests {
     use tilec_ir::abi::{ABI_VERSION, KvLayout, KvType};
     use tilec_ir::launch::LAUNCH_VERSION;
     use tilec_ir::pack::Packing;
-    use tilec_ir::plan::{PLAN_VERSION, PlanFile, PlanTarget, ResidentPlan, WeightsFrom};
+    use tilec_ir::plan::{
+        DraftPlan, PLAN_VERSION, PlanFile, PlanTarget, ProgramPlan, ResidentPlan, WeightsFrom,
+    };
     use tilec_ir::spec::Shard;
     use tilec_ir::stages::{Buffer, BufferElem};
 
@@ -653,6 +745,49 @@ pub mod tests {
         // Three passes, and the head in all of them.
         let head = 20.0;
         assert_eq!(does, 21000.0 + 16.0 * 128.0 + head + 2.0 * 8.0 * 16.0 + 4.0 * 128.0 + head);
+    }
+
+    #[test]
+    fn rounds_are_measured_where_steps_are() {
+        let mut cases = Cases::of(&args("-n 64"), &toy_plan().limits).unwrap();
+        let forced = Forced::new(&args("--accept 3.5"), Some(8)).unwrap().unwrap();
+        assert_eq!(forced, Forced { block: 8, accept: 3.5 });
+        cases.add_rounds(&args("-n 64"), &toy_plan().limits, forced);
+        let rounds = Test::Rounds { forced, context: 512, start: 480, tokens: 64 };
+        assert_eq!(cases.tests[3..], [rounds]);
+        assert_eq!((rounds.rows(&toy_plan()), rounds.tokens(), rounds.passes(&toy_plan())), (8, 3.5, 19));
+        let mut plan = toy_plan();
+        let program = ProgramPlan {
+            buffers: Vec::new(),
+            scratch_bytes: 0,
+            stages: Vec::new(),
+            costs: plan.costs.clone(),
+            code: plan.code.clone(),
+            resident: plan.resident,
+        };
+        plan.draft = Some(DraftPlan {
+            weights: plan.weights.clone(),
+            block: 8,
+            mask_token: 0,
+            taps: vec![0],
+            taps_buffer: 0,
+            kv: plan.kv,
+            inject: program.clone(),
+            input: None,
+            block_pass: program,
+            logits: 0,
+        });
+        // Contexts of 512 positions; 4 rows injected without a head, 8 of the block with 7 guesses, 8 verified.
+        let step = |rows: f64, logits: f64| 2000.0 + 2.0 * 8.0 * 512.0 + rows * 128.0 + logits * 20.0;
+        let wanted = step(4.0, 0.0) + step(8.0, 7.0) + step(8.0, 8.0) + 2.0 * 5000.0;
+        assert_eq!(rounds.bytes(&plan, None), (wanted, wanted));
+        let without = Forced::new(&args("--accept 2"), None).unwrap_err().to_string();
+        assert!(without.contains("plans with a draft"), "{without}");
+        let part = |draft_s| Rounds { rounds: 2, tokens: 7, draft_s, verify_s: 4e-4, inject_s: 2e-5 };
+        let line = Line::new(&plan, rounds, vec![3e-4, 4e-4], None);
+        let line = Line { rounds: vec![part(1e-4), part(3e-4)], ..line };
+        let wanted = "a round behind 512: draft 100 us, verify 200 us, its context 10 us\n";
+        assert_eq!(line.split().as_deref(), Some(wanted));
     }
 
     fn report(plan: &Plan) -> Report<'_> {

@@ -1,5 +1,6 @@
 //! Random models: configurations of the known families, and weights that leave no part without effect.
 
+use super::drafts::DraftCase;
 use anyhow::{Context, Result, ensure};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -41,8 +42,14 @@ pub const EXPERTS: std::ops::Range<usize> = MIMO.end..MIMO.end + 4;
 /// KV heads than ranks; of block FP8 with q, k and v in one matrix.
 pub const SHARES: std::ops::Range<usize> = EXPERTS.end..EXPERTS.end + 3;
 
+/// The cases with a draft.
+pub const DRAFTS: std::ops::Range<usize> = SHARES.end..SHARES.end + 8;
+
+/// Folder of a case's draft, in that of its checkpoint.
+pub const DRAFT_FOLDER: &str = "dflash";
+
 /// Cases in all.
-pub const CASES: usize = SHARES.end;
+pub const CASES: usize = DRAFTS.end;
 
 /// Deviation of a router's scores. What a rounded input can change is then a choice between experts that
 /// weigh little.
@@ -125,6 +132,8 @@ pub struct Case {
     pub products: usize,
     /// Factor on the gains of the last feed-forward layer's norm.
     loud: f32,
+    /// Its draft.
+    pub draft: Option<DraftCase>,
 }
 
 impl Case {
@@ -173,7 +182,8 @@ impl Case {
         let first_window = random.below(2).min(layers - 1);
         let theta = random.pick(&[10_000.0, 1_000_000.0]);
         let fp8 = FP8.contains(&number);
-        let loud = stored != Format::BF16 && !fp8 && !moe && random.one_in(2);
+        let drafts = DRAFTS.contains(&number);
+        let loud = stored != Format::BF16 && !fp8 && !moe && !drafts && random.one_in(2);
         // Numbers of their own: the other cases are what they were.
         let mut routed = Random::new(seed, 10_000 + number as u64);
         // So many that the last one chosen weighs little; once all there are.
@@ -243,6 +253,12 @@ impl Case {
         if let Some(window) = window {
             name.push_str(&format!(" w{window}+{first_window}"));
         }
+        let draft = drafts.then(|| {
+            let mut random = Random::new(seed, 20_000 + number as u64);
+            let (draft, what) = DraftCase::new(&mut random, hidden, layers, vocab);
+            name.push_str(&format!(", {what}"));
+            draft
+        });
         Case {
             name,
             seed: random.next(),
@@ -256,6 +272,7 @@ impl Case {
             shard: None,
             products,
             loud: if loud { LOUD } else { 1.0 },
+            draft,
         }
     }
 
@@ -319,6 +336,7 @@ impl Case {
             shard: None,
             products: hidden * (all_heads * (head_dim + v_head_dim) + 6 * intermediate) + vocab * hidden,
             loud: 1.0,
+            draft: None,
         }
     }
 
@@ -401,6 +419,7 @@ impl Case {
             shard: Some(shard),
             products: (layers * hidden * (heads + columns) + vocab * ranks * hidden) / ranks,
             loud: 1.0,
+            draft: None,
         }
     }
 
@@ -437,7 +456,13 @@ impl Case {
 
     /// What to compile, with the checkpoint in `folder`, for a GPU of this architecture.
     pub fn spec(&self, folder: PathBuf, arch: &str) -> ModelSpec {
+        let draft = self.draft.as_ref().map(|draft| spec::DflashSpec {
+            checkpoint: folder.join(DRAFT_FOLDER),
+            block: None,
+            context_rope_theta: draft.context_theta,
+        });
         let mut spec = ModelSpec::for_checkpoint(folder);
+        spec.draft = draft.map(|dflash| spec::Draft { dflash });
         spec.precision.kv_cache = Some(self.kv);
         if self.fp8 {
             spec.precision.weights = spec::WeightFormat::Converted(Format::FP8_BLOCK);
@@ -481,19 +506,50 @@ impl Case {
         }
     }
 
-    /// Writes the checkpoint: matrices as [`Case::stored`], all else as float32.
+    /// Names and shapes of the draft's tensors.
+    ///
+    /// # Errors
+    /// When the draft does not fit the model.
+    pub fn draft_tensors(&self, draft: &DraftCase) -> Result<Vec<(String, Vec<usize>)>> {
+        let tensors = frontends::synthetic_draft_tensors(&draft.config, &self.config, self.stored)?;
+        let mut tensors: Vec<_> = tensors.into_iter().map(|(name, info)| (name, info.shape)).collect();
+        if draft.mask_embedding {
+            let hidden = self.config["hidden_size"].as_u64().unwrap_or_default() as usize;
+            tensors.push(("mask_embedding".into(), vec![hidden]));
+        }
+        Ok(tensors)
+    }
+
+    /// Writes the checkpoint, and that of its draft: matrices as [`Case::stored`], all else as float32.
     ///
     /// # Errors
     /// When a file cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
+        self.write_tensors(folder, &self.config, frontends::expected_tensors(&self.config)?, 1000)?;
+        match &self.draft {
+            Some(draft) => {
+                let tensors = self.draft_tensors(draft)?;
+                self.write_tensors(&folder.join(DRAFT_FOLDER), &draft.config, tensors, 3000)
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn write_tensors(
+        &self,
+        folder: &Path,
+        config: &Value,
+        tensors: Vec<(String, Vec<usize>)>,
+        stream: u64,
+    ) -> Result<()> {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let path = folder.join("config.json");
-        std::fs::write(&path, format!("{:#}\n", self.config))
+        std::fs::write(&path, format!("{config:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
         let mut parts: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
-        for (number, (name, shape)) in frontends::expected_tensors(&self.config)?.into_iter().enumerate() {
+        for (number, (name, shape)) in tensors.into_iter().enumerate() {
             let (mean, deviation) = self.distribution(&name, &shape);
-            let mut random = Random::new(self.seed, 1000 + number as u64);
+            let mut random = Random::new(self.seed, stream + number as u64);
             let count: usize = shape.iter().product();
             let values: Vec<f32> = (0..count).map(|_| mean + deviation * random.normal()).collect();
             let format = if shape.len() == 1 { Format::F32 } else { self.stored };

@@ -4,17 +4,20 @@ use super::cases::{CONTEXT, Case, SEQUENCES};
 use super::compare::{deviation, finite, same_bits};
 use super::prepare::{Prepared, WORST};
 use std::ops::ControlFlow;
-use tilec_runtime::engine::{Engine, RowInput, StepError};
+use tilec_runtime::engine::{BlockInput, Engine, RowInput, StepError};
 
 /// Tokens that each sequence decodes in a check.
-const DECODED: usize = 24;
+pub(super) const DECODED: usize = 24;
 
 /// Positions of the sequences that share a step, the row of that step included: chunks of attention end
 /// at 128.
-const LENGTHS: [usize; SEQUENCES] = [1, 127, 128, 129, 300, 2, 257, 64];
+pub(super) const LENGTHS: [usize; SEQUENCES] = [1, 127, 128, 129, 300, 2, 257, 64];
 
 /// Name of the check against the reference.
 pub const PROMPT: &str = "prompt against the interpreter";
+
+/// Name of the check of a draft against the reference.
+pub const BLOCKS: &str = "draft's blocks against the interpreter";
 
 /// Sizes of the steps that a prompt is cut into: whole passes, and less and more.
 const CUTS: [usize; 9] = [1, 7, 8, 9, 3, 16, 5, 17, 31];
@@ -41,6 +44,12 @@ pub trait Machine {
 
     /// [`Engine::poison`].
     fn poison(&mut self) -> Result<(), StepError>;
+
+    /// [`Engine::inject`].
+    fn inject(&mut self, rows: &[u32]) -> Result<(), StepError>;
+
+    /// [`Engine::draft`].
+    fn draft(&mut self, blocks: &[BlockInput]) -> Result<Vec<f32>, StepError>;
 }
 
 impl Machine for Engine {
@@ -68,6 +77,14 @@ impl Machine for Engine {
 
     fn poison(&mut self) -> Result<(), StepError> {
         Engine::poison(self)
+    }
+
+    fn inject(&mut self, rows: &[u32]) -> Result<(), StepError> {
+        Engine::inject(self, rows)
+    }
+
+    fn draft(&mut self, blocks: &[BlockInput]) -> Result<Vec<f32>, StepError> {
+        Engine::draft(self, blocks).map(<[f32]>::to_vec)
     }
 }
 
@@ -144,9 +161,10 @@ pub fn run(
     repeats: usize,
     outcomes: &mut Vec<Outcome>,
 ) -> After {
-    let mut bench = Bench { case, prepared, machine, whole: Vec::new(), alone: Vec::new() };
+    let (whole, alone, drafted) = (Vec::new(), Vec::new(), Vec::new());
+    let mut bench = Bench { case, prepared, machine, whole, alone, drafted };
     type Check = fn(&mut Bench<'_>, usize) -> Checked;
-    let checks: [(&'static str, Check); 9] = [
+    let mut checks: Vec<(&'static str, Check)> = vec![
         (PROMPT, |bench, _| bench.prompt()),
         ("prompt on poisoned memory, same bits", |bench, _| bench.cut(&[usize::MAX])),
         ("prompt row by row, same bits", |bench, _| bench.cut(&[1])),
@@ -157,6 +175,14 @@ pub fn run(
         ("stop tokens and breaks", |bench, _| bench.stops()),
         ("repeats, same bits", |bench, repeats| bench.repeats(repeats)),
     ];
+    if case.draft.is_some() {
+        checks.extend([
+            (BLOCKS, (|bench, _| bench.blocks()) as Check),
+            ("context in odd steps, same blocks", |bench, _| bench.draft_cut()),
+            ("blocks in company, same bits", |bench, _| bench.draft_company()),
+            ("rounds, same tokens and same context", |bench, _| bench.rounds()),
+        ]);
+    }
     for (what, check) in checks {
         let result = check(&mut bench, repeats);
         let (measured, stop) = match result {
@@ -169,14 +195,14 @@ pub fn run(
             what,
             error: measured.error,
             worst: measured.worst,
-            bound: measured.error.map(|_| prepared.bound),
+            bound: measured.bound,
             problem: stop.as_ref().map(Stop::to_string),
         });
         match stop {
             Some(Stop::Engine(StepError::Silent { .. } | StepError::Cuda(_))) => return After::GiveUp,
             Some(Stop::Engine(_)) => return After::GoOn,
             // Nothing to compare with is left.
-            Some(_) if bench.whole.is_empty() => return After::GoOn,
+            Some(_) if bench.whole.is_empty() || what == BLOCKS => return After::GoOn,
             _ => {}
         }
     }
@@ -185,33 +211,36 @@ pub fn run(
 
 /// What a check looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Measured {
-    rows: usize,
-    error: Option<f64>,
-    worst: Option<f64>,
+pub(super) struct Measured {
+    pub(super) rows: usize,
+    pub(super) error: Option<f64>,
+    pub(super) worst: Option<f64>,
+    pub(super) bound: Option<f64>,
 }
 
-type Checked = Result<Measured, (Measured, Stop)>;
+pub(super) type Checked = Result<Measured, (Measured, Stop)>;
 
 /// A case on an engine.
-struct Bench<'a> {
-    case: &'a Case,
-    prepared: &'a Prepared,
-    machine: &'a mut dyn Machine,
+pub(super) struct Bench<'a> {
+    pub(super) case: &'a Case,
+    pub(super) prepared: &'a Prepared,
+    pub(super) machine: &'a mut dyn Machine,
     /// Logits of the prompt, run in one step on zeroed memory.
     whole: Vec<f32>,
     /// Logits of the last row of each of [`LENGTHS`], run alone.
     alone: Vec<f32>,
+    /// Logits of the draft's blocks, in the order of the reference.
+    pub(super) drafted: Vec<Vec<f32>>,
 }
 
 /// Ends a check early with what it has looked at so far.
-fn ended(rows: usize) -> impl Fn(Stop) -> (Measured, Stop) {
+pub(super) fn ended(rows: usize) -> impl Fn(Stop) -> (Measured, Stop) {
     move |stop| (Measured { rows, ..Measured::default() }, stop)
 }
 
 impl Bench<'_> {
     /// A step whose rows all want logits.
-    fn step(&mut self, rows: &[RowInput]) -> Result<Vec<f32>, Stop> {
+    pub(super) fn step(&mut self, rows: &[RowInput]) -> Result<Vec<f32>, Stop> {
         let wanted: Vec<u32> = (0..rows.len() as u32).collect();
         let logits = self.machine.step(rows, &wanted)?;
         finite("a step's logits", &logits, self.case.vocab)?;
@@ -242,7 +271,8 @@ impl Bench<'_> {
             self.case.undecided(self.prepared.prompt.len()),
         );
         let found = found.map_err(|what| ended(rows)(Stop::Wrong(what)))?;
-        let measured = Measured { rows, error: Some(found.typical), worst: Some(found.worst) };
+        let bound = Some(self.prepared.bound);
+        let measured = Measured { rows, error: Some(found.typical), worst: Some(found.worst), bound };
         if found.worst > WORST * self.prepared.bound {
             let what = format!("row {} is off by {:.2e} of its size", found.row, found.worst);
             return Err((measured, Stop::Wrong(what)));
@@ -356,7 +386,7 @@ impl Bench<'_> {
 
     /// The tokens that each of the rows' sequences decodes step by step, the largest logit each time,
     /// `[steps][rows]`.
-    fn stepwise(&mut self, rows: &[RowInput], steps: usize) -> Result<Vec<Vec<u32>>, Stop> {
+    pub(super) fn stepwise(&mut self, rows: &[RowInput], steps: usize) -> Result<Vec<Vec<u32>>, Stop> {
         let mut rows = rows.to_vec();
         let mut chosen = Vec::new();
         for _ in 0..steps {
@@ -504,13 +534,13 @@ impl Bench<'_> {
 }
 
 /// Rows of a sequence from a position on.
-fn sequence_rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
+pub(super) fn sequence_rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
     let row = |(position, token): (u32, &u32)| RowInput { token: *token, position, sequence };
     (start..).zip(tokens).map(row).collect()
 }
 
 /// The largest logit's token, the lowest among equals. The logits are finite.
-fn largest(logits: &[f32]) -> u32 {
+pub(super) fn largest(logits: &[f32]) -> u32 {
     let mut best = 0;
     for (token, logit) in logits.iter().enumerate() {
         if *logit > logits[best] {

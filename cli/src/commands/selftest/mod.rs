@@ -3,6 +3,7 @@
 mod cases;
 mod checks;
 mod compare;
+mod drafts;
 mod prepare;
 #[cfg(test)]
 mod tests;

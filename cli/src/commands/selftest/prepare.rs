@@ -1,11 +1,12 @@
 //! What a case needs before a GPU runs it: a checkpoint, a plan, and the logits that there should be.
 
-use super::cases::{Case, SHARPNESS};
+use super::cases::{Case, DRAFT_FOLDER, SHARPNESS};
+use super::drafts::{self, ReferenceBlock};
 use crate::source;
 use anyhow::{Context, Result};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
-use tilec_codegen::compile::{self, Host, Input};
+use tilec_codegen::compile::{self, DraftGraphs, DraftInput, Host, Input};
 use tilec_codegen::passes::resident::{expert_format, kernel_format};
 use tilec_ir::abi::KvType;
 use tilec_ir::convert::{dequantize, quantize};
@@ -34,6 +35,12 @@ pub struct Prepared {
     pub reference: Vec<f32>,
     /// How far the kernel's logits may be from the reference: see [`bound`].
     pub bound: f64,
+    /// Blocks of the draft, by the interpreter; none without a draft.
+    pub blocks: Vec<ReferenceBlock>,
+    /// Rows of a block at most.
+    pub draft_rows: usize,
+    /// How far the guesses' logits may be from the reference.
+    pub draft_bound: f64,
 }
 
 /// A case's checkpoint, what to compile, and the graph of it.
@@ -43,6 +50,10 @@ pub struct Model {
     path: PathBuf,
     /// The graph, for the interpreter.
     pub graph: Graph,
+    /// Those of its draft.
+    pub draft: Option<DraftGraphs>,
+    /// The draft's own checkpoint; its tensors are in the model's as well.
+    draft_checkpoint: Option<Checkpoint>,
 }
 
 impl Model {
@@ -53,15 +64,31 @@ impl Model {
     pub fn new(case: &Case, folder: &Path, arch: &str) -> Result<Model> {
         let path = std::path::absolute(folder.join("checkpoint"))?;
         case.write(&path)?;
-        let checkpoint = Checkpoint::open(&path)?;
+        let mut checkpoint = Checkpoint::open(&path)?;
         let spec = case.spec(path.clone(), arch);
-        let graph = compile::graph(&input(case, &checkpoint, &path), &spec)?;
-        Ok(Model { spec, checkpoint, path, graph })
+        let open = || Checkpoint::open_draft(&path.join(DRAFT_FOLDER));
+        let draft_checkpoint = case.draft.as_ref().map(|_| open()).transpose()?;
+        let (graph, draft) =
+            compile::graphs(&input(case, &checkpoint, draft_checkpoint.as_ref(), &path), &spec)?;
+        if draft_checkpoint.is_some() {
+            checkpoint.attach_draft(open()?);
+        }
+        Ok(Model { spec, checkpoint, path, graph, draft, draft_checkpoint })
     }
 
     /// The weights as the kernel multiplies them.
     pub fn weights(&self) -> KernelWeights<'_> {
-        KernelWeights { checkpoint: &self.checkpoint, graph: &self.graph }
+        self.weights_of(&self.graph)
+    }
+
+    /// Those of one of the draft's graphs.
+    pub fn weights_of<'a>(&'a self, graph: &'a Graph) -> KernelWeights<'a> {
+        KernelWeights { checkpoint: &self.checkpoint, graph }
+    }
+
+    /// What the compiler reads.
+    pub fn input<'a>(&'a self, case: &'a Case) -> Input<'a> {
+        input(case, &self.checkpoint, self.draft_checkpoint.as_ref(), &self.path)
     }
 
     /// A prompt that the interpreter can run in seconds.
@@ -71,14 +98,24 @@ impl Model {
     }
 }
 
-fn input<'a>(case: &'a Case, checkpoint: &'a Checkpoint, path: &Path) -> Input<'a> {
+fn input<'a>(
+    case: &'a Case,
+    checkpoint: &'a Checkpoint,
+    draft: Option<&'a Checkpoint>,
+    path: &Path,
+) -> Input<'a> {
+    let folder = path.join(DRAFT_FOLDER);
     Input {
         name: "selftest",
         config: &case.config,
         tensors: checkpoint.tensors(),
         weights: WeightsFrom::Checkpoint { path: path.to_path_buf() },
         tokenizer: None,
-        draft: None,
+        draft: draft.map(|draft| DraftInput {
+            config: draft.config(),
+            tensors: draft.tensors(),
+            weights: WeightsFrom::Checkpoint { path: folder },
+        }),
     }
 }
 
@@ -89,13 +126,22 @@ fn input<'a>(case: &'a Case, checkpoint: &'a Checkpoint, path: &Path) -> Input<'
 pub fn prepare(case: &Case, folder: &Path, arch: &str) -> Result<Prepared> {
     let model = Model::new(case, folder, arch)?;
     let cubins = source::cache_folder().ok().map(|folder| folder.join("cubins"));
-    let input = input(case, &model.checkpoint, &model.path);
-    let compiled = compile::compile(&input, &model.spec, &Host { threads: 1, cubins })?;
+    let compiled = compile::compile(&model.input(case), &model.spec, &Host { threads: 1, cubins })?;
     let plan = folder.join("plan");
     compiled.write(&plan)?;
     let prompt = model.prompt(case);
     let reference = reference(&model.graph, &model.weights(), &prompt)?;
-    Ok(Prepared { plan, prompt, reference, bound: bound(case) })
+    let blocks = drafts::reference(&model, case, &prompt)?;
+    let draft_rows = model.draft.as_ref().map_or(0, |draft| draft.rows);
+    Ok(Prepared {
+        plan,
+        prompt,
+        reference,
+        bound: bound(case),
+        blocks,
+        draft_rows,
+        draft_bound: draft_bound(case),
+    })
 }
 
 /// The logits behind each token of a prompt, `[prompt][vocab]`: float32 activations.
@@ -157,11 +203,23 @@ pub const WORST: f64 = 3.0;
 /// layers of bfloat16, 0.3 % with float16. Errors of this kind, tried with the interpreter, stay below
 /// two thirds of that; a tensor that is left out moves logits by 10 % and more.
 pub fn bound(case: &Case) -> f64 {
+    bound_of(case, case.layers, 1)
+}
+
+/// The same for the guesses of a draft: behind the layers of the target, `fc`, then keys and values of that
+/// one feature, and the draft's own layers and head.
+pub fn draft_bound(case: &Case) -> f64 {
+    let own = case.draft.as_ref().map_or(0, |draft| draft.layers);
+    bound_of(case, case.layers + own, 3)
+}
+
+/// For so many layers, and products beside theirs.
+fn bound_of(case: &Case, layers: usize, others: usize) -> f64 {
     let rounding = |bf16: bool| if bf16 { 2f64.powi(-9) } else { 2f64.powi(-12) };
     let h2 = rounding(case.multiplies_bf16()).powi(2);
     let k2 = rounding(case.kv == KvType::Bf16).powi(2);
-    let layers = case.layers as f64;
+    let layers = layers as f64;
     let scores = SHARPNESS.powi(2) * (2.0 * h2 + k2);
     let shares = case.decision().powi(2) * 2.0 * h2;
-    2.0 * (h2 * (4.0 * layers + 1.0) + layers * (k2 + scores + shares)).sqrt()
+    2.0 * (h2 * (4.0 * layers + others as f64) + layers * (k2 + scores + shares)).sqrt()
 }

@@ -1,47 +1,75 @@
-use super::cases::{CASES, CONTEXT, Case, EXPERTS, LONG_ROWS, MIMO, NARROW_HEADS, Random, SEQUENCES, SHARES};
-use super::checks::{After, Machine, PROMPT, run};
+use super::cases::{
+    CASES, CONTEXT, Case, DRAFTS, EXPERTS, LONG_ROWS, MIMO, NARROW_HEADS, Random, SEQUENCES, SHARES,
+};
+use super::checks::{After, BLOCKS, Machine, PROMPT, run};
 use super::compare::{Deviation, deviation, finite, same_bits};
-use super::prepare::{KernelWeights, Model, Prepared, WORST, bound, prepare, reference};
+use super::drafts;
+use super::prepare::{KernelWeights, Model, Prepared, WORST, bound, draft_bound, prepare, reference};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use tilec_codegen::compile::{self, Input};
+use tilec_codegen::compile::{self, DraftInput, Input};
 use tilec_codegen::emit::cuda::emit;
 use tilec_codegen::frontends;
 use tilec_codegen::nvrtc::{Arch, CudaText, Nvrtc, Options};
+use tilec_codegen::passes::packer::Packer;
 use tilec_codegen::passes::{fuse, resident};
+use tilec_ir::format::Format;
+use tilec_ir::graph::Op;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
 use tilec_ir::plan::WeightsFrom;
+use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::cuda::DeviceInfo;
-use tilec_runtime::engine::{RowInput, StepError};
+use tilec_runtime::engine::{BlockInput, RowInput, StepError};
 
-/// The kernel's text of a case.
-fn text(case: &Case) -> String {
+/// The texts of a case's kernels: the model's, then those of its draft.
+fn text(case: &Case) -> Vec<String> {
     let tensors = frontends::synthetic_tensors(&case.config, case.stored).unwrap();
     let spec = case.spec("/nowhere".into(), "sm_90a");
-    let weights = WeightsFrom::Checkpoint { path: "/nowhere".into() };
+    let weights = || WeightsFrom::Checkpoint { path: "/nowhere".into() };
+    let draft = case.draft.as_ref().map(|draft| {
+        let info = |(name, shape): (String, Vec<usize>)| {
+            let format = if shape.len() == 1 { Format::F32 } else { case.stored };
+            (name, TensorInfo { shape, format })
+        };
+        let tensors: std::collections::BTreeMap<_, _> =
+            case.draft_tensors(draft).unwrap().into_iter().map(info).collect();
+        (draft, tensors)
+    });
     let input = Input {
         name: "selftest",
         config: &case.config,
         tensors: &tensors,
-        weights,
+        weights: weights(),
         tokenizer: None,
-        draft: None,
+        draft: draft.as_ref().map(|(draft, tensors)| DraftInput {
+            config: &draft.config,
+            tensors,
+            weights: weights(),
+        }),
     };
-    let graph = compile::graph(&input, &spec).unwrap_or_else(|error| panic!("{}: {error}", case.name));
-    let fused = fuse::fuse(&graph).unwrap();
-    let program = resident::resident(&fused, CONTEXT);
-    let program = program.unwrap_or_else(|error| panic!("{}: {error}", case.name));
-    let kernel = emit(&program, Arch::Sm90a).unwrap_or_else(|error| panic!("{}: {error}", case.name));
-    kernel.text
+    let graphs = compile::graphs(&input, &spec);
+    let (graph, draft) = graphs.unwrap_or_else(|error| panic!("{}: {error}", case.name));
+    let mut packer = Packer::new(resident::WEIGHT_ALIGN);
+    let of_draft = draft.iter().flat_map(|draft| [&draft.inject, &draft.block]);
+    [&graph]
+        .into_iter()
+        .chain(of_draft)
+        .map(|graph| {
+            let program = resident::resident_with(&fuse::fuse(graph).unwrap(), CONTEXT, &mut packer);
+            let program = program.unwrap_or_else(|error| panic!("{}: {error}", case.name));
+            let kernel = emit(&program, Arch::Sm90a).unwrap_or_else(|error| panic!("{}: {error}", case.name));
+            kernel.text
+        })
+        .collect()
 }
 
 #[test]
 fn every_case_has_a_kernel_of_its_own() {
     let cases: Vec<Case> = (0..CASES).map(|number| Case::new(1, number)).collect();
-    let texts: BTreeSet<String> = cases.iter().map(text).collect();
-    assert_eq!(texts.len(), cases.len());
+    let texts: BTreeSet<String> = cases.iter().flat_map(text).collect();
+    assert_eq!(texts.len(), cases.len() + 2 * DRAFTS.len());
     let again = Case::new(1, 7);
     assert_eq!((&again.name, again.seed, text(&again)), (&cases[7].name, cases[7].seed, text(&cases[7])));
     assert_ne!(Case::new(2, 7).name, cases[7].name);
@@ -52,19 +80,16 @@ fn the_kernels_assemble() {
     // `cargo xtask setup nvrtc` fetches it.
     let nvrtc = Nvrtc::find().unwrap_or_else(|error| panic!("{error}"));
     let mut problems = Vec::new();
-    for number in (0..10)
-        .chain([NARROW_HEADS, LONG_ROWS])
-        .chain(MIMO)
-        .chain([EXPERTS.start, EXPERTS.end - 1])
-        .chain(SHARES)
-    {
+    let some = [NARROW_HEADS, LONG_ROWS, EXPERTS.start, EXPERTS.end - 1];
+    for number in (0..10).chain(some).chain(MIMO).chain(SHARES).chain(DRAFTS) {
         let case = Case::new(1, number);
-        let text = text(&case);
-        let options = Options { fast: true, ..Options::default() };
-        let result = nvrtc.compile(&CudaText { name: "selftest.cu", text: &text }, Arch::Sm90a, &options);
-        match result {
-            Ok(_) => println!("{}", case.name),
-            Err(error) => problems.push(format!("{}: {error}", case.name)),
+        for text in text(&case) {
+            let options = Options { fast: true, ..Options::default() };
+            let result = nvrtc.compile(&CudaText { name: "selftest.cu", text: &text }, Arch::Sm90a, &options);
+            match result {
+                Ok(_) => println!("{}", case.name),
+                Err(error) => problems.push(format!("{}: {error}", case.name)),
+            }
         }
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
@@ -161,6 +186,36 @@ fn the_bound_leaves_room_for_rounding_and_not_much_more() {
 }
 
 #[test]
+fn the_bound_of_blocks_leaves_room_for_rounding_and_not_much_more() {
+    let cases = (1..8).flat_map(|seed| DRAFTS.map(move |number| Case::new(seed, number)));
+    let cases = cases.filter(|case| case.products < 1_200_000);
+    let mut compared = 0;
+    for case in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let model = Model::new(&case, folder.path(), "sm_90a").unwrap();
+        let prompt = &model.prompt(&case)[..30];
+        let wanted = drafts::reference(&model, &case, prompt).unwrap();
+        let draft = model.draft.as_ref().unwrap();
+        let deviation = if case.multiplies_bf16() { 2f32.powi(-9) } else { 2f32.powi(-12) };
+        let noisy = [&model.graph, &draft.inject, &draft.block].map(|graph| Noisy {
+            weights: model.weights_of(graph),
+            deviation,
+            without: None,
+        });
+        let found = drafts::reference_with(&model, &case, prompt, [&noisy[0], &noisy[1], &noisy[2]]).unwrap();
+        let (found, wanted): (Vec<f32>, Vec<f32>) =
+            found.iter().zip(&wanted).flat_map(|(a, b)| a.logits.iter().zip(&b.logits)).unzip();
+        let error = super::compare::deviation(&found, &wanted, case.vocab, 0).unwrap();
+        let bound = draft_bound(&case);
+        let (typical, worst) = (error.typical / bound, error.worst / bound);
+        println!("{typical:.2} {worst:.2} {bound:.1e} {}", case.name);
+        assert!((0.1..0.75).contains(&typical) && worst < 0.75 * WORST, "{}: {error:?}", case.name);
+        compared += 1;
+    }
+    assert!(compared > 5);
+}
+
+#[test]
 fn every_tensor_has_an_effect_beyond_the_bound() {
     // Of experts, one tensor alone may not be chosen.
     let shares = SHARES.map(|number| Case::new(1, number)).filter(|case| !case.fp4_experts);
@@ -207,6 +262,24 @@ enum Fault {
     Late,
     /// A launch leaves the sequence one position short.
     Short,
+    /// The draft is told of the next row's taps.
+    Tap,
+    /// The taps of the first row of a step of 17 rows are too large in some columns.
+    Cut,
+    /// The lowest bit of a draft's guess in company.
+    Block,
+    /// The draft is told of all rows of a step as they were, of which a wrong guess was one.
+    Commit,
+}
+
+/// A draft of a [`Fake`].
+struct FakeDraft<'a> {
+    inject: Interpreter<'a>,
+    block: Interpreter<'a>,
+    mask: u32,
+    /// Taps of the last step, and its rows.
+    taps: Vec<f32>,
+    rows: Vec<RowInput>,
 }
 
 /// The interpreter as a machine, with a fault.
@@ -217,6 +290,7 @@ struct Fake<'a> {
     lengths: [usize; SEQUENCES],
     poisoned: bool,
     steps: usize,
+    draft: Option<FakeDraft<'a>>,
 }
 
 impl Fake<'_> {
@@ -238,7 +312,20 @@ impl Machine for Fake<'_> {
             .map(|row| Row { token: row.token, position: row.position as usize, sequence: row.sequence })
             .collect();
         let wanted: Vec<usize> = logit_rows.iter().map(|row| *row as usize).collect();
-        let mut logits = self.interpreter.step(&interpreted, &wanted).unwrap();
+        let mut taps = Vec::new();
+        let mut observe = |node: &tilec_ir::graph::Node, values: &[f32]| {
+            if node.op == Op::Taps {
+                taps = values.to_vec();
+            }
+        };
+        let mut logits = self.interpreter.step_observed(&interpreted, &wanted, &mut observe).unwrap();
+        if let Some(draft) = &mut self.draft {
+            let cols = taps.len() / rows.len();
+            if self.fault == Fault::Cut && rows.len() == 17 {
+                taps[..cols / 2].iter_mut().for_each(|value| *value *= 1.1);
+            }
+            (draft.taps, draft.rows) = (taps, rows.to_vec());
+        }
         for row in rows {
             self.lengths[row.sequence as usize] = row.position as usize + 1;
         }
@@ -291,6 +378,9 @@ impl Machine for Fake<'_> {
     fn reset(&mut self, sequence: usize) {
         self.lengths[sequence] = 0;
         self.interpreter.truncate(sequence as u32, 0);
+        if let Some(draft) = &mut self.draft {
+            draft.inject.truncate(sequence as u32, 0);
+        }
     }
 
     fn length(&self, sequence: usize) -> usize {
@@ -301,6 +391,101 @@ impl Machine for Fake<'_> {
         self.poisoned = true;
         (0..SEQUENCES).for_each(|sequence| self.reset(sequence));
         Ok(())
+    }
+
+    fn inject(&mut self, rows: &[u32]) -> Result<(), StepError> {
+        let draft = self.draft.as_mut().unwrap();
+        let cols = draft.taps.len() / draft.rows.len();
+        let mut chosen: Vec<Row> = Vec::new();
+        let mut taps = Vec::new();
+        for number in rows {
+            let row = draft.rows[*number as usize];
+            chosen.push(Row { token: 0, position: row.position as usize, sequence: row.sequence });
+            let next = self.fault == Fault::Tap
+                || self.fault == Fault::Commit && rows.len() == 2 && draft.rows.len() == 8;
+            let from = (*number as usize + usize::from(next)).min(draft.rows.len() - 1);
+            taps.extend(&draft.taps[from * cols..][..cols]);
+        }
+        draft.inject.set_input(&taps);
+        draft.inject.step(&chosen, &[]).unwrap();
+        Ok(())
+    }
+
+    fn draft(&mut self, blocks: &[BlockInput]) -> Result<Vec<f32>, StepError> {
+        let draft = self.draft.as_mut().unwrap();
+        let (mut rows, mut wanted) = (Vec::new(), Vec::new());
+        for block in blocks {
+            wanted.extend(rows.len() + 1..rows.len() + 1 + block.wanted);
+            rows.extend((0..block.rows).map(|at| Row {
+                token: if at == 0 { block.token } else { draft.mask },
+                position: block.position as usize + at,
+                sequence: block.sequence,
+            }));
+        }
+        draft.block.exchange_caches(&mut draft.inject).unwrap();
+        let mut logits = draft.block.step(&rows, &wanted).unwrap();
+        draft.inject.exchange_caches(&mut draft.block).unwrap();
+        if self.fault == Fault::Block && blocks.len() > 1 {
+            logits[3] = f32::from_bits(logits[3].to_bits() ^ 1);
+        }
+        Ok(logits)
+    }
+}
+
+/// Runs all checks on a machine with a fault; those that fail.
+fn failed_checks(case: &Case, model: &Model, prepared: &Prepared, fault: Fault) -> Vec<&'static str> {
+    let weights = model.weights();
+    let interpreter = Interpreter::new(&model.graph, &weights).unwrap();
+    let graphs = model.draft.as_ref();
+    let of_draft = graphs.map(|draft| [model.weights_of(&draft.inject), model.weights_of(&draft.block)]);
+    let draft = graphs.zip(of_draft.as_ref()).map(|(draft, [inject, block])| FakeDraft {
+        inject: Interpreter::new(&draft.inject, inject).unwrap(),
+        block: Interpreter::new(&draft.block, block).unwrap(),
+        mask: draft.draft.mask_token,
+        taps: Vec::new(),
+        rows: Vec::new(),
+    });
+    let (vocab, lengths) = (case.vocab, [0; SEQUENCES]);
+    let mut fake = Fake { interpreter, vocab, fault, lengths, poisoned: false, steps: 0, draft };
+    let mut outcomes = Vec::new();
+    assert_eq!(run(case, prepared, &mut fake, 3, &mut outcomes), After::GoOn);
+    println!("{fault:?}: {} steps", fake.steps);
+    for outcome in &outcomes {
+        if let Some(problem) = &outcome.problem {
+            println!("  {}: {problem}", outcome.what);
+        }
+    }
+    outcomes.iter().filter(|outcome| outcome.problem.is_some()).map(|outcome| outcome.what).collect()
+}
+
+#[test]
+fn every_fault_of_a_draft_fails_the_check_that_looks_for_it() {
+    let all = (0..200).map(|number| Case::new(number as u64, DRAFTS.start + number % DRAFTS.len()));
+    let case = all.min_by_key(|case| case.products).unwrap();
+    println!("{}, {} products", case.name, case.products);
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::new(&case, folder.path(), "sm_90a").unwrap();
+    let prompt = model.prompt(&case)[..140].to_vec();
+    let wanted = reference(&model.graph, &model.weights(), &prompt).unwrap();
+    let blocks = drafts::reference(&model, &case, &prompt).unwrap();
+    assert!(blocks.len() >= 5 && blocks.iter().any(|block| block.block.position == 125));
+    let prepared = Prepared {
+        plan: PathBuf::new(),
+        prompt,
+        reference: wanted,
+        bound: bound(&case),
+        blocks,
+        draft_rows: model.draft.as_ref().unwrap().rows,
+        draft_bound: draft_bound(&case),
+    };
+    for (fault, expected) in [
+        (Fault::None, vec![]),
+        (Fault::Tap, vec![BLOCKS]),
+        (Fault::Cut, vec!["context in odd steps, same blocks"]),
+        (Fault::Block, vec!["blocks in company, same bits"]),
+        (Fault::Commit, vec!["rounds, same tokens and same context"]),
+    ] {
+        assert_eq!(failed_checks(&case, &model, &prepared, fault), expected, "{fault:?}");
     }
 }
 
@@ -319,7 +504,15 @@ fn every_fault_fails_the_checks_that_look_for_it_and_no_other() {
     let model = Model::new(&case, folder.path(), "sm_90a").unwrap();
     let prompt = model.prompt(&case);
     let wanted = reference(&model.graph, &model.weights(), &prompt).unwrap();
-    let prepared = Prepared { plan: PathBuf::new(), prompt, reference: wanted, bound: bound(&case) };
+    let prepared = Prepared {
+        plan: PathBuf::new(),
+        prompt,
+        reference: wanted,
+        bound: bound(&case),
+        blocks: Vec::new(),
+        draft_rows: 0,
+        draft_bound: 0.0,
+    };
     for (fault, expected) in [
         (Fault::None, vec![]),
         (Fault::Position, vec![PROMPT]),
@@ -333,16 +526,7 @@ fn every_fault_fails_the_checks_that_look_for_it_and_no_other() {
         (Fault::Late, vec![STOPS]),
         (Fault::Short, vec![DECODE, STOPS, REPEATS]),
     ] {
-        let weights = model.weights();
-        let interpreter = Interpreter::new(&model.graph, &weights).unwrap();
-        let (vocab, lengths) = (case.vocab, [0; SEQUENCES]);
-        let mut fake = Fake { interpreter, vocab, fault, lengths, poisoned: false, steps: 0 };
-        let mut outcomes = Vec::new();
-        assert_eq!(run(&case, &prepared, &mut fake, 3, &mut outcomes), After::GoOn);
-        let failed: Vec<&str> =
-            outcomes.iter().filter(|outcome| outcome.problem.is_some()).map(|outcome| outcome.what).collect();
-        println!("{fault:?}: {} steps", fake.steps);
-        assert_eq!(failed, expected, "{fault:?}: {outcomes:#?}");
+        assert_eq!(failed_checks(&case, &model, &prepared, fault), expected, "{fault:?}");
     }
 }
 

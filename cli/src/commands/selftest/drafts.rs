@@ -1,0 +1,385 @@
+//! Drafts of cases: random ones, what their blocks should be, and what is checked of them.
+
+use super::cases::{CONTEXT, Case, Random, SEQUENCES};
+use super::checks::{Bench, Checked, DECODED, LENGTHS, Measured, Stop, ended, largest, sequence_rows};
+use super::compare::{deviation, same_bits};
+use super::prepare::{Model, WORST};
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use tilec_ir::graph::Op;
+use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
+use tilec_ir::launch::STEP_ROWS;
+use tilec_runtime::engine::BlockInput;
+
+/// A draft for the model of a case.
+#[derive(Clone, Debug)]
+pub struct DraftCase {
+    /// Its config.json.
+    pub config: Value,
+    /// Its layers.
+    pub layers: usize,
+    /// Whether masks have an embedding of their own.
+    pub mask_embedding: bool,
+    /// Base of the rope of the context's keys, if it is another.
+    pub context_theta: Option<usize>,
+}
+
+impl DraftCase {
+    /// A draft for a model of these sizes, and what it is, for people.
+    pub fn new(random: &mut Random, hidden: usize, layers: usize, vocab: usize) -> (DraftCase, String) {
+        let (head_dim, v_head_dim) = random.pick(&[(16, 16), (64, 64), (48, 32), (96, 64), (128, 128)]);
+        let (kv_heads, group) = (random.pick(&[1, 2, 3]), random.pick(&[1, 2, 4]));
+        let heads = kv_heads * group;
+        let intermediate = random.pick(&[64, 72, 200, 256]);
+        let own_layers = 1 + random.below(3);
+        // Layers of the target in any order.
+        let mut taps: Vec<usize> = (0..layers).collect();
+        (1..layers).rev().for_each(|at| taps.swap(at, random.below(at + 1)));
+        taps.truncate(1 + random.below(layers));
+        let window = random.pick(&[3, 5, 64, 200]);
+        let kinds: Vec<bool> = (0..own_layers).map(|_| random.one_in(2)).collect();
+        let types: Vec<&str> = kinds
+            .iter()
+            .map(|sliding| if *sliding { "sliding_attention" } else { "full_attention" })
+            .collect();
+        let causal = random.one_in(4);
+        let (sinks, scaled, partial) = (random.one_in(2), random.one_in(2), random.one_in(2));
+        let bias = random.one_in(2);
+        let mut own = json!({
+            "target_layer_ids": taps,
+            "mask_token_id": random.below(vocab),
+            "attention_sink_bias": sinks,
+        });
+        if scaled {
+            own["attention_value_scale"] = 0.612.into();
+        }
+        let mut config = json!({
+            "architectures": ["DFlashDraftModel"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": own_layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": v_head_dim,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10_000.0,
+            "max_position_embeddings": CONTEXT,
+            "vocab_size": vocab,
+            "attention_bias": bias,
+            // With more rows than a launch has, blocks of as many as it has.
+            "block_size": random.pick(&[8, 16]),
+            "sliding_window": window,
+            "layer_types": types,
+            "is_causal": causal,
+            "dflash_config": own,
+        });
+        if partial {
+            config["partial_rotary_factor"] = 0.5.into();
+        }
+        let draft = DraftCase {
+            config,
+            layers: own_layers,
+            mask_embedding: random.one_in(2),
+            context_theta: random.one_in(2).then_some(500),
+        };
+        let mut name = format!("draft {heads}/{kv_heads}x{head_dim}+{v_head_dim} L{own_layers} of {taps:?}");
+        for (part, there) in [
+            ("causal", causal),
+            ("sinks", sinks),
+            ("scaled", scaled),
+            ("partial", partial),
+            ("mask", draft.mask_embedding),
+            ("context-rope", draft.context_theta.is_some()),
+        ] {
+            if there {
+                name.push(' ');
+                name.push_str(part);
+            }
+        }
+        if kinds.contains(&true) {
+            name.push_str(&format!(" w{window}"));
+        }
+        (draft, name)
+    }
+}
+
+/// A block, and the logits that its guesses should have.
+pub struct ReferenceBlock {
+    /// The block: of sequence 0.
+    pub block: BlockInput,
+    /// `[wanted][vocab]`.
+    pub logits: Vec<f32>,
+}
+
+/// Blocks behind the beginnings of a prompt, the longest first, by the interpreter with float32 activations.
+///
+/// # Errors
+/// When the interpreter refuses a graph or the weights.
+pub fn reference(model: &Model, case: &Case, prompt: &[u32]) -> Result<Vec<ReferenceBlock>> {
+    let Some(draft) = &model.draft else { return Ok(Vec::new()) };
+    let (target, inject, block) =
+        (model.weights(), model.weights_of(&draft.inject), model.weights_of(&draft.block));
+    reference_with(model, case, prompt, [&target, &inject, &block])
+}
+
+/// The same with other weights for the three graphs.
+///
+/// # Errors
+/// As [`reference`].
+pub fn reference_with(
+    model: &Model,
+    case: &Case,
+    prompt: &[u32],
+    weights: [&dyn WeightSource; 3],
+) -> Result<Vec<ReferenceBlock>> {
+    let Some(draft) = &model.draft else { return Ok(Vec::new()) };
+    let refused = "the interpreter refuses the draft";
+    let rows: Vec<Row> =
+        (0..).zip(prompt).map(|(position, token)| Row { token: *token, position, sequence: 0 }).collect();
+    let mut target =
+        Interpreter::new(&model.graph, weights[0]).context("the interpreter refuses the model")?;
+    let mut taps = Vec::new();
+    target.step_observed(&rows, &[], &mut |node, values| {
+        if node.op == Op::Taps {
+            taps = values.to_vec();
+        }
+    })?;
+    let mut inject = Interpreter::new(&draft.inject, weights[1]).context(refused)?;
+    let mut block = Interpreter::new(&draft.block, weights[2]).context(refused)?;
+    inject.set_input(&taps);
+    inject.step(&rows, &[])?;
+    block.exchange_caches(&mut inject).map_err(anyhow::Error::msg)?;
+    let tokens = case.tokens(BLOCK_TOKENS, 8);
+    let mask = draft.draft.mask_token;
+    // Blocks across the end of a chunk of 128, shorter ones, and hardly a context; each goes back.
+    let places = [(prompt.len(), 8), (252, 8), (125, 6), (20, 5), (13, 8), (1, 2), (0, 8)];
+    let places = places.iter().filter(|(position, _)| *position <= prompt.len());
+    places
+        .zip(tokens)
+        .map(|((position, count), token)| {
+            let count = (*count).min(draft.rows);
+            let row =
+                |at| Row { token: if at == 0 { token } else { mask }, position: position + at, sequence: 0 };
+            let rows: Vec<Row> = (0..count).map(row).collect();
+            let wanted: Vec<usize> = (1..count).collect();
+            let logits = block.step(&rows, &wanted)?;
+            let position = *position as u32;
+            let block = BlockInput { token, position, sequence: 0, rows: count, wanted: count - 1 };
+            Ok(ReferenceBlock { block, logits })
+        })
+        .collect()
+}
+
+/// Purpose of the random tokens that blocks begin with.
+const BLOCK_TOKENS: u64 = 2;
+
+/// Sizes of the steps that a context is made in.
+const CUTS: [usize; 5] = [5, 8, 1, 17, 9];
+
+/// Sequences that have blocks in one pass.
+const TOGETHER: [usize; 4] = [0, 3, 5, 4];
+
+impl Bench<'_> {
+    /// Runs tokens of a sequence, and tells the draft of them, in steps of these sizes.
+    fn feed_draft(&mut self, sequence: u32, tokens: &[u32], sizes: &[usize]) -> Result<(), Stop> {
+        self.machine.reset(sequence as usize);
+        let rows = sequence_rows(sequence, 0, tokens);
+        let (mut rest, mut sizes) = (&rows[..], sizes.iter().cycle());
+        while !rest.is_empty() {
+            let (step, after) = rest.split_at(rest.len().min(*sizes.next().unwrap_or(&1)));
+            self.machine.step(step, &[])?;
+            self.machine.inject(&(0..step.len() as u32).collect::<Vec<_>>())?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Blocks behind the prompt and its beginnings, in the order of the reference.
+    fn all_blocks(&mut self) -> Result<Vec<Vec<f32>>, Stop> {
+        let prepared = self.prepared;
+        let one = |block: &BlockInput, bench: &mut Self| -> Result<Vec<f32>, Stop> {
+            let logits = bench.machine.draft(&[*block])?;
+            super::compare::finite("a block's logits", &logits, bench.case.vocab)?;
+            Ok(logits)
+        };
+        prepared.blocks.iter().map(|reference| one(&reference.block, self)).collect()
+    }
+
+    /// Blocks against the interpreter.
+    pub(super) fn blocks(&mut self) -> Checked {
+        let rows = self.prepared.blocks.iter().map(|reference| reference.block.wanted).sum();
+        let prompt = &self.prepared.prompt;
+        let made = self.machine.poison().map_err(Stop::from).and_then(|()| {
+            self.feed_draft(0, prompt, &[prompt.len()])?;
+            self.all_blocks()
+        });
+        self.drafted = made.map_err(ended(rows))?;
+        let bound = self.prepared.draft_bound;
+        let (mut squares, mut worst, mut problem) = (0.0, 0f64, None);
+        for (found, reference) in self.drafted.iter().zip(&self.prepared.blocks) {
+            let BlockInput { position, rows: count, .. } = reference.block;
+            let off = deviation(found, &reference.logits, self.case.vocab, 0).map_err(|what| {
+                ended(rows)(Stop::Wrong(format!("block of {count} rows behind {position} positions: {what}")))
+            })?;
+            squares += off.typical.powi(2) * reference.block.wanted as f64;
+            if off.worst > worst {
+                worst = off.worst;
+                if worst > WORST * bound {
+                    let what = format!(
+                        "block of {count} rows behind {position} positions: guess {} is off by {worst:.2e} of its size",
+                        off.row + 1
+                    );
+                    problem = Some(what);
+                }
+            }
+        }
+        let typical = (squares / rows as f64).sqrt();
+        let measured = Measured { rows, error: Some(typical), worst: Some(worst), bound: Some(bound) };
+        if typical > bound && problem.is_none() {
+            problem = Some(format!("guesses are off by {typical:.2e} of their size"));
+        }
+        match problem {
+            Some(what) => Err((measured, Stop::Wrong(what))),
+            None => Ok(measured),
+        }
+    }
+
+    /// Contexts that were made in other steps.
+    pub(super) fn draft_cut(&mut self) -> Checked {
+        let mut rows = 0;
+        for sizes in [&CUTS[..], &[1]] {
+            let check = |bench: &mut Self| -> Result<(), Stop> {
+                bench.machine.poison()?;
+                let prompt = &bench.prepared.prompt;
+                bench.feed_draft(0, prompt, sizes)?;
+                let found = bench.all_blocks()?;
+                for ((found, wanted), reference) in
+                    found.iter().zip(&bench.drafted).zip(&bench.prepared.blocks)
+                {
+                    same_bits(found, wanted, bench.case.vocab).map_err(|what| {
+                        let BlockInput { rows, position, .. } = reference.block;
+                        format!(
+                            "steps of {sizes:?}, block of {rows} rows behind {position} positions: {what}"
+                        )
+                    })?;
+                }
+                Ok(())
+            };
+            rows += self.prepared.blocks.iter().map(|reference| reference.block.wanted).sum::<usize>();
+            check(self).map_err(ended(rows))?;
+        }
+        Ok(Measured { rows, ..Measured::default() })
+    }
+
+    /// Blocks of several sequences in one call, in any order, against each alone.
+    pub(super) fn draft_company(&mut self) -> Checked {
+        let vocab = self.case.vocab;
+        let mut rows = 0;
+        let mut check = |bench: &mut Self| -> Result<(), Stop> {
+            bench.machine.poison()?;
+            let mut blocks = Vec::new();
+            for (number, sequence) in TOGETHER.into_iter().enumerate() {
+                let length = LENGTHS[sequence].min(CONTEXT - STEP_ROWS);
+                let tokens = bench.case.tokens(100 + sequence as u64, length + 1);
+                bench.feed_draft(sequence as u32, &tokens[..length], &[31])?;
+                let rows = [2, 8, 3, 5][number];
+                blocks.push(BlockInput {
+                    token: tokens[length],
+                    position: length as u32,
+                    sequence: sequence as u32,
+                    rows,
+                    wanted: rows - 1,
+                });
+            }
+            let mut alone = Vec::new();
+            for block in &blocks {
+                alone.push(bench.machine.draft(&[*block])?);
+            }
+            for order in [[0, 1, 2, 3], [3, 2, 1, 0], [2, 3, 0, 1], [0, 2, 3, 1]] {
+                let together: Vec<BlockInput> = order.iter().map(|at| blocks[*at]).collect();
+                let found = bench.machine.draft(&together)?;
+                rows += found.len() / vocab;
+                let wanted: Vec<f32> = order.iter().flat_map(|at| &alone[*at]).copied().collect();
+                same_bits(&found, &wanted, vocab).map_err(|what| {
+                    format!("blocks of sequences {:?}: {what}", order.map(|at| TOGETHER[at]))
+                })?;
+            }
+            Ok(())
+        };
+        check(self).map_err(ended(rows))?;
+        Ok(Measured { rows, ..Measured::default() })
+    }
+
+    /// Rounds behind the prompt's last token: the draft's guesses, or the right ones for a while and then the
+    /// draft's, are verified in one step. The tokens are those of single steps, and the context that the
+    /// rounds made is that of the text in one piece.
+    pub(super) fn rounds(&mut self) -> Checked {
+        let vocab = self.case.vocab;
+        let mut rows = 0;
+        let mut check = |bench: &mut Self| -> Result<(), Stop> {
+            let prompt = &bench.prepared.prompt;
+            let (last, before) = prompt.split_last().ok_or_else(|| Stop::Wrong("an empty prompt".into()))?;
+            bench.machine.poison()?;
+            bench.feed_draft(0, before, &[before.len().max(1)])?;
+            let first = sequence_rows(0, before.len() as u32, &[*last]);
+            let steps = bench.stepwise(&first, DECODED + STEP_ROWS)?;
+            let wanted: Vec<u32> = steps.into_iter().flatten().collect();
+
+            bench.machine.poison()?;
+            bench.feed_draft(0, before, &[before.len().max(1)])?;
+            let mut text = prompt.clone();
+            for round in 0.. {
+                let done = text.len() - prompt.len();
+                if done >= DECODED {
+                    break;
+                }
+                let position = text.len() as u32 - 1;
+                let block = BlockInput {
+                    token: text[text.len() - 1],
+                    position,
+                    sequence: 0,
+                    rows: bench.prepared.draft_rows,
+                    wanted: bench.prepared.draft_rows - 1,
+                };
+                let logits = bench.machine.draft(&[block])?;
+                let mut guesses: Vec<u32> = logits.chunks_exact(vocab).map(largest).collect();
+                // So that rounds of all lengths come up, however good the draft is.
+                let helped = [0, 3, 1, 7, 2][round % 5].min(guesses.len());
+                guesses[..helped].copy_from_slice(&wanted[done..done + helped]);
+                let tokens: Vec<u32> = [block.token].into_iter().chain(guesses.iter().copied()).collect();
+                let step = sequence_rows(0, position, &tokens);
+                rows += step.len();
+                let chosen: Vec<u32> = bench.step(&step)?.chunks_exact(vocab).map(largest).collect();
+                let right = chosen.iter().zip(&guesses).take_while(|(chosen, guess)| chosen == guess).count();
+                for (at, (found, wanted)) in chosen[..=right].iter().zip(&wanted[done..]).enumerate() {
+                    if found != wanted {
+                        return Err(Stop::Wrong(format!(
+                            "round {round}, row {at} of {}: chose token {found} where single steps chose {wanted}",
+                            step.len()
+                        )));
+                    }
+                }
+                text.extend(&chosen[..=right]);
+                bench.machine.inject(&(0..=right as u32).collect::<Vec<_>>())?;
+            }
+            let (token, before) = text.split_last().ok_or_else(|| Stop::Wrong("an empty text".into()))?;
+            let rows = bench.prepared.draft_rows;
+            let position = before.len() as u32;
+            let block = BlockInput { token: *token, position, sequence: 0, rows, wanted: rows - 1 };
+            let found = bench.machine.draft(&[block])?;
+            bench.machine.poison()?;
+            bench.feed_draft(0, before, &[before.len()])?;
+            let wanted = bench.machine.draft(&[block])?;
+            same_bits(&found, &wanted, vocab)
+                .map_err(|what| format!("a block behind rounds against one behind the whole text: {what}"))?;
+            Ok(())
+        };
+        check(self).map_err(ended(rows))?;
+        Ok(Measured { rows, ..Measured::default() })
+    }
+}
+
+const _: () = assert!(TOGETHER.len() <= SEQUENCES);
