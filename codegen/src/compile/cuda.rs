@@ -42,22 +42,25 @@ pub(super) fn compile(
     let (graph, draft) = graphs(input, &spec)?;
     let limits = limits(input, &spec)?;
     let mut compiler = Compiler {
-        name: input.name,
         context: limits.context,
         arch: Arch::parse(&spec.target.arch)?,
-        cubins,
         packer: Packer::new(resident::WEIGHT_ALIGN),
         texts: [Level::Graph, Level::Fused, Level::Resident, Level::Cuda].map(|level| (level, String::new())),
     };
     // All programs read one set of packed weights: a draft's embedding and head are its target's.
-    let model = compiler.program(&graph)?;
+    let mut programs = vec![compiler.program(&graph)?];
+    if let Some(draft) = &draft {
+        programs.push(compiler.program(&draft.inject)?);
+        programs.push(compiler.program(&draft.block)?);
+    }
+    let mut kernels = assemble(input.name, programs, compiler.arch, cubins)?;
+    let of_draft = kernels.split_off(1);
+    let model = kernels.remove(0);
     let mut buffers = model.program.buffers.clone();
     let logits = apart(&mut buffers, "logits", model.program.vocab, limits.max_rows);
     let mut objects = Vec::new();
-    let draft = match (&draft, &input.draft) {
-        (Some(draft), Some(input)) => {
-            let inject = compiler.program(&draft.inject)?;
-            let block = compiler.program(&draft.block)?;
+    let draft = match (&draft, &input.draft, &of_draft[..]) {
+        (Some(draft), Some(input), [inject, block]) => {
             let tapped = model.program.taps.as_ref().map_or(0, |taps| taps.layers.len() * taps.cols);
             let mut block_buffers = block.program.buffers.clone();
             let block_logits = apart(&mut block_buffers, "logits", block.program.vocab, limits.max_rows);
@@ -73,8 +76,8 @@ pub(super) fn compile(
                 inject: inject.plan(inject.program.buffers.clone(), INJECT_CUBIN),
                 block_pass: block.plan(block_buffers, BLOCK_CUBIN),
             };
-            objects.push((INJECT_CUBIN.to_string(), inject.cubin.bytes));
-            objects.push((BLOCK_CUBIN.to_string(), block.cubin.bytes));
+            objects.push((INJECT_CUBIN.to_string(), inject.cubin.bytes.clone()));
+            objects.push((BLOCK_CUBIN.to_string(), block.cubin.bytes.clone()));
             Some(plan)
         }
         _ => None,
@@ -112,7 +115,7 @@ pub(super) fn compile(
         draft,
         texts: level_files(&texts),
     })?;
-    Ok(Compiled { plan, texts, object: model.cubin.bytes, objects })
+    Ok(Compiled { plan, texts, object: model.cubin.bytes.clone(), objects })
 }
 
 /// Adds a buffer that does not belong to a step's [`STEP_ROWS`](tilec_ir::launch::STEP_ROWS) rows but to
@@ -125,11 +128,9 @@ fn apart(buffers: &mut Vec<Buffer>, name: &str, cols: usize, rows: usize) -> usi
 }
 
 /// Compiles the programs of a plan, one behind the other.
-struct Compiler<'a> {
-    name: &'a str,
+struct Compiler {
     context: usize,
     arch: Arch,
-    cubins: Option<&'a Path>,
     packer: Packer,
     /// Text of each level, of all programs.
     texts: [(Level, String); 4],
@@ -142,21 +143,20 @@ struct Kernel {
     cubin: Cubin,
 }
 
-impl Compiler<'_> {
-    fn program(&mut self, graph: &Graph) -> Result<Kernel, CompileError> {
+impl Compiler {
+    /// The program of a graph, and the text of its kernel.
+    fn program(&mut self, graph: &Graph) -> Result<(ResidentProgram, CudaText), CompileError> {
         let fused = fuse::fuse(graph)?;
         let program = resident::resident_with(&fused, self.context, &mut self.packer)?;
         let kernel = emit(&program, self.arch)?;
-        let cubin = assemble(self.name, &kernel, self.arch, self.cubins)?;
-        let shared_bytes = kernel.shared.bytes() as u32;
-        let texts = [graph.to_string(), fused.to_string(), program.to_string(), kernel.text];
+        let texts = [graph.to_string(), fused.to_string(), program.to_string(), kernel.text.clone()];
         for ((_, all), text) in self.texts.iter_mut().zip(texts) {
             if !all.is_empty() {
                 all.push('\n');
             }
             all.push_str(&text);
         }
-        Ok(Kernel { program, shared_bytes, cubin })
+        Ok((program, kernel))
     }
 }
 
@@ -177,8 +177,36 @@ impl Kernel {
     }
 }
 
+/// Machine code of all kernels, each by a thread of its own: it takes seconds.
+fn assemble(
+    name: &str,
+    programs: Vec<(ResidentProgram, CudaText)>,
+    arch: Arch,
+    cubins: Option<&Path>,
+) -> Result<Vec<Kernel>, CompileError> {
+    let made: Vec<Result<Cubin, CompileError>> = std::thread::scope(|scope| {
+        let started: Vec<_> = programs
+            .iter()
+            .map(|(_, kernel)| scope.spawn(|| assemble_one(name, kernel, arch, cubins)))
+            .collect();
+        started
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    let kernel = |((program, kernel), cubin): ((ResidentProgram, CudaText), Result<Cubin, CompileError>)| {
+        Ok(Kernel { program, shared_bytes: kernel.shared.bytes() as u32, cubin: cubin? })
+    };
+    programs.into_iter().zip(made).map(kernel).collect()
+}
+
 /// Machine code of a kernel.
-fn assemble(name: &str, kernel: &CudaText, arch: Arch, cubins: Option<&Path>) -> Result<Cubin, CompileError> {
+fn assemble_one(
+    name: &str,
+    kernel: &CudaText,
+    arch: Arch,
+    cubins: Option<&Path>,
+) -> Result<Cubin, CompileError> {
     let nvrtc = Nvrtc::find()?;
     let file = format!("{name}.cu");
     let text = nvrtc::CudaText { name: &file, text: &kernel.text };

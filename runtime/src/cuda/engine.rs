@@ -58,6 +58,10 @@ const DONE: usize = 64;
 const STREAMED: usize = 96;
 const MAIL_WORDS: usize = 128;
 
+/// What an `inject` has of the mail and of the inputs begins behind what all others have: it may still run
+/// while the next pass is written.
+const INJECT_MAIL: usize = MAIL_WORDS;
+
 /// The kernel's `f32` and `u32`.
 const WORD: usize = 4;
 
@@ -77,6 +81,8 @@ pub struct CudaEngine {
     sync: Memory,
     logits: Memory,
     inputs: Memory,
+    /// The first pass of `inputs` that is for `inject`.
+    inject_pass: usize,
     table: Memory,
     trace: Option<Memory>,
     inputs_host: HostMemory,
@@ -94,6 +100,8 @@ pub struct CudaEngine {
     patience: Duration,
     /// How experts are chosen, if not by the model.
     routing: Option<RandomRouting>,
+    /// An `inject` is queued that nobody has waited for: the next wait is for it as well.
+    injecting: bool,
     /// Why this engine cannot go on.
     poisoned: Option<String>,
     /// Last: everything above was made by it.
@@ -144,7 +152,8 @@ impl CudaEngine {
         let logits_bytes = logits_bytes.ok_or(CudaError::Overflow { what: "logits", lower: ROWS })?;
         // Of two passes of blocks one behind the other at least one is more than half full.
         let passes = plan.limits.max_rows.div_ceil(STEP_ROWS / 2) + 1;
-        let inputs_bytes = passes * PASS_WORDS * WORD;
+        let inject_passes = plan.limits.max_rows.div_ceil(STEP_ROWS);
+        let inputs_bytes = (passes + inject_passes) * PASS_WORDS * WORD;
         let table_bytes = plan.limits.sequences.checked_mul(plan.limits.pages_per_sequence(&plan.kv));
         let table_bytes = table_bytes.and_then(|entries| entries.checked_mul(WORD));
         let table_bytes = table_bytes.ok_or(CudaError::Overflow { what: "page table", lower: KV_LIMITS })?;
@@ -176,6 +185,7 @@ impl CudaEngine {
             sync: sized("counters", ROWS, Some(SYNC_BYTES))?,
             logits: sized("logits", ROWS, row_bytes.and_then(|bytes| bytes.checked_mul(STEP_ROWS)))?,
             inputs: sized("rows", ROWS, Some(inputs_bytes))?,
+            inject_pass: passes,
             table: sized("page table", KV_LIMITS, Some(table_bytes))?,
             trace,
             inputs_host: device.allocate_host(inputs_bytes)?,
@@ -183,12 +193,13 @@ impl CudaEngine {
             logits_host: device.allocate_host(logits_bytes)?,
             trace_host: trace_bytes.map(|bytes| device.allocate_host(bytes)).transpose()?,
             chosen: device.allocate_host(DECODE_STEPS * STEP_ROWS * WORD)?,
-            mail: device.allocate_host(MAIL_WORDS * WORD)?,
+            mail: device.allocate_host((INJECT_MAIL + MAIL_WORDS) * WORD)?,
             table_version: 0,
             pages,
             fresh: 0,
             patience: options.patience,
             routing: None,
+            injecting: false,
             poisoned: None,
             device,
         };
@@ -323,7 +334,8 @@ impl CudaEngine {
     }
 
     /// Fills the draft's cache at the positions of `rows`, of which `chosen` has the numbers in the last
-    /// step.
+    /// step. Nobody needs to know when that is done: it is queued in front of whatever comes next, and an
+    /// error of the kernel is that one's.
     ///
     /// # Errors
     /// [`StepError`] if there is no draft; after another one the engine does nothing more.
@@ -337,8 +349,26 @@ impl CudaEngine {
         // The kernel takes the number of a row's taps for its token.
         let rows: Vec<RowInput> =
             rows.iter().zip(chosen).map(|(row, number)| RowInput { token: *number, ..*row }).collect();
+        let Some(draft) = plan.draft.as_ref().filter(|_| self.has_draft()) else {
+            return Err(StepError::NoDraft);
+        };
+        self.settle(plan)?;
         let passes = split(rows.len(), &[]);
-        self.run(Program::Inject, plan, pages, &rows, &[], &passes).map(|_| ())
+        self.write_passes(self.inject_pass, &rows, &[], &passes);
+        let queued = self.queue_passes(Program::Inject, plan, pages, &passes);
+        queued.map_err(|error| self.fail(&draft.inject.stages, Trouble::Failed(error)))?;
+        self.injecting = true;
+        Ok(())
+    }
+
+    /// Waits for an `inject` that is queued.
+    fn settle(&mut self, plan: &Plan) -> Result<(), StepError> {
+        self.ready()?;
+        if !self.injecting {
+            return Ok(());
+        }
+        let result = wait(&mut *self.device, self.patience + MARGIN, WATCH, &mut || 0);
+        self.finish(plan, Program::Inject, result)
     }
 
     /// Runs blocks of the draft that were checked and have their pages; returns the logits
@@ -368,17 +398,11 @@ impl CudaEngine {
         passes: &[Pass],
     ) -> Result<&[f32], StepError> {
         self.ready()?;
-        let stages = match (program, &plan.draft) {
-            (Program::Model, _) => &plan.stages,
-            (Program::Inject, Some(draft)) if self.has_draft() => &draft.inject.stages,
-            (Program::Block, Some(draft)) if self.has_draft() => &draft.block_pass.stages,
-            _ => return Err(StepError::NoDraft),
-        };
-        for (number, (range, wanted)) in passes.iter().enumerate() {
-            let start = range.start as u32;
-            let wanted = logit_rows[wanted.clone()].iter().map(|row| row - start);
-            self.write_rows(number, &rows[range.clone()], wanted);
+        if program != Program::Model && !self.has_draft() {
+            return Err(StepError::NoDraft);
         }
+        self.settle_table(plan, pages)?;
+        self.write_passes(0, rows, logit_rows, passes);
         let queued = self.queue_passes(program, plan, pages, passes);
         let result = queued.map_err(Trouble::Failed).and_then(|()| {
             let mail = self.mail.words();
@@ -387,7 +411,7 @@ impl CudaEngine {
                 u64::from(done.load(Ordering::Relaxed))
             })
         });
-        self.finish(stages, result)?;
+        self.finish(plan, program, result)?;
         let bytes = logit_rows.len() * plan.vocab * WORD;
         // SAFETY: nothing is queued any more.
         Ok(bytemuck::cast_slice(unsafe { self.logits_host.slice(0..bytes) }))
@@ -400,8 +424,9 @@ impl CudaEngine {
         pages: &PageTable,
         passes: &[Pass],
     ) -> Result<(), CudaError> {
-        self.queue_inputs(pages, passes.len())?;
-        for (number, (rows, wanted)) in passes.iter().enumerate() {
+        let first = if program == Program::Inject { self.inject_pass } else { 0 };
+        self.queue_inputs(program, pages, first..first + passes.len())?;
+        for (number, (rows, wanted)) in (first..).zip(passes) {
             let mut args = self.args(program, pages, number, rows.len(), wanted.len());
             if program == Program::Model {
                 args.taps += rows.start as u64 * self.tap_bytes;
@@ -418,7 +443,8 @@ impl CudaEngine {
                     let to = wanted.start * row_bytes..wanted.end * row_bytes;
                     device.copy_out(&self.logits_host, to, self.logits.address())?;
                 }
-                device.copy_out(&self.mail, DONE * WORD..(DONE + 1) * WORD, done)?;
+                let word = mail_of(program) + DONE;
+                device.copy_out(&self.mail, word * WORD..(word + 1) * WORD, done)?;
             }
         }
         if program == Program::Model { self.queue_trace() } else { Ok(()) }
@@ -439,6 +465,7 @@ impl CudaEngine {
         on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
     ) -> Result<usize, StepError> {
         self.ready()?;
+        self.settle_table(plan, pages)?;
         self.write_rows(0, rows, 0..rows.len() as u32);
         for word in &self.chosen.words()[..steps * STEP_ROWS] {
             word.store(0, Ordering::Relaxed);
@@ -454,7 +481,7 @@ impl CudaEngine {
 
         let mut told = Told { steps: 0, ended: false, bad: None };
         let queued = self
-            .queue_inputs(pages, 1)
+            .queue_inputs(Program::Model, pages, 0..1)
             .and_then(|()| self.queue_launch(Program::Model, &args))
             .and_then(|()| self.queue_trace());
         let result = queued.map_err(Trouble::Failed).and_then(|()| {
@@ -467,7 +494,7 @@ impl CudaEngine {
                 told.steps as u64
             })
         });
-        self.finish(&plan.stages, result)?;
+        self.finish(plan, Program::Model, result)?;
         let problem = match told.bad {
             Some((step, row, token)) => {
                 format!("with token {token} for row {row} of step {step}, which is none of {}", plan.vocab)
@@ -478,6 +505,20 @@ impl CudaEngine {
         let error = StepError::Kernel { problem };
         self.poisoned = Some(error.to_string());
         Err(error)
+    }
+
+    /// Waits for an `inject` that may still copy the page table if that has to be copied anew.
+    fn settle_table(&mut self, plan: &Plan, pages: &PageTable) -> Result<(), StepError> {
+        if self.table_version == pages.version() { Ok(()) } else { self.settle(plan) }
+    }
+
+    /// Writes the rows of passes, from number `first` on.
+    fn write_passes(&mut self, first: usize, rows: &[RowInput], logit_rows: &[u32], passes: &[Pass]) {
+        for (number, (range, wanted)) in (first..).zip(passes) {
+            let start = range.start as u32;
+            let wanted = logit_rows[wanted.clone()].iter().map(|row| row - start);
+            self.write_rows(number, &rows[range.clone()], wanted);
+        }
     }
 
     /// Writes rows, and the numbers of those whose logits are wanted, for a pass.
@@ -493,9 +534,15 @@ impl CudaEngine {
         set(PASS_NUMBER, pass as u32 + 1);
     }
 
-    /// Queues copies of the rows of so many passes, and of the page table if it changed; clears the mail.
-    fn queue_inputs(&mut self, pages: &PageTable, passes: usize) -> Result<(), CudaError> {
-        self.mail.words().iter().for_each(|word| word.store(0, Ordering::Release));
+    /// Queues copies of the rows of passes, and of the page table if it changed; clears the program's mail.
+    fn queue_inputs(
+        &mut self,
+        program: Program,
+        pages: &PageTable,
+        passes: Range<usize>,
+    ) -> Result<(), CudaError> {
+        let mail = &self.mail.words()[mail_of(program)..][..MAIL_WORDS];
+        mail.iter().for_each(|word| word.store(0, Ordering::Release));
         if self.table_version != pages.version() {
             for (word, page) in self.table_host.words().iter().zip(pages.table()) {
                 word.store(*page, Ordering::Relaxed);
@@ -505,9 +552,10 @@ impl CudaEngine {
             unsafe { self.device.copy_in(self.table.address(), &self.table_host, 0..bytes) }?;
             self.table_version = pages.version();
         }
-        let bytes = passes * PASS_WORDS * WORD;
+        let bytes = passes.start * PASS_WORDS * WORD..passes.end * PASS_WORDS * WORD;
+        let to = self.inputs.address() + bytes.start as u64;
         // SAFETY: both have room for all passes of the plan's largest step; as above.
-        unsafe { self.device.copy_in(self.inputs.address(), &self.inputs_host, 0..bytes) }
+        unsafe { self.device.copy_in(to, &self.inputs_host, bytes) }
     }
 
     fn queue_launch(&mut self, program: Program, args: &LaunchArgs) -> Result<(), CudaError> {
@@ -549,7 +597,7 @@ impl CudaEngine {
         // The stages of a draft have no times.
         let trace = self.trace.as_ref().filter(|_| program == Program::Model);
         let input = |word: usize| self.inputs.address() + ((pass * PASS_WORDS + word) * WORD) as u64;
-        let mail = |word: usize| self.mail.address() + (word * WORD) as u64;
+        let mail = |word: usize| self.mail.address() + ((mail_of(program) + word) * WORD) as u64;
         LaunchArgs {
             weights: self.weights.address(),
             kv: kv.address(),
@@ -589,18 +637,32 @@ impl CudaEngine {
         }
     }
 
-    /// Looks whether a wait of the kernel gave up, and at how the host's own wait ended.
-    fn finish(&mut self, stages: &[String], result: Result<(), Trouble>) -> Result<(), StepError> {
+    /// Looks whether a wait of a kernel gave up, that of `program` or one that was queued in front of it, and
+    /// at how the host's own wait ended.
+    fn finish(
+        &mut self,
+        plan: &Plan,
+        program: Program,
+        result: Result<(), Trouble>,
+    ) -> Result<(), StepError> {
+        let injecting = std::mem::take(&mut self.injecting);
+        let before = injecting && self.stall(INJECT_MAIL).code != 0;
+        let (mail, stages) = match (if before { Program::Inject } else { program }, &plan.draft) {
+            (Program::Inject, Some(draft)) => (INJECT_MAIL, &draft.inject.stages),
+            (Program::Block, Some(draft)) => (0, &draft.block_pass.stages),
+            _ => (0, &plan.stages),
+        };
         match result {
-            Ok(()) if self.stall().code == 0 => Ok(()),
+            Ok(()) if self.stall(mail).code == 0 => Ok(()),
             // The kernel ended well, and yet says that it is stuck.
-            Ok(()) => Err(self.fail(stages, Trouble::Silent(Duration::ZERO))),
-            Err(trouble) => Err(self.fail(stages, trouble)),
+            Ok(()) => Err(self.fail_at(mail, stages, Trouble::Silent(Duration::ZERO))),
+            Err(trouble) => Err(self.fail_at(mail, stages, trouble)),
         }
     }
 
-    fn stall(&self) -> StallRecord {
-        let words = &self.mail.words()[STALL..STALL + STALL_WORDS];
+    /// The record in a mail.
+    fn stall(&self, mail: usize) -> StallRecord {
+        let words = &self.mail.words()[mail + STALL..][..STALL_WORDS];
         // The code is written last.
         let code = words[0].load(Ordering::Acquire);
         let word = |at: usize| words[at].load(Ordering::Relaxed);
@@ -618,12 +680,19 @@ impl CudaEngine {
 
     /// Ends the use of this engine with the error that says most.
     fn fail(&mut self, stages: &[String], trouble: Trouble) -> StepError {
-        let record = self.stall();
+        self.fail_at(0, stages, trouble)
+    }
+
+    /// The same, where a kernel would have left its record in this mail.
+    fn fail_at(&mut self, mail: usize, stages: &[String], trouble: Trouble) -> StepError {
+        let record = self.stall(mail);
         if let Trouble::Silent(after) = trouble
             && !after.is_zero()
         {
             // Whether the kernel still looks at this is unknown: its memory must stay.
-            self.mail.words()[HALT].store(1, Ordering::Release);
+            for mail in [0, INJECT_MAIL] {
+                self.mail.words()[mail + HALT].store(1, Ordering::Release);
+            }
             self.device.abandon();
         }
         let error = match trouble {
@@ -690,14 +759,22 @@ impl CudaEngine {
 
 impl Drop for CudaEngine {
     fn drop(&mut self) {
-        if self.poisoned.is_none() {
+        if self.poisoned.is_none() && !self.injecting {
             return;
         }
-        // Whatever a failed step left in the queue goes first; if it does not, nothing may be freed.
+        // Whatever is left in the queue goes first; if it does not, nothing may be freed.
         let quiet = wait(&mut *self.device, MARGIN, Duration::ZERO, &mut || 0);
         if matches!(quiet, Err(Trouble::Silent(_))) {
             self.device.abandon();
         }
+    }
+}
+
+/// Where the mail of a program begins.
+const fn mail_of(program: Program) -> usize {
+    match program {
+        Program::Model | Program::Block => 0,
+        Program::Inject => INJECT_MAIL,
     }
 }
 

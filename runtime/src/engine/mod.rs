@@ -373,6 +373,12 @@ impl Engine {
         matches!(self.back, Back::Cuda(_))
     }
 
+    /// Rows that a step has for the price of one, where reading the weights is all that it costs; `None` on
+    /// a processor, where every row costs.
+    pub fn pass_rows(&self) -> Option<usize> {
+        self.is_resident().then_some(cuda::DECODE_ROWS)
+    }
+
     /// Rows that [`Engine::decode`] takes.
     pub fn max_decode_rows(&self) -> usize {
         cuda::DECODE_ROWS.min(self.plan.limits.max_rows)

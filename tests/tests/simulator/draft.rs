@@ -11,8 +11,8 @@ use tilec_codegen::passes::packer::Packer;
 use tilec_codegen::passes::{fuse, resident};
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
-use tilec_ir::graph::Graph;
 use tilec_ir::graph::interp::{Interpreter, Row};
+use tilec_ir::graph::{Graph, Op};
 use tilec_ir::launch::STEP_ROWS;
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::resident::{Epilogue, Gemm, Kind, ResidentProgram, Stage};
@@ -391,6 +391,38 @@ fn company_changes_no_bit_of_a_block() {
     // A row of a block sees those behind it: without them it guesses otherwise.
     pair.block.write_cache(&cache);
     assert!(pair.blocks(&[(5, 13, 0, 2)]) != alone[..vocab]);
+}
+
+/// A mixture adds to its residual stream expert by expert; what it leaves for a draft is the last sum, in the
+/// order of the taps, of rows in a later launch at a later place.
+#[test]
+fn a_mixture_leaves_the_interpreters_taps() {
+    let draft = json!({
+        "architectures": ["DFlashDraftModel"], "hidden_size": 144, "intermediate_size": 72,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "block_size": 8, "dflash_config": {"target_layer_ids": [1, 0], "mask_token_id": 7}
+    });
+    let pair = Pair::synthetic(&super::qwen3_moe(), &draft, Format::BF16, 64);
+    let weights = Weights(&pair.target);
+    let mut interpreter = Interpreter::new(&pair.target.graph, &weights).unwrap();
+    let rows: Vec<Row> = (0..7)
+        .map(|n| row(n * 7 % 80, n as usize, 0))
+        .chain((0..4).map(|n| row(n * 5 + 3, n as usize, 1)))
+        .collect();
+    let mut wanted = Vec::new();
+    interpreter
+        .step_observed(&rows, &[], &mut |node, values| {
+            if node.op == Op::Taps {
+                wanted = values.to_vec();
+            }
+        })
+        .unwrap();
+    pair.step(&rows);
+    let found = super::floats(&std::fs::read(pair.target.path("taps.bin")).unwrap());
+    let (found, unused) = found.split_at(wanted.len());
+    let off = deviation(found, &wanted, pair.tap_cols / 2);
+    assert!(off < 0.03, "off by {off:e}");
+    assert!(unused.iter().all(|value| value.is_nan()), "rows that the step did not have");
 }
 
 /// Drafts of MiMo's kind and unlike their targets, against the interpreter: sinks, values scaled and narrower
