@@ -288,8 +288,18 @@ impl Generator {
             if batch.left_out {
                 turn = (turn + 1) % active.len();
             }
+            // Where nothing else is asked of the logits, a GPU that verifies guesses keeps them.
+            let is_argmax = |wanted: &Wanted| {
+                let current = active[wanted.sequence].as_ref();
+                current.is_some_and(|current| requests[current.request].sampling.is_argmax())
+            };
+            let greedy = guessed && self.engine.is_resident() && batch.wanted.iter().all(is_argmax);
             let before = Instant::now();
-            let logits = self.step(&batch, &active)?;
+            self.make_pages(&batch, &active);
+            let (logits, chosen) = match greedy {
+                true => (&[][..], self.engine.step_greedy(&batch.rows, &batch.logit_rows)?),
+                false => (self.engine.step(&batch.rows, &batch.logit_rows)?, Vec::new()),
+            };
             let after = Instant::now();
             let vocab = logits.len() / batch.logit_rows.len().max(1);
             let mut tokens = 0;
@@ -298,13 +308,16 @@ impl Generator {
             let mut at = 0;
             for wanted in &batch.wanted {
                 let guesses = &guesses[wanted.sequence];
-                let logits = &logits[at * vocab..][..wanted.rows * vocab];
+                let results = match greedy {
+                    true => Results::Tokens(&chosen[at..][..wanted.rows]),
+                    false => Results::Logits(&logits[at * vocab..][..wanted.rows * vocab]),
+                };
                 let first = batch.logit_rows[at] as usize;
                 at += wanted.rows;
                 let place = &mut active[wanted.sequence];
                 let current = place.as_mut().expect("rows are only made of active sequences");
                 let (taken, finish) =
-                    current.round(logits, guesses, &requests[current.request], context, news)?;
+                    current.round(results, guesses, &requests[current.request], context, news)?;
                 tokens += taken;
                 wrong[first + taken..first + wanted.rows].fill(true);
                 if let Some(finish) = finish {
@@ -569,15 +582,14 @@ impl Generator {
         }
     }
 
-    /// A step; if the cache is full, what idle sequences have there makes room.
-    fn step(&mut self, batch: &Batch, active: &[Option<Active>]) -> Result<&[f32], StepError> {
+    /// If the cache is full, what idle sequences have there makes room for a step.
+    fn make_pages(&mut self, batch: &Batch, active: &[Option<Active>]) {
         let free = self.engine.kv().free_pages();
         let page = self.engine.plan().kv.page_tokens;
         // More than a step can need: every row on a page of its own.
         if free < batch.rows.len().div_ceil(page) + active.len() {
             self.forget_idle(active);
         }
-        self.engine.step(&batch.rows, &batch.logit_rows)
     }
 
     /// Forgets what sequences that are not active have in the cache.
@@ -609,28 +621,42 @@ struct Wanted {
     rows: usize,
 }
 
+/// What a step gives for rows of a sequence.
+#[derive(Clone, Copy)]
+enum Results<'a> {
+    /// `[rows][vocab]`.
+    Logits(&'a [f32]),
+    /// The tokens of the largest logits.
+    Tokens(&'a [u32]),
+}
+
 /// How many tokens two texts begin with in common.
 fn common(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 impl Active {
-    /// Chooses tokens from the logits `[1 + guesses][vocab]` as long as the guesses are right. How many
+    /// Chooses tokens from the results of `1 + guesses` rows as long as the guesses are right. How many
     /// were chosen, and why the text ends if it does.
     fn round(
         &mut self,
-        logits: &[f32],
+        results: Results<'_>,
         guesses: &Guesses,
         request: &Request,
         context: usize,
         news: &mut dyn FnMut(Piece<'_>) -> ControlFlow<()>,
     ) -> Result<(usize, Option<FinishReason>), GenerateError> {
         let guessed = guesses.tokens.len();
-        let vocab = logits.len() / (1 + guessed);
         let (mut taken, mut finish, mut right) = (0, None, 0);
-        for row in logits.chunks_exact(vocab.max(1)) {
+        for row in 0..1 + guessed {
             let before = self.tokens.len();
-            finish = self.take(row, request, context, news)?;
+            finish = match results {
+                Results::Logits(logits) => {
+                    let vocab = logits.len() / (1 + guessed);
+                    self.take(&logits[row * vocab..][..vocab], request, context, news)?
+                }
+                Results::Tokens(tokens) => self.accept(tokens[row], None, request, context, news),
+            };
             taken += 1;
             let hit =
                 guesses.tokens.get(taken - 1).is_some_and(|guess| self.tokens.get(before) == Some(guess));

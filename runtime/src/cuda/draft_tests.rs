@@ -112,6 +112,9 @@ fn kernels(runs: &Arc<Mutex<Vec<u32>>>) -> (FakeKernel, [FakeKernel; 2]) {
             }
             let wrong = u32::from(rows[row].position.is_multiple_of(WRONG));
             let guess = (history[history.len() - 1] + wrong) % VOCAB as u32;
+            if args.chosen != 0 {
+                *(args.chosen as *mut u32).add(wanted) = guess + 1;
+            }
             let logits = (args.logits as *mut f32).add(wanted * VOCAB);
             (0..VOCAB).for_each(|token| *logits.add(token) = if token as u32 == guess { 1.0 } else { 0.0 });
         }
@@ -183,6 +186,8 @@ fn texts_with_a_draft_are_the_toys_and_rounds_end_at_its_mistakes() {
     let rows: Vec<u32> =
         seen.launches.lock().unwrap()[launched + prompts..].iter().map(|args| args.rows).collect();
     assert!(rows.iter().all(|rows| (1..=8).contains(rows)), "{rows:?}");
+    // Where guesses are verified greedily, tokens come back in place of logits.
+    assert!(seen.launches.lock().unwrap()[launched..].iter().any(|args| args.chosen != 0));
     assert_eq!(seen.launches.lock().unwrap().iter().filter(|args| args.steps > 1).count(), 0);
     // The same texts without guesses, many steps a launch; then with them again behind what is cached.
     generator.set_draft_rows(0);
@@ -242,6 +247,9 @@ fn taps_of_all_passes_stay_until_they_are_injected() {
     }
     assert_eq!(guesses, wanted);
     assert_eq!(runs.lock().unwrap()[..], [5, 6]);
+    // The same without logits.
+    let guesses: Option<Vec<u32>> = engine.guess(&blocks).unwrap().into_iter().collect();
+    assert_eq!(guesses, Some(wanted));
     // What the block left in the cache is gone with the next rows of the context.
     assert_eq!(engine.draft_length(0), 10);
     engine.step(&rows(0, 10, &[11, 12]), &[]).unwrap();
@@ -266,6 +274,29 @@ fn a_decoding_launch_leaves_a_gap_in_the_context_and_says_so() {
     // A pretended context is the draft's as well.
     engine.pretend_length(1, 20).unwrap();
     assert_eq!(engine.draft_length(1), 20);
+}
+
+#[test]
+fn tokens_of_several_passes_are_those_of_the_largest_logits() {
+    let (mut engine, _, _) = draft_engine(&EngineOptions::default());
+    let (one, other): (Vec<u32>, Vec<u32>) = ((1..12).collect(), (20..28).collect());
+    let step = [rows(0, 0, &one), rows(2, 0, &other)].concat();
+    let wanted = [0, 3, 7, 8, 10, 18];
+    let logits = engine.step(&step, &wanted).unwrap();
+    let best = |row: &[f32]| row.iter().position(|logit| *logit == 1.0).unwrap() as u32;
+    let tokens: Vec<u32> = logits.chunks_exact(VOCAB).map(best).collect();
+    assert_eq!(engine.step_greedy(&step, &wanted).unwrap(), tokens);
+    assert_eq!([0, 1, 2].map(|n| engine.length(n)), [11, 0, 8]);
+    engine.inject(&[0, 1]).unwrap();
+    assert_eq!(engine.draft_length(0), 2);
+    // A kernel that does not choose is at fault.
+    let silent: FakeKernel = Arc::new(|_| Ok(()));
+    let device = FakeDevice::new(silent);
+    let mut engine = Engine::on_device(cuda_plan(), Box::new(device), &EngineOptions::default()).unwrap();
+    let error = engine.step_greedy(&rows(0, 0, &[1]), &[0]).unwrap_err();
+    assert!(matches!(error, StepError::Kernel { .. }), "{error:?}");
+    let mut cpu = crate::engine::tests::toy_engine(1, &EngineOptions::default());
+    assert_eq!(cpu.step_greedy(&rows(0, 0, &[1]), &[0]), Err(StepError::NotResident));
 }
 
 /// An `inject` that takes long is not waited for; what comes behind it sees what it has done, also when the

@@ -89,7 +89,7 @@ pub struct CudaEngine {
     table_host: HostMemory,
     logits_host: HostMemory,
     trace_host: Option<HostMemory>,
-    /// `u32 [DECODE_STEPS][STEP_ROWS]`, the tokens of a launch, plus one.
+    /// `u32 [DECODE_STEPS or passes][STEP_ROWS]`, the tokens of a launch's steps, or of passes, plus one.
     chosen: HostMemory,
     mail: HostMemory,
     /// [`PageTable::version`] of the table on the device.
@@ -123,6 +123,15 @@ pub struct RandomRouting {
     pub shared_permille: u16,
     /// Start of the random numbers.
     pub seed: u32,
+}
+
+/// What a run leaves for the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    /// The logits.
+    Logits,
+    /// The tokens of the largest ones.
+    Tokens,
 }
 
 /// How a wait for the device ended, if not well.
@@ -192,7 +201,7 @@ impl CudaEngine {
             table_host: device.allocate_host(table_bytes)?,
             logits_host: device.allocate_host(logits_bytes)?,
             trace_host: trace_bytes.map(|bytes| device.allocate_host(bytes)).transpose()?,
-            chosen: device.allocate_host(DECODE_STEPS * STEP_ROWS * WORD)?,
+            chosen: device.allocate_host(DECODE_STEPS.max(passes) * STEP_ROWS * WORD)?,
             mail: device.allocate_host((INJECT_MAIL + MAIL_WORDS) * WORD)?,
             table_version: 0,
             pages,
@@ -330,7 +339,25 @@ impl CudaEngine {
         logit_rows: &[u32],
     ) -> Result<&[f32], StepError> {
         let passes = split(rows.len(), logit_rows);
-        self.run(Program::Model, plan, pages, rows, logit_rows, &passes)
+        self.run(Program::Model, plan, pages, (rows, logit_rows, &passes), Wanted::Logits)?;
+        Ok(self.logits(plan, logit_rows.len()))
+    }
+
+    /// Runs a step as [`CudaEngine::step`], of which only the tokens of the largest logits are wanted (the
+    /// lowest id among equals): the logits stay where they are.
+    ///
+    /// # Errors
+    /// [`StepError`]; after one of these the engine does nothing more.
+    pub fn step_greedy(
+        &mut self,
+        plan: &Plan,
+        pages: &PageTable,
+        rows: &[RowInput],
+        logit_rows: &[u32],
+    ) -> Result<Vec<u32>, StepError> {
+        let passes = split(rows.len(), logit_rows);
+        self.run(Program::Model, plan, pages, (rows, logit_rows, &passes), Wanted::Tokens)?;
+        self.chosen_tokens(plan, &passes)
     }
 
     /// Fills the draft's cache at the positions of `rows`, of which `chosen` has the numbers in the last
@@ -355,7 +382,7 @@ impl CudaEngine {
         self.settle(plan)?;
         let passes = split(rows.len(), &[]);
         self.write_passes(self.inject_pass, &rows, &[], &passes);
-        let queued = self.queue_passes(Program::Inject, plan, pages, &passes);
+        let queued = self.queue_passes(Program::Inject, plan, pages, &passes, Wanted::Logits);
         queued.map_err(|error| self.fail(&draft.inject.stages, Trouble::Failed(error)))?;
         self.injecting = true;
         Ok(())
@@ -384,26 +411,70 @@ impl CudaEngine {
         logit_rows: &[u32],
     ) -> Result<&[f32], StepError> {
         let passes = split_blocks(rows, logit_rows);
-        self.run(Program::Block, plan, pages, rows, logit_rows, &passes)
+        self.run(Program::Block, plan, pages, (rows, logit_rows, &passes), Wanted::Logits)?;
+        Ok(self.logits(plan, logit_rows.len()))
     }
 
-    /// Runs a kernel on rows, pass by pass; returns the logits.
+    /// Runs blocks as [`CudaEngine::block`], of which only the tokens of the largest logits are wanted.
+    ///
+    /// # Errors
+    /// [`StepError`] if there is no draft; after another one the engine does nothing more.
+    pub fn guess(
+        &mut self,
+        plan: &Plan,
+        pages: &PageTable,
+        rows: &[RowInput],
+        logit_rows: &[u32],
+    ) -> Result<Vec<u32>, StepError> {
+        let passes = split_blocks(rows, logit_rows);
+        self.run(Program::Block, plan, pages, (rows, logit_rows, &passes), Wanted::Tokens)?;
+        self.chosen_tokens(plan, &passes)
+    }
+
+    /// Logits of the last run, so many rows.
+    fn logits(&self, plan: &Plan, rows: usize) -> &[f32] {
+        let bytes = rows * plan.vocab * WORD;
+        // SAFETY: nothing that is queued writes them: whoever ran a kernel for them has waited.
+        bytemuck::cast_slice(unsafe { self.logits_host.slice(0..bytes) })
+    }
+
+    /// Tokens that the last run's passes have chosen.
+    fn chosen_tokens(&mut self, plan: &Plan, passes: &[Pass]) -> Result<Vec<u32>, StepError> {
+        let words = self.chosen.words().chunks_exact(STEP_ROWS).zip(passes);
+        let words = words.flat_map(|(words, (_, wanted))| &words[..wanted.len()]);
+        // 0 wraps around to what is no token.
+        let tokens: Vec<u32> = words.map(|word| word.load(Ordering::Acquire).wrapping_sub(1)).collect();
+        match tokens.iter().position(|token| *token as usize >= plan.vocab) {
+            None => Ok(tokens),
+            Some(row) => {
+                let problem =
+                    format!("with token {} for row {row}, which is none of {}", tokens[row], plan.vocab);
+                let error = StepError::Kernel { problem };
+                self.poisoned = Some(error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    /// Runs a kernel on rows of which some are wanted, pass by pass.
     fn run(
         &mut self,
         program: Program,
         plan: &Plan,
         pages: &PageTable,
-        rows: &[RowInput],
-        logit_rows: &[u32],
-        passes: &[Pass],
-    ) -> Result<&[f32], StepError> {
+        (rows, logit_rows, passes): (&[RowInput], &[u32], &[Pass]),
+        wanted: Wanted,
+    ) -> Result<(), StepError> {
         self.ready()?;
         if program != Program::Model && !self.has_draft() {
             return Err(StepError::NoDraft);
         }
         self.settle_table(plan, pages)?;
         self.write_passes(0, rows, logit_rows, passes);
-        let queued = self.queue_passes(program, plan, pages, passes);
+        for word in &self.chosen.words()[..passes.len() * STEP_ROWS] {
+            word.store(0, Ordering::Relaxed);
+        }
+        let queued = self.queue_passes(program, plan, pages, passes, wanted);
         let result = queued.map_err(Trouble::Failed).and_then(|()| {
             let mail = self.mail.words();
             let done = &mail[DONE];
@@ -411,10 +482,7 @@ impl CudaEngine {
                 u64::from(done.load(Ordering::Relaxed))
             })
         });
-        self.finish(plan, program, result)?;
-        let bytes = logit_rows.len() * plan.vocab * WORD;
-        // SAFETY: nothing is queued any more.
-        Ok(bytemuck::cast_slice(unsafe { self.logits_host.slice(0..bytes) }))
+        self.finish(plan, program, result)
     }
 
     fn queue_passes(
@@ -423,6 +491,7 @@ impl CudaEngine {
         plan: &Plan,
         pages: &PageTable,
         passes: &[Pass],
+        output: Wanted,
     ) -> Result<(), CudaError> {
         let first = if program == Program::Inject { self.inject_pass } else { 0 };
         self.queue_inputs(program, pages, first..first + passes.len())?;
@@ -430,6 +499,9 @@ impl CudaEngine {
             let mut args = self.args(program, pages, number, rows.len(), wanted.len());
             if program == Program::Model {
                 args.taps += rows.start as u64 * self.tap_bytes;
+            }
+            if output == Wanted::Tokens {
+                args.chosen = self.chosen.address() + (number * STEP_ROWS * WORD) as u64;
             }
             self.queue_launch(program, &args)?;
             let row_bytes = plan.vocab * WORD;
@@ -439,7 +511,7 @@ impl CudaEngine {
             // of the inputs. Nobody touches either on the host until all is done, but for the word,
             // which is an atomic.
             unsafe {
-                if !wanted.is_empty() {
+                if !wanted.is_empty() && output == Wanted::Logits {
                     let to = wanted.start * row_bytes..wanted.end * row_bytes;
                     device.copy_out(&self.logits_host, to, self.logits.address())?;
                 }

@@ -303,11 +303,11 @@ pub fn toy_kernel(layout: KvLayout) -> FakeKernel {
                 }
                 *cell = tokens[row] as f32;
             }
-            let mut chosen = vec![0; rows];
+            let mut chosen = vec![0; wanted.len()];
             for (at, row) in wanted.iter().map(|row| *row as usize).enumerate() {
                 let values = (0..=positions[row]).map(|at| *self::cell(&layout, args, sequences[row], at));
                 let best = values.sum::<f32>() as usize % VOCAB;
-                chosen[row] = best as u32;
+                chosen[at] = best as u32;
                 let logits = (args.logits as *mut f32).add(at * VOCAB);
                 for token in 0..VOCAB {
                     *logits.add(token) = if token == best { 1.0 } else { 0.0 };
@@ -321,7 +321,9 @@ pub fn toy_kernel(layout: KvLayout) -> FakeKernel {
                 }
             }
             if args.chosen != 0 {
-                std::thread::sleep(Duration::from_millis(1));
+                if args.steps > 1 {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 for (row, token) in chosen.iter().enumerate() {
                     let word = (args.chosen as *const AtomicU32).add(step * STEP_ROWS + row);
                     (*word).store(token + 1, Ordering::Release);

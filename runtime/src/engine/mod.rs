@@ -251,14 +251,7 @@ impl Engine {
     /// [`StepError`]. A step that was refused has no effect; one that failed leaves the sequences
     /// at the lengths before it.
     pub fn step(&mut self, rows: &[RowInput], logit_rows: &[u32]) -> Result<&[f32], StepError> {
-        self.check(rows, logit_rows)?;
-        self.reserve(rows.iter().map(|row| (row.sequence as usize, row.position as usize + 1)))?;
-        self.tapped.clear();
-        for row in rows {
-            // What the draft knows of the positions from here on is about other tokens.
-            let known = &mut self.draft_lengths[row.sequence as usize];
-            *known = (*known).min(row.position as usize);
-        }
+        self.begin_step(rows, logit_rows)?;
         let logits = match &mut self.back {
             Back::Cpu(back) => back.step(&self.plan, &self.pages, rows, logit_rows)?,
             Back::Cuda(back) => back.step(&self.plan, &self.pages, rows, logit_rows)?,
@@ -268,6 +261,38 @@ impl Engine {
         }
         self.tapped.extend_from_slice(rows);
         Ok(logits)
+    }
+
+    /// As [`Engine::step`], on engines with a resident kernel, but gives only the token of the largest logit
+    /// of each row that `logit_rows` names, the lowest id among equals: logits then need not leave the GPU.
+    ///
+    /// # Errors
+    /// As [`Engine::step`]; also without a resident kernel.
+    pub fn step_greedy(&mut self, rows: &[RowInput], logit_rows: &[u32]) -> Result<Vec<u32>, StepError> {
+        if !self.is_resident() {
+            return Err(StepError::NotResident);
+        }
+        self.begin_step(rows, logit_rows)?;
+        let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
+        let tokens = back.step_greedy(&self.plan, &self.pages, rows, logit_rows)?;
+        for row in rows {
+            self.lengths[row.sequence as usize] = row.position as usize + 1;
+        }
+        self.tapped.extend_from_slice(rows);
+        Ok(tokens)
+    }
+
+    /// Checks the rows of a step and gets pages for them.
+    fn begin_step(&mut self, rows: &[RowInput], logit_rows: &[u32]) -> Result<(), StepError> {
+        self.check(rows, logit_rows)?;
+        self.reserve(rows.iter().map(|row| (row.sequence as usize, row.position as usize + 1)))?;
+        self.tapped.clear();
+        for row in rows {
+            // What the draft knows of the positions from here on is about other tokens.
+            let known = &mut self.draft_lengths[row.sequence as usize];
+            *known = (*known).min(row.position as usize);
+        }
+        Ok(())
     }
 
     /// Rows of a block that the draft takes at most, if there is a draft.
@@ -329,6 +354,38 @@ impl Engine {
     /// # Errors
     /// [`StepError`]; when it was refused, nothing has changed.
     pub fn draft(&mut self, blocks: &[BlockInput]) -> Result<&[f32], StepError> {
+        let (rows, logit_rows) = self.begin_blocks(blocks)?;
+        match (&mut self.back, &self.plan.draft) {
+            (Back::Cpu(back), Some(draft)) => back.block(draft, &self.pages, &rows, &logit_rows),
+            (Back::Cuda(back), Some(_)) => back.block(&self.plan, &self.pages, &rows, &logit_rows),
+            (_, None) => Err(StepError::NoDraft),
+        }
+    }
+
+    /// As [`Engine::draft`], but gives only the guesses themselves: the token of the largest logit, the
+    /// lowest id among equals. `None` for what a broken draft says: logits that are no numbers, where they
+    /// are looked at.
+    ///
+    /// # Errors
+    /// As [`Engine::draft`].
+    pub fn guess(&mut self, blocks: &[BlockInput]) -> Result<Vec<Option<u32>>, StepError> {
+        let (rows, logit_rows) = self.begin_blocks(blocks)?;
+        match (&mut self.back, &self.plan.draft) {
+            (Back::Cpu(back), Some(draft)) => {
+                let logits = back.block(draft, &self.pages, &rows, &logit_rows)?;
+                let best = |row: &[f32]| crate::sampling::argmax(row, 0).ok();
+                Ok(logits.chunks_exact(self.plan.vocab).map(best).collect())
+            }
+            (Back::Cuda(back), Some(_)) => {
+                let tokens = back.guess(&self.plan, &self.pages, &rows, &logit_rows)?;
+                Ok(tokens.into_iter().map(Some).collect())
+            }
+            (_, None) => Err(StepError::NoDraft),
+        }
+    }
+
+    /// The rows of blocks and which of them are wanted, checked, with pages.
+    fn begin_blocks(&mut self, blocks: &[BlockInput]) -> Result<(Vec<RowInput>, Vec<u32>), StepError> {
         let (Some(max), Some(draft)) = (self.draft_block(), &self.plan.draft) else {
             return Err(StepError::NoDraft);
         };
@@ -361,11 +418,7 @@ impl Engine {
             // The block's keys and values lie where those of the context will come.
             self.draft_lengths[block.sequence as usize] = block.position as usize;
         }
-        match (&mut self.back, &self.plan.draft) {
-            (Back::Cpu(back), Some(draft)) => back.block(draft, &self.pages, &rows, &logit_rows),
-            (Back::Cuda(back), Some(_)) => back.block(&self.plan, &self.pages, &rows, &logit_rows),
-            (_, None) => Err(StepError::NoDraft),
-        }
+        Ok((rows, logit_rows))
     }
 
     /// Whether this engine has [`Engine::decode`]: its plan has a resident kernel.

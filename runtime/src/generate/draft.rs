@@ -156,17 +156,13 @@ impl Generator {
         if !self.make_room(active, &blocks) {
             return Ok(vec![Guesses::default(); active.len()]);
         }
-        let vocab = self.engine.plan().vocab;
         let most = limits.max_rows / block;
         for blocks in blocks.chunks(most.max(1)) {
-            let logits = self.engine.draft(blocks)?;
-            let mut rows = logits.chunks_exact(vocab);
+            let mut tokens = self.engine.guess(blocks)?.into_iter();
             for block in blocks {
-                let own = rows.by_ref().take(block.wanted);
+                let own: Vec<Option<u32>> = tokens.by_ref().take(block.wanted).collect();
                 // What a broken draft says is no guess.
-                let tokens: Vec<Option<u32>> = own.map(best).collect();
-                guesses[block.sequence as usize].tokens =
-                    tokens.into_iter().map_while(|token| token).collect();
+                guesses[block.sequence as usize].tokens = own.into_iter().map_while(|token| token).collect();
             }
         }
         Ok(guesses)
@@ -192,9 +188,4 @@ impl Generator {
         });
         held || missing(self) <= self.engine.kv().free_pages()
     }
-}
-
-/// The largest logit's token, the lowest among equals; `None` if one is no number.
-fn best(logits: &[f32]) -> Option<u32> {
-    crate::sampling::argmax(logits, 0).ok()
 }

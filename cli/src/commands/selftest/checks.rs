@@ -50,6 +50,23 @@ pub trait Machine {
 
     /// [`Engine::draft`].
     fn draft(&mut self, blocks: &[BlockInput]) -> Result<Vec<f32>, StepError>;
+
+    /// [`Engine::guess`], of blocks that were just drafted: their logits.
+    fn guess(&mut self, blocks: &[BlockInput], logits: &[f32], vocab: usize) -> Result<Vec<u32>, StepError> {
+        let _ = blocks;
+        Ok(logits.chunks_exact(vocab).map(largest).collect())
+    }
+
+    /// [`Engine::step_greedy`], of rows that were just run, all of them wanted: their logits.
+    fn step_greedy(
+        &mut self,
+        rows: &[RowInput],
+        logits: &[f32],
+        vocab: usize,
+    ) -> Result<Vec<u32>, StepError> {
+        let _ = rows;
+        Ok(logits.chunks_exact(vocab).map(largest).collect())
+    }
 }
 
 impl Machine for Engine {
@@ -85,6 +102,16 @@ impl Machine for Engine {
 
     fn draft(&mut self, blocks: &[BlockInput]) -> Result<Vec<f32>, StepError> {
         Engine::draft(self, blocks).map(<[f32]>::to_vec)
+    }
+
+    fn guess(&mut self, blocks: &[BlockInput], _: &[f32], _: usize) -> Result<Vec<u32>, StepError> {
+        // No token is so large.
+        let tokens = Engine::guess(self, blocks)?.into_iter();
+        Ok(tokens.map(|token| token.unwrap_or(u32::MAX)).collect())
+    }
+
+    fn step_greedy(&mut self, rows: &[RowInput], _: &[f32], _: usize) -> Result<Vec<u32>, StepError> {
+        Engine::step_greedy(self, rows, &(0..rows.len() as u32).collect::<Vec<_>>())
     }
 }
 

@@ -346,13 +346,26 @@ impl Bench<'_> {
                 };
                 let logits = bench.machine.draft(&[block])?;
                 let mut guesses: Vec<u32> = logits.chunks_exact(vocab).map(largest).collect();
+                let own = bench.machine.guess(&[block], &logits, vocab)?;
+                if own != guesses {
+                    return Err(Stop::Wrong(format!(
+                        "round {round}: the kernel's own guesses are {own:?}, the largest logits {guesses:?}"
+                    )));
+                }
                 // So that rounds of all lengths come up, however good the draft is.
                 let helped = [0, 3, 1, 7, 2][round % 5].min(guesses.len());
                 guesses[..helped].copy_from_slice(&wanted[done..done + helped]);
                 let tokens: Vec<u32> = [block.token].into_iter().chain(guesses.iter().copied()).collect();
                 let step = sequence_rows(0, position, &tokens);
                 rows += step.len();
-                let chosen: Vec<u32> = bench.step(&step)?.chunks_exact(vocab).map(largest).collect();
+                let logits = bench.step(&step)?;
+                let chosen: Vec<u32> = logits.chunks_exact(vocab).map(largest).collect();
+                let own = bench.machine.step_greedy(&step, &logits, vocab)?;
+                if own != chosen {
+                    return Err(Stop::Wrong(format!(
+                        "round {round}: the kernel itself chose {own:?}, the largest logits are {chosen:?}"
+                    )));
+                }
                 let right = chosen.iter().zip(&guesses).take_while(|(chosen, guess)| chosen == guess).count();
                 for (at, (found, wanted)) in chosen[..=right].iter().zip(&wanted[done..]).enumerate() {
                     if found != wanted {
