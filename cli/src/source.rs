@@ -9,6 +9,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tilec_codegen::frontends;
+use tilec_ir::format::Format;
 use tilec_ir::plan::{MANIFEST, Plan, WeightsFrom};
 use tilec_ir::spec::{self, ModelSpec, WeightFormat};
 use tilec_ir::tensor::TensorInfo;
@@ -64,10 +65,19 @@ impl Source {
 
 /// Whether a folder has a `.gguf` file in it.
 fn holds_gguf(folder: &Path) -> bool {
+    holds(folder, "gguf")
+}
+
+/// Whether a folder has weights as Hugging Face has them.
+fn holds_safetensors(folder: &Path) -> bool {
+    holds(folder, "safetensors")
+}
+
+fn holds(folder: &Path, wanted: &str) -> bool {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     entries
         .map(|entry| entry.path())
-        .any(|path| path.extension().is_some_and(|extension| extension == "gguf"))
+        .any(|path| path.extension().is_some_and(|extension| extension == wanted))
 }
 
 fn folder_of(file: &Path) -> PathBuf {
@@ -109,8 +119,20 @@ pub struct DraftDescription {
 }
 
 impl DraftDescription {
-    fn read(draft: &spec::Draft) -> Result<DraftDescription> {
+    /// `made_up` has the seed, the config and the format of a target with synthetic weights: a draft's folder
+    /// without weights then means synthetic ones as well.
+    fn read(draft: &spec::Draft, made_up: Option<(u64, &Value, Format)>) -> Result<DraftDescription> {
         let path = &draft.dflash.checkpoint;
+        if let Some((seed, target, format)) = made_up
+            && !holds_safetensors(path)
+        {
+            let config = read_json(&path.join("config.json")).context("cannot read the draft")?;
+            let tensors = frontends::synthetic_draft_tensors(&config, target, format)?;
+            // Weights depend on their names, which are the target's in part.
+            let seed = seed.wrapping_add(1);
+            let weights = WeightsFrom::Synthetic { seed, config: config.clone(), tensors: tensors.clone() };
+            return Ok(DraftDescription { config, tensors, weights });
+        }
         let checkpoint = Checkpoint::open_draft(path).context("cannot read the draft")?;
         Ok(DraftDescription {
             config: checkpoint.config().clone(),
@@ -190,9 +212,12 @@ impl Model {
     pub fn describe(&self) -> Result<Description> {
         let config = self.spec.model.config.as_deref().map(read_json).transpose()?;
         let tokenizer = self.spec.model.tokenizer.as_deref().map(absolute).transpose()?;
-        let draft = self.spec.draft.as_ref().map(DraftDescription::read).transpose()?;
+        let draft = |made_up| {
+            self.spec.draft.as_ref().map(|draft| DraftDescription::read(draft, made_up)).transpose()
+        };
         match &self.spec.model.source {
             spec::Source::Checkpoint(path) => {
+                let draft = draft(None)?;
                 let checkpoint = Checkpoint::open(path)?;
                 Ok(Description {
                     config: config.unwrap_or_else(|| checkpoint.config().clone()),
@@ -208,6 +233,11 @@ impl Model {
                     WeightFormat::AsStored => frontends::published_tensors(&config)?,
                     WeightFormat::Converted(format) => frontends::synthetic_tensors(&config, format)?,
                 };
+                let format = match self.spec.precision.weights {
+                    WeightFormat::AsStored => Format::BF16,
+                    WeightFormat::Converted(format) => format,
+                };
+                let draft = draft(Some((*seed, &config, format)))?;
                 let weights =
                     WeightsFrom::Synthetic { seed: *seed, config: config.clone(), tensors: tensors.clone() };
                 Ok(Description { config, tensors, weights, tokenizer, draft })

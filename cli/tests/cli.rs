@@ -590,4 +590,18 @@ fn bench_takes_guesses_as_right() {
     let wrong = fixture("dflash/full");
     let error = bench.fails(&["bench", &target, "--draft", &wrong]);
     assert!(error.contains("num_target_layers") && error.contains("another model"), "{error}");
+
+    // Weights that are made up, of both.
+    for (from, to) in [(&target, "model"), (&draft, "draft")] {
+        std::fs::create_dir(bench.path(to)).unwrap();
+        std::fs::copy(Path::new(from).join("config.json"), bench.path(to).join("config.json")).unwrap();
+    }
+    let yaml = "model: {synthetic: {seed: 1}, config: model/config.json}\nlimits: {rows: 16, context: 64}\n";
+    bench.write("made-up.yaml", yaml);
+    let made_up =
+        ["bench", "made-up.yaml", "--draft", "draft", "--pp", "8", "--tg", "24", "-r", "1", "-t", "1"];
+    assert!(bench.ok(&made_up).contains("draft of 8 rows, 4 accepted"));
+    // A checkpoint's draft has weights.
+    let error = bench.fails(&["bench", &target, "--draft", "draft"]);
+    assert!(error.contains("cannot read the draft") && error.contains("safetensors"), "{error}");
 }

@@ -53,8 +53,8 @@ pub struct Draft {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DflashSpec {
-    /// The draft's folder with config.json and *.safetensors, relative to this file. `~`, `${NAME}` and
-    /// `${NAME:-default}` are expanded.
+    /// The draft's folder with config.json and *.safetensors, relative to this file. Beside a model with
+    /// synthetic weights config.json is enough. `~`, `${NAME}` and `${NAME:-default}` are expanded.
     #[serde(deserialize_with = "expanded")]
     #[schemars(with = "String")]
     pub checkpoint: PathBuf,

@@ -43,8 +43,11 @@ pub fn load(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), EngineError> {
     let checkpoint = open_checkpoint(plan, options)?;
+    // Octets are repeated whosever they are: a draft's that are not made up would be lost.
+    let trained_draft =
+        plan.draft.as_ref().is_some_and(|draft| matches!(draft.weights, WeightsFrom::Checkpoint { .. }));
     let synthetic = match &plan.weights {
-        WeightsFrom::Synthetic { seed, .. } if options.checkpoint.is_none() => Some(*seed),
+        WeightsFrom::Synthetic { seed, .. } if options.checkpoint.is_none() && !trained_draft => Some(*seed),
         _ => None,
     };
     if let Some(seed) = synthetic.filter(|_| plan.packing.bytes > REPEAT_FROM) {
