@@ -614,7 +614,10 @@ impl CudaEngine {
         passes: Range<usize>,
     ) -> Result<(), CudaError> {
         let mail = &self.mail.words()[mail_of(program)..][..MAIL_WORDS];
-        mail.iter().for_each(|word| word.store(0, Ordering::Release));
+        // The sum of streamed experts goes on until somebody asks for it.
+        for (_, word) in mail.iter().enumerate().filter(|(at, _)| *at != STREAMED) {
+            word.store(0, Ordering::Release);
+        }
         if self.table_version != pages.version() {
             for (word, page) in self.table_host.words().iter().zip(pages.table()) {
                 word.store(*page, Ordering::Relaxed);

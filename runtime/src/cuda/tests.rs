@@ -289,6 +289,21 @@ fn poisoned_memory_is_not_a_number_before_it_is_written_and_changes_nothing_afte
 }
 
 #[test]
+fn streamed_experts_are_summed_up_until_they_are_asked_for() {
+    let toy = toy_kernel(cuda_plan().kv);
+    // SAFETY: the engine keeps the arguments valid.
+    let kernel: FakeKernel = Arc::new(move |args| unsafe {
+        *(args.experts as *mut u32) += 3;
+        toy(args)
+    });
+    let (mut engine, _) = fake_engine_on(cuda_plan(), kernel, &EngineOptions::default());
+    engine.step(&rows(0, 0, &[1; 9]), &[]).unwrap();
+    engine.step(&rows(0, 9, &[1]), &[0]).unwrap();
+    assert_eq!(engine.take_streamed_experts(), Some(9), "three launches");
+    assert_eq!(engine.take_streamed_experts(), Some(0));
+}
+
+#[test]
 fn a_stuck_wait_is_an_error_that_says_where_and_ends_the_engine() {
     // Stage 1 is "sum".
     let record = [1, 1, 77, 6, 3, 4, 9, 0];
