@@ -55,7 +55,8 @@ pub const CASES: usize = DRAFTS.end;
 /// weigh little.
 const DECISION: f64 = 5.0;
 
-/// The case whose rows a consumer cannot keep in registers from the norm's sum to its products.
+/// The case whose rows a consumer's registers do not hold, so that they are multiplied in parts; the one before
+/// it has such rows without a norm.
 pub const LONG_ROWS: usize = 41;
 
 /// The cases of MiMo's attention: sinks in layers with a window, keys wider than values, a third of a head
@@ -164,12 +165,15 @@ impl Case {
         let kv_heads = random.pick(&[1, 2, 3, 4]).min((1536 / (group * head_dim)).max(1));
         let heads = group * kv_heads;
         let hidden = match (number, random.pick(&[64, 72, 128, 200, 256, 328, 576, 768, 1024])) {
-            (LONG_ROWS, _) => 4224,
+            (LONG_ROWS, _) => 8456,
             (_, hidden) => hidden,
         };
         let mut intermediate = random.pick(&[64, 72, 200, 256, 1000, 1536, 3000]);
         if moe {
             intermediate = intermediate.min(264);
+        }
+        if number + 1 == LONG_ROWS {
+            intermediate = 8712;
         }
         let vocab = random.pick(&[161, 512, 1000, 1003, 2048, 4099]);
         let layers = 1 + random.below(3);

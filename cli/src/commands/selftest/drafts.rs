@@ -1,6 +1,6 @@
 //! Drafts of cases: random ones, what their blocks should be, and what is checked of them.
 
-use super::cases::{CONTEXT, Case, Random, SEQUENCES};
+use super::cases::{CONTEXT, Case, ROWS, Random, SEQUENCES};
 use super::checks::{Bench, Checked, DECODED, LENGTHS, Measured, Stop, ended, largest, sequence_rows};
 use super::compare::{deviation, same_bits};
 use super::prepare::{Model, WORST};
@@ -384,7 +384,8 @@ impl Bench<'_> {
             let block = BlockInput { token: *token, position, sequence: 0, rows, wanted: rows - 1 };
             let found = bench.machine.draft(&[block])?;
             bench.machine.poison()?;
-            bench.feed_draft(0, before, &[before.len()])?;
+            let steps: Vec<usize> = before.chunks(ROWS).map(<[u32]>::len).collect();
+            bench.feed_draft(0, before, &steps)?;
             let wanted = bench.machine.draft(&[block])?;
             same_bits(&found, &wanted, vocab)
                 .map_err(|what| format!("a block behind rounds against one behind the whole text: {what}"))?;

@@ -47,6 +47,8 @@ pub struct Prepared {
 pub struct Model {
     spec: ModelSpec,
     checkpoint: Checkpoint,
+    /// The same without the draft's tensors beside the model's.
+    alone: Checkpoint,
     path: PathBuf,
     /// The graph, for the interpreter.
     pub graph: Graph,
@@ -64,16 +66,15 @@ impl Model {
     pub fn new(case: &Case, folder: &Path, arch: &str) -> Result<Model> {
         let path = std::path::absolute(folder.join("checkpoint"))?;
         case.write(&path)?;
-        let mut checkpoint = Checkpoint::open(&path)?;
+        let [alone, mut checkpoint] = [Checkpoint::open(&path)?, Checkpoint::open(&path)?];
         let spec = case.spec(path.clone(), arch);
         let open = || Checkpoint::open_draft(&path.join(DRAFT_FOLDER));
         let draft_checkpoint = case.draft.as_ref().map(|_| open()).transpose()?;
-        let (graph, draft) =
-            compile::graphs(&input(case, &checkpoint, draft_checkpoint.as_ref(), &path), &spec)?;
+        let (graph, draft) = compile::graphs(&input(case, &alone, draft_checkpoint.as_ref(), &path), &spec)?;
         if draft_checkpoint.is_some() {
             checkpoint.attach_draft(open()?);
         }
-        Ok(Model { spec, checkpoint, path, graph, draft, draft_checkpoint })
+        Ok(Model { spec, checkpoint, alone, path, graph, draft, draft_checkpoint })
     }
 
     /// The weights as the kernel multiplies them.
@@ -88,7 +89,7 @@ impl Model {
 
     /// What the compiler reads.
     pub fn input<'a>(&'a self, case: &'a Case) -> Input<'a> {
-        input(case, &self.checkpoint, self.draft_checkpoint.as_ref(), &self.path)
+        input(case, &self.alone, self.draft_checkpoint.as_ref(), &self.path)
     }
 
     /// A prompt that the interpreter can run in seconds.
