@@ -362,18 +362,22 @@ fn sizes_without_a_kernel_are_named() {
         let program = lower("llama", &config, Format::BF16, 200).map_err(|error| error.to_string())?;
         emit(&program, Arch::Sm90a).map(drop).map_err(|error| error.to_string())
     };
-    assert_eq!(with("hidden_size", 72), Ok(()));
-    // Products without a norm in front are cut.
-    assert_eq!(with("intermediate_size", 12296), Ok(()));
+    // Long rows are multiplied in parts.
+    for (key, value) in [("hidden_size", 72), ("hidden_size", 16384), ("intermediate_size", 28672)] {
+        assert_eq!(with(key, value), Ok(()), "{key} {value}");
+    }
     for (key, value, said) in [
         ("hidden_size", 68, "multiples of 8"),
         ("head_dim", 20, "heads of 20"),
         ("head_dim", 512, "heads of 512"),
-        ("hidden_size", 12296, "12296 columns"),
     ] {
         let error = with(key, value).unwrap_err();
         assert!(error.contains(said), "{key} {value}: {error}");
     }
+    let mut config = qwen3_moe();
+    config["hidden_size"] = 8200.into();
+    let error = emit(&program("qwen3", &config, Format::BF16, 200), Arch::Sm90a).unwrap_err().to_string();
+    assert!(error.contains("experts with rows of 8200 columns"), "{error}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ pub const LAUNCH_VERSION: u32 = 5;
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
 
-/// Bytes of a slot of the ring.
+/// Bytes of a slot of the ring; a sixteenth more where weights are MXFP4, whose blocks are longer.
 pub const SLOT_BYTES: usize = 16 << 10;
 
 /// Rows that a step of the kernel has at most: the columns of one tensor-core tile. The runtime
@@ -97,8 +97,8 @@ pub struct LaunchArgs {
     pub stop_count: u32,
     /// The launch ends after the step in which any row chose one of these.
     pub stop_tokens: [u32; STOP_TOKENS],
-    /// Slots of the ring whose copies an SM has on their way at the same time, at least 1: enough for
-    /// the bandwidth, and no more, since all other accesses queue up behind them.
+    /// Bytes of weights that an SM has on their way at the same time, about: enough for the bandwidth, and
+    /// no more, since all other accesses queue up behind them.
     pub in_flight: u32,
     /// 0, which the compiler cannot know: what is combined with it makes one access wait for another.
     pub zero: u32,

@@ -21,11 +21,14 @@ pub const CHUNK: usize = 128;
 /// Chunks whose parts are added up first.
 pub const SPAN: usize = 8;
 
-/// Columns of a product's rows beyond which a consumer's registers do not hold its share.
-pub const MAX_K: usize = 12288;
+/// Columns of a row that a kernel keeps in registers. Longer rows are multiplied in parts.
+pub const PART_COLUMNS: usize = 8192;
 
-/// A product that reads a part of longer rows begins at multiples of this: whole blocks of every format.
-pub const K_STEP: usize = 128;
+/// Bytes that are enough for a copy at the full rate.
+const SHORT_TILE: usize = 8192;
+
+/// SMs of a large chip, about.
+const LARGE_CHIP: usize = 128;
 
 /// A norm whose gains are `f32` in the packed weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,12 +91,8 @@ pub struct Gemm {
     pub format: Format,
     /// Scales of block FP8: see [`crate::pack::PackContent::OctetScales`].
     pub scales: Option<Slot>,
-    /// Columns of the input that it multiplies.
+    /// Columns of the input.
     pub k: usize,
-    /// The first of them. Rows longer than [`MAX_K`] are multiplied by several stages, one behind the other.
-    pub first: usize,
-    /// Columns of a row of the input, and of the weights.
-    pub row: usize,
     /// Features of one operand.
     pub cols: usize,
     /// Octets of a tile: 1, or 2 for a gated pair.
@@ -107,6 +106,9 @@ pub struct Gemm {
     /// Whether the layer's residual stream is complete behind it, and goes to [`ResidentProgram::taps`] as
     /// well where the layer has a tap.
     pub tap: bool,
+    /// Where the sums of the first parts of rows beyond [`PART_COLUMNS`] wait for the others, f32: eight
+    /// rows of every operand's octets.
+    pub partial: Option<BufferId>,
 }
 
 impl Gemm {
@@ -118,11 +120,6 @@ impl Gemm {
     /// Blocks of an octet that it multiplies.
     pub const fn blocks(&self) -> usize {
         octet_blocks(self.format, self.k)
-    }
-
-    /// Blocks of an octet over whole rows.
-    pub const fn row_blocks(&self) -> usize {
-        octet_blocks(self.format, self.row)
     }
 
     /// Bytes of weights that the stage reads, scales included.
@@ -200,6 +197,18 @@ impl Experts {
     /// Bytes of all experts' weights.
     pub const fn weight_bytes(&self) -> usize {
         self.experts * self.gemm.weight_bytes()
+    }
+
+    /// Octets of a tile. Those of the second product may be short: one by one they would be small copies, each
+    /// with the work of a tile around it. Several make a copy of up to [`SHORT_TILE`] bytes, as long as each SM
+    /// of a large chip has a tile.
+    pub fn tile_octets(&self) -> usize {
+        let bytes = self.gemm.blocks() * octet_block_bytes(self.gemm.format);
+        if self.route.is_some() || self.gemm.format != Format::MXFP4 {
+            return 1;
+        }
+        let most = (SHORT_TILE / bytes.max(1)).min(self.gemm.tiles().div_ceil(LARGE_CHIP));
+        (1..=most).rev().find(|octets| self.gemm.tiles().is_multiple_of(*octets)).unwrap_or(1)
     }
 
     /// Columns of a row of the input.
@@ -390,14 +399,6 @@ fn gemm_defect(gemm: &Gemm) -> Option<String> {
     if matches!(gemm.epilogue, Epilogue::Gated(_)) != (gemm.operands == 2) {
         return Some("a gate has two operands".into());
     }
-    let Gemm { first, k, row, .. } = *gemm;
-    if k == 0 || first.checked_add(k).is_none_or(|end| end > row) || !first.is_multiple_of(K_STEP) {
-        return Some(format!("columns {first} and on, {k} of them, are not in rows of {row}"));
-    }
-    let inner = first + k < row && !k.is_multiple_of(K_STEP);
-    if inner || k < row && (gemm.norm.is_some() || gemm.operands > 1) {
-        return Some("a part of a row is whole blocks, without a norm or a gate".into());
-    }
     // Those of MXFP4 lie between its codes.
     (gemm.scales.is_some() != (gemm.format == Format::FP8_BLOCK))
         .then(|| format!("{} and its scales do not fit", gemm.format))
@@ -509,10 +510,10 @@ impl ResidentProgram {
                     (vec![context.input], None, slots)
                 }
                 Kind::Gemm(gemm) => {
-                    if self.buffer(gemm.input).cols != gemm.row {
+                    if self.buffer(gemm.input).cols != gemm.k {
                         return fail(format!(
                             "{} columns do not fit {}",
-                            gemm.row,
+                            gemm.k,
                             self.buffer(gemm.input).name
                         ));
                     }
@@ -535,6 +536,15 @@ impl ResidentProgram {
                     }
                     if let Some(what) = gemm_defect(gemm) {
                         return fail(what);
+                    }
+                    let partial = gemm.partial.map(|id| self.buffer(id));
+                    if partial.is_some() != (gemm.k > PART_COLUMNS)
+                        || partial.is_some_and(|buffer| {
+                            buffer.elem != BufferElem::F32
+                                || buffer.cols < gemm.tiles() * OCTET * gemm.operands
+                        })
+                    {
+                        return fail(format!("{} columns and room for their parts do not fit", gemm.k));
                     }
                     (vec![gemm.input], Some(gemm.output), gemm_slots(gemm))
                 }
@@ -650,6 +660,24 @@ impl ResidentProgram {
         Ok(())
     }
 
+    /// The stages of a step: of each its number among the kinds of stages (those before the layers, those of the
+    /// bodies in their order, those behind the layers) and its layer.
+    pub fn step_order(&self) -> Vec<(usize, Option<usize>)> {
+        let mut first = vec![self.before.len()];
+        for body in &self.bodies {
+            first.push(first[first.len() - 1] + body.len());
+        }
+        let after = first[self.bodies.len()];
+        let mut order: Vec<(usize, Option<usize>)> =
+            (0..self.before.len()).map(|kind| (kind, None)).collect();
+        for (number, layer) in self.layers.iter().enumerate() {
+            let stages = 0..self.bodies[layer.body].len();
+            order.extend(stages.map(|stage| (first[layer.body] + stage, Some(number))));
+        }
+        order.extend((0..self.after.len()).map(|stage| (after + stage, None)));
+        order
+    }
+
     /// Costs by kind of stage, those of a body with as many runs as it has layers.
     pub fn costs(&self) -> Vec<StageCost> {
         let bodies =
@@ -729,11 +757,7 @@ impl ResidentProgram {
     fn product_text(&self, gemm: &Gemm) -> String {
         let pair = if gemm.operands == 2 { " pair" } else { "" };
         let (cols, k, tiles) = (gemm.cols, gemm.k, gemm.tiles());
-        let part = match gemm.row {
-            row if row == k => String::new(),
-            row => format!(" from column {} of {row}", gemm.first),
-        };
-        format!("{} {cols}x{k}{pair}{part} {} in {tiles} tiles", gemm.format, gemm.weights)
+        format!("{} {cols}x{k}{pair} {} in {tiles} tiles", gemm.format, gemm.weights)
     }
 
     fn epilogue_text(&self, gemm: &Gemm, add: &str) -> String {

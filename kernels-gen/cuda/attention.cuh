@@ -340,8 +340,9 @@ template <class A> struct Share {
   }
 };
 
-// Adds up a span's chunks for every row of the run that sees several, at least one of them here.
-template <class A> __device__ __forceinline__ void join_chunks(Consumer& b, const Walk<A>& item) {
+// Adds up parts of an item's run for every row that has several: on the first level the chunks of the item's
+// span, at least one of them here, on the second the spans.
+template <class A> __device__ __forceinline__ void join_parts(Consumer& b, const Walk<A>& item, u32 level) {
   using P = Parts<A>;
   constexpr u32 GROUP = P::GROUP;
   const P parts = {A::parts(b)};
@@ -350,14 +351,16 @@ template <class A> __device__ __forceinline__ void join_chunks(Consumer& b, cons
 #pragma unroll 1
   for (u32 r = item.row; r < item.row + item.rows; ++r) {
     const u32 position = b.shared.position[r], from = first_chunk<A>(b, position), to = item.last_seen(b, position) / CHUNK + 1;
+    const u32 spans = (to - 1) / SPAN - from / SPAN + 1;
     const u32 first = share.begin > from ? share.begin : from, behind = share.end < to ? share.end : to;
-    if (to - from == 1 || first >= behind) continue;
-    const bool whole = from / SPAN == (to - 1) / SPAN;
+    if (level == 0 ? to - from == 1 || first >= behind : spans == 1) continue;
+    const bool whole = level > 0 || spans == 1;
+    const u32 slot = level == 0 ? first - from : A::MAX_CHUNKS, count = level == 0 ? behind - first : spans;
 #pragma unroll 1
     for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
       const u32 h = n / A::V, d = n % A::V, head = kv_head * GROUP + h;
       float2 weight;
-      const float sum = fold(parts, parts.at(r, kv_head, first - from, h), behind - first, d, weight);
+      const float sum = fold(parts, parts.at(r, kv_head, slot, h), count, d, weight);
       if (whole) {
         store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + head) * A::V + d, normalize<A>(b, head, weight.x, sum, weight.y));
       } else {
@@ -369,73 +372,52 @@ template <class A> __device__ __forceinline__ void join_chunks(Consumer& b, cons
   }
 }
 
-// Adds up the spans of every row of the run that has several.
-template <class A> __device__ __forceinline__ void join_spans(Consumer& b, const Walk<A>& item) {
-  using P = Parts<A>;
-  constexpr u32 GROUP = P::GROUP;
-  const P parts = {A::parts(b)};
-  const u32 kv_head = item.kv_head();
-#pragma unroll 1
-  for (u32 r = item.row; r < item.row + item.rows; ++r) {
-    const u32 position = b.shared.position[r], from = first_chunk<A>(b, position) / SPAN, to = item.last_seen(b, position) / CHUNK / SPAN + 1;
-    if (to - from == 1) continue;
-#pragma unroll 1
-    for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
-      const u32 h = n / A::V, d = n % A::V, head = kv_head * GROUP + h;
-      float2 weight;
-      const float sum = fold(parts, parts.at(r, kv_head, A::MAX_CHUNKS, h), to - from, d, weight);
-      store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + head) * A::V + d, normalize<A>(b, head, weight.x, sum, weight.y));
-    }
-  }
-}
-
 // Behind all of this SM's items, `count` from `own` on: adds up what it is the last to bring. A lane
 // counts for an item, so that 32 of them cost the way to L2 and back once. The increment releases this
 // SM's parts (ordered by the barrier behind each item) and acquires the others'. Who ends a count leaves
 // the counter ready for the next stage: a crossing lies between.
 template <class A> __device__ __forceinline__ void join(Consumer& b, const Walk<A>& own, u32 count) {
-  constexpr u32 COUNTERS = Parts<A>::SPANS + 1;
+  constexpr u32 COUNTERS = Parts<A>::SPANS + 1, LEVELS = A::MAX_CHUNKS > SPAN ? 2 : 1;
   const u32 warp = anew(warp_id());
   auto number = [&](u32 n) {
     Walk<A> item = own;
     item.skip(b, n);
     return item;
   };
+#pragma unroll 1
   for (u32 first = 0; first < count; first += LANES) {
-    bool last = false, whole = false;
+    bool last = false;
     u32* counters = nullptr;
     u32 spans = 0;
-    if (warp == 0) {
-      if (first + lane_id() < count) {
-        const Walk<A> item = number(first + lane_id());
-        if (item.chunks > 1) {
-          const Share<A> share(item);
-          counters = b.sync().splits + (item.row * A::KV_HEADS + item.kv_head()) * COUNTERS;
-          spans = share.spans;
-          last = add_acq_rel(counters + share.span, 1) == share.end - share.begin - 1;
-          if (last) counters[share.span] = 0;
-        }
-      }
-      const u32 all = __ballot_sync(~0u, last);
-      if (lane_id() == 0) b.shared.last_splits[0] = all;
-    }
-    consumers_sync();
-    const u32 ended = b.shared.last_splits[0];
 #pragma unroll 1
-    for (u32 left = ended; left; left &= left - 1) join_chunks(b, number(first + __ffs(left) - 1));
-    if (A::MAX_CHUNKS > SPAN && ended) {
-      consumers_sync();  // the spans' parts are written
+    for (u32 level = 0; level < LEVELS; ++level) {
       if (warp == 0) {
-        if (last && spans > 1) {
-          whole = add_acq_rel(counters + COUNTERS - 1, 1) == spans - 1;
-          if (whole) counters[COUNTERS - 1] = 0;
+        u32* counter = nullptr;
+        u32 wanted = 0;
+        if (level == 0 && first + lane_id() < count) {
+          const Walk<A> item = number(first + lane_id());
+          if (item.chunks > 1) {
+            const Share<A> share(item);
+            counters = b.sync().splits + (item.row * A::KV_HEADS + item.kv_head()) * COUNTERS;
+            spans = share.spans;
+            counter = counters + share.span;
+            wanted = share.end - share.begin;
+          }
+        } else if (level > 0 && last && spans > 1) {
+          counter = counters + COUNTERS - 1;
+          wanted = spans;
         }
-        const u32 all = __ballot_sync(~0u, whole);
-        if (lane_id() == 0) b.shared.last_splits[1] = all;
+        last = counter && add_acq_rel(counter, 1) == wanted - 1;
+        if (last) *counter = 0;
+        const u32 all = __ballot_sync(~0u, last);
+        if (lane_id() == 0) b.shared.last_splits[level] = all;
       }
       consumers_sync();
+      const u32 ended = b.shared.last_splits[level];
+      if (!ended) break;
 #pragma unroll 1
-      for (u32 left = b.shared.last_splits[1]; left; left &= left - 1) join_spans(b, number(first + __ffs(left) - 1));
+      for (u32 left = ended; left; left &= left - 1) join_parts(b, number(first + __ffs(left) - 1), level);
+      if (level + 1 < LEVELS) consumers_sync();  // the spans' parts are written
     }
     if (first + LANES < count) consumers_sync();  // `last_splits` was read
   }

@@ -59,3 +59,4 @@ struct Sync {
 
 __device__ __forceinline__ u32 lane_id() { return threadIdx.x % LANES; }
 __device__ __forceinline__ u32 warp_id() { return threadIdx.x / LANES; }
+__device__ __forceinline__ constexpr u32 least(u32 a, u32 b) { return a < b ? a : b; }

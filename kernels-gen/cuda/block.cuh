@@ -5,7 +5,8 @@
 //                       waiting for activations
 //   control    1 warp:  adds up the consumers' partial sums, runs the epilogues, publishes the
 //                       results, and waits for the other SMs
-//   idle       2 warps: fill up the control's warpgroup
+//   second     1 warp:  runs every other epilogue beside control
+//   watchdog   1 warp:  ends a launch in which nothing happens any more, and says who waits for what
 //
 // Every stage ends with a crossing: each SM adds one to `Sync::arrived` when all that it makes in the
 // stage is written, and starts the next stage when all SMs have. The stream of weights does not stop
@@ -16,13 +17,16 @@
 constexpr u32 CONSUMERS = 8;
 constexpr u32 LOADER = 8;
 constexpr u32 CONTROL = 9;
+constexpr u32 SECOND = 10;
+constexpr u32 WATCHDOG = 11;
 constexpr u32 BLOCK_THREADS = 384;
 constexpr u32 CONSUMER_THREADS = CONSUMERS * LANES;
 constexpr u32 CONSUMER_REGISTERS = 216;
 constexpr u32 OTHER_REGISTERS = 72;
 // The warps share what the block was launched with; asking for more would wait for ever.
-static_assert(CONSUMER_REGISTERS * 256 + OTHER_REGISTERS * 128 <= 168 * BLOCK_THREADS);
-constexpr u32 SUM_BUFFERS = 2;
+static_assert(CONSUMER_REGISTERS * CONSUMER_THREADS + OTHER_REGISTERS * 128 <= 168 * BLOCK_THREADS);
+constexpr u32 KEPT_REGISTERS = 128;  // of a consumer, for activations
+constexpr u32 SUM_BUFFERS = 8;       // that a stage has at most
 
 #if __CUDA_ARCH__ >= 900
 constexpr u32 FULL_ARRIVALS = 1;      // the loader's announcement; the bytes are counted beside it
@@ -30,8 +34,8 @@ constexpr u32 FULL_ARRIVALS = 1;      // the loader's announcement; the bytes ar
 constexpr u32 FULL_ARRIVALS = LANES;  // every lane's last cp.async
 #endif
 
-// Sums of a tile by the warps that share its columns: a pair of neighbouring features of a row a lane.
-typedef float2 WarpSums[CONSUMERS][LANES];
+// A warp's sums of an octet: a pair of neighbouring features of a row a lane.
+typedef float2 WarpSums[LANES];
 
 struct Shared {
   u64 full[RING_SLOTS];         // weights are in the slot
@@ -42,6 +46,9 @@ struct Shared {
   u64 sums_empty[SUM_BUFFERS];
   u32 stage;                    // that control is in, of the step
   u32 loader_stage;
+  u64 finished;                 // barrier: control has left
+  u32 crossings;                // of this launch: what the watchdog wants to see grow
+  u32 waiting[BLOCK_THREADS / LANES];  // what each warp waits for, or waited for last: a Role
   u32 token[STEP_ROWS];
   u32 position[STEP_ROWS];
   u32 sequence[STEP_ROWS];
@@ -50,6 +57,7 @@ struct Shared {
   u32 steps;                    // steps of this launch, lowered by control when it ends early
   u32 last_splits[2];           // attention: items of which this SM brought the last, a bit each
   float row_sums[2][CONSUMERS][STEP_ROWS];
+  float row_scale[STEP_ROWS];
 };
 
 struct Block {
@@ -65,9 +73,8 @@ struct Block {
   __device__ __forceinline__ void next_step() { ++step; }
 
   __device__ __forceinline__ Sync& sync() const { return *reinterpret_cast<Sync*>(args.sync); }
-  __device__ __forceinline__ WarpSums* sums(u32 buffer, u32 operands) const {
-    return reinterpret_cast<WarpSums*>(scratch) + buffer * operands;
-  }
+  // Buffer of a tile's sums, of so many warps.
+  __device__ __forceinline__ WarpSums* sums(u32 buffer, u32 warps) const { return reinterpret_cast<WarpSums*>(scratch) + buffer * warps; }
 
   // Tiles of a stage are dealt out round robin, and the next stage goes on where this one stopped, so
   // that every SM streams the same number of tiles, give or take one, over the whole step.
@@ -83,45 +90,18 @@ enum Role : u32 {
   LOADER_ROUTES = 7, CONTROL_ROUTES = 8
 };
 
-// Leaves a record of who waited for what in the host's memory and ends the launch. The first SM that
-// gives up writes it; the others wait long enough for it to get there. Not a call: a kernel with calls
-// cannot share out its registers.
-__device__ __forceinline__ void stall(const Block& b, u32 role, u32 seen, u32 expected) {
-  const LaunchArgs& args = b.args;
-  const volatile Shared& shared = b.shared;
-  if (atomicExch(&b.sync().stalled, 1u) == 0) {
-    store_host(args.stall + 1, role == LOADER_SLOT || role == LOADER_ROUTES ? shared.loader_stage : shared.stage);
-    store_host(args.stall + 2, blockIdx.x);
-    store_host(args.stall + 3, role);
-    store_host(args.stall + 4, seen);
-    store_host(args.stall + 5, expected);
-    store_host(args.stall + 6, b.step);
-    store_host(args.stall + 0, 1u);
-    __threadfence_system();
-  } else {
-    for (u64 start = global_timer(); global_timer() - start < 1000000;) {}
-  }
-  trap();
-  // Without this the compiler sees a path from here back into every wait, and keeps everything alive.
-  __builtin_unreachable();
-}
-
 // Waits until the phase of this parity is over; a whole warp. Lanes may see the end at different tries,
 // and what follows (tensor-core products, shuffles) needs all of them together: the vote joins them.
+// The watchdog is told what for. There are a hundred waits, and a layer's instructions should stay in the SM's
+// cache, so that a wait itself is as short as can be.
 __device__ __forceinline__ void barrier_wait(const Block& b, u64* barrier, u32 parity, Role role) {
-  u64 start = 0;
-  // Rolled up: there are a hundred waits, and a layer's instructions should stay in the SM's cache.
+  b.shared.waiting[anew(warp_id())] = role;
 #pragma unroll 1
-  for (u32 tries = 0; !__all_sync(~0u, barrier_try(barrier, parity)); ++tries) {
-    if (tries % 256 != 0) continue;
-    const u64 now = global_timer();
-    if (tries == 0) start = now;
-    if (now - start > b.args.patience_ns) stall(b, role, parity ^ 1, parity);
-  }
+  while (!__all_sync(~0u, barrier_try(barrier, parity))) {}
 }
 
 // All consumer warps, and no other.
-__device__ __forceinline__ void consumers_sync() { block_barrier<1, CONSUMER_THREADS>(); }
+__device__ __forceinline__ void consumers_sync() { block_barrier<CONSUMER_THREADS>(1); }
 
 // ---- The loader ------------------------------------------------------------------------------
 
@@ -132,7 +112,7 @@ struct Loader : Block {
   u32 issued = 0;   // slots filled so far, up to RING_SLOTS
   u32 oldest = 0;   // slot of the oldest copy that may still be on its way
   u32 oldest_parity = 0;
-  u32 in_flight = 0;
+  u32 in_flight = 0;  // copies that may still be on their way
   u32 routes_parity = 0;
 
   __device__ __forceinline__ void next_stage() {
@@ -149,14 +129,10 @@ struct Loader : Block {
 
   // False if the launch ended while waiting: nobody will end the phase any more.
   __device__ __forceinline__ bool wait_unless_ended(u64* barrier, u32 parity, Role role) {
-    u64 start = 0;
+    shared.waiting[anew(warp_id())] = role;
 #pragma unroll 1
-    for (u32 tries = 0; !__all_sync(~0u, barrier_try(barrier, parity)); ++tries) {
-      if (tries % 64 != 0) continue;
+    while (!__all_sync(~0u, barrier_try(barrier, parity))) {
       if (!more()) return false;
-      const u64 now = global_timer();
-      if (tries == 0) start = now;
-      if (now - start > args.patience_ns) stall(*this, role, slot, parity);
     }
     return true;
   }
@@ -168,16 +144,17 @@ struct Loader : Block {
     return there;
   }
 
-  // Streams one piece of at most SLOT_BYTES.
-  __device__ __forceinline__ bool piece(const u8* from, u32 bytes) {
+  // Streams one piece of at most SLOT_BYTES; `usual` bytes is what the stage's pieces have.
+  __device__ __forceinline__ bool piece(const u8* from, u32 bytes, u32 usual) {
     if (!wait_empty()) return false;
     // What is on its way delays every other access of the chip; more than this adds no bandwidth.
-    if (in_flight == args.in_flight) {
+    const u32 wanted = (args.in_flight + usual / 2) / usual, most = wanted == 0 ? 1 : least(wanted, RING_SLOTS);
+#pragma unroll 1
+    for (; in_flight >= most; --in_flight) {
       barrier_wait(*this, &shared.full[oldest], oldest_parity, CONSUMER_WEIGHTS);
       if (++oldest == RING_SLOTS) { oldest = 0; oldest_parity ^= 1; }
-    } else {
-      ++in_flight;
     }
+    ++in_flight;
 #if __CUDA_ARCH__ >= 900
     if (lane_id() == 0) {
       barrier_arrive_expect(&shared.full[slot], bytes);
@@ -211,12 +188,14 @@ struct Consumer : Block {
   u32 slot = 0;
   u32 parity = 0;
   u32 sum_buffer = 0;
-  u32 sum_parity = 1;
+  u32 sum_parities = (1u << SUM_BUFFERS) - 1;  // a bit a buffer
   u32 ready_parity = 0;
 
+  // Control has read the sums of all stages before: buffers are counted anew.
   __device__ __forceinline__ void wait_inputs() {
     barrier_wait(*this, &shared.ready, ready_parity, CONSUMER_INPUTS);
     ready_parity ^= 1;
+    sum_buffer = 0;
   }
   __device__ __forceinline__ const u8* wait_slot() {
     barrier_wait(*this, &shared.full[slot], parity, CONSUMER_WEIGHTS);
@@ -232,27 +211,35 @@ struct Consumer : Block {
   // Gives a slot back whose loads have arrived in registers: `read` has bits of each of them. They take
   // part in the address, as nothing (`zero` is 0, which the compiler cannot know), so that the arrival
   // waits for them. Left alone it is issued right behind the loads, and the copy engine, whose writes are
-  // not ordered with them, overwrites what they have not read yet.
-  __device__ __forceinline__ void release_slot(u32 read) {
+  // not ordered with them, overwrites what they have not read yet. A slot that only one of `teams` reads
+  // still counts an arrival for every consumer.
+  __device__ __forceinline__ void release_slot(u32 read, u32 teams) {
     __syncwarp();
-    if (lane_id() == 0) barrier_arrive(&shared.empty[slot] + (read & args.zero));
+    if (lane_id() == 0) barrier_arrive(&shared.empty[slot] + (read & args.zero), teams);
     if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
   }
   // Those ahead are given back one by one, and passed together.
-  __device__ __forceinline__ void release_slot(u32 ahead, u32 read) {
+  __device__ __forceinline__ void release_slot(u32 ahead, u32 read, u32 teams) {
     const u32 at = slot + ahead >= RING_SLOTS ? slot + ahead - RING_SLOTS : slot + ahead;
     __syncwarp();
-    if (lane_id() == 0) barrier_arrive(&shared.empty[at] + (read & args.zero));
+    if (lane_id() == 0) barrier_arrive(&shared.empty[at] + (read & args.zero), teams);
   }
   __device__ __forceinline__ void pass_slots(u32 count) {
     slot += count;
     if (slot >= RING_SLOTS) { slot -= RING_SLOTS; parity ^= 1; }
   }
-  // This warp's sums of the tile are stored.
-  __device__ __forceinline__ void pass_sums() {
+  // A buffer of sums is free.
+  __device__ __forceinline__ void wait_sums(u32 buffer) {
+    barrier_wait(*this, &shared.sums_empty[buffer], sum_parities >> buffer & 1, CONSUMER_SUMS);
+  }
+  // That of the next tile.
+  __device__ __forceinline__ void wait_sums() { wait_sums(sum_buffer); }
+  // This warp's sums of the tile are stored, if it has any.
+  __device__ __forceinline__ void pass_sums(u32 buffers) {
     __syncwarp();
     if (lane_id() == 0) barrier_arrive(&shared.sums_full[sum_buffer]);
-    if (++sum_buffer == SUM_BUFFERS) { sum_buffer = 0; sum_parity ^= 1; }
+    sum_parities ^= 1u << sum_buffer;
+    if (++sum_buffer == buffers) sum_buffer = 0;
   }
   // All that this warp reads and writes in the stage is read and written.
   __device__ __forceinline__ void finish_stage() {
@@ -264,10 +251,12 @@ struct Consumer : Block {
 // ---- Control ---------------------------------------------------------------------------------
 
 struct Control : Block {
-  __device__ __forceinline__ explicit Control(const Block& b) : Block(b) {}
+  __device__ __forceinline__ explicit Control(const Block& b, bool second) : Block(b), second(second) {}
+  const bool second;       // the warp that only runs epilogues
   u32 done_parity = 0;
+  u32 ready_parity = 0;    // of the second
   u32 sum_buffer = 0;
-  u32 sum_parity = 0;
+  u32 sum_parities = 0;    // a bit a buffer
   u32 routes_parity = 0;
   u32 crossings = 0;       // of this launch
   float best = 0;          // the largest logit that this lane has seen in this step, of its row
@@ -278,10 +267,28 @@ struct Control : Block {
     return args.trace + ((u64)blockIdx.x * STAGES + shared.stage) * 3;
   }
 
-  // Lets the consumers start a stage.
+  // Lets the consumers and the second start a stage.
   __device__ __forceinline__ void open_stage() {
+    sum_buffer = 0;
+    if (second) {
+      barrier_wait(*this, &shared.ready, ready_parity, CONSUMER_INPUTS);
+      ready_parity ^= 1;
+      return;
+    }
     __syncwarp();  // lane 0 acquired for all lanes
     if (lane_id() == 0) barrier_arrive(&shared.ready);
+  }
+
+  // The next tile's sums are there.
+  __device__ __forceinline__ void wait_sums() {
+    barrier_wait(*this, &shared.sums_full[sum_buffer], sum_parities >> sum_buffer & 1, CONTROL_CONSUMERS);
+  }
+  // Tiles are passed by both warps, whoever has read the sums.
+  __device__ __forceinline__ void pass_sums(u32 buffers) {
+    __syncwarp();  // all lanes have read
+    if (lane_id() == 0) barrier_arrive(&shared.sums_empty[sum_buffer]);
+    sum_parities ^= 1u << sum_buffer;
+    if (++sum_buffer == buffers) sum_buffer = 0;
   }
 
   // The consumers have chosen the layer's experts.
@@ -292,7 +299,7 @@ struct Control : Block {
 
   // The beginning of a step: its tokens lie in shared memory, or there is no such step.
   __device__ __forceinline__ void open_step() {
-    if (lane_id() == 0) {
+    if (lane_id() == 0 && !second) {
       shared.stage = 0;
       // There may be no such step: the times of the last one stay.
       if (args.trace && step < *(volatile u32*)&shared.steps) trace_row()[0] = trace_row()[1] = global_timer();
@@ -305,6 +312,11 @@ struct Control : Block {
   // `next_gain`: weights of the norm that the next stage begins with, fetched meanwhile; the consumers
   // have finished with the last ones.
   __device__ __forceinline__ void cross(const u8* next_gain = nullptr, u32 gain_bytes = 0) {
+    if (second) {
+      __syncwarp();
+      if (lane_id() == 0) barrier_arrive(&shared.done);
+      return;
+    }
     barrier_wait(*this, &shared.done, done_parity, CONTROL_CONSUMERS);
     done_parity ^= 1;
     __syncwarp();
@@ -327,15 +339,10 @@ struct Control : Block {
     if (lane == 0) {
       const u32 expected = crossings * gridDim.x;
       const u64 finished = args.trace ? global_timer() : 0;
-      u32 seen = load_acquire(&sync().arrived);
-      if ((int)(seen - expected) < 0) {
-        u64 start = global_timer();
-        for (u32 tries = 1; (int)((seen = load_acquire(&sync().arrived)) - expected) < 0; ++tries) {
-          if (tries % 256 == 0 && global_timer() - start > args.patience_ns) {
-            stall(*this, CONTROL_SMS, seen, expected);
-          }
-        }
-      }
+      shared.waiting[CONTROL] = CONTROL_SMS;
+#pragma unroll 1
+      while ((int)(load_acquire(&sync().arrived) - expected) < 0) {}
+      shared.crossings = crossings;
       if (args.trace) {
         trace_row()[2] = finished;
         if (shared.stage + 1 < STAGES) {
@@ -348,3 +355,47 @@ struct Control : Block {
     __syncwarp();
   }
 };
+
+// ---- The watchdog ----------------------------------------------------------------------------
+
+// Leaves a record of who waited for what in the host's memory and ends the launch. The first SM that
+// gives up writes it; the others wait long enough for it to get there.
+__device__ __forceinline__ void give_up(const Block& b, u32 role, u32 seen, u32 expected) {
+  const LaunchArgs& args = b.args;
+  const volatile Shared& shared = b.shared;
+  if (atomicExch(&b.sync().stalled, 1u) == 0) {
+    store_host(args.stall + 1, role == LOADER_SLOT || role == LOADER_ROUTES ? shared.loader_stage : shared.stage);
+    store_host(args.stall + 2, blockIdx.x);
+    store_host(args.stall + 3, role);
+    store_host(args.stall + 4, seen);
+    store_host(args.stall + 5, expected);
+    store_host(args.stall + 6, shared.crossings / STAGES);
+    store_host(args.stall + 0, 1u);
+    __threadfence_system();
+  } else {
+    for (u64 start = global_timer(); global_timer() - start < 1000000;) {}
+  }
+  trap();
+}
+
+// Looks on until control has left. If this SM passes no crossing for as long as the host has patience, it is
+// stuck, or another one is. That one should speak: whoever waits for other SMs is a quarter more patient.
+__device__ __forceinline__ void watch(const Block& b) {
+  if (lane_id() != 0) return;
+  const volatile Shared& shared = b.shared;
+  u32 seen = 0;
+  u64 since = global_timer();
+#pragma unroll 1
+  while (!barrier_try(&b.shared.finished, 0)) {
+    const u32 crossings = shared.crossings;
+    const u64 now = global_timer();
+    if (crossings != seen) { seen = crossings; since = now; }
+    u32 role = shared.waiting[CONTROL];
+    if (now - since <= b.args.patience_ns + (role == CONTROL_SMS ? b.args.patience_ns / 4 : 0)) continue;
+    if (role == CONTROL_SMS) give_up(b, role, load_acquire(&b.sync().arrived), (crossings + 1) * gridDim.x);
+    // What control waits for is the consumers' work, and what they wait for may be the loader's.
+    if (shared.waiting[0] != 0) role = shared.waiting[0];
+    if (role == CONSUMER_WEIGHTS && shared.waiting[LOADER] == LOADER_ROUTES) role = LOADER_ROUTES;
+    give_up(b, role, 0, 1);
+  }
+}

@@ -17,7 +17,8 @@
 //   SLOTS                experts of a row
 //   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32; SCORING, RENORMALIZE,
 //                        FACTOR, correction(b) [EXPERTS] or null
-//   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight
+//   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight; of tiles of
+//                        several octets sum() where a row's sum lies, add_bias() and store()
 // The generated text defines MAX_EXPERTS and MAX_SLOTS, the most that any layer has.
 //
 // The scores are the one product in float32: they decide who works. They are few, so that no weights stream for
@@ -63,52 +64,83 @@ __device__ __forceinline__ float warp_sum(float v) {
 
 template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   constexpr u32 ROUND = CONSUMER_THREADS * 4, ROUNDS = (R::K + ROUND - 1) / ROUND;
+  // Experts of an SM at a time, and rows whose loads wait together.
+  constexpr u32 EACH = least((R::EXPERTS + 127) / 128, least(4, 24 / ROUNDS > 0 ? 24 / ROUNDS : 1));
+  constexpr u32 TOGETHER = ROUNDS > 4 ? 2 : 4;
+  static_assert(EACH <= CONSUMERS);
   const u32 thread = anew(threadIdx.x), warp = thread / LANES, lane = thread % LANES, column = thread * 4;
-  float4 w[ROUNDS];
-  auto load_weights = [&](u32 expert) {
+  float(&dots)[4][CONSUMERS][STEP_ROWS] = *reinterpret_cast<float(*)[4][CONSUMERS][STEP_ROWS]>(b.scratch);
+  float4 w[EACH][ROUNDS];
+  auto load_weights = [&](u32 first) {
 #pragma unroll
-    for (u32 i = 0; i < ROUNDS; ++i) {
-      w[i] = make_float4(0, 0, 0, 0);
-      if (expert < R::EXPERTS && column + i * ROUND < R::K) w[i] = R::weights4(b, expert, column + i * ROUND);
+    for (u32 e = 0; e < EACH; ++e) {
+      const u32 expert = first + e * gridDim.x;
+#pragma unroll
+      for (u32 i = 0; i < ROUNDS; ++i) {
+        w[e][i] = make_float4(0, 0, 0, 0);
+        if (expert < R::EXPERTS && column + i * ROUND < R::K) w[e][i] = R::weights4(b, expert, column + i * ROUND);
+      }
     }
   };
   load_weights(b.first_tile());
   b.wait_inputs();
-  for (u32 expert = b.first_tile(); expert < R::EXPERTS; expert += gridDim.x) {
+#pragma unroll 1
+  for (u32 first = b.first_tile(); first < R::EXPERTS; first += EACH * gridDim.x) {
     if (R::NORM) {
 #pragma unroll
       for (u32 i = 0; i < ROUNDS; ++i) {
-        if (column + i * ROUND < R::K) w[i] = times(w[i], *reinterpret_cast<const float4*>(b.gain + (column + i * ROUND) * 4));
+        if (column + i * ROUND >= R::K) continue;
+        const float4 gain = *reinterpret_cast<const float4*>(b.gain + (column + i * ROUND) * 4);
+#pragma unroll
+        for (u32 e = 0; e < EACH; ++e) w[e][i] = times(w[e][i], gain);
       }
     }
-#pragma unroll 2
-    for (u32 row = 0; row < b.args.rows; ++row) {
+#pragma unroll 1
+    for (u32 row = 0; row < b.args.rows; row += TOGETHER) {
       const float* x = R::input(b) + row * R::K + column;
-      float dot = 0.f, square = 0.f;
+      float4 v[TOGETHER][ROUNDS];
 #pragma unroll
-      for (u32 i = 0; i < ROUNDS; ++i) {
-        float4 v = make_float4(0, 0, 0, 0);
-        if (column + i * ROUND < R::K) v = load4(x + i * ROUND);
-        dot = fmaf(v.w, w[i].w, fmaf(v.z, w[i].z, fmaf(v.y, w[i].y, fmaf(v.x, w[i].x, dot))));
-        square = squares(square, v);
+      for (u32 r = 0; r < TOGETHER; ++r) {
+#pragma unroll
+        for (u32 i = 0; i < ROUNDS; ++i) {
+          v[r][i] = make_float4(0, 0, 0, 0);
+          if (row + r < b.args.rows && column + i * ROUND < R::K) v[r][i] = load4(x + r * R::K + i * ROUND);
+        }
       }
-      dot = warp_sum(dot);
-      square = warp_sum(square);
-      if (lane == 0) { b.shared.row_sums[0][warp][row] = dot; b.shared.row_sums[1][warp][row] = square; }
+#pragma unroll
+      for (u32 r = 0; r < TOGETHER; ++r) {
+        float dot[EACH] = {}, square = 0.f;
+#pragma unroll
+        for (u32 i = 0; i < ROUNDS; ++i) {
+          square = squares(square, v[r][i]);
+#pragma unroll
+          for (u32 e = 0; e < EACH; ++e) {
+            dot[e] = fmaf(v[r][i].w, w[e][i].w, fmaf(v[r][i].z, w[e][i].z, fmaf(v[r][i].y, w[e][i].y, fmaf(v[r][i].x, w[e][i].x, dot[e]))));
+          }
+        }
+        square = warp_sum(square);
+        if (lane == 0) b.shared.row_sums[1][warp][row + r] = square;
+#pragma unroll
+        for (u32 e = 0; e < EACH; ++e) {
+          dot[e] = warp_sum(dot[e]);
+          if (lane == 0) dots[e][warp][row + r] = dot[e];
+        }
+      }
     }
     consumers_sync();
-    if (thread < b.args.rows) {
+    const u32 row = thread % STEP_ROWS, e = thread / STEP_ROWS, expert = first + e * gridDim.x;
+    if (row < b.args.rows && e < EACH && expert < R::EXPERTS) {
       float dot = 0.f, square = 0.f;
 #pragma unroll
       for (u32 n = 0; n < CONSUMERS; ++n) {
-        dot += b.shared.row_sums[0][n][thread];
-        square += b.shared.row_sums[1][n][thread];
+        dot += dots[e][n][row];
+        square += b.shared.row_sums[1][n][row];
       }
       if (R::NORM) dot *= 1.f / sqrtf(square / (float)R::K + R::EPS);
-      R::out(b)[thread * R::STRIDE + expert] = dot + (R::bias(b) ? R::bias(b)[expert] : 0.f);
+      R::out(b)[row * R::STRIDE + expert] = dot + (R::bias(b) ? R::bias(b)[expert] : 0.f);
     }
-    if (expert + gridDim.x < R::EXPERTS) {
-      load_weights(expert + gridDim.x);
+    if (first + EACH * gridDim.x < R::EXPERTS) {
+      load_weights(first + EACH * gridDim.x);
       consumers_sync();  // the sums were read
     }
   }
@@ -235,6 +267,26 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
 
 // ---- The stages, as each role sees them ------------------------------------------------------
 
+// The second stage's tiles of all experts. Tiles of one octet come expert by expert: the rows of an expert are
+// fetched once. If a tile has several, an SM has about one of them, and a tile's experts come one behind the
+// other: its sums stay in registers until all are added.
+template <class S, class Work> __device__ __forceinline__ bool second_tiles(const Block& b, u32 count, Work work) {
+  if constexpr (S::TILE_OCTETS > 1) {
+    for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
+      for (u32 number = 0; number < count; ++number) {
+        if (!work(number, t)) return false;
+      }
+    }
+  } else {
+    for (u32 number = 0; number < count; ++number) {
+      for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
+        if (!work(number, t)) return false;
+      }
+    }
+  }
+  return true;
+}
+
 template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, const u8* weights) {
   const Routes& routes = routes_of(b);
   if (S::FIRST && !b.wait_routes(&routes_of(b).routed)) return false;
@@ -248,11 +300,7 @@ template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, con
     }
     b.pass_tiles(count * S::TILES);
   } else {
-    for (u32 number = 0; number < count; ++number) {
-      for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
-        if (!tile(number, t)) return false;
-      }
-    }
+    if (!second_tiles<S>(b, count, tile)) return false;
     b.pass_tiles(S::TILES);
   }
   b.next_stage();
@@ -260,8 +308,9 @@ template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, con
 }
 
 template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b) {
+  using T = Team<S>;
+  static_assert(Slots<S>::PARTS == 1, "the emitter refuses longer rows");
   const Routes& routes = routes_of(b);
-  const u32 thread = anew(threadIdx.x);
   u32 octet = 0;
   b.wait_inputs();
   if constexpr (S::FIRST) {
@@ -270,18 +319,45 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
     if (b.first_tile() < tiles) {
       Activations<S> a;
       load_inputs<S>(b, a);
-      for (u32 n = b.first_tile(); n < tiles; n += gridDim.x) multiply_tile<S>(b, a, thread, octet);
+      u32 group = 0;
+      for (u32 n = b.first_tile(); n < tiles; n += gridDim.x) {
+        if (T::GROUPS == 1 || group == T::group()) multiply_tile<S>(b, a, 0, octet);
+        else pass_tile<S>(b);
+        if (++group == T::GROUPS) group = 0;
+      }
     }
     b.pass_tiles(tiles);
   } else {
-    if (b.first_tile() < S::TILES) {
-      const u32 row = anew(lane_id()) / 4;
+    const u32 row = anew(lane_id()) / 4;
+    auto load = [&](Activations<S>& a, u32 number) {
+      const u32 slot = routes.slot[row][number];
+      load_rows<S>(b, a, row < b.args.rows && slot != NO_SLOT, row * S::SLOTS + slot);
+    };
+    u32 group = 0;
+    // A group has an expert as a whole, so that its rows are fetched while the others multiply.
+    if constexpr (S::TILE_OCTETS > 1) {
+      second_tiles<S>(b, routes.count, [&](u32 number, u32) {
+        if (group == T::group()) {
+          Activations<S> a;
+          load(a, number);
+          multiply_tile<S>(b, a, 0, octet);
+        } else {
+          pass_tile<S>(b);
+        }
+        if (++group == T::GROUPS) group = 0;
+        return true;
+      });
+    } else if (b.first_tile() < S::TILES) {
       for (u32 number = 0; number < routes.count; ++number) {
-        const u32 slot = routes.slot[row][number];
-        Activations<S> a;
-        load_rows<S>(b, a, row < b.args.rows && slot != NO_SLOT, row * S::SLOTS + slot);
-        for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) multiply_tile<S>(b, a, thread, octet);
-        if constexpr (!S::HALF_INPUT) consumers_sync();  // sums of rows were read
+        if (T::GROUPS == 1 || group == T::group()) {
+          Activations<S> a;
+          load(a, number);
+          for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) multiply_tile<S>(b, a, 0, octet);
+          if constexpr (S::ROW_SCALE) T::meet();  // sums of rows were read
+        } else {
+          for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) pass_tile<S>(b);
+        }
+        if (++group == T::GROUPS) group = 0;
       }
     }
     b.pass_tiles(S::TILES);
@@ -291,26 +367,78 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
 
 template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   const Routes& routes = routes_of(b);
-  b.open_stage();
   if (S::FIRST) b.wait_routes(&routes_of(b).routed);
   const u32 lane = anew(lane_id()), row = lane / 4;
   const u32 count = routes.count;
-  auto tile = [&](u32 number, u32 tile) {
-    const u32 feature = tile * OCTET + 2 * (lane % 4), slot = routes.slot[row][number];
+  auto chosen_by = [&](u32 number) {
+    const u32 slot = routes.slot[row][number];
     const bool active = row < b.args.rows && slot != NO_SLOT;
-    const Chosen chosen = {routes.expert[number], slot, active ? routes.weight[row][slot] : 0.f};
+    return Chosen{routes.expert[number], active ? slot : NO_SLOT, active ? routes.weight[row][slot] : 0.f};
+  };
+  auto tile = [&](u32 number, u32 tile) {
+    const u32 feature = tile * OCTET + 2 * (lane % 4);
+    const Chosen chosen = chosen_by(number);
     typename S::Carry carry = {};
-    if (active) S::before(b, row, feature, chosen, carry);
+    if (chosen.slot != NO_SLOT) S::before(b, row, feature, chosen, carry);
     float2 v[S::OPERANDS];
     add_sums<S>(b, lane, v);
-    if (active) S::finish(b, row, feature, chosen, v, carry);
+    if (chosen.slot != NO_SLOT) S::finish(b, row, feature, chosen, v, carry);
   };
+  bool own = !b.second;
   if constexpr (S::FIRST) {
-    for (u32 n = b.first_tile(); n < count * S::TILES; n += gridDim.x) tile(n / S::TILES, n % S::TILES);
+    for (u32 n = b.first_tile(); n < count * S::TILES; n += gridDim.x, own = !own) {
+      if (own) tile(n / S::TILES, n % S::TILES);
+      else pass_tile<S>(b);
+    }
     b.pass_tiles(count * S::TILES);
   } else {
-    for (u32 number = 0; number < count; ++number) {
-      for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) tile(number, t);
+    if constexpr (S::TILE_OCTETS > 1) {
+      // Both warps have every other octet of each tile.
+      constexpr u32 EACH = (S::TILE_OCTETS + 1) / 2;
+      const u32 first = b.second;
+      for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
+        auto feature = [&](u32 i) { return (t * S::TILE_OCTETS + first + 2 * i) * OCTET + 2 * (lane % 4); };
+        auto there = [&](u32 i) { return row < b.args.rows && first + 2 * i < S::TILE_OCTETS && feature(i) < S::COLS; };
+        float2 sum[EACH];
+#pragma unroll
+        for (u32 i = 0; i < EACH; ++i) {
+          if (there(i)) sum[i] = *S::sum(b, row, feature(i));
+        }
+#pragma unroll 1
+        for (u32 number = 0; number < count; ++number) {
+          const Chosen chosen = chosen_by(number);
+          b.wait_sums();
+          const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
+#pragma unroll
+          for (u32 i = 0; i < EACH; ++i) {
+            if (!there(i) || chosen.slot == NO_SLOT) continue;
+            float2 v = sums[(first + 2 * i) * Team<S>::WARPS][lane];
+#pragma unroll
+            for (u32 w = 1; w < Team<S>::WARPS; ++w) {
+              const float2 more = sums[(first + 2 * i) * Team<S>::WARPS + w][lane];
+              v.x += more.x;
+              v.y += more.y;
+            }
+            S::add_bias(b, feature(i), chosen, v);
+            sum[i].x = fmaf(chosen.weight, v.x, sum[i].x);
+            sum[i].y = fmaf(chosen.weight, v.y, sum[i].y);
+          }
+          b.pass_sums(Sums<S>::BUFFERS);
+        }
+#pragma unroll
+        for (u32 i = 0; i < EACH; ++i) {
+          if (there(i)) S::store(b, row, feature(i), sum[i]);
+        }
+      }
+    } else {
+      // Features stay with one of the warps, for all experts.
+      for (u32 number = 0; number < count; ++number) {
+        own = !b.second;
+        for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x, own = !own) {
+          if (own) tile(number, t);
+          else pass_tile<S>(b);
+        }
+      }
     }
     b.pass_tiles(S::TILES);
   }
@@ -318,5 +446,5 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
 
 // The end of a launch: how many experts' weights it streamed.
 __device__ __forceinline__ void report_experts(const Control& b) {
-  if (blockIdx.x == 0 && lane_id() == 0 && b.args.experts) store_host(b.args.experts, load_host(b.args.experts) + routes_of(b).total);
+  if (blockIdx.x == 0 && lane_id() == 0 && !b.second && b.args.experts) store_host(b.args.experts, load_host(b.args.experts) + routes_of(b).total);
 }

@@ -1,9 +1,15 @@
 // Rows times streamed weights: y[row][feature] = sum over columns of x[row][column] w[feature][column].
 //
 // A tile is an octet of features over all columns (one octet an operand: gate and up make a pair).
-// Its blocks of 512 bytes pass through the ring; consumer w takes blocks w, w + 8, w + 16, ... and
-// keeps the activations of just these columns in registers for the whole stage, so that a block costs
-// one 16-byte load a lane and its tensor-core products, and nothing is read twice.
+// Its blocks of 512 bytes pass through the ring. The consumers are one team, or two of 4 warps; an octet is one
+// team's, of which warp w takes the blocks w, w + WARPS, w + 2 WARPS, ... and keeps the activations of just
+// these columns in registers for the whole stage, so that a block costs one 16-byte load a lane and its
+// tensor-core products. Two teams have two octets in work at the same time: what one waits for (its slot, its
+// loads, the chain of its products) the other hides, and what an octet costs a warp beside its products is
+// spread over twice as many of them.
+//
+// Rows too long for the registers are multiplied in parts: all tiles with the first part of the columns, then
+// all with the next. Control keeps the sums in between.
 //
 // A tensor-core product has 16 rows and a step has 8. A lane's 16 bytes of a row, the pairs p0 to p3,
 // go in as they lie: p0 and p2 as the upper 8 rows, p1 and p3 as the lower 8. Its 16 bytes of weights
@@ -11,8 +17,8 @@
 // (w1, w3) in its lower half, and the other halves are never looked at. No register is moved.
 //
 // The order of every sum is fixed by the shape alone: block i of a slot goes to chain i % 2, each
-// chain has an upper and a lower sum, these are added in order, then the warps' in order. A row's bits
-// depend on no other row.
+// chain has an upper and a lower sum, these are added in order, then the warps' in order, then the parts'. A
+// row's bits depend on no other row.
 //
 // Block FP8 and MXFP4 are widened to bfloat16 in registers, which loses nothing: a lane then has 16 (32) columns
 // of a row in a block, two (four) such sets of pairs. Of FP8 a block's sums are multiplied by its scale before
@@ -21,13 +27,14 @@
 // A stage S says:
 //   Weights              Bf16, F16, E4m3, Mxfp4
 //   SCALES, scales(b)    of E4m3: scales of an octet, and all of them
-//   K, BLOCKS, COLS      columns of x that are multiplied, their blocks of an octet, features of one operand
-//   STRIDE, ROW_BLOCKS   columns of a row of x, and blocks of an octet, over whole rows
-//   OPERANDS, TILES      octets of a tile, tiles of the stage
+//   K, BLOCKS, COLS      columns of x, blocks of an octet, features of one operand
+//   OPERANDS, TILES      operands, and tiles of the stage
+//   TILE_OCTETS          octets of a tile, of each operand; several if they are short, and of experts only
 //   Input                F32, or the half type of the products
 //   NORM, EPS            whether x is normed first (gains lie in Block::gain)
 //   LOGITS               whether its rows are those whose logits are wanted
 //   input(block)         x, [rows][K]
+//   partial(block)       of rows in parts: [TILES][OPERANDS][LANES] float2, sums of the parts before
 //   Carry, before(), finish()  the epilogue: what to load ahead, and what to do with a pair of results
 
 __device__ __forceinline__ float silu_gate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
@@ -42,25 +49,73 @@ __device__ __forceinline__ float clamped_gate(float alpha, float limit, float ga
 // Tiles of the stage in this launch: a step whose logits nobody wants has no head.
 template <class S> __device__ __forceinline__ u32 tiles(const Block& b) { return S::LOGITS && b.args.logit_rows == 0 ? 0 : S::TILES; }
 
-// How an octet lies in slots of the ring: as many blocks in each as there are whole rounds of the consumers.
-template <class S> struct Slots {
-  static constexpr u32 WARP_BLOCKS = SLOT_BYTES / S::Weights::BLOCK_BYTES / CONSUMERS;  // of a slot
-  static constexpr u32 BLOCKS = WARP_BLOCKS * CONSUMERS;
-  static constexpr u32 COUNT = (S::BLOCKS + BLOCKS - 1) / BLOCKS;  // of an octet
-  static constexpr u32 OCTET_BYTES = S::BLOCKS * S::Weights::BLOCK_BYTES;
-  static constexpr u32 TILE_BYTES = S::OPERANDS * S::ROW_BLOCKS * S::Weights::BLOCK_BYTES;
-  static_assert(S::BLOCKS == S::ROW_BLOCKS || S::OPERANDS == 1, "parts of rows have one operand");
+// Who multiplies a tile.
+template <class S> struct Team {
+  // Registers of a row's columns that a lane keeps, if an octet is shared by so many warps.
+  __device__ static constexpr u32 registers(u32 warps) { return (S::BLOCKS + warps - 1) / warps * (S::Weights::LANE_COLUMNS / 2); }
+  __device__ static constexpr u32 idle(u32 warps) { return (warps - S::BLOCKS % warps) % warps; }
+  static constexpr u32 HALF = CONSUMERS / 2;
+  static constexpr u32 HALF_SLOTS = (S::BLOCKS + SLOT_BYTES / S::Weights::BLOCK_BYTES / HALF * HALF - 1) / (SLOT_BYTES / S::Weights::BLOCK_BYTES / HALF * HALF);
+  // Octets of halves are long: one team, unless it would have more idle warps. Octets of codes are short.
+  static constexpr bool TWO = registers(HALF) <= KEPT_REGISTERS * 3 / 4 && 2 * S::OPERANDS * HALF_SLOTS <= RING_SLOTS &&
+                              (S::Weights::LANE_COLUMNS > 8 || idle(HALF) < idle(CONSUMERS));
+  // Tiles of several octets (gemm.cuh, `TILE_OCTETS`) are short work: the more of them at a time, the better.
+  static constexpr u32 WARPS = S::TILE_OCTETS > 1 ? 2 : TWO ? HALF : CONSUMERS;
+  static constexpr u32 TEAMS = CONSUMERS / WARPS;
+  static constexpr u32 OCTETS = S::OPERANDS > TEAMS ? S::OPERANDS / TEAMS : 1;  // of a tile, by the same team
+  static constexpr u32 SHARE = S::OPERANDS / OCTETS;                            // teams that share a tile
+  static constexpr u32 GROUPS = TEAMS / SHARE;                                  // tiles that are in work at a time
+
+  __device__ __forceinline__ static u32 warp() { return anew(warp_id()) % WARPS; }
+  __device__ __forceinline__ static u32 group() { return anew(warp_id()) / (WARPS * SHARE); }
+  // The first operand that this team has of its tiles.
+  __device__ __forceinline__ static u32 operand() { return anew(warp_id()) / WARPS % SHARE; }
+  __device__ __forceinline__ static void meet() { block_barrier<WARPS * LANES>(2 + anew(warp_id()) / WARPS); }
 };
 
-// A tile's octets through the ring. False if the launch ended.
-template <class S> __device__ __forceinline__ bool stream_tile(Loader& b, const u8* from) {
-  constexpr u32 OCTET_BYTES = Slots<S>::OCTET_BYTES, PIECE = Slots<S>::BLOCKS * S::Weights::BLOCK_BYTES;
+// How an octet lies in slots of the ring: as many blocks in each as there are whole rounds of a team.
+template <class S> struct Slots {
+  static constexpr u32 WARP_BLOCKS = SLOT_BYTES / S::Weights::BLOCK_BYTES / Team<S>::WARPS;  // of a slot
+  static constexpr u32 BLOCKS = WARP_BLOCKS * Team<S>::WARPS;
+  static constexpr u32 COUNT = (S::BLOCKS + BLOCKS - 1) / BLOCKS;  // of an octet
+  // Octets of a tile that are one behind the other are as one to the ring.
+  static constexpr u32 OCTET_BYTES = S::TILE_OCTETS * S::BLOCKS * S::Weights::BLOCK_BYTES;
+  static constexpr u32 TILE_BYTES = S::OPERANDS * OCTET_BYTES;
+  static_assert(S::TILE_OCTETS == 1 || (COUNT == 1 && S::OPERANDS == 1 && OCTET_BYTES <= SLOT_BYTES), "they share a slot");
+  static constexpr u32 PIECE_BYTES = S::TILE_OCTETS > 1 ? OCTET_BYTES : BLOCKS * S::Weights::BLOCK_BYTES;
+  static constexpr u32 PIECE = PIECE_BYTES < OCTET_BYTES ? PIECE_BYTES : OCTET_BYTES;
+  // Parts of the columns, and slots of an octet in each but perhaps the last.
+  static constexpr u32 FIT = KEPT_REGISTERS / (S::Weights::LANE_COLUMNS / 2) / WARP_BLOCKS, ALLOWED = FIT > 0 ? FIT : 1;
+  static constexpr u32 PARTS = (COUNT + ALLOWED - 1) / ALLOWED;
+  static constexpr u32 PART = (COUNT + PARTS - 1) / PARTS;
+  __device__ __forceinline__ static u32 in_part(u32 part) {
+    if constexpr (COUNT % PART == 0) return PART;
+    return part + 1 < PARTS ? PART : COUNT - part * PART;
+  }
+};
+
+// Buffers for sums of tiles. With two teams they also bound how far one runs ahead of the other: a team takes a
+// tile when control has the sums of the tile BUFFERS before. All slots up to that one's were filled then, so
+// that a barrier of a slot is never asked for a phase after the next.
+template <class S> struct Sums {
+  static constexpr u32 WARPS = S::OPERANDS * S::TILE_OCTETS * Team<S>::WARPS;  // that a tile has sums of
+  static constexpr u32 IN_SCRATCH = SUM_BYTES / (WARPS * sizeof(WarpSums));
+  static constexpr u32 IN_RING = Team<S>::TEAMS > 1 ? RING_SLOTS / (S::OPERANDS * Slots<S>::PART) : SUM_BUFFERS;
+  static constexpr u32 BUFFERS = least(SUM_BUFFERS, least(IN_SCRATCH, IN_RING));
+  static_assert(BUFFERS >= 2);
+};
+
+// A tile's octets through the ring, as far as they are of a part. False if the launch ended.
+template <class S> __device__ __forceinline__ bool stream_tile(Loader& b, const u8* from, u32 part = 0) {
+  using L = Slots<S>;
   // Rolled up, as all that runs once a tile: a layer's instructions should stay in the SM's cache.
 #pragma unroll 1
-  for (u32 operand = 0; operand < S::OPERANDS; ++operand, from += OCTET_BYTES) {
+  for (u32 operand = 0; operand < S::OPERANDS; ++operand, from += L::OCTET_BYTES) {
+    const u32 start = part * (L::PART * L::PIECE);
+    const u32 end = L::PARTS == 1 || part + 1 == L::PARTS ? L::OCTET_BYTES : start + L::PART * L::PIECE;
 #pragma unroll 1
-    for (u32 at = 0; at < OCTET_BYTES; at += PIECE) {
-      if (!b.piece(from + at, OCTET_BYTES - at < PIECE ? OCTET_BYTES - at : PIECE)) return false;
+    for (u32 at = start; at < end; at += L::PIECE) {
+      if (!b.piece(from + at, end - at < L::PIECE ? end - at : L::PIECE, L::PIECE)) return false;
     }
   }
   return true;
@@ -68,8 +123,11 @@ template <class S> __device__ __forceinline__ bool stream_tile(Loader& b, const 
 
 // Tiles through the ring. False if the launch ended.
 template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* weights) {
-  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
-    if (!stream_tile<S>(b, weights + (u64)tile * Slots<S>::TILE_BYTES)) return false;
+#pragma unroll 1
+  for (u32 part = 0; part < Slots<S>::PARTS; ++part) {
+    for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
+      if (!stream_tile<S>(b, weights + (u64)tile * Slots<S>::TILE_BYTES, part)) return false;
+    }
   }
   b.pass_tiles(tiles<S>(b));
   b.next_stage();
@@ -80,7 +138,8 @@ template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* w
 // columns 8q to 8q + 7 (16q to 16q + 15, 32q to 32q + 31) of each of its blocks: the piece of a weight block
 // that it loads as well.
 template <class S> struct Activations {
-  static constexpr u32 COUNT = (S::BLOCKS + CONSUMERS - 1) / CONSUMERS;
+  static constexpr u32 ROUNDS = (S::BLOCKS + Team<S>::WARPS - 1) / Team<S>::WARPS;
+  static constexpr u32 COUNT = Slots<S>::PARTS == 1 ? ROUNDS : Slots<S>::PART * Slots<S>::WARP_BLOCKS;
   static constexpr u32 SETS = S::Weights::LANE_COLUMNS / 8;
   u32 pair[COUNT][SETS][4];
   float scale;  // of the row: the products are multiplied by it
@@ -104,73 +163,60 @@ __device__ __forceinline__ float row_scale(F16, float amax) {
   return __uint_as_float(exponent - (7u << 23));
 }
 
-// Row `lane / 4` of the products is row `source` of the input, or zeros if it is not active.
-template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activations<S>& a, bool active, u32 source) {
+// Rows that lie in the half type of the products, or in float32 without a norm: row `lane / 4` of the products is
+// row `source` of the input, or zeros if it is not active; of a part of its columns. The whole team.
+template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activations<S>& a, bool active, u32 source, u32 part = 0) {
   using W = typename S::Weights::Act;
-  constexpr u32 BLOCK = S::Weights::BLOCK_COLUMNS, STRIDE = BLOCK * CONSUMERS, QUADS = S::Weights::LANE_COLUMNS / 4;
-  const u32 lane = anew(lane_id()), warp = anew(warp_id());
+  constexpr u32 WARPS = Team<S>::WARPS, COUNT = Activations<S>::COUNT;
+  constexpr u32 BLOCK = S::Weights::BLOCK_COLUMNS, STRIDE = BLOCK * WARPS, QUADS = S::Weights::LANE_COLUMNS / 4;
+  const u32 lane = anew(lane_id()), warp = Team<S>::warp();
   const u32 row = lane / 4, quarter = lane % 4;
-  const u32 column = warp * BLOCK + quarter * S::Weights::LANE_COLUMNS;  // of block `warp`; blocks are 8 apart
-  constexpr u32 COUNT = Activations<S>::COUNT;
-  // Whether there are the columns 4h and on of block i.
-  auto inside = [&](u32 i, u32 h) { return active && (i * CONSUMERS + CONSUMERS <= S::K / BLOCK || column + i * STRIDE + h * 4 < S::K); };
-
+  const u32 first = part * COUNT;  // round
+  const u32 column = warp * BLOCK + quarter * S::Weights::LANE_COLUMNS;  // of a round's first block
+  // Whether there are the columns 4h and on of round i.
+  auto inside = [&](u32 i, u32 h) {
+    return active && ((Slots<S>::PARTS == 1 && (i + 1) * WARPS <= S::K / BLOCK) || column + i * STRIDE + h * 4 < S::K);
+  };
+  a.scale = 1.f;
   if constexpr (S::HALF_INPUT) {
-    const u16* x = S::input(b) + (u64)source * S::STRIDE + column;
+    const u16* x = S::input(b) + (u64)source * S::K + column;
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (u32 set = 0; set < Activations<S>::SETS; ++set) {
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (inside(i, set * 2)) v = load4(reinterpret_cast<const u32*>(x + i * STRIDE + set * 8));
+        if (inside(first + i, set * 2)) v = load4(reinterpret_cast<const u32*>(x + (first + i) * STRIDE + set * 8));
         a.pair[i][set][0] = v.x; a.pair[i][set][1] = v.y; a.pair[i][set][2] = v.z; a.pair[i][set][3] = v.w;
       }
     }
-    a.scale = 1.f;
   } else {
-    const float* x = S::input(b) + (u64)source * S::STRIDE + column;
-    const float* gain = reinterpret_cast<const float*>(b.gain) + column;
-    // Long rows do not fit in registers beside their halves: they are read again from L2.
-    constexpr bool KEEP = COUNT * QUADS <= 32;
-    float4 kept[KEEP ? COUNT : 1][QUADS];
-    float sum = 0.f, amax = 0.f;
-#pragma unroll(KEEP ? COUNT : 4)
-    for (u32 i = 0; i < COUNT; ++i) {
+    static_assert(!S::NORM && Slots<S>::PARTS == 1);
+    const float* x = S::input(b) + (u64)source * S::K + column;
+    if constexpr (S::ROW_SCALE) {
+      float amax = 0.f;
+#pragma unroll 2
+      for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
-      for (u32 h = 0; h < QUADS; ++h) {
-        float4 v = make_float4(0, 0, 0, 0);
-        if (inside(i, h)) v = load4(x + i * STRIDE + h * 4);
-        if constexpr (KEEP) kept[i][h] = v;
-        if constexpr (S::NORM) {
-          sum = squares(sum, v);
-          if (S::ROW_SCALE && inside(i, h)) v = times(v, *reinterpret_cast<const float4*>(gain + i * STRIDE + h * 4));
+        for (u32 h = 0; h < QUADS; ++h) {
+          if (inside(i, h)) amax = largest(amax, load4(x + i * STRIDE + h * 4));
         }
-        if constexpr (S::ROW_SCALE) amax = largest(amax, v);
       }
-    }
-    // The row over its 4 lanes, then over the 8 warps.
-    sum += __shfl_xor_sync(~0u, sum, 1); sum += __shfl_xor_sync(~0u, sum, 2);
-    amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1)); amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
-    if (quarter == 0) { b.shared.row_sums[0][warp][row] = sum; b.shared.row_sums[1][warp][row] = amax; }
-    consumers_sync();
-    sum = 0.f; amax = 0.f;
+      // The row over its 4 lanes, then over the team's warps.
+      amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1)); amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
+      const u32 own = anew(warp_id()), team = own - warp;
+      if (quarter == 0) b.shared.row_sums[0][own][row] = amax;
+      Team<S>::meet();
 #pragma unroll
-    for (u32 w = 0; w < CONSUMERS; ++w) {
-      sum += b.shared.row_sums[0][w][row];
-      amax = fmaxf(amax, b.shared.row_sums[1][w][row]);
+      for (u32 w = 0; w < WARPS; ++w) amax = fmaxf(amax, b.shared.row_sums[0][team + w][row]);
+      a.scale = row_scale(W(), amax);
     }
-    const float rms = S::NORM ? 1.f / sqrtf(sum / (float)S::K + S::EPS) : 1.f;
-    a.scale = S::ROW_SCALE ? row_scale(W(), amax * rms) : 1.f;
     const float to_half = 1.f / a.scale;  // a power of two: exact
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (u32 h = 0; h < QUADS; ++h) {
         float4 v = make_float4(0, 0, 0, 0);
-        if constexpr (KEEP) v = kept[i][h];
-        else if (inside(i, h)) v = load4(x + i * STRIDE + h * 4);
-        if (S::NORM && inside(i, h)) v = times(scaled(v, rms), *reinterpret_cast<const float4*>(gain + i * STRIDE + h * 4));
-        if (S::ROW_SCALE) v = scaled(v, to_half);
+        if (inside(i, h)) v = scaled(load4(x + i * STRIDE + h * 4), to_half);
         a.pair[i][h / 2][h % 2 * 2] = W::pack(v.x, v.y);
         a.pair[i][h / 2][h % 2 * 2 + 1] = W::pack(v.z, v.w);
       }
@@ -178,9 +224,90 @@ template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activa
   }
 }
 
-template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a) {
-  const u32 row = anew(lane_id()) / 4;
-  load_rows<S>(b, a, row < (S::LOGITS ? b.args.logit_rows : b.args.rows), S::LOGITS ? b.shared.logit_row[row] : row);
+// The same of rows in float32, which may be normed. As the products want them, a lane would read pieces of 16 bytes
+// all over the row, every team the same ones; so each row is read once, by a warp, as it lies, and handed out
+// as halves through shared memory, as many columns at a time as fit. Halves of a normed row have its gains, and
+// the products are multiplied by what normalizes it, which is known when all of the row has been seen. All
+// consumers.
+template <class S> __device__ __forceinline__ void share_rows(Consumer& b, Activations<S>& a, bool active, u32 source, u32 part) {
+  static_assert(CONSUMERS == STEP_ROWS, "a warp a row");
+  using W = typename S::Weights::Act;
+  constexpr u32 LANE_COLUMNS = S::Weights::LANE_COLUMNS, BLOCK = S::Weights::BLOCK_COLUMNS, STRIDE = BLOCK * Team<S>::WARPS;
+  constexpr u32 COUNT = Activations<S>::COUNT, ALL = (S::K + LANES * 4 - 1) / (LANES * 4);
+  // A row's bytes in shared memory, beside its halves: rows begin in other banks.
+  constexpr u32 PAD = LANE_COLUMNS == 8 ? 64 : 16;
+  constexpr u32 FIT = ((SCRATCH_BYTES - SCALE_BYTES) / STEP_ROWS - PAD) / 2 / STRIDE;
+  constexpr u32 TURN = least(COUNT, FIT);  // rounds of the products at a time
+  constexpr u32 ROW_BYTES = TURN * STRIDE * 2 + PAD, LOADS = TURN * STRIDE / (LANES * 4);
+  static_assert(FIT > 0 && STRIDE % (LANES * 4) == 0 && (TURN * STRIDE * 2) % 128 == 0);
+  // Whether the row is read once more, in front: of parts none sees all of it; and halves need its largest value.
+  constexpr bool TWICE = (S::NORM && Slots<S>::PARTS > 1) || S::ROW_SCALE;
+  const u32 lane = anew(lane_id()), own = anew(warp_id());
+  const float* x = S::input(b) + (u64)source * S::K;
+  const float* gain = reinterpret_cast<const float*>(b.gain);
+  float sum = 0.f, amax = 0.f;
+  auto look = [&](u32 column) {
+    float4 v = make_float4(0, 0, 0, 0);
+    if (column < S::K) {
+      v = load4(x + column);
+      if constexpr (S::NORM) {
+        sum = squares(sum, v);
+        v = times(v, *reinterpret_cast<const float4*>(gain + column));
+      }
+    }
+    return v;
+  };
+  if (TWICE && active) {
+#pragma unroll 4
+    for (u32 i = 0; i < ALL; ++i) amax = largest(amax, look((i * LANES + lane) * 4));
+#pragma unroll
+    for (u32 n = LANES / 2; n > 0; n /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, n));
+  }
+  const float scale = S::ROW_SCALE ? row_scale(W(), amax) : 1.f;
+  const float to_half = 1.f / scale;  // a power of two: exact
+  float total = sum;
+#pragma unroll
+  for (u32 turn = 0; turn < COUNT; turn += TURN) {
+    if (turn > 0) consumers_sync();  // the halves of the turn before were read
+    // Of rows that are not there nobody looks at the products.
+    if (active) {
+      u8* to = b.scratch + own * ROW_BYTES + lane * 8;
+      const u32 column = ((part * COUNT + turn) * (STRIDE / (LANES * 4)) * LANES + lane) * 4;
+#pragma unroll 8
+      for (u32 n = 0; n < LOADS; ++n) {
+        const float4 v = scaled(look(column + n * (LANES * 4)), to_half);
+        *reinterpret_cast<uint2*>(to + n * (LANES * 8)) = make_uint2(W::pack(v.x, v.y), W::pack(v.z, v.w));
+      }
+    }
+    consumers_sync();
+    const u8* from = b.scratch + lane / 4 * ROW_BYTES + (Team<S>::warp() * BLOCK + lane % 4 * LANE_COLUMNS) * 2;
+#pragma unroll
+    for (u32 i = 0; i < TURN; ++i) {
+      if (turn + i >= COUNT) continue;
+#pragma unroll
+      for (u32 set = 0; set < Activations<S>::SETS; ++set) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from + (i * STRIDE + set * 8) * 2);
+        u32(&pair)[4] = a.pair[turn + i][set];
+        pair[0] = v.x; pair[1] = v.y; pair[2] = v.z; pair[3] = v.w;
+      }
+    }
+  }
+  if constexpr (S::NORM) {
+    if constexpr (!TWICE) total = sum;
+#pragma unroll
+    for (u32 n = LANES / 2; n > 0; n /= 2) total += __shfl_xor_sync(~0u, total, n);
+  }
+  if (lane == 0) b.shared.row_scale[own] = S::NORM ? scale / sqrtf(total / (float)S::K + S::EPS) : scale;
+  consumers_sync();  // behind this, sums of tiles come to where the halves were
+  a.scale = b.shared.row_scale[lane / 4];
+}
+
+template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a, u32 part = 0) {
+  const u32 row = S::HALF_INPUT ? anew(lane_id()) / 4 : anew(warp_id());
+  const bool active = row < (S::LOGITS ? b.args.logit_rows : b.args.rows);
+  const u32 source = S::LOGITS ? b.shared.logit_row[row] : row;
+  if constexpr (S::HALF_INPUT) load_rows<S>(b, a, active, source, part);
+  else share_rows<S>(b, a, active, source, part);
 }
 
 // Four columns of a feature of octets of bfloat16, or of rows of float32, read where they lie.
@@ -213,14 +340,22 @@ template <class S> __device__ __forceinline__ ScaleRing& scale_ring(const Block&
   return reinterpret_cast<ScaleRing*>(b.scratch + SCRATCH_BYTES - SCALE_BYTES)[warp_id()];
 }
 
-// Asks for the scales of this SM's octet number `n` of the stage: lane i has that of the warp's block i.
+// Asks for the scales of octet number `n` of this team's: lane i has that of the warp's block i of the part.
 template <class S> __device__ __forceinline__ void fetch_scales(const Consumer& b, u32 n) {
-  const u32 tile = b.first_tile() + n / S::OPERANDS * gridDim.x, block = warp_id() + lane_id() * CONSUMERS;
+  using T = Team<S>;
+  // Tiles of a part that this group has.
+  const u32 all = tiles<S>(b), own = b.first_tile() + T::group() * gridDim.x, step = gridDim.x * T::GROUPS;
+  u32 number = n / T::OCTETS, part = 0;
+  if constexpr (Slots<S>::PARTS > 1) {
+    const u32 count = own < all ? (all - own + step - 1) / step : 0;
+    if (count > 0) { part = number / count; number %= count; }
+  }
+  const u32 tile = own + number * step, round = part * Activations<S>::COUNT + lane_id(), block = T::warp() + round * T::WARPS;
   float& to = scale_ring<S>(b)[n % SCALES_AHEAD][lane_id()];
-  if (block >= S::BLOCKS) {
+  if (block >= S::BLOCKS || lane_id() >= Activations<S>::COUNT) {
     to = 0.f;  // of no block: its codes are 0, and the scale must not be NaN
-  } else if (tile < tiles<S>(b)) {
-    const u64 octet = (u64)tile * S::OPERANDS + n % S::OPERANDS;
+  } else if (tile < all && part < Slots<S>::PARTS) {
+    const u64 octet = (u64)tile * S::OPERANDS + T::operand() + n % T::OCTETS;
     copy_word(&to, S::scales(b) + octet * S::SCALES + block / 2);
   }
   copy_group();
@@ -246,30 +381,32 @@ __device__ __forceinline__ void multiply_codes(float (&upper)[4], float (&lower)
   }
 }
 
-// One tile of MXFP4: as below, but its octets are side by side. What one octet waits for (its slot, its
-// loads, its chain of products) is long beside what it does, so two of them take little longer than one.
-template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b, const Activations<S>& a, u32 thread) {
+// One tile of MXFP4: as below, but a team's octets are side by side, if it has two.
+template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b, const Activations<S>& a) {
   using W = Mxfp4;
-  constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, COUNT = Slots<S>::COUNT;
-  static_assert(S::OPERANDS * COUNT < RING_SLOTS, "a tile is in the ring as a whole");
-  const u32 warp = thread / LANES, lane = thread % LANES;
-  float upper[S::OPERANDS][CHAINS][4] = {}, lower[S::OPERANDS][CHAINS][4] = {};
+  using T = Team<S>;
+  constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, COUNT = Slots<S>::COUNT, OCTETS = T::OCTETS;
+  static_assert(S::OPERANDS * COUNT < RING_SLOTS && Slots<S>::PARTS == 1, "a tile is in the ring as a whole");
+  const u32 warp = T::warp(), lane = anew(lane_id());
+  const u32 ahead = T::operand() * COUNT;  // slots of the tile that other teams have first
+  float upper[OCTETS][CHAINS][4] = {}, lower[OCTETS][CHAINS][4] = {};
+  b.wait_sums();
 #pragma unroll
   for (u32 s = 0; s < COUNT; ++s) {
-    uint4 w[S::OPERANDS][WARP_BLOCKS];
-    u32 exponent[S::OPERANDS][WARP_BLOCKS];
+    uint4 w[OCTETS][WARP_BLOCKS];
+    u32 exponent[OCTETS][WARP_BLOCKS];
 #pragma unroll
-    for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-      const u8* slot = b.wait_slot(operand * COUNT + s);
+    for (u32 octet = 0; octet < OCTETS; ++octet) {
+      const u8* slot = b.wait_slot(ahead + octet * COUNT + s);
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) {
-        w[operand][i] = make_uint4(0, 0, 0, 0);
-        exponent[operand][i] = 0;
-        const u32 first = s * Slots<S>::BLOCKS + i * CONSUMERS;
-        if (first + CONSUMERS <= S::BLOCKS || first + warp < S::BLOCKS) {
-          const u8* block = slot + (i * CONSUMERS + warp) * W::BLOCK_BYTES;
-          w[operand][i] = reinterpret_cast<const uint4*>(block)[lane];
-          exponent[operand][i] = block[OCTET_BLOCK + lane];
+        w[octet][i] = make_uint4(0, 0, 0, 0);
+        exponent[octet][i] = 0;
+        const u32 first = s * Slots<S>::BLOCKS + i * T::WARPS;
+        if (first + T::WARPS <= S::BLOCKS || first + warp < S::BLOCKS) {
+          const u8* block = slot + (i * T::WARPS + warp) * W::BLOCK_BYTES;
+          w[octet][i] = reinterpret_cast<const uint4*>(block)[lane];
+          exponent[octet][i] = block[OCTET_BLOCK + lane];
         }
       }
     }
@@ -278,41 +415,79 @@ template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b,
       const u32 block = s * WARP_BLOCKS + i;
       if (block >= Activations<S>::COUNT) continue;
 #pragma unroll
-      for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-        multiply_codes(upper[operand][i % CHAINS], lower[operand][i % CHAINS], a.pair[block], w[operand][i], W::factor(exponent[operand][i]));
+      for (u32 octet = 0; octet < OCTETS; ++octet) {
+        multiply_codes(upper[octet][i % CHAINS], lower[octet][i % CHAINS], a.pair[block], w[octet][i], W::factor(exponent[octet][i]));
       }
     }
 #pragma unroll
-    for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+    for (u32 octet = 0; octet < OCTETS; ++octet) {
       u32 read = 0;
 #pragma unroll
-      for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[operand][i].x | exponent[operand][i];
-      b.release_slot(operand * COUNT + s, read);
+      for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[octet][i].x | exponent[octet][i];
+      b.release_slot(ahead + octet * COUNT + s, read, T::TEAMS);
     }
   }
   b.pass_slots(S::OPERANDS * COUNT);
-  // Only now: control has had the time of the products to read the sums before the last.
-  barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
-  WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
+  WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS * T::WARPS) + T::operand() * T::WARPS;
 #pragma unroll
-  for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-    const float2 total = chains_total(upper[operand], lower[operand]);
-    sums[operand][warp][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
+  for (u32 octet = 0; octet < OCTETS; ++octet) {
+    const float2 total = chains_total(upper[octet], lower[octet]);
+    const float unit = S::NORM ? W::UNIT * a.scale : W::UNIT;
+    sums[octet * T::WARPS + warp][lane] = make_float2(total.x * unit, total.y * unit);
   }
-  b.pass_sums();
+  b.pass_sums(Sums<S>::BUFFERS);
+}
+
+// One tile of several octets of MXFP4 that share a slot, each a few blocks long.
+template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer& b, const Activations<S>& a) {
+  using W = Mxfp4;
+  using T = Team<S>;
+  constexpr u32 COUNT = Activations<S>::COUNT;
+  const u32 warp = T::warp(), lane = anew(lane_id());
+  b.wait_sums();
+  WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
+  const u8* slot = b.wait_slot();
+  u32 read = 0;
+#pragma unroll 1
+  for (u32 octet = 0; octet < S::TILE_OCTETS; ++octet) {
+    uint4 w[COUNT];
+    u32 exponent[COUNT];
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) {
+      w[i] = make_uint4(0, 0, 0, 0);
+      exponent[i] = 0;
+      if ((i + 1) * T::WARPS <= S::BLOCKS || i * T::WARPS + warp < S::BLOCKS) {
+        const u8* block = slot + (octet * S::BLOCKS + i * T::WARPS + warp) * W::BLOCK_BYTES;
+        w[i] = reinterpret_cast<const uint4*>(block)[lane];
+        exponent[i] = block[OCTET_BLOCK + lane];
+      }
+    }
+    float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i) {
+      multiply_codes(upper[i % CHAINS], lower[i % CHAINS], a.pair[i], w[i], W::factor(exponent[i]));
+      read |= w[i].x | exponent[i];
+    }
+    const float2 total = chains_total(upper, lower);
+    sums[octet * T::WARPS + warp][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
+  }
+  b.release_slot(read, T::TEAMS);
+  b.pass_sums(Sums<S>::BUFFERS);
 }
 
 // One tile from the ring: its sums by this warp, into the next buffer. `octet` counts those with scales apart.
-template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, const Activations<S>& a, u32 thread, u32& octet) {
+template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, const Activations<S>& a, u32 part, u32& octet) {
   using W = typename S::Weights;
+  using T = Team<S>;
   constexpr bool SCALED = W::LANE_COLUMNS == 16;
-  constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS;
-  const u32 warp = thread / LANES;
-  barrier_wait(b, &b.shared.sums_empty[b.sum_buffer], b.sum_parity, CONSUMER_SUMS);
-  WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
+  constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, PARTS = Slots<S>::PARTS, PART = Slots<S>::PART;
+  const u32 warp = T::warp(), lane = anew(lane_id()), in_part = Slots<S>::in_part(part);
+  b.wait_sums();
+  WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS * T::WARPS) + T::operand() * T::WARPS;
+  if constexpr (T::SHARE > 1) b.pass_slots(T::operand() * in_part);
   // Not unrolled, so that a stage's instructions are few: a layer's should stay in the SM's cache.
 #pragma unroll 1
-  for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+  for (u32 n = 0; n < T::OCTETS; ++n) {
     if constexpr (SCALED) {
       copy_wait<SCALES_AHEAD - 1>();
       __syncwarp();  // the other lanes' as well
@@ -320,19 +495,22 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
     float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of halves
     float2 total = make_float2(0.f, 0.f);                // of FP8
 #pragma unroll
-    for (u32 s = 0; s < Slots<S>::COUNT; ++s) {
+    for (u32 s = 0; s < PART; ++s) {
+      if (Slots<S>::COUNT % PART != 0 && s >= in_part) break;
       float factor[WARP_BLOCKS];
       if constexpr (SCALED) {
 #pragma unroll
         for (u32 i = 0; i < WARP_BLOCKS; ++i) factor[i] = scale_ring<S>(b)[octet % SCALES_AHEAD][(s * WARP_BLOCKS + i) % LANES] * W::UNIT;
       }
-      const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + thread;
+      const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + warp * LANES + lane;
       uint4 w[WARP_BLOCKS];
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) {
         w[i] = make_uint4(0, 0, 0, 0);
-        const u32 first = s * Slots<S>::BLOCKS + i * CONSUMERS;
-        if (first + CONSUMERS <= S::BLOCKS || first + warp < S::BLOCKS) w[i] = from[i * CONSUMER_THREADS];
+        const u32 first = (part * PART + s) * Slots<S>::BLOCKS + i * T::WARPS;
+        if ((PARTS == 1 && first + T::WARPS <= S::BLOCKS) || S::BLOCKS % (PART * Slots<S>::BLOCKS) == 0 || first + warp < S::BLOCKS) {
+          w[i] = from[i * T::WARPS * LANES];
+        }
       }
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) {
@@ -350,32 +528,55 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
       u32 read = 0;
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x;
-      b.release_slot(read);
+      b.release_slot(read, T::TEAMS);
     }
     if constexpr (!SCALED) total = chains_total(upper, lower);
-    if constexpr (S::ROW_SCALE) { total.x *= a.scale; total.y *= a.scale; }
-    sums[operand][warp][thread % LANES] = total;
+    if constexpr (S::ROW_SCALE || S::NORM) { total.x *= a.scale; total.y *= a.scale; }
+    sums[n * T::WARPS + warp][lane] = total;
     if constexpr (SCALED) {
       __syncwarp();  // all lanes have read the octet's scales
       fetch_scales<S>(b, octet + SCALES_AHEAD);
       ++octet;
     }
   }
-  b.pass_sums();
+  if constexpr (T::SHARE > 1) b.pass_slots((T::SHARE - 1 - T::operand()) * in_part);
+  b.pass_sums(Sums<S>::BUFFERS);
 }
 
-template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, const Activations<S>& a, u32 thread, u32& octet) {
-  if constexpr (S::Weights::LANE_COLUMNS == 32) multiply_mx_tile<S>(b, a, thread);
-  else multiply_octets<S>(b, a, thread, octet);
+template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, const Activations<S>& a, u32 part, u32& octet) {
+  if constexpr (S::TILE_OCTETS > 1) multiply_short_tile<S>(b, a);
+  else if constexpr (S::Weights::LANE_COLUMNS == 32) multiply_mx_tile<S>(b, a);
+  else multiply_octets<S>(b, a, part, octet);
+}
+
+// A tile that is another group's. Its buffer is waited for and passed on all the same: a barrier tells one
+// phase from the next only, so that all consumers have to keep up with it.
+template <class S> __device__ __forceinline__ void pass_tile(Consumer& b, u32 part = 0) {
+  b.wait_sums();
+  b.pass_slots(S::OPERANDS * Slots<S>::in_part(part));
+  b.pass_sums(Sums<S>::BUFFERS);
 }
 
 template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
   static_assert(S::Weights::LANE_COLUMNS != 16 || Activations<S>::COUNT <= LANES, "a lane for the scale of each block");
-  const u32 thread = anew(threadIdx.x);
-  Activations<S> a;
-  load_inputs<S>(b, a);
-  u32 octet = 0;  // of this SM's
-  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) multiply_tile<S>(b, a, thread, octet);
+  u32 octet = 0;  // of this team's
+#pragma unroll 1
+  for (u32 part = 0; part < Slots<S>::PARTS; ++part) {
+    Activations<S> a;
+    if (part > 0 && !S::HALF_INPUT) {
+      // The rows come to where sums of the part before may still wait for control.
+#pragma unroll 1
+      for (u32 buffer = 0; buffer < Sums<S>::BUFFERS; ++buffer) b.wait_sums(buffer);
+      consumers_sync();
+    }
+    load_inputs<S>(b, a, part);
+    u32 group = 0;
+    for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
+      if (Team<S>::GROUPS == 1 || group == Team<S>::group()) multiply_tile<S>(b, a, part, octet);
+      else pass_tile<S>(b, part);
+      if (++group == Team<S>::GROUPS) group = 0;
+    }
+  }
 }
 
 template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
@@ -399,37 +600,70 @@ __device__ __forceinline__ void load_bias(float2& to, const u8* vector, u32 star
   if (at + 1 < cols) to.y = bias[at + 1];
 }
 
-// A tile's sums by all warps. Lane 4r + q has row r and the features 2q and 2q + 1 of the octet.
+// A tile's sums by all warps of its teams. Lane 4r + q has row r and the features 2q and 2q + 1 of the octet.
 template <class S> __device__ __forceinline__ void add_sums(Control& b, u32 lane, float2 (&v)[S::OPERANDS]) {
-  barrier_wait(b, &b.shared.sums_full[b.sum_buffer], b.sum_parity, CONTROL_CONSUMERS);
-  const WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS);
+  constexpr u32 WARPS = Team<S>::WARPS;
+  b.wait_sums();
+  const WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS * WARPS);
 #pragma unroll
   for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-    v[operand] = sums[operand][0][lane];
+    v[operand] = sums[operand * WARPS][lane];
 #pragma unroll
-    for (u32 w = 1; w < CONSUMERS; ++w) {
-      const float2 more = sums[operand][w][lane];
+    for (u32 w = 1; w < WARPS; ++w) {
+      const float2 more = sums[operand * WARPS + w][lane];
       v[operand].x += more.x;
       v[operand].y += more.y;
     }
   }
-  __syncwarp();  // all lanes have read
-  if (lane_id() == 0) barrier_arrive(&b.shared.sums_empty[b.sum_buffer]);
-  if (++b.sum_buffer == SUM_BUFFERS) { b.sum_buffer = 0; b.sum_parity ^= 1; }
+  b.pass_sums(Sums<S>::BUFFERS);
 }
 
-// Adds up the warps' sums of each tile and runs the epilogue on them.
+// A tile that is the other warp's.
+template <class S> __device__ __forceinline__ void pass_tile(Control& b) {
+  b.wait_sums();
+  b.pass_sums(Sums<S>::BUFFERS);
+}
+
+// Adds up the warps' sums of each tile and runs the epilogue on them; control and the second take turns.
 template <class S> __device__ __forceinline__ void finish(Control& b) {
-  b.open_stage();
   const u32 lane = anew(lane_id());
   const u32 row = lane / 4;
   const bool active = row < (S::LOGITS ? b.args.logit_rows : b.args.rows);
-  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
+  auto sum_of = [&](u32 tile, u32 operand) { return S::partial(b) + ((u64)tile * S::OPERANDS + operand) * LANES + lane; };
+  // Sums of all parts but the last, which is an epilogue's. A lane reads again what it wrote itself.
+#pragma unroll 1
+  for (u32 part = 0; part + 1 < Slots<S>::PARTS; ++part) {
+    bool own = !b.second;
+    for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x, own = !own) {
+      if (!own) { pass_tile<S>(b); continue; }
+      float2 old[S::OPERANDS] = {}, v[S::OPERANDS];
+      if (part > 0) {
+#pragma unroll
+        for (u32 operand = 0; operand < S::OPERANDS; ++operand) old[operand] = *sum_of(tile, operand);
+      }
+      add_sums<S>(b, lane, v);
+#pragma unroll
+      for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+        *sum_of(tile, operand) = make_float2(old[operand].x + v[operand].x, old[operand].y + v[operand].y);
+      }
+    }
+  }
+  bool own = !b.second;
+  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x, own = !own) {
+    if (!own) { pass_tile<S>(b); continue; }
     const u32 feature = tile * OCTET + 2 * (lane % 4);
     typename S::Carry carry = {};
     if (active) S::before(b, row, feature, carry);
-    float2 v[S::OPERANDS];
+    float2 old[S::OPERANDS] = {}, v[S::OPERANDS];
+    if constexpr (Slots<S>::PARTS > 1) {
+#pragma unroll
+      for (u32 operand = 0; operand < S::OPERANDS; ++operand) old[operand] = *sum_of(tile, operand);
+    }
     add_sums<S>(b, lane, v);
+    if constexpr (Slots<S>::PARTS > 1) {
+#pragma unroll
+      for (u32 operand = 0; operand < S::OPERANDS; ++operand) { v[operand].x += old[operand].x; v[operand].y += old[operand].y; }
+    }
     if (active) S::finish(b, row, feature, v, carry);
   }
   b.pass_tiles(tiles<S>(b));

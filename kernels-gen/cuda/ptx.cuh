@@ -7,8 +7,8 @@ __device__ __forceinline__ u8* shared_memory() {
   return memory;
 }
 __device__ __forceinline__ void trap() { asm volatile("trap;"); }
-// A barrier of `threads` threads of the block; 0 is that of the whole block.
-template <u32 NUMBER, u32 THREADS> __device__ __forceinline__ void block_barrier() { asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory"); }
+// A barrier of THREADS threads of the block; 0 is that of the whole block.
+template <u32 THREADS> __device__ __forceinline__ void block_barrier(u32 number) { asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }
 
 // The value, as if it were read anew: what is computed from it stays in the stage that needs it. Left
 // to itself the compiler computes the addresses of all stages before the layers' loop, and spills them.
@@ -145,6 +145,10 @@ __device__ __forceinline__ void barrier_arrive(u64* b) {
 }
 
 #if __CUDA_ARCH__ >= 900
+// `count` arrivals.
+__device__ __forceinline__ void barrier_arrive(u64* b, u32 count) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
 __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) {
   u32 done;
   asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
@@ -165,6 +169,9 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes,
                ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
 #else
+__device__ __forceinline__ void barrier_arrive(u64* b, u32 count) {
+  for (u32 i = 0; i < count; ++i) barrier_arrive(b);
+}
 // Sixteen bytes by the lane that asks, and an arrival when all that this lane asked for has come.
 __device__ __forceinline__ void copy_piece(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
@@ -188,7 +195,7 @@ __device__ __forceinline__ void copy_group() { asm volatile("cp.async.commit_gro
 // Waits for all groups of this lane but the last LEFT.
 template <u32 LEFT> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
-// Registers of the warps of a warpgroup: the roles need very different numbers of them.
+// Registers of the warps of a warpgroup: the roles need different numbers of them.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
 template <u32 N> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <u32 N> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }

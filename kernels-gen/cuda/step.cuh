@@ -40,12 +40,16 @@ __device__ __forceinline__ void offer_best(Control& b) {
     key = other > key ? other : key;
   }
   if (lane_id() % 4 == 0 && key != 0) max_relaxed(&b.sync().best[b.step % 3][lane_id() / 4], key);
-  if (lane_id() == 0 && blockIdx.x == 0 && load_host(b.args.halt) != 0) b.sync().halted = 1;
+  if (lane_id() == 0 && blockIdx.x == 0 && !b.second && load_host(b.args.halt) != 0) b.sync().halted = 1;
   b.best_id = ~0u;
 }
 
 // Behind the head's crossing: every SM takes the same tokens and comes to the same end.
 __device__ __forceinline__ void choose(Control& b) {
+  if (b.second) {
+    b.next_step();
+    return;
+  }
   const u32 row = lane_id();
   bool stop = false;
   if (row < b.args.logit_rows) {

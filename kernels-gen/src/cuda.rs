@@ -37,14 +37,15 @@ pub const CONTEXT: Header = Header { name: "context.cuh", text: include_str!("..
 /// Embedding, and the choice of the next tokens.
 pub const STEP: Header = Header { name: "step.cuh", text: include_str!("../cuda/step.cuh") };
 
-/// Threads of a block: 8 consumer warps, the loader, control, and two that idle.
+/// Threads of a block: 8 consumer warps, the loader, control, its second, and one that idles.
 pub const BLOCK_THREADS: u32 = 384;
 
 /// Consumer warps.
 pub const CONSUMERS: usize = 8;
 
-/// Bytes of a slot of the ring: what the copy engine moves at once, and 4 blocks for each consumer.
 pub use tilec_ir::launch::SLOT_BYTES;
+/// Columns of a row that the consumers' registers hold. Longer rows are multiplied in parts.
+pub use tilec_ir::resident::PART_COLUMNS;
 
 /// Slots beyond which a deeper ring brought nothing.
 const MAX_SLOTS: usize = 14;
@@ -58,6 +59,8 @@ const MIN_SLOTS: usize = 3;
 pub struct SharedLayout {
     /// Slots of the ring.
     pub slots: usize,
+    /// Bytes of one.
+    pub slot: usize,
     /// Bytes for barriers and what the roles tell each other.
     pub fixed: usize,
     /// Bytes for the gains of a norm.
@@ -71,10 +74,14 @@ pub struct SharedLayout {
 pub struct SharedNeeds {
     /// Columns of the widest norm.
     pub norm_columns: usize,
+    /// Columns of the longest row in float32 that a product reads.
+    pub row_columns: usize,
     /// Octets of the largest tile: 2 with gated pairs.
     pub operands: usize,
     /// Whether weights have scales.
     pub scaled: bool,
+    /// Whether there are weights in MXFP4, whose blocks are longer by their scales.
+    pub mxfp4: bool,
     /// Columns of a key.
     pub qk: usize,
     /// Columns of a value.
@@ -117,9 +124,20 @@ impl SharedNeeds {
         bytes.next_multiple_of(128)
     }
 
-    /// Bytes of the buffers in which consumers leave a tile's sums: two, so that they can go on.
+    /// Bytes of the buffers in which consumers leave a tile's sums: at least two, so that they can go on.
     pub const fn sums(&self) -> usize {
         2 * self.operands * CONSUMERS * 256
+    }
+
+    /// Bytes of the rows of a product's input on their way to the consumers, so many columns at a time.
+    pub const fn rows(&self, columns: usize) -> usize {
+        let row_columns = self.row_columns.next_multiple_of(1024);
+        8 * (2 * if row_columns < columns { row_columns } else { columns } + 64)
+    }
+
+    /// Bytes of a slot of the ring: what the copy engine moves at once, and four blocks for each consumer.
+    pub const fn slot(&self) -> usize {
+        if self.mxfp4 { SLOT_BYTES + SLOT_BYTES / 16 } else { SLOT_BYTES }
     }
 
     /// Bytes of the scales that are on their way: of 32 blocks a consumer, four octets ahead. They are at
@@ -132,17 +150,19 @@ impl SharedNeeds {
     pub fn layout(&self, available: usize) -> Option<SharedLayout> {
         let fixed = 2048 + self.routes();
         let gain = (self.norm_columns * 4).next_multiple_of(128);
-        let scratch = self.attention().max(self.sums()).next_multiple_of(128) + self.scales();
-        let slots = available.checked_sub(fixed + gain + scratch)? / SLOT_BYTES;
+        let columns = if available >= 128 << 10 { 2048 } else { 1024 };
+        let work = self.attention().max(self.sums()).max(self.rows(columns));
+        let scratch = work.next_multiple_of(128) + self.scales();
+        let slots = available.checked_sub(fixed + gain + scratch)? / self.slot();
         let slots = slots.min(MAX_SLOTS);
-        (slots >= MIN_SLOTS).then_some(SharedLayout { slots, fixed, gain, scratch })
+        (slots >= MIN_SLOTS).then_some(SharedLayout { slots, slot: self.slot(), fixed, gain, scratch })
     }
 }
 
 impl SharedLayout {
     /// Bytes in all.
     pub const fn bytes(&self) -> usize {
-        self.fixed + self.gain + self.scratch + self.slots * SLOT_BYTES
+        self.fixed + self.gain + self.scratch + self.slots * self.slot
     }
 }
 

@@ -32,7 +32,7 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.pages_per_sequence = launch.pages_per_sequence;
   args.kv_pages = launch.kv_pages;
   args.steps = launch.steps;
-  args.in_flight = 2;
+  args.in_flight = 2 << 14;
   args.experts = mail + 40;
   args.routing = launch.routing;
   args.taps = taps + launch.tap_offset;

@@ -56,7 +56,8 @@ struct Copy {
 
 std::vector<Lane> lanes;
 std::vector<Warp> warps;
-std::vector<Meeting> meetings;  // [block][number]
+constexpr uint32_t MEETINGS = 4;  // of a block: all, the consumers, two teams of them
+std::vector<Meeting> meetings;    // [block][number]
 std::unordered_map<uint64_t*, Barrier> barriers;
 std::vector<Copy> copies;
 std::mt19937_64 dice;
@@ -134,7 +135,7 @@ void run(uint64_t seed, const void* args, size_t shared_size) {
   const uint32_t threads = simulator_threads();
   lanes = std::vector<Lane>(size_t(threads) * block_count);
   warps.assign(lanes.size() / WARP, Warp());
-  meetings.assign(size_t(block_count) * 2, Meeting());
+  meetings.assign(size_t(block_count) * MEETINGS, Meeting());
   const size_t bytes = lanes.size() * STACK;
   void* stacks = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) fail("no memory for stacks");
@@ -208,7 +209,7 @@ const uint64_t* exchange(uint64_t value) {
 }
 
 void meet(uint32_t number, uint32_t threads) {
-  Meeting& meeting = meetings[current->block * 2 + number];
+  Meeting& meeting = meetings[current->block * MEETINGS + number];
   const uint64_t round = meeting.round;
   if (++meeting.arrived == threads) {
     meeting.arrived = 0;

@@ -3,7 +3,7 @@
 
 __device__ __forceinline__ u8* shared_memory() { return machine::shared(); }
 __device__ __forceinline__ void trap() { machine::fail("the kernel gave up waiting"); }
-template <u32 NUMBER, u32 THREADS> __device__ __forceinline__ void block_barrier() { machine::meet(NUMBER, THREADS); }
+template <u32 THREADS> __device__ __forceinline__ void block_barrier(u32 number) { machine::meet(number, THREADS); }
 
 __device__ __forceinline__ u32 anew(u32 v) { return v; }
 __device__ __forceinline__ u64 far(u64 offset) { return offset; }
@@ -80,6 +80,9 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0
 __device__ __forceinline__ void barrier_init(u64* b, u32 arrivals) { machine::barrier_init((uint64_t*)b, arrivals); }
 __device__ __forceinline__ void barriers_visible() {}
 __device__ __forceinline__ void barrier_arrive(u64* b) { machine::barrier_arrive((uint64_t*)b); }
+__device__ __forceinline__ void barrier_arrive(u64* b, u32 count) {
+  for (u32 i = 0; i < count; ++i) barrier_arrive(b);
+}
 __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) { return machine::barrier_try((uint64_t*)b, parity); }
 __device__ __forceinline__ void barrier_expect(u64* b, u32 bytes) { machine::barrier_expect((uint64_t*)b, bytes); }
 __device__ __forceinline__ void barrier_arrive_expect(u64* b, u32 bytes) {

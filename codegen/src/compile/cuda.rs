@@ -19,9 +19,10 @@ use tilec_kernels_gen::cuda::BLOCK_THREADS;
 /// Name of the machine code in the plan's folder.
 const CUBIN: &str = "kernel.cubin";
 
-/// What a kernel may use of each thread: 168 registers when it starts (its roles then share them out),
-/// and no memory.
-pub const BUDGET: Budget = Budget { registers: 168, stack: 0, spills: 0 };
+/// What a kernel may use of each thread: 168 registers when it starts (its roles then share them out), and as much
+/// memory as what lives from stage to stage may take (the stage's number, the layer): it is put away in front of a
+/// stage and fetched behind it.
+pub const BUDGET: Budget = Budget { registers: 168, stack: 64, spills: 1000 };
 
 /// Names of the draft's machine code.
 const INJECT_CUBIN: &str = "draft-inject.cubin";

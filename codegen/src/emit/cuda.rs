@@ -6,16 +6,15 @@ use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::launch::{KERNEL, SYNC_BYTES};
-use tilec_ir::octet::{octet_block_bytes, octet_blocks};
+use tilec_ir::octet::octet_blocks;
 use tilec_ir::pack::FP8_COLUMNS;
 use tilec_ir::resident::{
-    Attention, CHUNK, Context, Epilogue, Experts, Gemm, Kind, MAX_K, Norm, Replaced, ResidentProgram, Route,
-    SPAN, Scores, Stage, Taps,
+    Attention, Bias, CHUNK, Context, Epilogue, Experts, Gemm, Kind, PART_COLUMNS, Replaced, ResidentProgram,
+    Route, SPAN, Scores, Stage, Taps,
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PTX, SLOT_BYTES, STEP, SharedLayout,
-    SharedNeeds,
+    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PTX, STEP, SharedLayout, SharedNeeds,
 };
 
 use crate::nvrtc::Arch;
@@ -35,8 +34,10 @@ pub struct CudaText {
 /// Why a program has no kernel.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CudaError {
-    /// A row is too long.
-    #[error("stage {stage} reads rows of {k} columns; the kernel keeps at most {MAX_K} in registers")]
+    /// An expert's row is too long.
+    #[error(
+        "stage {stage} has experts with rows of {k} columns; the kernel keeps at most {PART_COLUMNS} in registers"
+    )]
     Columns {
         /// The stage.
         stage: String,
@@ -97,8 +98,8 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
         return Err(CudaError::Counters { kv_heads: program.kv.kv_heads, context: program.context });
     }
     for (name, _, stage) in program.sequence() {
-        if let Some(gemm) = stage.kind.gemm()
-            && gemm.k > MAX_K
+        if let Kind::Experts(Experts { gemm, .. }) = &stage.kind
+            && gemm.k > PART_COLUMNS
         {
             return Err(CudaError::Columns { stage: name, k: gemm.k });
         }
@@ -108,6 +109,7 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
     let mut out = Writer { text: String::new(), program, windows };
     out.head(&shared, &needs);
     out.tables();
+    out.order();
     out.header(&ATTENTION);
     out.header(&GEMM);
     if needs.experts > 0 {
@@ -173,6 +175,10 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
         if let Some(gemm) = stage.kind.gemm() {
             needs.operands = needs.operands.max(gemm.operands);
             needs.scaled |= gemm.scales.is_some();
+            needs.mxfp4 |= gemm.format == Format::MXFP4;
+            if program.buffer(gemm.input).elem == BufferElem::F32 {
+                needs.row_columns = needs.row_columns.max(gemm.k);
+            }
         }
         if let Some((_, k)) = stage.kind.norm() {
             needs.norm_columns = needs.norm_columns.max(k);
@@ -233,11 +239,12 @@ impl<'p> Writer<'p> {
         self.header(&PTX);
         self.header(&FORMATS);
         line!(self, "\n// Sizes of this kernel.");
-        line!(self, "constexpr u32 SLOT_BYTES = {SLOT_BYTES};");
+        line!(self, "constexpr u32 SLOT_BYTES = {};", shared.slot);
         line!(self, "constexpr u32 RING_SLOTS = {};", shared.slots);
         line!(self, "constexpr u32 FIXED_BYTES = {};", shared.fixed);
         line!(self, "constexpr u32 GAIN_BYTES = {};", shared.gain);
         line!(self, "constexpr u32 SCRATCH_BYTES = {};", shared.scratch);
+        line!(self, "constexpr u32 SUM_BYTES = {};  // of these, at most", needs.sums());
         line!(self, "constexpr u32 SCALE_BYTES = {};  // of these, at the end", needs.scales());
         if needs.experts > 0 {
             line!(self, "constexpr u32 ROUTES_BYTES = {};  // of the fixed ones, at the end", needs.routes());
@@ -249,7 +256,7 @@ impl<'p> Writer<'p> {
         self.header(&BLOCK);
     }
 
-    /// What differs from layer to layer: offsets of weights, caches, the first norm's gains.
+    /// What differs from layer to layer: offsets of weights, caches.
     fn tables(&mut self) {
         let program = self.program;
         line!(
@@ -297,23 +304,17 @@ impl<'p> Writer<'p> {
             line!(self, "constexpr u32 TAPS = {}, TAP_COLS = {cols}, NO_TAP = {NO_TAP};", layers.len());
             line!(self, "__constant__ u32 LAYER_TAP[LAYERS] = {{{taps}}};");
         }
-        if program.bodies.len() > 1 {
-            let bodies = list(program.layers.iter().map(|layer| layer.body as u64).collect());
-            line!(self, "__constant__ u32 LAYER_BODY[LAYERS] = {{{bodies}}};");
-        }
-        let gain =
-            |stages: &[Stage], offsets: &[u64]| match stages.first().and_then(|stage| stage.kind.gemm()) {
-                Some(Gemm { norm: Some(Norm { gain, .. }), .. }) => match gain {
-                    Slot::Fixed(at) => *at,
-                    Slot::Layer(n) => offsets[*n],
-                },
-                _ => 0,
-            };
-        let mut gains: Vec<u64> =
-            program.layers.iter().map(|layer| gain(&program.bodies[layer.body], &layer.offsets)).collect();
-        gains.push(gain(&program.after, &[]));
-        line!(self, "// Gains of the norm that each layer begins with, and the head.");
-        line!(self, "__constant__ u64 FIRST_GAIN[LAYERS + 1] = {{{}}};", list(gains));
+    }
+
+    /// The stages of a step. A kind of stage is one structure, whatever the layer.
+    fn order(&mut self) {
+        let sequence = self.program.step_order();
+        let list = |numbers: Vec<usize>| numbers.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        line!(self, "// The stages of a step, by kind, and their layers.");
+        let kinds = list(sequence.iter().map(|(kind, _)| *kind).collect());
+        line!(self, "__constant__ u16 STAGE_KIND[STAGES] = {{{kinds}}};");
+        let layers = list(sequence.iter().map(|(_, layer)| layer.unwrap_or(0)).collect());
+        line!(self, "__constant__ u16 STAGE_LAYER[STAGES] = {{{layers}}};");
     }
 
     fn stage(&mut self, prefix: &str, stage: &Stage) {
@@ -327,7 +328,7 @@ impl<'p> Writer<'p> {
                 line!(self, "  static constexpr u32 K = {k}, BLOCKS = {};", octet_blocks(*format, *k));
                 let table = self.weight(*table);
                 self.function("const u8*", "table", "const Block& b", &format!("return {table};"));
-                self.scales(*scales, *k, 0);
+                self.scales(*scales, *k);
                 let (token, vector) = match replaced {
                     Some(Replaced { token, vector }) => (
                         format!("{token}u"),
@@ -354,7 +355,7 @@ impl<'p> Writer<'p> {
             }
             Kind::Context(context) => self.context(&name, &stage.name, context),
             Kind::Gemm(gemm) => {
-                self.open_gemm(&name, &stage.name, gemm, "", gemm.weight_bytes() as u64);
+                self.open_gemm(&name, &stage.name, gemm, ("", gemm.weight_bytes() as u64), 1);
                 self.epilogue(gemm, None);
                 line!(self, "}};");
             }
@@ -368,22 +369,26 @@ impl<'p> Writer<'p> {
         line!(self, "  __device__ __forceinline__ static {result} {name}({arguments}) {{ {body} }}");
     }
 
-    /// Scales of block FP8, a row of `k` columns for each octet, from column `first` on.
-    fn scales(&mut self, slot: Option<Slot>, k: usize, first: usize) {
+    /// Scales of block FP8, a row for each octet.
+    fn scales(&mut self, slot: Option<Slot>, k: usize) {
         if let Some(slot) = slot {
             line!(self, "  static constexpr u32 SCALES = {};", k.div_ceil(FP8_COLUMNS));
-            let first = match first / FP8_COLUMNS {
-                0 => String::new(),
-                first => format!(" + {first}"),
-            };
-            let scales = format!("return reinterpret_cast<const float*>({}){first};", self.weight(slot));
+            let scales = format!("return reinterpret_cast<const float*>({});", self.weight(slot));
             self.function("const float*", "scales", "const Block& b", &scales);
         }
     }
 
     /// What a product says of itself, but for its epilogue. `times` says how often it is made, of `bytes`.
-    fn open_gemm(&mut self, name: &str, stage: &str, gemm: &Gemm, times: &str, bytes: u64) {
+    fn open_gemm(
+        &mut self,
+        name: &str,
+        stage: &str,
+        gemm: &Gemm,
+        (times, bytes): (&str, u64),
+        octets: usize,
+    ) {
         let pair = if gemm.operands == 2 { "2 x " } else { "" };
+        let tiles = gemm.tiles().div_ceil(octets);
         line!(
             self,
             "// {stage}: {times}{pair}{} x {} {}, {}, {:.2} us.",
@@ -402,9 +407,8 @@ impl<'p> Writer<'p> {
             gemm.blocks(),
             gemm.cols
         );
-        let row_blocks = gemm.row_blocks();
-        line!(self, "  static constexpr u32 STRIDE = {}, ROW_BLOCKS = {row_blocks};", gemm.row);
-        line!(self, "  static constexpr u32 OPERANDS = {}, TILES = {};", gemm.operands, gemm.tiles());
+        line!(self, "  static constexpr u32 OPERANDS = {}, TILES = {tiles};", gemm.operands);
+        line!(self, "  static constexpr u32 TILE_OCTETS = {octets};");
         let half = self.program.buffer(gemm.input).elem != BufferElem::F32;
         let logits = gemm.epilogue == Epilogue::Logits;
         line!(
@@ -414,17 +418,16 @@ impl<'p> Writer<'p> {
             gemm.format == Format::F16
         );
         line!(self, "  static constexpr float EPS = {};", float(gemm.norm.map_or(0.0, |norm| norm.eps)));
-        let mut weights = self.weight(gemm.weights);
-        let mut input = self.buffer(gemm.input);
-        if gemm.first > 0 {
-            let blocks = octet_blocks(gemm.format, gemm.first);
-            weights = format!("{weights} + {}", blocks * octet_block_bytes(gemm.format));
-            input = format!("{input} + {}", gemm.first);
-        }
+        let weights = self.weight(gemm.weights);
         self.function("const u8*", "weights", "const Block& b", &format!("return {weights};"));
-        self.scales(gemm.scales, gemm.row, gemm.first);
+        self.scales(gemm.scales, gemm.k);
+        let input = self.buffer(gemm.input);
         let elem = if half { "u16" } else { "float" };
         self.function(&format!("const {elem}*"), "input", "const Block& b", &format!("return {input};"));
+        let partial = gemm
+            .partial
+            .map_or("nullptr".into(), |id| format!("reinterpret_cast<float2*>({})", self.buffer(id)));
+        self.function("float2*", "partial", "const Block& b", &format!("return {partial};"));
     }
 
     /// The scores of a router.
@@ -487,14 +490,46 @@ impl<'p> Writer<'p> {
             line!(self, "}};");
         }
         let bytes = (*top_k * gemm.weight_bytes()) as u64;
-        self.open_gemm(name, stage, gemm, &format!("{top_k} of {count} times "), bytes);
+        let octets = experts.tile_octets();
+        self.open_gemm(name, stage, gemm, (&format!("{top_k} of {count} times "), bytes), octets);
         line!(self, "  static constexpr u32 SLOTS = {top_k};");
         line!(self, "  static constexpr bool FIRST = {};", route.is_some());
         if route.is_some() {
             line!(self, "  using Route = {routes};");
         }
         self.epilogue(gemm, Some(experts));
+        if octets > 1 {
+            self.sums_of_octets(gemm);
+        }
         line!(self, "}};");
+    }
+
+    /// The epilogue's pieces of tiles of several octets, whose sums over the experts stay in registers.
+    fn sums_of_octets(&mut self, gemm: &Gemm) {
+        let out = format!("{} + row * {}u + feature", self.buffer(gemm.output), gemm.cols);
+        let at = "u32 row, u32 feature";
+        let sum = format!("return reinterpret_cast<const float2*>({out});");
+        self.function("const float2*", "sum", &format!("const Control& b, {at}"), &sum);
+        let bias = match &gemm.bias[..] {
+            [] => String::new(),
+            biases => {
+                let add = |bias: &Bias| {
+                    let at = format!("{} + (u64)chosen.expert * {}", self.weight(bias.slot), bias.cols * 4);
+                    format!("load_bias(bias, {at}, {}, {}, feature);", bias.start, bias.cols)
+                };
+                let loads: Vec<String> = biases.iter().map(add).collect();
+                format!("float2 bias = {{}}; {} v.x += bias.x; v.y += bias.y;", loads.join(" "))
+            }
+        };
+        let arguments = "const Control& b, u32 feature, const Chosen& chosen, float2& v";
+        self.function("void", "add_bias", arguments, &bias);
+        let mut store = format!("*reinterpret_cast<float2*>({out}) = v;");
+        if gemm.tap && self.program.taps.is_some() {
+            store.push_str(
+                " if (LAYER_TAP[b.layer] != NO_TAP) *reinterpret_cast<float2*>(b.args.taps + ((u64)row * TAPS +                  LAYER_TAP[b.layer]) * TAP_COLS + feature) = v;",
+            );
+        }
+        self.function("void", "store", &format!("const Control& b, {at}, float2 v"), &store);
     }
 
     /// The epilogue's pieces, composed: what it loads ahead, then bias, gate, residual and store.
@@ -724,125 +759,95 @@ impl<'p> Writer<'p> {
     /// The work of each role in a step.
     fn roles(&mut self) {
         line!(self, "\n// ---- The step, as each role sees it {}", "-".repeat(63));
-        self.role(
-            "bool load_step(Loader& b)",
-            |_, name, stage, _| match &stage.kind {
-                Kind::Gemm(_) => vec![format!("if (!stream<{name}>(b, {name}::weights(b))) return false;")],
-                Kind::Scores(scores) => {
-                    vec![format!("b.pass_tiles({});", scores.experts), "b.next_stage();".into()]
-                }
-                Kind::Experts(_) => {
-                    vec![format!("if (!stream_experts<{name}>(b, {name}::weights(b))) return false;")]
-                }
-                _ => vec!["b.next_stage();".into()],
-            },
-            "return true;",
-        );
-        self.role(
-            "void consume_step(Consumer& b)",
-            |_, name, stage, _| match &stage.kind {
-                Kind::Embed { .. } => vec![format!("embed<{name}>(b);")],
-                Kind::Gemm(_) => vec![format!("multiply<{name}>(b);")],
-                Kind::Scores(_) => vec![format!("score_experts<{name}>(b);")],
-                Kind::Experts(_) => vec![format!("multiply_experts<{name}>(b);")],
-                Kind::Attention(_) => vec![format!("attend<{name}>(b, LAYER_CACHE[b.layer]);")],
-                Kind::Taps { .. } => vec![format!("take_taps<{name}>(b);")],
-                Kind::Context(_) => vec![format!("cache_context<{name}>(b);")],
-            },
-            "",
-        );
-        self.role(
-            "void control_step(Control& b)",
-            |writer, name, stage, next| {
-                let mut lines = match &stage.kind {
-                    // Opened by the step's beginning.
-                    Kind::Embed { .. } | Kind::Taps { .. } => Vec::new(),
-                    Kind::Gemm(gemm) => {
-                        let mut lines = vec![format!("finish<{name}>(b);")];
-                        if gemm.epilogue == Epilogue::Logits {
-                            lines.push("offer_best(b);".into());
-                        }
-                        lines
-                    }
-                    Kind::Scores(scores) => {
-                        vec!["b.open_stage();".into(), format!("b.pass_tiles({});", scores.experts)]
-                    }
-                    Kind::Experts(_) => vec![format!("finish_experts<{name}>(b);")],
-                    Kind::Attention(_) | Kind::Context(_) => vec!["b.open_stage();".into()],
-                };
-                let norm = match next {
-                    Next::Stage(kind) => kind.norm().map(|(norm, k)| (norm.gain, k)),
-                    _ => None,
-                };
-                lines.push(match (norm, next) {
-                    (Some((gain, k)), _) => format!("b.cross({}, {});", writer.weight(gain), k * 4),
-                    (_, Next::FirstOfLayer(number, k)) if k > 0 => {
-                        format!("b.cross(b.args.weights + FIRST_GAIN[{number}], {});", k * 4)
-                    }
-                    _ => "b.cross();".into(),
-                });
-                lines
-            },
-            "",
-        );
+        self.role("bool load_step(Loader& b)", "", "return true;", "", |name, kind| match kind {
+            Kind::Gemm(_) => format!("if (!stream<{name}>(b, {name}::weights(b))) return false;"),
+            Kind::Scores(scores) => format!("b.pass_tiles({}); b.next_stage();", scores.experts),
+            Kind::Experts(_) => {
+                format!("if (!stream_experts<{name}>(b, {name}::weights(b))) return false;")
+            }
+            _ => "b.next_stage();".into(),
+        });
+        self.role("void consume_step(Consumer& b)", "", "", "", |name, kind| match kind {
+            Kind::Embed { .. } => format!("embed<{name}>(b);"),
+            Kind::Gemm(_) => format!("multiply<{name}>(b);"),
+            Kind::Scores(_) => format!("score_experts<{name}>(b);"),
+            Kind::Experts(_) => format!("multiply_experts<{name}>(b);"),
+            Kind::Attention(_) => format!("attend<{name}>(b, LAYER_CACHE[b.layer]);"),
+            Kind::Taps { .. } => format!("take_taps<{name}>(b);"),
+            Kind::Context(_) => format!("cache_context<{name}>(b);"),
+        });
+        self.gains();
+        let open = "if (n > 0) b.open_stage();  // the first with the step";
+        let cross = "const Gain next = gain_of(b, n + 1);\n    b.cross(next.from, next.bytes);";
+        self.role("void control_step(Control& b)", open, "", cross, |name, kind| match kind {
+            Kind::Embed { .. } | Kind::Taps { .. } | Kind::Context(_) => String::new(),
+            Kind::Gemm(gemm) if gemm.epilogue == Epilogue::Logits => {
+                format!("finish<{name}>(b); offer_best(b);")
+            }
+            Kind::Gemm(_) => format!("finish<{name}>(b);"),
+            Kind::Scores(scores) => format!("b.pass_tiles({});", scores.experts),
+            Kind::Experts(_) => format!("finish_experts<{name}>(b);"),
+            Kind::Attention(_) => String::new(),
+        });
     }
 
+    /// The gains of the norm that a stage begins with.
+    fn gains(&mut self) {
+        line!(self, "\n// Gains of the norm that the stage of this number begins with.");
+        line!(self, "struct Gain {{ const u8* from; u32 bytes; }};");
+        line!(self, "__device__ __forceinline__ Gain gain_of(const Control& c, u32 number) {{");
+        line!(self, "  if (number >= STAGES) return {{nullptr, 0}};");
+        line!(self, "  Block b = c;");
+        line!(self, "  b.layer = STAGE_LAYER[number];");
+        line!(self, "  switch (STAGE_KIND[number]) {{");
+        for (number, (_, stage)) in self.kinds().into_iter().enumerate() {
+            if let Some((norm, k)) = stage.kind.norm() {
+                let gain = self.weight(norm.gain);
+                line!(self, "  case {number}: return {{{gain}, {}}};", k * 4);
+            }
+        }
+        line!(self, "  default: return {{nullptr, 0}};");
+        line!(self, "  }}");
+        line!(self, "}}");
+    }
+
+    /// The kinds of stages, in the order of their numbers, with the prefix of their names.
+    fn kinds(&self) -> Vec<(String, &'p Stage)> {
+        let lists = self.lists().into_iter();
+        lists.flat_map(|(prefix, stages)| stages.iter().map(move |stage| (prefix.clone(), stage))).collect()
+    }
+
+    /// A loop over the step's stages, so that what they share is in the text, and in the SM's cache of
+    /// instructions, once.
     fn role(
         &mut self,
         signature: &str,
-        lines: impl Fn(&Writer<'p>, &str, &Stage, Next<'p>) -> Vec<String>,
+        front: &str,
         end: &str,
+        behind: &str,
+        work: impl Fn(&str, &Kind) -> String,
     ) {
-        let program = self.program;
         line!(self, "\n__device__ __forceinline__ {signature} {{");
-        // Columns of the norm that a list begins with; 0 if it begins with something else.
-        let first = |stages: &[Stage]| match stages.first().and_then(|stage| stage.kind.gemm()) {
-            Some(gemm) if gemm.norm.is_some() => gemm.k,
-            _ => 0,
-        };
-        let layer_k = program.bodies.first().map_or(0, |body| first(body));
-        let emit =
-            |writer: &mut Writer<'p>, prefix: &str, stages: &'p [Stage], indent: &str, behind: Next<'p>| {
-                for (number, stage) in stages.iter().enumerate() {
-                    let next = stages.get(number + 1).map_or(behind, |stage| Next::Stage(&stage.kind));
-                    for text in lines(writer, &type_name(prefix, &stage.name), stage, next) {
-                        line!(writer, "{indent}{text}");
-                    }
-                }
-            };
-        let before = if program.layers.is_empty() { Next::End } else { Next::FirstOfLayer("0", layer_k) };
-        emit(self, "", &program.before, "  ", before);
-        if !program.layers.is_empty() {
-            self.role_layers(&emit, layer_k);
+        line!(self, "#pragma unroll 1");
+        line!(self, "  for (u32 n = 0; n < STAGES; ++n) {{");
+        line!(self, "    b.layer = STAGE_LAYER[n];");
+        if !front.is_empty() {
+            line!(self, "    {front}");
         }
-        emit(self, "", &program.after, "  ", Next::End);
+        line!(self, "    switch (STAGE_KIND[n]) {{");
+        for (number, (prefix, stage)) in self.kinds().into_iter().enumerate() {
+            let work = work(&type_name(&prefix, &stage.name), &stage.kind);
+            line!(self, "    case {number}: {work}{}break;", if work.is_empty() { "" } else { " " });
+        }
+        line!(self, "    }}");
+        if !behind.is_empty() {
+            line!(self, "    {behind}");
+        }
+        line!(self, "  }}");
         if !end.is_empty() {
             line!(self, "  {end}");
         }
         line!(self, "}}");
-    }
-
-    /// The loop over the layers in a role's work.
-    fn role_layers(
-        &mut self,
-        emit: &impl Fn(&mut Writer<'p>, &str, &'p [Stage], &str, Next<'p>),
-        layer_k: usize,
-    ) {
-        let program = self.program;
-        line!(self, "  for (b.layer = 0; b.layer < LAYERS; ++b.layer) {{");
-        let behind = Next::FirstOfLayer("b.layer + 1", layer_k);
-        if let [body] = &program.bodies[..] {
-            emit(self, "Layer0", body, "    ", behind);
-        } else {
-            line!(self, "    switch (LAYER_BODY[b.layer]) {{");
-            for (number, body) in program.bodies.iter().enumerate() {
-                line!(self, "    case {number}:");
-                emit(self, &format!("Layer{number}"), body, "      ", behind);
-                line!(self, "      break;");
-            }
-            line!(self, "    }}");
-        }
-        line!(self, "  }}");
     }
 
     fn kernel(&mut self, experts: bool) {
@@ -884,13 +889,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       barrier_init(&shared.empty[i], CONSUMERS);
     }}
     barrier_init(&shared.ready, 1);
-    barrier_init(&shared.done, CONSUMERS);{routed}
+    barrier_init(&shared.finished, 1);
+    barrier_init(&shared.done, CONSUMERS + 1);  // and the second{routed}
     for (u32 i = 0; i < SUM_BUFFERS; ++i) {{
       barrier_init(&shared.sums_full[i], CONSUMERS);
-      barrier_init(&shared.sums_empty[i], 1);
+      barrier_init(&shared.sums_empty[i], 2);
     }}
     shared.steps = args.steps;
-    shared.stage = shared.loader_stage = 0;
+    shared.stage = shared.loader_stage = shared.crossings = 0;
+    for (u32& role : shared.waiting) role = 0;
     barriers_visible();
   }}
   __syncthreads();
@@ -909,13 +916,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       Loader b(block);
       while (b.more() && load_step(b)) b.next_step();
       b.drain();
-    }} else if (warp_id() == CONTROL) {{
-      Control b(block);
-      take_rows(b);
+    }} else if (warp_id() == CONTROL || warp_id() == SECOND) {{
+      Control b(block, warp_id() == SECOND);
+      if (!b.second) take_rows(b);
       for (b.open_step(); b.step < *(volatile u32*)&shared.steps; b.open_step()) {{
         control_step(b);
         choose(b);
       }}{report}
+      if (!b.second && lane_id() == 0) barrier_arrive(&shared.finished);
+    }} else {{
+      watch(block);
     }}
   }}
 }}
@@ -938,16 +948,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
         let elem = if buffer.elem == BufferElem::F32 { "float" } else { "u16" };
         format!("reinterpret_cast<{elem}*>(b.args.arena + {:#x} /* {} */)", buffer.offset, buffer.name)
     }
-}
-
-/// What a stage's crossing leads to.
-#[derive(Clone, Copy)]
-enum Next<'p> {
-    Stage(&'p Kind),
-    /// The first stage of the layer of this number (an expression), or of what follows the layers;
-    /// columns of its norm.
-    FirstOfLayer(&'static str, usize),
-    End,
 }
 
 /// `q+k+v` behind the prefix `Layer0`: `Layer0QKV`.

@@ -85,14 +85,13 @@ pub(super) fn stages(lowering: &mut Lowering<'_>) -> Result<Vec<Stage>, TileErro
             format,
             scales,
             k,
-            first: 0,
-            row: k,
             cols: each * layers.len(),
             operands: 1,
             bias,
             epilogue: Epilogue::Store,
             output,
             tap: false,
+            partial: lowering.partial(k, each * layers.len(), 1),
         }),
     });
     let rope = rope.map(|name| lowering.rope(&name));

@@ -9,7 +9,7 @@ use tilec_ir::graph::Router;
 use tilec_ir::launch::{OCTET, STEP_ROWS};
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Epilogue, Experts, Gemm, K_STEP, Kind, MAX_EXPERTS, MAX_K, MAX_TOP_K, Norm,
+    Attention, Bias, CHUNK, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, PART_COLUMNS,
     Replaced, ResidentProgram, Rope, Route, SPAN, Scores, Stage, Taps,
 };
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
@@ -185,30 +185,6 @@ pub(super) fn value_scale(op: &FusedOp, pieces: &[Piece]) -> Result<f32, TileErr
     }
 }
 
-/// A product of rows that are too long for a consumer's registers becomes several, each of a part of the
-/// columns; those behind the first add to what is there. What cannot be added up stays whole.
-fn split(kind: Kind, buffers: &[Buffer]) -> Vec<Kind> {
-    let Kind::Gemm(gemm) = kind else { return vec![kind] };
-    let adds = match gemm.epilogue {
-        Epilogue::Store => buffers[gemm.output.0 as usize].elem == BufferElem::F32,
-        Epilogue::Residual => true,
-        Epilogue::Gated(_) | Epilogue::Logits => false,
-    };
-    if gemm.k <= MAX_K || gemm.norm.is_some() || !adds {
-        return vec![Kind::Gemm(gemm)];
-    }
-    let each = gemm.k.div_ceil(gemm.k.div_ceil(MAX_K)).next_multiple_of(K_STEP);
-    let part = |first: usize| {
-        let k = each.min(gemm.k - first);
-        let whole = Gemm { first, k, ..gemm.clone() };
-        Kind::Gemm(match first {
-            0 => whole,
-            _ => Gemm { bias: Vec::new(), epilogue: Epilogue::Residual, ..whole },
-        })
-    };
-    (0..gemm.k).step_by(each).map(part).collect()
-}
-
 /// A norm that waits for the product in front of which it is recomputed.
 #[derive(Clone)]
 struct Normed {
@@ -269,15 +245,7 @@ impl Lowering<'_> {
                 self.rows(op, input()?)?;
                 None
             }
-            Anchor::Gemm => {
-                let name = layerless(&op.name);
-                let parts = split(self.gemm(op, input()?, offsets)?, &self.buffers);
-                let named = |(part, kind)| {
-                    let name = if part == 0 { name.to_string() } else { format!("{name}_{}", part + 1) };
-                    Stage { name, kind }
-                };
-                return Ok(parts.into_iter().enumerate().map(named).collect());
-            }
+            Anchor::Gemm => Some(self.gemm(op, input()?, offsets)?),
             Anchor::Route(router) => {
                 self.route(op, input()?, router)?;
                 None
@@ -448,6 +416,7 @@ impl Lowering<'_> {
         let scales = octet_scales(&octets).map(|scales| self.packer.slot(scales, offsets.as_mut()));
         let weights = self.packer.slot(octets, offsets.as_mut());
         let select = normed.is_some_and(|normed| normed.select);
+        let partial = self.partial(k, cols, operands);
         Ok(Kind::Gemm(Gemm {
             input,
             norm,
@@ -456,14 +425,13 @@ impl Lowering<'_> {
             format,
             scales,
             k,
-            first: 0,
-            row: k,
             operands,
             bias,
             epilogue,
             output,
             cols,
             tap: false,
+            partial,
         }))
     }
 
@@ -698,14 +666,13 @@ impl Lowering<'_> {
             format,
             scales: None,
             k: k.next_multiple_of(OCTET),
-            first: 0,
-            row: k.next_multiple_of(OCTET),
             operands,
             bias,
             epilogue,
             output,
             cols,
             tap: false,
+            partial: None,
         };
         Ok(Kind::Experts(Experts { gemm, experts, top_k, route }))
     }
@@ -790,6 +757,12 @@ impl Lowering<'_> {
         let buffer = self.buffer(name, elem, cols);
         self.of_value.insert(value, buffer);
         buffer
+    }
+
+    /// Room for the sums of a product's first parts, if its rows of `k` columns are longer than one.
+    pub(super) fn partial(&mut self, k: usize, cols: usize, operands: usize) -> Option<BufferId> {
+        let cols = cols.next_multiple_of(OCTET) * operands;
+        (k > PART_COLUMNS).then(|| self.buffer("partial", BufferElem::F32, cols))
     }
 
     /// The buffer of this name and shape. Every stage waits for all of the one before, and no stage

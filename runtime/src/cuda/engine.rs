@@ -992,10 +992,10 @@ pub(super) fn wait_for_copies(device: &mut dyn Device) -> Result<(), EngineError
     }
 }
 
-/// Slots that an SM has on their way: its share of the memory's rate (bytes a second) times the
+/// Bytes that an SM has on their way: its share of the memory's rate (bytes a second) times the
 /// latency of a busy memory, about 1.25 us. A third more or less costs a few per cent of a step.
 fn in_flight(memory_rate: Option<u64>, sms: usize) -> u32 {
     const LATENCY: f64 = 1.25e-6;
     let rate = memory_rate.unwrap_or(3_350_000_000_000) as f64 / sms.max(1) as f64;
-    (rate * LATENCY / tilec_ir::launch::SLOT_BYTES as f64).round().max(1.0) as u32
+    (rate * LATENCY) as u32
 }

@@ -15,7 +15,7 @@ use tilec_ir::graph::interp::{Interpreter, Row};
 use tilec_ir::graph::{Graph, Op};
 use tilec_ir::launch::STEP_ROWS;
 use tilec_ir::plan::WeightsFrom;
-use tilec_ir::resident::{Epilogue, Gemm, Kind, ResidentProgram, Stage};
+use tilec_ir::resident::ResidentProgram;
 use tilec_ir::spec::{Activations, DflashSpec, Draft, ModelSpec, WeightFormat};
 use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::checkpoint::Checkpoint;
@@ -94,8 +94,7 @@ impl Pair {
         spec.precision.activations = Activations::F32;
         let (target, draft) = graphs(input, &spec).unwrap();
         let draft = draft.unwrap();
-        let mut programs = lower([&target, &draft.inject, &draft.block], context);
-        cut_fc(&mut programs[1]);
+        let programs = lower([&target, &draft.inject, &draft.block], context);
         let tap_cols = programs[0].taps.as_ref().map(|taps| taps.layers.len() * taps.cols).unwrap();
         let simulations = programs
             .into_iter()
@@ -182,22 +181,6 @@ fn lower(graphs: [&Graph; 3], context: usize) -> [ResidentProgram; 3] {
         resident::resident_with(&fuse::fuse(graph).unwrap(), context, &mut packer)
             .unwrap_or_else(|e| panic!("{e}"))
     })
-}
-
-/// Cuts the product with the taps into parts of 128 columns, as those of more columns than a kernel takes.
-fn cut_fc(program: &mut ResidentProgram) {
-    let Kind::Gemm(fc) = &program.before[1].kind else { panic!("fc is behind the taps") };
-    let part = |first: usize| {
-        let part = Gemm { first, k: 128.min(fc.k - first), ..fc.clone() };
-        let kind = match first {
-            0 => Kind::Gemm(part),
-            _ => Kind::Gemm(Gemm { epilogue: Epilogue::Residual, bias: Vec::new(), ..part }),
-        };
-        Stage { name: format!("fc{first}"), kind }
-    };
-    let parts: Vec<Stage> = (0..fc.k).step_by(128).map(part).collect();
-    program.before.splice(1..2, parts);
-    program.verify().unwrap();
 }
 
 /// Contexts of random taps, so many positions each, then a block behind each of them: against the interpreter.
