@@ -1,8 +1,11 @@
 // See machine.h. Run as: simulator FOLDER BLOCKS SEED; the files in the folder are those of `main`.
 #include "machine.h"
 
+#include <fcntl.h>
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -21,10 +24,19 @@ namespace {
 
 constexpr size_t STACK = 128 << 10;
 
+struct Fiber {
+  ucontext_t context;  // in which it begins
+  jmp_buf place;       // where it goes on
+};
+
+// Short, since whoever waits is looked at often.
 struct Lane {
-  ucontext_t context;
+  Fiber* fiber;
   uint32_t thread, block;
+  bool begun = false;
   bool done = false;
+  const uint64_t* round = nullptr;  // waits for this to be another than `last`
+  uint64_t last;
   std::function<bool()> condition;  // none: may run
 };
 
@@ -55,6 +67,7 @@ struct Copy {
 };
 
 std::vector<Lane> lanes;
+std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 constexpr uint32_t MEETINGS = 4;  // of a block: all, the consumers, two teams of them
 std::vector<Meeting> meetings;    // [block][number]
@@ -65,7 +78,8 @@ std::vector<uint8_t> shared_memory;
 size_t shared_bytes;
 uint32_t block_count;
 uint64_t now;
-ucontext_t scheduler;
+ucontext_t caller;
+jmp_buf scheduler;
 Lane* current;
 const void* arguments;
 
@@ -87,10 +101,31 @@ Barrier& known(uint64_t* barrier) {
 void run_lane() {
   simulator_kernel(arguments);
   current->done = true;
-  swapcontext(&current->context, &scheduler);
+  _longjmp(scheduler, 1);
 }
 
-bool ready(const Lane& lane) { return !lane.done && (!lane.condition || lane.condition()); }
+// Lets a lane run until it waits. A context asks the system for the mask of signals at every change, which takes
+// longer than all that a lane does in between; so contexts only give lanes their stacks.
+void resume(Lane& lane) {
+  if (_setjmp(scheduler) != 0) return;
+  if (lane.begun) _longjmp(lane.fiber->place, 1);
+  lane.begun = true;
+  swapcontext(&caller, &lane.fiber->context);
+}
+
+bool ready(const Lane& lane) {
+  if (lane.done || (lane.round && *lane.round == lane.last)) return false;
+  return !lane.condition || lane.condition();
+}
+
+// Waits for the end of a round.
+void wait_round(const uint64_t& round, uint64_t last) {
+  if (round != last) return;
+  current->round = &round;
+  current->last = last;
+  yield();
+  current->round = nullptr;
+}
 
 void finish_copies() {
   for (size_t i = 0; i < copies.size();) {
@@ -114,7 +149,7 @@ bool run_warp(size_t warp) {
     if (!ready(lanes[i])) continue;
     current = &lanes[i];
     current->condition = nullptr;
-    swapcontext(&scheduler, &current->context);
+    resume(*current);
     current = nullptr;
     ran = true;
   }
@@ -134,6 +169,7 @@ void run(uint64_t seed, const void* args, size_t shared_size) {
   shared_memory.assign(shared_bytes * block_count + 128, 0xff);
   const uint32_t threads = simulator_threads();
   lanes = std::vector<Lane>(size_t(threads) * block_count);
+  fibers = std::vector<Fiber>(lanes.size());
   warps.assign(lanes.size() / WARP, Warp());
   meetings.assign(size_t(block_count) * MEETINGS, Meeting());
   const size_t bytes = lanes.size() * STACK;
@@ -143,11 +179,13 @@ void run(uint64_t seed, const void* args, size_t shared_size) {
     Lane& lane = lanes[i];
     lane.thread = i % threads;
     lane.block = i / threads;
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = static_cast<uint8_t*>(stacks) + i * STACK;
-    lane.context.uc_stack.ss_size = STACK;
-    lane.context.uc_link = nullptr;
-    makecontext(&lane.context, run_lane, 0);
+    lane.fiber = &fibers[i];
+    ucontext_t& context = lane.fiber->context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = static_cast<uint8_t*>(stacks) + i * STACK;
+    context.uc_stack.ss_size = STACK;
+    context.uc_link = nullptr;
+    makecontext(&context, run_lane, 0);
   }
   for (uint64_t idle = 0;; ++now) {
     finish_copies();
@@ -187,7 +225,9 @@ uint8_t* shared() {
   return reinterpret_cast<uint8_t*>(start) + shared_bytes * current->block;
 }
 
-void yield() { swapcontext(&current->context, &scheduler); }
+void yield() {
+  if (_setjmp(current->fiber->place) == 0) _longjmp(scheduler, 1);
+}
 
 void wait(std::function<bool()> condition) {
   if (condition()) return;
@@ -204,7 +244,7 @@ const uint64_t* exchange(uint64_t value) {
     warp.arrived = 0;
     ++warp.round;
   }
-  wait([&warp, round] { return warp.round != round; });
+  wait_round(warp.round, round);
   return warp.out;
 }
 
@@ -215,7 +255,7 @@ void meet(uint32_t number, uint32_t threads) {
     meeting.arrived = 0;
     ++meeting.round;
   }
-  wait([&meeting, round] { return meeting.round != round; });
+  wait_round(meeting.round, round);
 }
 
 void fail(const char* what) {
@@ -251,17 +291,15 @@ void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
 
 namespace {
 
-// A file's bytes, at an address that weights may have.
-uint8_t* load(const std::string& path, size_t& bytes) {
-  FILE* file = fopen(path.c_str(), "rb");
-  if (!file) machine::fail(("cannot open " + path).c_str());
-  fseek(file, 0, SEEK_END);
-  bytes = ftell(file);
-  rewind(file);
-  uint8_t* memory = static_cast<uint8_t*>(aligned_alloc(256, (bytes + 511) / 256 * 256));
-  if (fread(memory, 1, bytes, file) != bytes) machine::fail(("cannot read " + path).c_str());
-  fclose(file);
-  return memory;
+// A file's bytes in memory; what is written there goes into the file.
+uint8_t* map(const std::string& path) {
+  const int file = open(path.c_str(), O_RDWR);
+  if (file < 0) machine::fail(("cannot open " + path).c_str());
+  const off_t bytes = lseek(file, 0, SEEK_END);
+  void* memory = mmap(nullptr, bytes > 0 ? bytes : 1, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (memory == MAP_FAILED) machine::fail(("cannot map " + path).c_str());
+  close(file);
+  return static_cast<uint8_t*>(memory);
 }
 
 void store(const std::string& path, const void* from, size_t bytes) {
@@ -285,16 +323,15 @@ struct Launch {
 
 extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps);
 
-// Reads weights.bin, kv.bin, taps.bin and launch.bin; writes kv.bin, taps.bin, arena.bin, sync.bin, logits.bin,
+// Reads weights.bin and launch.bin, reads and writes kv.bin and taps.bin, writes arena.bin, sync.bin, logits.bin,
 // chosen.bin and experts.bin.
 int main(int, char** argv) {
   const std::string folder = std::string(argv[1]) + "/";
   machine::block_count = atoi(argv[2]);
-  size_t weight_bytes, kv_bytes, taps_bytes, launch_bytes;
-  const uint8_t* weights = load(folder + "weights.bin", weight_bytes);
-  uint8_t* kv = load(folder + "kv.bin", kv_bytes);
-  uint8_t* taps = load(folder + "taps.bin", taps_bytes);
-  const uint8_t* words = load(folder + "launch.bin", launch_bytes);
+  const uint8_t* weights = map(folder + "weights.bin");
+  uint8_t* kv = map(folder + "kv.bin");
+  uint8_t* taps = map(folder + "taps.bin");
+  const uint8_t* words = map(folder + "launch.bin");
   const Launch& launch = *reinterpret_cast<const Launch*>(words);
   uint8_t* arena = poisoned(launch.arena_bytes);
   uint8_t* sync = poisoned(launch.sync_bytes);
@@ -305,8 +342,6 @@ int main(int, char** argv) {
   uint64_t args[64];
   simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps));
   machine::run(atoll(argv[3]), args, launch.shared_bytes);
-  store(folder + "kv.bin", kv, kv_bytes);
-  store(folder + "taps.bin", taps, taps_bytes);
   store(folder + "arena.bin", arena, launch.arena_bytes);
   store(folder + "sync.bin", sync, launch.sync_bytes);
   store(folder + "logits.bin", logits, logit_bytes);

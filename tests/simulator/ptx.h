@@ -33,11 +33,20 @@ __device__ __forceinline__ u32 half_f16(float f) {
 }
 __device__ __forceinline__ u32 pack_bf16(float low, float high) { return half_bf16(low) | half_bf16(high) << 16; }
 __device__ __forceinline__ u32 pack_f16(float low, float high) { return half_f16(low) | half_f16(high) << 16; }
-__device__ __forceinline__ float widen_f16(u16 bits) {
-  _Float16 h;
-  memcpy(&h, &bits, sizeof h);
-  return (float)h;
-}
+// All halves, since converting one takes a processor long.
+struct Halves {
+  float of[1 << 16];
+  Halves() {
+    for (u32 bits = 0; bits < 1 << 16; ++bits) {
+      const u16 half = (u16)bits;
+      _Float16 h;
+      memcpy(&h, &half, sizeof h);
+      of[bits] = (float)h;
+    }
+  }
+};
+static const Halves HALVES;
+__device__ __forceinline__ float widen_f16(u16 bits) { return HALVES.of[bits]; }
 __device__ __forceinline__ float widen_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); }
 
 __device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {
@@ -54,24 +63,23 @@ __device__ __forceinline__ u32 warp_min(u32 v) {
   return v;
 }
 
-// A lane's two words of A or B at a time: what the others have, column by column.
+// A lane's two words of A or B at a time; of what the others have it takes its two rows and its two columns.
 template <float WIDEN(u16)> __device__ __forceinline__ void product(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  float rows[16][16], columns[16][8];
+  float rows[2][16], columns[2][16];
+  const u32 g = lane_id() / 4, at = lane_id() % 4 * 2;
   for (u32 half = 0; half < 3; ++half) {
     const u64 mine = half == 0 ? a[0] | (u64)a[1] << 32 : half == 1 ? a[2] | (u64)a[3] << 32 : b0 | (u64)b1 << 32;
     const uint64_t* all = machine::exchange(mine);
-    for (u32 lane = 0; lane < 32; ++lane) {
-      const u32 g = lane / 4, at = lane % 4 * 2;
+    for (u32 t = 0; t < 4; ++t) {
       for (u32 i = 0; i < 4; ++i) {
-        const float value = WIDEN((u16)(all[lane] >> 16 * i));
-        if (half < 2) rows[g + i / 2 * 8][half * 8 + at + i % 2] = value;
-        else columns[i / 2 * 8 + at + i % 2][g] = value;
+        const u32 k = t * 2 + i % 2;
+        if (half < 2) rows[i / 2][half * 8 + k] = WIDEN((u16)(all[g * 4 + t] >> 16 * i));
+        else for (u32 c = 0; c < 2; ++c) columns[c][i / 2 * 8 + k] = WIDEN((u16)(all[(at + c) * 4 + t] >> 16 * i));
       }
     }
   }
-  const u32 g = lane_id() / 4, at = lane_id() % 4 * 2;
   for (u32 i = 0; i < 4; ++i) {
-    for (u32 k = 0; k < 16; ++k) d[i] += rows[g + i / 2 * 8][k] * columns[k][at + i % 2];
+    for (u32 k = 0; k < 16; ++k) d[i] += rows[i / 2][k] * columns[i % 2][k];
   }
 }
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { product<widen_bf16>(d, a, b0, b1); }

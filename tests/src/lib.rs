@@ -153,3 +153,36 @@ pub fn reset(engine: &mut Engine) {
         engine.reset(sequence);
     }
 }
+
+/// What the formulas in float64 gave for a pair of target and draft, by name.
+pub struct Reference {
+    /// Whole numbers: tokens, and how many rounds added.
+    pub whole: BTreeMap<String, Vec<u32>>,
+    /// Logits of blocks, `[rows, vocab]`.
+    pub logits: BTreeMap<String, Vec<f64>>,
+}
+
+impl Reference {
+    /// Reads that of the pair `dflash/NAME`.
+    pub fn of(pair: &str) -> Reference {
+        let bytes =
+            std::fs::read(fixtures().join("dflash").join(pair).join("reference.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let (mut whole, mut logits) = (BTreeMap::new(), BTreeMap::new());
+        for (name, tensor) in file.tensors() {
+            let words = tensor.data().as_chunks::<8>().0;
+            if tensor.dtype() == safetensors::Dtype::F64 {
+                logits.insert(name, words.iter().map(|word| f64::from_le_bytes(*word)).collect());
+            } else {
+                whole.insert(name, words.iter().map(|word| i64::from_le_bytes(*word) as u32).collect());
+            }
+        }
+        Reference { whole, logits }
+    }
+
+    /// Prompt, tokens with it, and tokens added by each round.
+    pub fn loops(&self) -> Vec<[&[u32]; 3]> {
+        let of = |kind: &str, number: usize| self.whole.get(&format!("{kind}.{number}")).map(Vec::as_slice);
+        (0..).map_while(|n| Some([of("prompt", n)?, of("tokens", n)?, of("rounds", n)?])).collect()
+    }
+}

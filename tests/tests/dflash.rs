@@ -9,7 +9,7 @@ use tilec_ir::spec::{Activations, ModelSpec};
 use tilec_runtime::engine::{BlockInput, Engine, RowInput};
 use tilec_runtime::generate::{Generator, Request, Run};
 use tilec_runtime::sampling::SamplingParams;
-use tilec_tests::{Fixture, Loaded, fixtures, load};
+use tilec_tests::{Fixture, Loaded, Reference, fixtures, load};
 
 const PAIRS: &[&str] = &["full", "default-taps", "sliding-causal", "sliding-both-ways"];
 
@@ -20,36 +20,6 @@ fn f32_everywhere(fixture: &Fixture) -> ModelSpec {
     spec.precision.activations = Activations::F32;
     spec.limits.rows = 24;
     spec
-}
-
-/// The numbers of a reference file, by name.
-struct Reference {
-    whole: BTreeMap<String, Vec<u32>>,
-    logits: BTreeMap<String, Vec<f64>>,
-}
-
-impl Reference {
-    fn of(pair: &str) -> Reference {
-        let bytes =
-            std::fs::read(fixtures().join("dflash").join(pair).join("reference.safetensors")).unwrap();
-        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let (mut whole, mut logits) = (BTreeMap::new(), BTreeMap::new());
-        for (name, tensor) in file.tensors() {
-            let words = tensor.data().as_chunks::<8>().0;
-            if tensor.dtype() == safetensors::Dtype::F64 {
-                logits.insert(name, words.iter().map(|word| f64::from_le_bytes(*word)).collect());
-            } else {
-                whole.insert(name, words.iter().map(|word| i64::from_le_bytes(*word) as u32).collect());
-            }
-        }
-        Reference { whole, logits }
-    }
-
-    /// Prompt, tokens with it, and tokens added by each round.
-    fn loops(&self) -> Vec<[&[u32]; 3]> {
-        let of = |kind: &str, number: usize| self.whole.get(&format!("{kind}.{number}")).map(Vec::as_slice);
-        (0..).map_while(|n| Some([of("prompt", n)?, of("tokens", n)?, of("rounds", n)?])).collect()
-    }
 }
 
 fn rows(tokens: &[u32], sequence: u32) -> Vec<RowInput> {

@@ -2,14 +2,20 @@
 //! simulated machine (`tests/simulator`) in place of its one header of instructions. Blocks, warps and
 //! copies run in a random order, unread memory is NaN, and whatever waits for ever is found.
 
+#[path = "simulator/attention.rs"]
+mod attention;
 #[path = "simulator/draft.rs"]
 mod draft;
+#[path = "simulator/steps.rs"]
+mod steps;
 
 use serde_json::{Value, json};
 use std::borrow::Cow;
+use std::ffi::OsStr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use tilec_codegen::emit::cuda::emit;
 use tilec_codegen::frontends;
 use tilec_codegen::nvrtc::Arch;
@@ -17,15 +23,34 @@ use tilec_codegen::passes::{fuse, precision, resident, shard};
 use tilec_ir::abi::KvType;
 use tilec_ir::convert::{dequantize, quantize};
 use tilec_ir::format::Format;
-use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
+use tilec_ir::graph::interp::{Row, WeightSource};
 use tilec_ir::graph::{EXPERT, Graph};
 use tilec_ir::launch::{STEP_ROWS, SYNC_BYTES};
-use tilec_ir::pack::PackContent;
 use tilec_ir::resident::{Attention, Kind, ResidentProgram};
 use tilec_ir::spec::{Activations, ModelSpec, Shard, WeightFormat};
 use tilec_ir::stages::Slot;
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::pack::pack;
+
+/// Folder of the simulated machine.
+fn simulator() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("simulator")
+}
+
+/// Runs the C++ compiler on sources that know the simulated machine's headers.
+fn compile(arguments: &[&OsStr], out: &Path) {
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+    let output = Command::new(&compiler)
+        // Some systems check jumps between stacks, by which lanes take turns.
+        .args(["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-I"])
+        .arg(simulator())
+        .args(arguments)
+        .arg("-o")
+        .arg(out)
+        .output()
+        .unwrap_or_else(|error| panic!("{compiler}: {error}; install g++, or set CXX"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
 
 /// Sequences that have pages.
 const SEQUENCES: usize = 8;
@@ -141,18 +166,15 @@ impl Simulation {
         let formats = "#include \"ptx.h\"\n// ==== formats.cuh";
         let source = format!("#include \"prelude.h\"\n{before}\n{formats}{behind}\n#include \"entry.h\"\n");
         std::fs::write(self.path("kernel.cpp"), source).unwrap();
-        let simulator = Path::new(env!("CARGO_MANIFEST_DIR")).join("simulator");
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-        let output = Command::new(&compiler)
-            .args(["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-I"])
-            .arg(&simulator)
-            .arg(self.path("kernel.cpp"))
-            .arg(simulator.join("machine.cpp"))
-            .arg("-o")
-            .arg(self.path("simulator"))
-            .output()
-            .unwrap_or_else(|error| panic!("{compiler}: {error}; install g++, or set CXX"));
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        static MACHINE: OnceLock<PathBuf> = OnceLock::new();
+        let machine = MACHINE.get_or_init(|| {
+            let object = Path::new(env!("CARGO_TARGET_TMPDIR")).join("machine.o");
+            let own = object.with_extension(format!("{}.o", std::process::id()));
+            compile(&["-c".as_ref(), simulator().join("machine.cpp").as_ref()], &own);
+            std::fs::rename(&own, &object).unwrap();
+            object
+        });
+        compile(&[self.path("kernel.cpp").as_ref(), machine.as_ref()], &self.path("simulator"));
     }
 
     /// Attention of the last layer.
@@ -405,244 +427,4 @@ fn qwen3_moe() -> Value {
     config["norm_topk_prob"] = json!(true);
     config["mlp_only_layers"] = json!([]);
     config
-}
-
-#[test]
-fn steps_give_the_interpreters_logits_whatever_the_order_of_blocks_and_copies() {
-    for (name, config, format, experts, bound) in [
-        ("llama bf16", llama(), Format::BF16, None, 0.03),
-        ("llama f16", llama(), Format::F16, None, 0.01),
-        ("llama fp8", llama(), Format::FP8_BLOCK, None, 0.03),
-        ("long bf16", long(40, 8264), Format::BF16, None, 0.03),
-        ("long fp8", long(40, 8264), Format::FP8_BLOCK, None, 0.03),
-        ("long f16", long(8264, 16), Format::F16, None, 0.01),
-        ("gpt-oss f16", gpt_oss(), Format::F16, Some(Format::F16), 0.01),
-        ("qwen3 moe mxfp4", qwen3_moe(), Format::BF16, Some(Format::MXFP4), 0.03),
-        ("short mxfp4", short_experts(), Format::BF16, Some(Format::MXFP4), 0.03),
-        ("mimo fp8, mxfp4", mimo_fused(), Format::FP8_BLOCK, Some(Format::MXFP4), 0.03),
-    ] {
-        let simulation = Simulation::new(&config, format, experts, 256);
-        let vocab = simulation.program.vocab;
-        let weights = Weights(&simulation);
-        let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
-        let first: Vec<Row> =
-            (0..6).map(|n| row(n * 7 % 24, n as usize, 0)).chain([row(3, 0, 1), row(9, 1, 1)]).collect();
-        let second: Vec<Row> = (6..9)
-            .map(|n| row(n * 7 % 24, n as usize, 0))
-            .chain((2..6).map(|n| row(n * 5 % 24, n as usize, 1)))
-            .collect();
-        // Long rows take the simulator long: one step, in two orders.
-        let long = name.starts_with("long") || name.starts_with("short");
-        for (number, rows) in [&first, &second].into_iter().take(if long { 1 } else { 2 }).enumerate() {
-            let wanted: Vec<usize> = (0..rows.len()).collect();
-            let wanted = interpreter.step(rows, &wanted).unwrap();
-            let before = simulation.cache();
-            let found = simulation.launch(rows, 1, 3 + number, number as u64);
-            let off = deviation(&found.logits, &wanted, vocab);
-            assert!(off < bound, "{name}, step {number}: off by {off}");
-            // Other orders, other numbers of blocks: the same bits, in the cache as well.
-            let cache = simulation.cache();
-            for seed in 10..if name == "llama bf16" { 13 } else { 11 } {
-                simulation.write_cache(&before);
-                let again = simulation.launch(rows, 1, 2 + seed as usize % 5, seed);
-                assert!(again.logits == found.logits, "{name}, step {number}: seed {seed} has other bits");
-                assert!(simulation.cache() == cache, "{name}, step {number}: seed {seed} has another cache");
-            }
-        }
-        if long {
-            continue;
-        }
-        if name == "qwen3 moe mxfp4" {
-            check_routing(&simulation, &first);
-        }
-        // The second sequence's rows alone.
-        let ends: Vec<Row> = [row(1, 9, 0), row(2, 6, 1)].into();
-        let before = simulation.cache();
-        let both = simulation.launch(&ends, 1, 4, 20);
-        simulation.write_cache(&before);
-        let alone = simulation.launch(&ends[1..], 1, 4, 21);
-        assert!(alone.logits == both.logits[vocab..], "{name}: alone and in company differ");
-        // Three steps of one launch choose what three launches choose.
-        simulation.write_cache(&before);
-        let launched = simulation.launch(&ends, 3, 4, 22);
-        simulation.write_cache(&before);
-        let mut rows = ends.clone();
-        for step in 0..3 {
-            let single = simulation.launch(&rows, 1, 5, 23 + step);
-            assert_eq!(single.chosen, launched.chosen[step as usize * 2..][..2], "{name}, step {step}");
-            for (row, token) in rows.iter_mut().zip(&single.chosen) {
-                (row.token, row.position) = (*token, row.position + 1);
-            }
-        }
-    }
-}
-
-/// One rank alone is the interpreter of its graph, in which its own parts stand for sums: heads, columns of
-/// matrices and of experts are cut, in blocks of FP8 and FP4 as well.
-#[test]
-fn a_rank_alone_gives_the_interpreters_logits() {
-    let mut mimo = mimo_fused();
-    for (key, value) in [
-        ("num_attention_heads", 8),
-        ("swa_num_key_value_heads", 4),
-        ("v_head_dim", 32),
-        ("intermediate_size", 256),
-        ("moe_intermediate_size", 64),
-    ] {
-        mimo[key] = value.into();
-    }
-    for (name, config, format, experts, bound) in [
-        ("gpt-oss f16", gpt_oss(), Format::F16, Some(Format::F16), 0.01),
-        ("mimo fp8, mxfp4", mimo, Format::FP8_BLOCK, Some(Format::MXFP4), 0.03),
-    ] {
-        for rank in 0..2 {
-            let rank = Shard { rank, ranks: 2 };
-            let simulation = Simulation::share(&config, format, experts, 256, Some(rank));
-            assert_eq!(simulation.program.vocab, 48);
-            let weights = Weights(&simulation);
-            let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
-            let rows: Vec<Row> = (0..8).map(|n| row(n * 11 % 96, n as usize, 0)).collect();
-            let wanted = interpreter.step(&rows, &(0..rows.len()).collect::<Vec<_>>()).unwrap();
-            let found = simulation.launch(&rows, 1, 3, 1);
-            let off = deviation(&found.logits, &wanted, simulation.program.vocab);
-            assert!(off < bound, "{name}, {rank}: off by {off}");
-        }
-    }
-}
-
-/// Experts that chance chooses for 8 rows, 3 each in two layers: all alike, one alike, each by itself.
-fn check_routing(simulation: &Simulation, rows: &[Row]) {
-    let before = simulation.cache();
-    let streamed = [1001, 335, 1].map(|routing| {
-        let [one, again] = [5, 6].map(|seed| simulation.launch_routed(rows, 1, 3, seed, routing));
-        assert!(one.logits.iter().all(|logit| logit.is_finite()), "{routing}");
-        assert!(one.logits == again.logits && one.experts == again.experts, "{routing}");
-        one.experts
-    });
-    assert_eq!(streamed[0], 2 * 3);
-    assert!(streamed[1] <= 2 * (1 + 8 * 2) && streamed[2] <= 2 * 8 * 3, "{streamed:?}");
-    assert!(streamed.is_sorted() && streamed[2] > 2 * 12, "{streamed:?}");
-    simulation.write_cache(&before);
-}
-
-/// Attention of the last layer in one launch against its formula in float64, over a cache of random
-/// numbers. Gives whether a head's sink had a part of its weights, and not all of them.
-fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) -> bool {
-    let program = &simulation.program;
-    let kv = program.kv;
-    let attention = simulation.last_attention();
-    let outcome = simulation.launch(rows, 1, blocks, seed);
-    let counters = words(&outcome.sync);
-    // The counts of parts lie behind the three cells of the best logits; a crossing's count stays.
-    assert!(counters[112..].iter().all(|count| *count == 0), "counts are left for the next stage");
-    let buffer = |id| {
-        let buffer = program.buffer(id);
-        (&outcome.arena[buffer.offset..], buffer.cols)
-    };
-    let (qkv, cols) = buffer(attention.input);
-    let qkv: Vec<f64> = floats(&qkv[..STEP_ROWS * cols * 4]).into_iter().map(f64::from).collect();
-    let (out, out_cols) = buffer(attention.output);
-    let out = brains(&out[..STEP_ROWS * out_cols * 2]);
-    let cache = brains(&simulation.cache());
-    let layer = program.layers.last().unwrap();
-    let sinks = simulation.sinks();
-    let mut sink_counts = false;
-    let table = attention.rope.map(|rope| rope.table);
-    let found = program.packing.items.iter().find_map(|item| match &item.content {
-        PackContent::RopeTable { inv_freq, .. } if table == Some(Slot::Fixed(item.offset)) => Some(inv_freq),
-        _ => None,
-    });
-    let inv_freq = found.expect("heads are rotated");
-    let (heads, group) = (attention.heads, attention.heads / attention.kv_heads);
-    for (at, row) in rows.iter().enumerate() {
-        let from = attention.window.map_or(0, |window| (row.position + 1).saturating_sub(window));
-        let page = |p: usize, kv_head: usize| {
-            let page = row.sequence as usize * simulation.pages_per_sequence() + p / kv.page_tokens;
-            kv.block_offset(simulation.pages(), layer.cache, page, kv_head) / 2
-        };
-        for head in 0..heads {
-            let mut q = qkv[at * cols + head * kv.qk_dim..][..kv.qk_dim].to_vec();
-            if let Some(norm) = attention.q_norm {
-                let mean = q.iter().map(|x| x * x).sum::<f64>() / kv.qk_dim as f64;
-                let name = format!("model.layers.{}.self_attn.q_norm.weight", program.layers.len() - 1);
-                let gains = simulation.checkpoint.tensor_f32(&name).unwrap();
-                let scale = 1.0 / (mean + f64::from(norm.eps)).sqrt();
-                q.iter_mut().zip(gains).for_each(|(x, gain)| *x *= scale * f64::from(gain));
-            }
-            let raw = q.clone();
-            let half = inv_freq.len();
-            for (i, frequency) in inv_freq.iter().enumerate() {
-                let (sin, cos) = (f64::from(*frequency) * row.position as f64).sin_cos();
-                q[i] = raw[i] * cos - raw[i + half] * sin;
-                q[i + half] = raw[i + half] * cos + raw[i] * sin;
-            }
-            let score = |p: usize| {
-                let key = &cache[page(p, head / group) + p % kv.page_tokens * kv.qk_dim..][..kv.qk_dim];
-                q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() * f64::from(attention.scale)
-            };
-            let scores: Vec<f64> = (from..=row.position).map(score).collect();
-            let sink = sinks.get(head).map_or(f64::NEG_INFINITY, |sink| f64::from(*sink));
-            let top = scores.iter().copied().fold(sink, f64::max);
-            let total = scores.iter().map(|score| (score - top).exp()).sum::<f64>() + (sink - top).exp();
-            sink_counts |= (0.01..0.99).contains(&((sink - top).exp() / total));
-            let mut wanted = vec![0.0f64; kv.v_dim];
-            for (p, score) in (from..=row.position).zip(&scores) {
-                let base =
-                    page(p, head / group) + kv.page_tokens * kv.qk_dim + p % kv.page_tokens * kv.v_pad();
-                let weight = (score - top).exp() / total;
-                wanted.iter_mut().zip(&cache[base..]).for_each(|(sum, v)| *sum += weight * v);
-            }
-            let size = wanted.iter().fold(0.0f64, |size, x| size.max(x.abs()));
-            for (d, wanted) in wanted.iter().enumerate() {
-                let found = out[at * out_cols + head * kv.v_dim + d];
-                // Half a unit of a bfloat16 is 2^-9 of a number.
-                let close = (found - wanted).abs() <= size * 0.005 + f64::from(f32::MIN_POSITIVE);
-                assert!(
-                    close,
-                    "position {}, head {head}, column {d}: {found}, wanted {wanted}",
-                    row.position
-                );
-            }
-        }
-    }
-    sink_counts
-}
-
-#[test]
-fn attention_adds_up_chunks_and_spans() {
-    let mut sunk = mimo(1500);
-    (sunk["hybrid_layer_pattern"], sunk["moe_layer_freq"]) = (json!([1]), json!([0]));
-    sunk["num_hidden_layers"] = 1.into();
-    let [mut llama, mut qwen3] = [llama(), qwen3(1500)];
-    (llama["num_hidden_layers"], qwen3["num_hidden_layers"]) = (1.into(), 1.into());
-    for config in [llama, qwen3, sunk, mimo(5)] {
-        let simulation = Simulation::new(&config, Format::BF16, None, 3072);
-        if !simulation.sinks().is_empty() {
-            // Among the scores, below all of them, and so far above that their weights vanish.
-            simulation.set_sinks(&[0.5, 3.0, -7.0, f32::NEG_INFINITY, 300.0, 6.5]);
-        }
-        // Numbers from -2 to 2, and the padding of values, which nobody reads, as well.
-        let mut state = 1u64;
-        let mut random = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1 << 22) as f32 - 2.0
-        };
-        let numbers = simulation.cache_bytes() / 2;
-        let cache: Vec<u8> =
-            (0..numbers).flat_map(|_| half::bf16::from_f32(random()).to_le_bytes()).collect();
-        simulation.write_cache(&cache);
-        // Around the ends of chunks (128) and spans (1,024); a run over an end; all rows of one sequence. On
-        // two blocks an SM has more than the 32 items that are counted at once.
-        let mixed = [(2046, 0), (2047, 0), (2048, 0), (1023, 1), (1024, 1), (2900, 2), (5, 3), (1500, 4)];
-        let run: Vec<(usize, usize)> = (1020..1028).map(|position| (position, 5)).collect();
-        let single = [(3071, 6)];
-        for (seed, (places, blocks)) in
-            [(&mixed[..], 2), (&mixed[..], 40), (&run[..], 3), (&single[..], 7)].into_iter().enumerate()
-        {
-            let rows: Vec<Row> =
-                places.iter().enumerate().map(|(n, (p, s))| row(n as u32 * 9, *p, *s)).collect();
-            let sink_counts = check_attention(&simulation, &rows, blocks, seed as u64);
-            assert_eq!(sink_counts, !simulation.sinks().is_empty());
-        }
-    }
 }

@@ -1,0 +1,148 @@
+//! Attention on the simulated machine against its formula in float64, over caches of random numbers: several chunks
+//! and spans, windows, sinks, runs of a sequence's rows.
+
+use super::{Simulation, brains, floats, llama, mimo, qwen3, row, words};
+use serde_json::{Value, json};
+use tilec_ir::format::Format;
+use tilec_ir::graph::interp::Row;
+use tilec_ir::launch::STEP_ROWS;
+use tilec_ir::pack::PackContent;
+use tilec_ir::stages::Slot;
+
+/// Attention of the last layer in one launch against its formula in float64, over a cache of random
+/// numbers. Gives whether a head's sink had a part of its weights, and not all of them.
+fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) -> bool {
+    let program = &simulation.program;
+    let kv = program.kv;
+    let attention = simulation.last_attention();
+    let outcome = simulation.launch(rows, 1, blocks, seed);
+    let counters = words(&outcome.sync);
+    // The counts of parts lie behind the three cells of the best logits; a crossing's count stays.
+    assert!(counters[112..].iter().all(|count| *count == 0), "counts are left for the next stage");
+    let buffer = |id| {
+        let buffer = program.buffer(id);
+        (&outcome.arena[buffer.offset..], buffer.cols)
+    };
+    let (qkv, cols) = buffer(attention.input);
+    let qkv: Vec<f64> = floats(&qkv[..STEP_ROWS * cols * 4]).into_iter().map(f64::from).collect();
+    let (out, out_cols) = buffer(attention.output);
+    let out = brains(&out[..STEP_ROWS * out_cols * 2]);
+    let cache = brains(&simulation.cache());
+    let layer = program.layers.last().unwrap();
+    let sinks = simulation.sinks();
+    let mut sink_counts = false;
+    let table = attention.rope.map(|rope| rope.table);
+    let found = program.packing.items.iter().find_map(|item| match &item.content {
+        PackContent::RopeTable { inv_freq, .. } if table == Some(Slot::Fixed(item.offset)) => Some(inv_freq),
+        _ => None,
+    });
+    let inv_freq = found.expect("heads are rotated");
+    let (heads, group) = (attention.heads, attention.heads / attention.kv_heads);
+    for (at, row) in rows.iter().enumerate() {
+        let from = attention.window.map_or(0, |window| (row.position + 1).saturating_sub(window));
+        let page = |p: usize, kv_head: usize| {
+            let page = row.sequence as usize * simulation.pages_per_sequence() + p / kv.page_tokens;
+            kv.block_offset(simulation.pages(), layer.cache, page, kv_head) / 2
+        };
+        for head in 0..heads {
+            let mut q = qkv[at * cols + head * kv.qk_dim..][..kv.qk_dim].to_vec();
+            if let Some(norm) = attention.q_norm {
+                let mean = q.iter().map(|x| x * x).sum::<f64>() / kv.qk_dim as f64;
+                let name = format!("model.layers.{}.self_attn.q_norm.weight", program.layers.len() - 1);
+                let gains = simulation.checkpoint.tensor_f32(&name).unwrap();
+                let scale = 1.0 / (mean + f64::from(norm.eps)).sqrt();
+                q.iter_mut().zip(gains).for_each(|(x, gain)| *x *= scale * f64::from(gain));
+            }
+            let raw = q.clone();
+            let half = inv_freq.len();
+            for (i, frequency) in inv_freq.iter().enumerate() {
+                let (sin, cos) = (f64::from(*frequency) * row.position as f64).sin_cos();
+                q[i] = raw[i] * cos - raw[i + half] * sin;
+                q[i + half] = raw[i + half] * cos + raw[i] * sin;
+            }
+            let score = |p: usize| {
+                let key = &cache[page(p, head / group) + p % kv.page_tokens * kv.qk_dim..][..kv.qk_dim];
+                q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() * f64::from(attention.scale)
+            };
+            let scores: Vec<f64> = (from..=row.position).map(score).collect();
+            let sink = sinks.get(head).map_or(f64::NEG_INFINITY, |sink| f64::from(*sink));
+            let top = scores.iter().copied().fold(sink, f64::max);
+            let total = scores.iter().map(|score| (score - top).exp()).sum::<f64>() + (sink - top).exp();
+            sink_counts |= (0.01..0.99).contains(&((sink - top).exp() / total));
+            let mut wanted = vec![0.0f64; kv.v_dim];
+            for (p, score) in (from..=row.position).zip(&scores) {
+                let base =
+                    page(p, head / group) + kv.page_tokens * kv.qk_dim + p % kv.page_tokens * kv.v_pad();
+                let weight = (score - top).exp() / total;
+                wanted.iter_mut().zip(&cache[base..]).for_each(|(sum, v)| *sum += weight * v);
+            }
+            let size = wanted.iter().fold(0.0f64, |size, x| size.max(x.abs()));
+            for (d, wanted) in wanted.iter().enumerate() {
+                let found = out[at * out_cols + head * kv.v_dim + d];
+                // Half a unit of a bfloat16 is 2^-9 of a number.
+                let close = (found - wanted).abs() <= size * 0.005 + f64::from(f32::MIN_POSITIVE);
+                assert!(
+                    close,
+                    "position {}, head {head}, column {d}: {found}, wanted {wanted}",
+                    row.position
+                );
+            }
+        }
+    }
+    sink_counts
+}
+
+/// A model's attention in several launches.
+fn check(config: &Value) {
+    let simulation = Simulation::new(config, Format::BF16, None, 3072);
+    if !simulation.sinks().is_empty() {
+        // Among the scores, below all of them, and so far above that their weights vanish.
+        simulation.set_sinks(&[0.5, 3.0, -7.0, f32::NEG_INFINITY, 300.0, 6.5]);
+    }
+    // Numbers from -2 to 2, and the padding of values, which nobody reads, as well.
+    let mut state = 1u64;
+    let mut random = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1 << 22) as f32 - 2.0
+    };
+    let numbers = simulation.cache_bytes() / 2;
+    let cache: Vec<u8> = (0..numbers).flat_map(|_| half::bf16::from_f32(random()).to_le_bytes()).collect();
+    simulation.write_cache(&cache);
+    // Around the ends of chunks (128) and spans (1,024); a run over an end; all rows of one sequence. On
+    // two blocks an SM has more than the 32 items that are counted at once.
+    let mixed = [(2046, 0), (2047, 0), (2048, 0), (1023, 1), (1024, 1), (2900, 2), (5, 3), (1500, 4)];
+    let run: Vec<(usize, usize)> = (1020..1028).map(|position| (position, 5)).collect();
+    let single = [(3071, 6)];
+    for (seed, (places, blocks)) in
+        [(&mixed[..], 2), (&mixed[..], 40), (&run[..], 3), (&single[..], 7)].into_iter().enumerate()
+    {
+        let rows: Vec<Row> = places.iter().enumerate().map(|(n, (p, s))| row(n as u32 * 9, *p, *s)).collect();
+        let sink_counts = check_attention(&simulation, &rows, blocks, seed as u64);
+        assert_eq!(sink_counts, !simulation.sinks().is_empty());
+    }
+}
+
+#[test]
+fn grouped_queries() {
+    let mut config = llama();
+    config["num_hidden_layers"] = 1.into();
+    check(&config);
+}
+
+#[test]
+fn a_window_of_several_chunks() {
+    check(&qwen3(1500));
+}
+
+#[test]
+fn sinks_and_a_window() {
+    let mut config = mimo(1500);
+    (config["hybrid_layer_pattern"], config["moe_layer_freq"]) = (json!([1]), json!([0]));
+    config["num_hidden_layers"] = 1.into();
+    check(&config);
+}
+
+#[test]
+fn narrow_values_behind_a_layer_with_a_window() {
+    check(&mimo(5));
+}

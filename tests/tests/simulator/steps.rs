@@ -1,0 +1,180 @@
+//! Steps of small models on the simulated machine against the interpreter: logits within rounding, and the same
+//! bits whatever the order of blocks and copies, the number of blocks, the neighbours, the steps of a launch.
+
+use super::{
+    Simulation, Weights, deviation, gpt_oss, llama, long, mimo_fused, qwen3_moe, row, short_experts,
+};
+use serde_json::Value;
+use tilec_ir::format::Format;
+use tilec_ir::graph::interp::{Interpreter, Row};
+use tilec_ir::spec::Shard;
+
+/// Six rows of one sequence and two of another.
+fn first_rows() -> Vec<Row> {
+    (0..6).map(|n| row(n * 7 % 24, n as usize, 0)).chain([row(3, 0, 1), row(9, 1, 1)]).collect()
+}
+
+/// One step of rows, in two orders; `seeds` are those of further orders that have to give the same bits, in the cache
+/// as well.
+fn check_step(
+    simulation: &Simulation,
+    interpreter: &mut Interpreter<'_>,
+    rows: &[Row],
+    [number, seeds]: [usize; 2],
+    bound: f64,
+) {
+    let wanted: Vec<usize> = (0..rows.len()).collect();
+    let wanted = interpreter.step(rows, &wanted).unwrap();
+    let before = simulation.cache();
+    let found = simulation.launch(rows, 1, 3 + number, number as u64);
+    let off = deviation(&found.logits, &wanted, simulation.program.vocab);
+    assert!(off < bound, "step {number}: off by {off}");
+    let cache = simulation.cache();
+    for seed in 10..10 + seeds {
+        simulation.write_cache(&before);
+        let again = simulation.launch(rows, 1, 2 + seed % 5, seed as u64);
+        assert!(again.logits == found.logits, "step {number}: seed {seed} has other bits");
+        assert!(simulation.cache() == cache, "step {number}: seed {seed} has another cache");
+    }
+}
+
+/// One step: rows so long that they take the simulator long.
+fn check_long(config: &Value, weights: Format, experts: Option<Format>, bound: f64) {
+    let simulation = Simulation::new(config, weights, experts, 256);
+    let weights = Weights(&simulation);
+    let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+    check_step(&simulation, &mut interpreter, &first_rows(), [0, 1], bound);
+}
+
+/// Two steps, each in `seeds` further orders; rows alone; three steps of one launch.
+fn check_steps(config: &Value, weights: Format, experts: Option<Format>, seeds: usize, bound: f64) {
+    let simulation = Simulation::new(config, weights, experts, 256);
+    let vocab = simulation.program.vocab;
+    let weights = Weights(&simulation);
+    let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+    let second: Vec<Row> = (6..9)
+        .map(|n| row(n * 7 % 24, n as usize, 0))
+        .chain((2..6).map(|n| row(n * 5 % 24, n as usize, 1)))
+        .collect();
+    for (number, rows) in [first_rows(), second].into_iter().enumerate() {
+        check_step(&simulation, &mut interpreter, &rows, [number, seeds], bound);
+    }
+    // The second sequence's rows alone.
+    let ends: Vec<Row> = [row(1, 9, 0), row(2, 6, 1)].into();
+    let before = simulation.cache();
+    let both = simulation.launch(&ends, 1, 4, 20);
+    simulation.write_cache(&before);
+    let alone = simulation.launch(&ends[1..], 1, 4, 21);
+    assert!(alone.logits == both.logits[vocab..], "alone and in company differ");
+    // Three steps of one launch choose what three launches choose.
+    simulation.write_cache(&before);
+    let launched = simulation.launch(&ends, 3, 4, 22);
+    simulation.write_cache(&before);
+    let mut rows = ends.clone();
+    for step in 0..3 {
+        let single = simulation.launch(&rows, 1, 5, 23 + step);
+        assert_eq!(single.chosen, launched.chosen[step as usize * 2..][..2], "step {step}");
+        for (row, token) in rows.iter_mut().zip(&single.chosen) {
+            (row.token, row.position) = (*token, row.position + 1);
+        }
+    }
+}
+
+#[test]
+fn llama_in_bf16() {
+    check_steps(&llama(), Format::BF16, None, 3, 0.03);
+}
+
+#[test]
+fn llama_in_f16() {
+    check_steps(&llama(), Format::F16, None, 1, 0.01);
+}
+
+#[test]
+fn llama_in_fp8() {
+    check_steps(&llama(), Format::FP8_BLOCK, None, 1, 0.03);
+}
+
+#[test]
+fn long_rows_in_bf16() {
+    check_long(&long(40, 8264), Format::BF16, None, 0.03);
+}
+
+#[test]
+fn long_rows_in_fp8() {
+    check_long(&long(40, 8264), Format::FP8_BLOCK, None, 0.03);
+}
+
+#[test]
+fn long_norms_in_f16() {
+    check_long(&long(8264, 16), Format::F16, None, 0.01);
+}
+
+#[test]
+fn gpt_oss_in_f16() {
+    check_steps(&gpt_oss(), Format::F16, Some(Format::F16), 1, 0.01);
+}
+
+#[test]
+fn qwen3_moe_with_mxfp4() {
+    check_steps(&qwen3_moe(), Format::BF16, Some(Format::MXFP4), 1, 0.03);
+}
+
+#[test]
+fn short_experts_in_mxfp4() {
+    check_long(&short_experts(), Format::BF16, Some(Format::MXFP4), 0.03);
+}
+
+#[test]
+fn mimo_in_fp8_with_mxfp4() {
+    check_steps(&mimo_fused(), Format::FP8_BLOCK, Some(Format::MXFP4), 1, 0.03);
+}
+
+/// Experts that chance chooses for 8 rows, 3 each in two layers: all alike, one alike, each by itself.
+#[test]
+fn experts_by_chance() {
+    let simulation = Simulation::new(&qwen3_moe(), Format::BF16, Some(Format::MXFP4), 256);
+    let streamed = [1001, 335, 1].map(|routing| {
+        let [one, again] = [5, 6].map(|seed| simulation.launch_routed(&first_rows(), 1, 3, seed, routing));
+        assert!(one.logits.iter().all(|logit| logit.is_finite()), "{routing}");
+        assert!(one.logits == again.logits && one.experts == again.experts, "{routing}");
+        one.experts
+    });
+    assert_eq!(streamed[0], 2 * 3);
+    assert!(streamed[1] <= 2 * (1 + 8 * 2) && streamed[2] <= 2 * 8 * 3, "{streamed:?}");
+    assert!(streamed.is_sorted() && streamed[2] > 2 * 12, "{streamed:?}");
+}
+
+/// One rank alone is the interpreter of its graph, in which its own parts stand for sums: heads, columns of
+/// matrices and of experts are cut, in blocks of FP8 and FP4 as well.
+fn check_ranks(config: &Value, weights: Format, experts: Format, bound: f64) {
+    for rank in 0..2 {
+        let rank = Shard { rank, ranks: 2 };
+        let simulation = Simulation::share(config, weights, Some(experts), 256, Some(rank));
+        assert_eq!(simulation.program.vocab, 48);
+        let weights = Weights(&simulation);
+        let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+        let rows: Vec<Row> = (0..8).map(|n| row(n * 11 % 96, n as usize, 0)).collect();
+        check_step(&simulation, &mut interpreter, &rows, [0, 0], bound);
+    }
+}
+
+#[test]
+fn a_rank_of_gpt_oss() {
+    check_ranks(&gpt_oss(), Format::F16, Format::F16, 0.01);
+}
+
+#[test]
+fn a_rank_of_mimo() {
+    let mut mimo = mimo_fused();
+    for (key, value) in [
+        ("num_attention_heads", 8),
+        ("swa_num_key_value_heads", 4),
+        ("v_head_dim", 32),
+        ("intermediate_size", 256),
+        ("moe_intermediate_size", 64),
+    ] {
+        mimo[key] = value.into();
+    }
+    check_ranks(&mimo, Format::FP8_BLOCK, Format::MXFP4, 0.03);
+}
