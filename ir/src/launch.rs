@@ -3,7 +3,7 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 6;
+pub const LAUNCH_VERSION: u32 = 7;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
@@ -79,6 +79,8 @@ pub struct LaunchArgs {
     /// What layers leave for a draft, `f32 [rows][taps][columns]`: the rows of this launch, where a step
     /// writes them; all rows of the last step, where a draft reads them. Unused without a draft.
     pub taps: u64,
+    /// [`SampleRow`] `[logit_rows]`: how each row's token is chosen; null if all are the largest logits.
+    pub sampling: u64,
     /// Nanoseconds after which a wait gives up.
     pub patience_ns: u64,
     /// Rows, 1 to [`STEP_ROWS`].
@@ -90,8 +92,8 @@ pub struct LaunchArgs {
     /// Pages of the KV cache in all.
     pub kv_pages: u32,
     /// Steps to run, at least 1. Each step after the first decodes the tokens that the one before
-    /// chose (the largest logit, the lowest id among equals), one position on; more than 1 needs
-    /// `logit_rows == rows`, and pages for all positions.
+    /// chose (as `sampling` says, or the largest logit, the lowest id among equals), one position on; more
+    /// than 1 needs `logit_rows == rows`, and pages for all positions.
     pub steps: u32,
     /// Used entries of `stop_tokens`.
     pub stop_count: u32,
@@ -108,6 +110,54 @@ pub struct LaunchArgs {
     /// Start of the random numbers of a `routing` that is not the model's.
     pub routing_seed: u32,
 }
+
+/// How a row's token is chosen by chance: what sampling parameters come to in numbers, the same for host and
+/// kernel, which come to the same token (`runtime/src/sampling/draw.rs`, `kernels-gen/cuda/sample.cuh`).
+///
+/// A token whose logit is `x` has the distance `d = (best - x) * scale`, rounded to float32 after each
+/// operation, where `best` is the largest logit, and the weight 2^-d in units of 2^-[`WEIGHT_BITS`]; beyond
+/// [`REACH`] it has none and counts for nothing. Tokens rank by logit, the largest first, then by id.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SampleRow {
+    /// log2(e) / temperature, above 0; 0 takes the largest logit, and nothing else matters.
+    pub scale: f32,
+    /// The largest distance that `min_p` lets through, from 0 to [`REACH`].
+    pub reach: f32,
+    /// Tokens that are kept, by rank; 0 keeps all.
+    pub top_k: u32,
+    /// 0.
+    pub reserved: u32,
+    /// 2^64 times the share of all weights that is kept, by rank; 0 keeps all.
+    pub top_p: u64,
+    /// Seed of the random numbers.
+    pub seed: u64,
+}
+
+impl SampleRow {
+    /// As it lies in memory.
+    pub const fn words(&self) -> [u32; SAMPLE_WORDS] {
+        let SampleRow { scale, reach, top_k, reserved, top_p, seed } = *self;
+        let (p, s) = (top_p, seed);
+        let wide = [p as u32, (p >> 32) as u32, s as u32, (s >> 32) as u32];
+        [scale.to_bits(), reach.to_bits(), top_k, reserved, wide[0], wide[1], wide[2], wide[3]]
+    }
+}
+
+/// Words of a [`SampleRow`].
+pub const SAMPLE_WORDS: usize = 8;
+
+/// The largest distance of a token that has a weight, in powers of two of its probability.
+pub const REACH: f32 = 40.0;
+
+/// Logarithm of the best token's weight to base 2. Weights of 2^23 tokens add up in 64 bits.
+pub const WEIGHT_BITS: u32 = 40;
+
+/// In place of a chosen token: a logit of the row is NaN or +infinity. The launch ends with that step.
+pub const BROKEN_LOGITS: u32 = 0xffff_fffe;
+
+/// In place of a chosen token: all logits of the row are -infinity. The launch ends with that step.
+pub const NO_LOGITS: u32 = 0xffff_fffd;
 
 /// What a wait that gave up leaves in [`LaunchArgs::stall`].
 #[repr(C)]
@@ -155,7 +205,8 @@ mod tests {
     #[test]
     fn the_arguments_have_no_holes() {
         // The kernel's structure is written by hand to the same layout.
-        assert_eq!(std::mem::size_of::<LaunchArgs>(), 17 * 8 + 10 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<LaunchArgs>(), 18 * 8 + 10 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<SampleRow>(), SAMPLE_WORDS * 4);
         assert_eq!(std::mem::size_of::<StallRecord>(), STALL_WORDS * 4);
     }
 }

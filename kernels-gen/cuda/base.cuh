@@ -13,6 +13,16 @@ constexpr u32 STEP_ROWS = 8;      // rows of a step: one tensor-core tile of 8 x
 constexpr u32 OCTET = 8;          // output features of a tile
 constexpr u32 OCTET_BLOCK = 512;  // bytes of 8 features x 64 bytes of columns: 16 bytes a lane
 
+// How a row's token is chosen; ir/src/launch.rs says what each field is.
+struct SampleRow {
+  float scale;
+  float reach;
+  u32 top_k;
+  u32 reserved;
+  u64 top_p;
+  u64 seed;
+};
+
 // One structure a launch, by value; ir/src/launch.rs says what each field is.
 struct LaunchArgs {
   const u8* weights;
@@ -31,6 +41,7 @@ struct LaunchArgs {
   u64* trace;
   u32* experts;
   float* taps;
+  const SampleRow* sampling;
   u64 patience_ns;
   u32 rows;
   u32 logit_rows;

@@ -343,7 +343,7 @@ struct Control : Block {
 #pragma unroll 1
       while ((int)(load_acquire(&sync().arrived) - expected) < 0) {}
       shared.crossings = crossings;
-      if (args.trace) {
+      if (args.trace && shared.stage < STAGES) {  // a choice by chance has no times
         trace_row()[2] = finished;
         if (shared.stage + 1 < STAGES) {
           trace_row()[3] = finished;          // the next stage's row follows
@@ -369,7 +369,7 @@ __device__ __forceinline__ void give_up(const Block& b, u32 role, u32 seen, u32 
     store_host(args.stall + 3, role);
     store_host(args.stall + 4, seen);
     store_host(args.stall + 5, expected);
-    store_host(args.stall + 6, shared.crossings / STAGES);
+    store_host(args.stall + 6, shared.crossings / (STAGES + (args.sampling ? 1 : 0)));
     store_host(args.stall + 0, 1u);
     __threadfence_system();
   } else {

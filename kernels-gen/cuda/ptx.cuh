@@ -86,6 +86,13 @@ __device__ __forceinline__ uint4 load4(const u32* p) {
 
 // ---- Numbers ---------------------------------------------------------------------------------
 
+// A product that is rounded, whatever is done with it.
+__device__ __forceinline__ float multiply(float a, float b) {
+  float r;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
 // Two floats as a pair of halves, `low` in the lower one; nearest even.
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   u32 r;
@@ -129,7 +136,14 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- Shared-memory barriers and bulk copies --------------------------------------------------
+// ---- Shared-memory counts, barriers and bulk copies ------------------------------------------
+
+// Adds to a word of shared memory; what it was before.
+__device__ __forceinline__ u32 shared_add(u32* p, u32 n) {
+  u32 old;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(old) : "r"(shared_address(p)), "r"(n) : "memory");
+  return old;
+}
 
 __device__ __forceinline__ void barrier_init(u64* b, u32 arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");

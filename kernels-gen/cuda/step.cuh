@@ -44,6 +44,9 @@ __device__ __forceinline__ void offer_best(Control& b) {
   b.best_id = ~0u;
 }
 
+// From here on no number is a token: sample.cuh says so where there is nothing to choose from.
+constexpr u32 NO_TOKEN = 0xfffffff0u;
+
 // Behind the head's crossing: every SM takes the same tokens and comes to the same end.
 __device__ __forceinline__ void choose(Control& b) {
   if (b.second) {
@@ -54,6 +57,7 @@ __device__ __forceinline__ void choose(Control& b) {
   bool stop = false;
   if (row < b.args.logit_rows) {
     const u32 token = ~(u32)load_relaxed(&b.sync().best[b.step % 3][row]);
+    stop = token >= NO_TOKEN;  // the next step would read who knows what for it
     for (u32 i = 0; i < b.args.stop_count; ++i) stop |= token == b.args.stop_tokens[i];
     if (blockIdx.x == 0) {
       if (b.args.chosen) store_host(b.args.chosen + b.step * STEP_ROWS + row, token + 1);

@@ -37,6 +37,12 @@ pub const CONTEXT: Header = Header { name: "context.cuh", text: include_str!("..
 /// Embedding, and the choice of the next tokens.
 pub const STEP: Header = Header { name: "step.cuh", text: include_str!("../cuda/step.cuh") };
 
+/// The choice of tokens by chance. Behind [`STEP`].
+pub const SAMPLE: Header = Header { name: "sample.cuh", text: include_str!("../cuda/sample.cuh") };
+
+/// Bytes of the scratch that [`SAMPLE`] needs at most.
+const SAMPLE_BYTES: usize = 15616;
+
 /// Threads of a block: 8 consumer warps, the loader, control, its second, and one that idles.
 pub const BLOCK_THREADS: u32 = 384;
 
@@ -151,7 +157,7 @@ impl SharedNeeds {
         let fixed = 2048 + self.routes();
         let gain = (self.norm_columns * 4).next_multiple_of(128);
         let columns = if available >= 128 << 10 { 2048 } else { 1024 };
-        let work = self.attention().max(self.sums()).max(self.rows(columns));
+        let work = self.attention().max(self.sums()).max(self.rows(columns)).max(SAMPLE_BYTES);
         let scratch = work.next_multiple_of(128) + self.scales();
         let slots = available.checked_sub(fixed + gain + scratch)? / self.slot();
         let slots = slots.min(MAX_SLOTS);

@@ -9,8 +9,9 @@
 //! A plan with a draft guesses tokens ahead: see [`DraftStats`] and the module `draft`. The texts are the
 //! same as without.
 //!
-//! On an engine with a resident kernel, sequences that all decode greedily do so many steps at a time,
-//! and the text streams while the kernel runs.
+//! On an engine with a resident kernel, which chooses tokens as the sampler does, sequences that all decode do
+//! so many steps at a time, and the text streams while the kernel runs. Penalties, biases and probabilities
+//! are the host's work, a step at a time.
 
 mod draft;
 mod score;
@@ -33,7 +34,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Steps of a launch that decodes greedily: a launch costs about a tenth of a step.
+/// Steps of a launch that decodes: a launch costs about a tenth of a step.
 pub const LAUNCH_STEPS: usize = 64;
 
 /// What to generate.
@@ -289,15 +290,19 @@ impl Generator {
                 turn = (turn + 1) % active.len();
             }
             // Where nothing else is asked of the logits, a GPU that verifies guesses keeps them.
-            let is_argmax = |wanted: &Wanted| {
-                let current = active[wanted.sequence].as_ref();
-                current.is_some_and(|current| requests[current.request].sampling.is_argmax())
+            let sampling = |wanted: &Wanted| {
+                let current =
+                    active[wanted.sequence].as_ref().expect("rows are only made of active sequences");
+                std::iter::repeat_n(&requests[current.request].sampling, wanted.rows)
             };
-            let greedy = guessed && self.engine.is_resident() && batch.wanted.iter().all(is_argmax);
+            let sampling: Vec<&SamplingParams> = batch.wanted.iter().flat_map(sampling).collect();
+            let by_kernel = guessed
+                && self.engine.is_resident()
+                && sampling.iter().all(|sampling| sampling.is_for_kernels());
             let before = Instant::now();
             self.make_pages(&batch, &active);
-            let (logits, chosen) = match greedy {
-                true => (&[][..], self.engine.step_greedy(&batch.rows, &batch.logit_rows)?),
+            let (logits, chosen) = match by_kernel {
+                true => (&[][..], self.engine.step_sampled(&batch.rows, &batch.logit_rows, &sampling)?),
                 false => (self.engine.step(&batch.rows, &batch.logit_rows)?, Vec::new()),
             };
             let after = Instant::now();
@@ -308,7 +313,7 @@ impl Generator {
             let mut at = 0;
             for wanted in &batch.wanted {
                 let guesses = &guesses[wanted.sequence];
-                let results = match greedy {
+                let results = match by_kernel {
                     true => Results::Tokens(&chosen[at..][..wanted.rows]),
                     false => Results::Logits(&logits[at * vocab..][..wanted.rows * vocab]),
                 };
@@ -445,7 +450,7 @@ impl Generator {
         let decodes = |sequence: &usize| {
             active[*sequence].as_ref().is_some_and(|current| {
                 current.tokens.len() == self.history[*sequence].len() + 1
-                    && requests[current.request].sampling.is_argmax()
+                    && requests[current.request].sampling.is_for_kernels()
             })
         };
         let rows = self.engine.max_decode_rows();
@@ -463,6 +468,7 @@ impl Generator {
     ) -> Result<Vec<StepTime>, StepError> {
         let limits = self.engine.plan().limits;
         let mut rows = Vec::with_capacity(group.len());
+        let mut sampling = Vec::with_capacity(group.len());
         let mut stops = Vec::new();
         let mut steps = self.launch_steps;
         for &sequence in group {
@@ -474,6 +480,7 @@ impl Generator {
                 position: position as u32,
                 sequence: sequence as u32,
             });
+            sampling.push(&request.sampling);
             stops.extend(&request.stop_tokens);
             // An active sequence has a token to choose and a position for the last one: both are above 0.
             let left = request.max_tokens - (current.tokens.len() - current.prompt);
@@ -501,7 +508,7 @@ impl Generator {
         let mut times = Vec::new();
         let (mut before, mut there) = (Instant::now(), Instant::now());
         let last = rows.len() - 1;
-        self.engine.decode(&rows, steps, &stops, &mut |_, row, token| {
+        self.engine.decode_sampled(&rows, &sampling, steps, &stops, &mut |_, row, token| {
             if row == 0 {
                 there = Instant::now();
             }
@@ -626,7 +633,7 @@ struct Wanted {
 enum Results<'a> {
     /// `[rows][vocab]`.
     Logits(&'a [f32]),
-    /// The tokens of the largest logits.
+    /// The tokens that the kernel chose.
     Tokens(&'a [u32]),
 }
 

@@ -12,18 +12,22 @@
 //! 6. one of what is left is drawn, in proportion to its probability.
 //!
 //! Everything is deterministic. Equal logits rank by id, lowest first. The random number is a
-//! function of (seed, position) alone ([`uniform`]): drawing a position again, in another order
-//! or in another batch, as speculation does, gives the same token for the same logits.
+//! function of (seed, position) alone ([`random_bits`]): drawing a position again, in another order
+//! or in another batch, as speculation does, gives the same token for the same logits. Probabilities are
+//! integers ([`SampleRow`]), the best token's 2^40; what is less than 2^-40 times as probable as that is
+//! never drawn. So a kernel that chooses tokens chooses the very same ones.
 
+mod draw;
 mod philox;
 #[cfg(test)]
 mod tests;
 
-pub use philox::uniform;
+pub use philox::{random_bits, uniform};
 
+use self::draw::{Scratch, draw};
 use serde::{Deserialize, Serialize};
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
+use tilec_ir::launch::{REACH, SampleRow};
 
 /// How tokens are chosen. The default samples from the model's own distribution.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -81,10 +85,30 @@ impl SamplingParams {
         self.temperature == 0.0
     }
 
-    /// Whether the largest logit is the choice and nothing else is asked of the logits, so that whoever
-    /// computes them can choose.
-    pub fn is_argmax(&self) -> bool {
-        self.is_greedy() && !self.adjusts_logits() && !self.logprobs
+    /// Whether a kernel can choose as these say: no logit is changed, and none is asked for.
+    pub fn is_for_kernels(&self) -> bool {
+        !self.adjusts_logits() && !self.logprobs
+    }
+
+    /// What temperature, filters and seed come to in numbers, for a kernel or for the host; the other
+    /// parameters have no place there.
+    pub fn launch_row(&self) -> SampleRow {
+        if self.is_greedy() {
+            return SampleRow::default();
+        }
+        let scale = (std::f64::consts::LOG2_E / f64::from(self.temperature)) as f32;
+        let reach = -f64::from(self.min_p).log2() as f32;
+        SampleRow {
+            scale: scale.min(f32::MAX),
+            reach: reach.clamp(0.0, REACH),
+            top_k: self.top_k,
+            reserved: 0,
+            top_p: match self.top_p {
+                1.0.. => 0,
+                share => ((f64::from(share) * 2f64.powi(64)) as u64).max(1),
+            },
+            seed: self.seed,
+        }
     }
 
     fn adjusts_logits(&self) -> bool {
@@ -162,6 +186,23 @@ pub enum SamplingError {
     },
 }
 
+/// The token of a row of logits, chosen as kernels choose it.
+///
+/// # Errors
+/// [`SamplingError`] for logits that nothing can be chosen from.
+#[cfg(test)]
+pub(crate) fn choose_as_kernels(
+    logits: &[f32],
+    row: &SampleRow,
+    position: u64,
+) -> Result<u32, SamplingError> {
+    let best = argmax(logits, position)?;
+    Ok(match row.scale {
+        0.0 => best,
+        _ => draw(logits, logits[best as usize], row, position, &mut Scratch::default()),
+    })
+}
+
 /// A chosen token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
@@ -172,20 +213,6 @@ pub struct Choice {
     pub logprob: Option<f32>,
 }
 
-/// One token that may still be chosen.
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    logit: f32,
-    token: u32,
-    /// exp((logit − best) / temperature): the probability, not yet normalised.
-    weight: f64,
-}
-
-/// Best first; among equals, the lowest id.
-fn rank(a: &Candidate, b: &Candidate) -> Ordering {
-    b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token))
-}
-
 /// Chooses tokens for one sequence.
 #[derive(Clone, Debug)]
 pub struct Sampler {
@@ -194,15 +221,14 @@ pub struct Sampler {
     seen: HashMap<u32, u32>,
     /// Scratch: logits after bias and penalties.
     adjusted: Vec<f32>,
-    /// Scratch: what the filters left.
-    candidates: Vec<Candidate>,
+    scratch: Scratch,
 }
 
 impl Sampler {
     /// A sampler for a new sequence.
     pub fn new(params: SamplingParams) -> Result<Self, SamplingError> {
         params.validate()?;
-        Ok(Self { params, seen: HashMap::new(), adjusted: Vec::new(), candidates: Vec::new() })
+        Ok(Self { params, seen: HashMap::new(), adjusted: Vec::new(), scratch: Scratch::default() })
     }
 
     /// The parameters.
@@ -232,10 +258,10 @@ impl Sampler {
     pub fn sample(&mut self, logits: &[f32], position: u64) -> Result<Choice, SamplingError> {
         // Scratch moves out while `self` is read.
         let mut adjusted = std::mem::take(&mut self.adjusted);
-        let mut candidates = std::mem::take(&mut self.candidates);
-        let choice = self.choose(logits, position, &mut adjusted, &mut candidates);
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let choice = self.choose(logits, position, &mut adjusted, &mut scratch);
         self.adjusted = adjusted;
-        self.candidates = candidates;
+        self.scratch = scratch;
         choice
     }
 
@@ -244,7 +270,7 @@ impl Sampler {
         raw: &[f32],
         position: u64,
         adjusted: &mut Vec<f32>,
-        candidates: &mut Vec<Candidate>,
+        scratch: &mut Scratch,
     ) -> Result<Choice, SamplingError> {
         let logits = if self.params.adjusts_logits() {
             self.adjust(raw, adjusted)?;
@@ -256,8 +282,7 @@ impl Sampler {
         let token = if self.params.is_greedy() {
             best
         } else {
-            self.filter(logits, logits[best as usize], candidates);
-            draw(candidates, uniform(self.params.seed, position))
+            draw(logits, logits[best as usize], &self.params.launch_row(), position, scratch)
         };
         let logprob = match self.params.logprobs {
             true if self.params.adjusts_logits() => Some(logprob(raw, argmax(raw, position)?, token)),
@@ -287,99 +312,6 @@ impl Sampler {
         }
         Ok(())
     }
-
-    /// Steps 2 to 5: leaves the tokens that may be drawn, with their weights.
-    fn filter(&self, logits: &[f32], best: f32, kept: &mut Vec<Candidate>) {
-        let p = &self.params;
-        // Where nothing but min_p looks at the weights, what it drops need not be weighed.
-        let only_min_p = p.min_p > 0.0 && p.top_p == 1.0;
-        let floor = if only_min_p { f64::from(p.min_p).ln() - 1e-6 } else { f64::NEG_INFINITY };
-        let weigh = |logit: f32| weight(logit, best, p.temperature, floor.max(NEGLIGIBLE));
-        kept.clear();
-        let top_k = p.top_k as usize;
-        if top_k > 0 && top_k < logits.len() {
-            keep_top_k(logits, top_k, kept);
-            kept.iter_mut().for_each(|c| c.weight = weigh(c.logit));
-        } else {
-            kept.extend(
-                (0u32..)
-                    .zip(logits)
-                    .map(|(token, &logit)| Candidate { logit, token, weight: weigh(logit) })
-                    .filter(|c| c.weight > 0.0),
-            );
-        }
-        if p.top_p < 1.0 {
-            keep_top_p(f64::from(p.top_p), kept);
-        }
-        if p.min_p > 0.0 {
-            // The best token's weight is 1.
-            kept.retain(|c| c.weight >= f64::from(p.min_p));
-        }
-    }
-}
-
-/// Logarithm of a weight that counts as 0: 2^32 of them do not change a sum in f64 that holds a 1.
-const NEGLIGIBLE: f64 = -60.0;
-
-/// The probability of a logit relative to the best one's; 0 where its logarithm is below `floor`.
-fn weight(logit: f32, best: f32, temperature: f32, floor: f64) -> f64 {
-    let x = (f64::from(logit) - f64::from(best)) / f64::from(temperature);
-    if x < floor { 0.0 } else { x.exp() }
-}
-
-/// The `k` best tokens, best first. One pass that mostly compares with the k-th best so far.
-fn keep_top_k(logits: &[f32], k: usize, kept: &mut Vec<Candidate>) {
-    let room = k.saturating_mul(2).min(logits.len());
-    let mut worst: Option<f32> = None;
-    for (token, &logit) in (0u32..).zip(logits) {
-        // A later token with the same logit ranks behind.
-        if worst.is_some_and(|worst| logit <= worst) {
-            continue;
-        }
-        kept.push(Candidate { logit, token, weight: 0.0 });
-        if kept.len() > room {
-            kept.select_nth_unstable_by(k - 1, rank);
-            kept.truncate(k);
-            worst = Some(kept[k - 1].logit);
-        }
-    }
-    if kept.len() > k {
-        kept.select_nth_unstable_by(k - 1, rank);
-        kept.truncate(k);
-    }
-    kept.sort_unstable_by(rank);
-}
-
-/// The fewest tokens, best first, whose share of all weights reaches `top_p`; at least one.
-fn keep_top_p(top_p: f64, kept: &mut Vec<Candidate>) {
-    let total: f64 = kept.iter().map(|c| c.weight).sum();
-    // All tokens below this together are less than 1 − top_p, so none of them can be needed, and
-    // the rest is short enough to sort.
-    let floor = (1.0 - top_p) * total / kept.len() as f64;
-    kept.retain(|c| c.weight >= floor);
-    kept.sort_unstable_by(rank);
-    let mut sum = 0.0;
-    let enough = kept.iter().position(|c| {
-        sum += c.weight;
-        sum >= top_p * total
-    });
-    if let Some(last) = enough {
-        kept.truncate(last + 1);
-    }
-}
-
-/// Inverts the cumulative distribution at `u`, in [0, 1).
-fn draw(candidates: &[Candidate], u: f64) -> u32 {
-    let target = u * candidates.iter().map(|c| c.weight).sum::<f64>();
-    let mut sum = 0.0;
-    for c in candidates {
-        sum += c.weight;
-        if sum > target {
-            return c.token;
-        }
-    }
-    // Only where `u * total` rounds up to `total`.
-    candidates.iter().rev().find(|c| c.weight > 0.0).map_or(0, |c| c.token)
 }
 
 /// The best token, the lowest id among equals. Logits must be below +infinity.

@@ -9,6 +9,7 @@ extern "C" uint32_t simulator_threads() { return BLOCK_THREADS; }
 struct Launch {
   uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing, tap_offset;
   uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
+  uint32_t sampled, sampling[8][8];
 };
 
 extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps) {
@@ -35,6 +36,7 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.in_flight = 2 << 14;
   args.experts = mail + 40;
   args.routing = launch.routing;
+  args.sampling = launch.sampled != 0 ? reinterpret_cast<const SampleRow*>(launch.sampling) : nullptr;
   args.taps = taps + launch.tap_offset;
   *static_cast<LaunchArgs*>(to) = args;
 }

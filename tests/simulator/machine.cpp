@@ -319,6 +319,7 @@ uint8_t* poisoned(size_t bytes) {
 struct Launch {
   uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing, tap_offset;
   uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
+  uint32_t sampled, sampling[8][8];
 };
 
 extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps);

@@ -20,6 +20,9 @@ __device__ __forceinline__ float4 load4(const float* p) { float4 v; memcpy(&v, p
 __device__ __forceinline__ float load1(const float* p) { return *p; }
 __device__ __forceinline__ uint4 load4(const u32* p) { uint4 v; memcpy(&v, p, sizeof v); return v; }
 
+__device__ __forceinline__ float multiply(float a, float b) { return a * b; }
+__device__ __forceinline__ u32 shared_add(u32* p, u32 n) { const u32 old = *p; *p += n; return old; }
+
 __device__ __forceinline__ u32 half_bf16(float f) {
   const u32 u = __float_as_uint(f);
   if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;

@@ -6,6 +6,8 @@
 mod attention;
 #[path = "simulator/draft.rs"]
 mod draft;
+#[path = "simulator/sampling.rs"]
+mod sampling;
 #[path = "simulator/steps.rs"]
 mod steps;
 
@@ -25,7 +27,7 @@ use tilec_ir::convert::{dequantize, quantize};
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{Row, WeightSource};
 use tilec_ir::graph::{EXPERT, Graph};
-use tilec_ir::launch::{STEP_ROWS, SYNC_BYTES};
+use tilec_ir::launch::{SAMPLE_WORDS, STEP_ROWS, SYNC_BYTES, SampleRow};
 use tilec_ir::resident::{Attention, Kind, ResidentProgram};
 use tilec_ir::spec::{Activations, ModelSpec, Shard, WeightFormat};
 use tilec_ir::stages::Slot;
@@ -42,7 +44,15 @@ fn compile(arguments: &[&OsStr], out: &Path) {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let output = Command::new(&compiler)
         // Some systems check jumps between stacks, by which lanes take turns.
-        .args(["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-I"])
+        .args([
+            "-std=c++20",
+            "-O1",
+            "-w",
+            "-fno-strict-aliasing",
+            "-ffp-contract=off",
+            "-U_FORTIFY_SOURCE",
+            "-I",
+        ])
         .arg(simulator())
         .args(arguments)
         .arg("-o")
@@ -50,6 +60,23 @@ fn compile(arguments: &[&OsStr], out: &Path) {
         .output()
         .unwrap_or_else(|error| panic!("{compiler}: {error}; install g++, or set CXX"));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Builds the program `simulator` in a folder, of a kernel's text with the simulator's header of instructions in
+/// place of the kernel's.
+fn build(folder: &Path, text: &str) {
+    let source = format!("#include \"prelude.h\"\n{text}\n#include \"entry.h\"\n");
+    let kernel = folder.join("kernel.cpp");
+    std::fs::write(&kernel, source).unwrap();
+    static MACHINE: OnceLock<PathBuf> = OnceLock::new();
+    let machine = MACHINE.get_or_init(|| {
+        let object = Path::new(env!("CARGO_TARGET_TMPDIR")).join("machine.o");
+        let own = object.with_extension(format!("{}.o", std::process::id()));
+        compile(&["-c".as_ref(), simulator().join("machine.cpp").as_ref()], &own);
+        std::fs::rename(&own, &object).unwrap();
+        object
+    });
+    compile(&[kernel.as_ref(), machine.as_ref()], &folder.join("simulator"));
 }
 
 /// Sequences that have pages.
@@ -108,6 +135,14 @@ fn brains(bytes: &[u8]) -> Vec<f64> {
     halves.map(|half| half::bf16::from_le_bytes(*half).to_f64()).collect()
 }
 
+/// How rows are sampled, as the simulator's launches have it.
+fn sampling_words(rows: &[SampleRow]) -> Vec<u32> {
+    let mut words = vec![u32::from(!rows.is_empty())];
+    words.extend(rows.iter().flat_map(SampleRow::words));
+    words.resize(1 + STEP_ROWS * SAMPLE_WORDS, 0);
+    words
+}
+
 fn row(token: u32, position: usize, sequence: usize) -> Row {
     Row { token, position, sequence: sequence as u32 }
 }
@@ -164,17 +199,7 @@ impl Simulation {
         let (before, rest) = text.split_once("// ==== ptx.cuh").unwrap();
         let (_, behind) = rest.split_once("// ==== formats.cuh").unwrap();
         let formats = "#include \"ptx.h\"\n// ==== formats.cuh";
-        let source = format!("#include \"prelude.h\"\n{before}\n{formats}{behind}\n#include \"entry.h\"\n");
-        std::fs::write(self.path("kernel.cpp"), source).unwrap();
-        static MACHINE: OnceLock<PathBuf> = OnceLock::new();
-        let machine = MACHINE.get_or_init(|| {
-            let object = Path::new(env!("CARGO_TARGET_TMPDIR")).join("machine.o");
-            let own = object.with_extension(format!("{}.o", std::process::id()));
-            compile(&["-c".as_ref(), simulator().join("machine.cpp").as_ref()], &own);
-            std::fs::rename(&own, &object).unwrap();
-            object
-        });
-        compile(&[self.path("kernel.cpp").as_ref(), machine.as_ref()], &self.path("simulator"));
+        build(self.folder.path(), &format!("{before}\n{formats}{behind}"));
     }
 
     /// Attention of the last layer.
@@ -247,8 +272,21 @@ impl Simulation {
         rows: &[Row],
         wanted: &[usize],
         steps: usize,
+        settings: [usize; 3],
+        seed: u64,
+    ) -> Outcome {
+        self.launch_sampled(rows, wanted, steps, settings, seed, &[])
+    }
+
+    /// The same, with tokens that are chosen so; none are all the largest logits.
+    fn launch_sampled(
+        &self,
+        rows: &[Row],
+        wanted: &[usize],
+        steps: usize,
         [blocks, routing, tap_offset]: [usize; 3],
         seed: u64,
+        sampling: &[SampleRow],
     ) -> Outcome {
         assert!(rows.len() <= STEP_ROWS);
         let buffers = self.program.buffers.iter();
@@ -278,6 +316,7 @@ impl Simulation {
         column(&|_, row| row.position as u32);
         column(&|_, row| row.sequence);
         column(&|at, _| wanted.get(at).map_or(0, |row| *row as u32));
+        launch.extend(sampling_words(sampling));
         launch.extend(0..pages as u32);
         let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
         std::fs::write(self.path("launch.bin"), bytes).unwrap();

@@ -14,7 +14,8 @@ use tilec_ir::resident::{
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PTX, STEP, SharedLayout, SharedNeeds,
+    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PTX, SAMPLE, STEP, SharedLayout,
+    SharedNeeds,
 };
 
 use crate::nvrtc::Arch;
@@ -120,6 +121,9 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
         out.header(&CONTEXT);
     }
     out.header(&STEP);
+    if program.vocab > 0 {
+        out.header(&SAMPLE);
+    }
     for (prefix, stages) in out.lists() {
         for stage in stages {
             out.stage(&prefix, stage);
@@ -851,6 +855,14 @@ impl<'p> Writer<'p> {
     }
 
     fn kernel(&mut self, experts: bool) {
+        // One more stage, if the launch asks for it.
+        let (sample, sampled) = match self.program.vocab {
+            0 => (String::new(), ""),
+            vocab => (
+                format!("\n      if (args.sampling) sample(b, {vocab});"),
+                "\n        if (args.sampling) {\n          b.open_stage();\n          b.cross();\n        }",
+            ),
+        };
         // What experts add.
         let (routes_bytes, routed, report) = match experts {
             true => (
@@ -907,7 +919,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
     Consumer b(block);
     // Control opens the first stage of a step when it knows whether there is one.
     for (b.wait_inputs(); b.step < *(volatile u32*)&shared.steps; b.wait_inputs()) {{
-      consume_step(b);
+      consume_step(b);{sample}
       b.next_step();
     }}
   }} else {{
@@ -920,7 +932,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       Control b(block, warp_id() == SECOND);
       if (!b.second) take_rows(b);
       for (b.open_step(); b.step < *(volatile u32*)&shared.steps; b.open_step()) {{
-        control_step(b);
+        control_step(b);{sampled}
         choose(b);
       }}{report}
       if (!b.second && lane_id() == 0) barrier_arrive(&shared.finished);

@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::launch::{
-    LaunchArgs, STALL_WORDS, STEP_ROWS, STOP_TOKENS, SYNC_BYTES, StallRecord, TRACE_FIELDS,
+    BROKEN_LOGITS, LaunchArgs, NO_LOGITS, SAMPLE_WORDS, STALL_WORDS, STEP_ROWS, STOP_TOKENS, SYNC_BYTES,
+    SampleRow, StallRecord, TRACE_FIELDS,
 };
 use tilec_ir::plan::Plan;
 
@@ -45,8 +46,11 @@ const POSITIONS: usize = STEP_ROWS;
 const SEQUENCES: usize = 2 * STEP_ROWS;
 const LOGIT_INDEX: usize = 3 * STEP_ROWS;
 const PASS_NUMBER: usize = 4 * STEP_ROWS;
+/// How the tokens of wanted rows are chosen: [`SampleRow`]s.
+const SAMPLING: usize = 6 * STEP_ROWS;
 /// Words from one pass to the next.
-const PASS_WORDS: usize = 64;
+const PASS_WORDS: usize = 128;
+const _: () = assert!(SAMPLING + STEP_ROWS * SAMPLE_WORDS <= PASS_WORDS && SAMPLING.is_multiple_of(2));
 
 // What host and kernel tell each other while it runs, in words, each on a cache line of its own: the
 // record of a wait that gave up, the word that ends a launch, and the number of the last pass that is
@@ -126,12 +130,12 @@ pub struct RandomRouting {
 }
 
 /// What a run leaves for the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wanted {
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Wanted<'a> {
     /// The logits.
     Logits,
-    /// The tokens of the largest ones.
-    Tokens,
+    /// The tokens that are chosen so, one for each wanted row; without entries, those of the largest logits.
+    Tokens(&'a [SampleRow]),
 }
 
 /// How a wait for the device ended, if not well.
@@ -343,20 +347,22 @@ impl CudaEngine {
         Ok(self.logits(plan, logit_rows.len()))
     }
 
-    /// Runs a step as [`CudaEngine::step`], of which only the tokens of the largest logits are wanted (the
-    /// lowest id among equals): the logits stay where they are.
+    /// Runs a step as [`CudaEngine::step`], of which only tokens are wanted: the logits stay where they are.
+    /// `sampling` says how each is chosen; if it is empty, they are those of the largest logits (the lowest id
+    /// among equals).
     ///
     /// # Errors
-    /// [`StepError`]; after one of these the engine does nothing more.
-    pub fn step_greedy(
+    /// [`StepError`]; after one of these, but for [`StepError::Logits`], the engine does nothing more.
+    pub fn step_tokens(
         &mut self,
         plan: &Plan,
         pages: &PageTable,
         rows: &[RowInput],
         logit_rows: &[u32],
+        sampling: &[SampleRow],
     ) -> Result<Vec<u32>, StepError> {
         let passes = split(rows.len(), logit_rows);
-        self.run(Program::Model, plan, pages, (rows, logit_rows, &passes), Wanted::Tokens)?;
+        self.run(Program::Model, plan, pages, (rows, logit_rows, &passes), Wanted::Tokens(sampling))?;
         self.chosen_tokens(plan, &passes)
     }
 
@@ -427,7 +433,7 @@ impl CudaEngine {
         logit_rows: &[u32],
     ) -> Result<Vec<u32>, StepError> {
         let passes = split_blocks(rows, logit_rows);
-        self.run(Program::Block, plan, pages, (rows, logit_rows, &passes), Wanted::Tokens)?;
+        self.run(Program::Block, plan, pages, (rows, logit_rows, &passes), Wanted::Tokens(&[]))?;
         self.chosen_tokens(plan, &passes)
     }
 
@@ -447,6 +453,9 @@ impl CudaEngine {
         match tokens.iter().position(|token| *token as usize >= plan.vocab) {
             None => Ok(tokens),
             Some(row) => {
+                if let Some(problem) = broken(tokens[row]) {
+                    return Err(StepError::Logits { row, step: 0, problem });
+                }
                 let problem =
                     format!("with token {} for row {row}, which is none of {}", tokens[row], plan.vocab);
                 let error = StepError::Kernel { problem };
@@ -463,7 +472,7 @@ impl CudaEngine {
         plan: &Plan,
         pages: &PageTable,
         (rows, logit_rows, passes): (&[RowInput], &[u32], &[Pass]),
-        wanted: Wanted,
+        wanted: Wanted<'_>,
     ) -> Result<(), StepError> {
         self.ready()?;
         if program != Program::Model && !self.has_draft() {
@@ -471,6 +480,13 @@ impl CudaEngine {
         }
         self.settle_table(plan, pages)?;
         self.write_passes(0, rows, logit_rows, passes);
+        if let Wanted::Tokens(sampling) = wanted
+            && !sampling.is_empty()
+        {
+            for (number, (_, wanted)) in passes.iter().enumerate() {
+                self.write_sampling(number, &sampling[wanted.clone()]);
+            }
+        }
         for word in &self.chosen.words()[..passes.len() * STEP_ROWS] {
             word.store(0, Ordering::Relaxed);
         }
@@ -491,7 +507,7 @@ impl CudaEngine {
         plan: &Plan,
         pages: &PageTable,
         passes: &[Pass],
-        output: Wanted,
+        output: Wanted<'_>,
     ) -> Result<(), CudaError> {
         let first = if program == Program::Inject { self.inject_pass } else { 0 };
         self.queue_inputs(program, pages, first..first + passes.len())?;
@@ -500,8 +516,9 @@ impl CudaEngine {
             if program == Program::Model {
                 args.taps += rows.start as u64 * self.tap_bytes;
             }
-            if output == Wanted::Tokens {
+            if let Wanted::Tokens(sampling) = output {
                 args.chosen = self.chosen.address() + (number * STEP_ROWS * WORD) as u64;
+                args.sampling = if sampling.is_empty() { 0 } else { self.sampling_of(number) };
             }
             self.queue_launch(program, &args)?;
             let row_bytes = plan.vocab * WORD;
@@ -531,7 +548,7 @@ impl CudaEngine {
         &mut self,
         plan: &Plan,
         pages: &PageTable,
-        rows: &[RowInput],
+        (rows, sampling): (&[RowInput], &[SampleRow]),
         steps: usize,
         stop_tokens: &[u32],
         on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
@@ -545,6 +562,10 @@ impl CudaEngine {
         let mut args = self.args(Program::Model, pages, 0, rows.len(), rows.len());
         args.steps = steps as u32;
         args.chosen = self.chosen.address();
+        if !sampling.is_empty() {
+            self.write_sampling(0, sampling);
+            args.sampling = self.sampling_of(0);
+        }
         // The kernel knows some of the tokens that end a text; this side looks for all of them.
         for (to, token) in args.stop_tokens.iter_mut().zip(stop_tokens) {
             *to = *token;
@@ -569,6 +590,9 @@ impl CudaEngine {
         self.finish(plan, Program::Model, result)?;
         let problem = match told.bad {
             Some((step, row, token)) => {
+                if let Some(problem) = broken(token) {
+                    return Err(StepError::Logits { row, step, problem });
+                }
                 format!("with token {token} for row {row} of step {step}, which is none of {}", plan.vocab)
             }
             None if told.steps == 0 => "without having chosen a token".to_string(),
@@ -604,6 +628,19 @@ impl CudaEngine {
         }
         wanted.enumerate().for_each(|(at, row)| set(LOGIT_INDEX + at, row));
         set(PASS_NUMBER, pass as u32 + 1);
+    }
+
+    /// Writes how the tokens of a pass are chosen.
+    fn write_sampling(&mut self, pass: usize, sampling: &[SampleRow]) {
+        let words = &self.inputs_host.words()[pass * PASS_WORDS + SAMPLING..][..STEP_ROWS * SAMPLE_WORDS];
+        for (word, value) in words.iter().zip(sampling.iter().flat_map(SampleRow::words)) {
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// Where that is on the device.
+    fn sampling_of(&self, pass: usize) -> u64 {
+        self.inputs.address() + ((pass * PASS_WORDS + SAMPLING) * WORD) as u64
     }
 
     /// Queues copies of the rows of passes, and of the page table if it changed; clears the program's mail.
@@ -690,6 +727,7 @@ impl CudaEngine {
             trace: trace.map_or(0, Memory::address),
             experts: mail(STREAMED),
             taps: self.taps,
+            sampling: 0,
             patience_ns: u64::try_from(self.patience.as_nanos()).unwrap_or(u64::MAX),
             rows: rows as u32,
             logit_rows: logit_rows as u32,
@@ -772,9 +810,14 @@ impl CudaEngine {
         }
         let error = match trouble {
             _ if record.code != 0 => {
-                let name = stages.get(record.stage as usize);
+                let stage = match record.stage as usize {
+                    at if at < stages.len() => stages[at].clone(),
+                    // Behind the head, if tokens are chosen by chance.
+                    at if at == stages.len() => "choice of tokens".into(),
+                    at => format!("number {at}"),
+                };
                 StepError::Stuck {
-                    stage: name.map_or_else(|| format!("number {}", record.stage), Clone::clone),
+                    stage,
                     step: record.step,
                     sm: record.sm,
                     who: record.role_name(),
@@ -842,6 +885,15 @@ impl Drop for CudaEngine {
         if matches!(quiet, Err(Trouble::Silent(_))) {
             self.device.abandon();
         }
+    }
+}
+
+/// What is wrong with logits for which the kernel gives this in place of a token.
+const fn broken(token: u32) -> Option<&'static str> {
+    match token {
+        BROKEN_LOGITS => Some("a logit is NaN or +infinity: the model's numbers broke down"),
+        NO_LOGITS => Some("no token is possible: no logit is above -infinity"),
+        _ => None,
     }
 }
 

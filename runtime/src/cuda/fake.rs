@@ -6,6 +6,7 @@ use super::device::{Device, HostMemory, Memory, Program};
 use super::error::CudaError;
 use crate::engine::tests::{VOCAB, toy_plan};
 use crate::engine::{Engine, EngineOptions};
+use crate::sampling::choose_as_kernels;
 use std::alloc::{Layout, alloc, dealloc};
 use std::ops::Range;
 use std::ptr::{NonNull, write_bytes};
@@ -14,7 +15,9 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tilec_ir::abi::KvLayout;
-use tilec_ir::launch::{LAUNCH_VERSION, LaunchArgs, STALL_WORDS, STEP_ROWS, SYNC_BYTES, TRACE_FIELDS};
+use tilec_ir::launch::{
+    LAUNCH_VERSION, LaunchArgs, STALL_WORDS, STEP_ROWS, SYNC_BYTES, SampleRow, TRACE_FIELDS,
+};
 use tilec_ir::plan::{Plan, ResidentPlan};
 
 /// SMs of the device.
@@ -307,10 +310,16 @@ pub fn toy_kernel(layout: KvLayout) -> FakeKernel {
             for (at, row) in wanted.iter().map(|row| *row as usize).enumerate() {
                 let values = (0..=positions[row]).map(|at| *self::cell(&layout, args, sequences[row], at));
                 let best = values.sum::<f32>() as usize % VOCAB;
-                chosen[at] = best as u32;
                 let logits = (args.logits as *mut f32).add(at * VOCAB);
                 for token in 0..VOCAB {
                     *logits.add(token) = if token == best { 1.0 } else { 0.0 };
+                }
+                chosen[at] = best as u32;
+                if args.sampling != 0 {
+                    let parameters = *(args.sampling as *const SampleRow).add(at);
+                    let logits = std::slice::from_raw_parts(logits, VOCAB);
+                    let position = u64::from(positions[row]) + 1;
+                    chosen[at] = choose_as_kernels(logits, &parameters, position).unwrap();
                 }
             }
             if args.trace != 0 {

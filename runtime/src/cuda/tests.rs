@@ -87,7 +87,7 @@ fn the_arguments_lead_to_what_the_kernel_needs() {
     // Every pass has inputs of its own: they are queued together.
     assert_eq!(
         (launches[1].tokens - launches[0].tokens, launches[2].tokens - launches[1].tokens),
-        (256, 256)
+        (512, 512)
     );
 }
 
@@ -124,6 +124,63 @@ fn bad_steps_are_refused_as_on_the_processor() {
     let error = cpu.decode(&[row(0, 0, 0)], 1, &[], &mut |_, _, _| ControlFlow::Continue(())).unwrap_err();
     assert_eq!(error, StepError::NotResident);
     assert!(!cpu.is_resident() && engine.is_resident());
+}
+
+#[test]
+fn sampling_parameters_are_checked_and_broken_logits_are_told_of() {
+    use crate::sampling::SamplingParams;
+    use tilec_ir::launch::{BROKEN_LOGITS, NO_LOGITS};
+    let (mut engine, seen) = fake_engine(&EngineOptions::default());
+    let d = SamplingParams::default;
+    let biased = SamplingParams { logit_bias: [(1, 1.0)].into(), ..d() };
+    let wild = SamplingParams { temperature: -1.0, ..d() };
+    let row = rows(0, 0, &[1, 2]);
+    let error = engine.step_sampled(&row, &[0, 1], &[&d()]).unwrap_err();
+    assert_eq!(error, StepError::Sampling { given: 1, rows: 2 });
+    let error = engine.step_sampled(&row, &[0, 1], &[&d(), &biased]).unwrap_err();
+    assert_eq!(error, StepError::HostSampling { row: 1 });
+    let error = engine.decode_sampled(&row[..1], &[&wild], 2, &[], &mut |_, _, _| panic!()).unwrap_err();
+    assert!(matches!(error, StepError::Parameter { row: 0, .. }), "{error}");
+    assert!(seen.launches.lock().unwrap().is_empty());
+
+    // Parameters of a step's passes, and a greedy one among them.
+    let many = rows(0, 0, &[3; 11]);
+    let greedy = SamplingParams::greedy();
+    let chosen = engine.step_sampled(&many, &[7, 9, 10], &[&d(), &greedy, &d()]).unwrap();
+    assert_eq!(chosen[1], toy_next(&[3; 10]));
+    let logits = engine.step(&many, &[7, 9, 10]).unwrap().to_vec();
+    let mut sampler = crate::sampling::Sampler::new(d()).unwrap();
+    for (at, position) in [(0, 8), (2, 11)] {
+        let wanted = sampler.sample(&logits[at * VOCAB..][..VOCAB], position).unwrap().token;
+        assert_eq!(chosen[at], wanted);
+    }
+
+    for (word, said) in [(BROKEN_LOGITS, "NaN"), (NO_LOGITS, "no token is possible")] {
+        let broken: FakeKernel = Arc::new(move |args| {
+            for step in 0..args.steps as usize {
+                let token = if step + 1 == args.steps as usize { word } else { 5 };
+                // SAFETY: the engine keeps the words.
+                unsafe {
+                    let at = (args.chosen as *const std::sync::atomic::AtomicU32).add(step * 8);
+                    (*at).store(token + 1, Ordering::Release);
+                }
+            }
+            Ok(())
+        });
+        let (mut engine, _) = fake_engine_on(cuda_plan(), broken, &EngineOptions::default());
+        let mut told = Vec::new();
+        let error = engine.decode_sampled(&row[..1], &[&d()], 3, &[], &mut |_, _, token| {
+            told.push(token);
+            ControlFlow::Continue(())
+        });
+        let error = error.unwrap_err();
+        assert!(matches!(error, StepError::Logits { row: 0, step: 2, .. }), "{error}");
+        assert!(error.to_string().contains(said), "{error}");
+        assert_eq!((told, engine.length(0)), (vec![5, 5], 0));
+        // The engine goes on.
+        let error = engine.step_sampled(&row[..1], &[0], &[&d()]).unwrap_err();
+        assert!(matches!(error, StepError::Logits { row: 0, step: 0, .. }), "{error}");
+    }
 }
 
 #[test]

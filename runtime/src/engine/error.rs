@@ -127,6 +127,43 @@ pub enum StepError {
         /// Rows of the step.
         rows: usize,
     },
+    /// Not as many parameters as rows whose tokens are wanted.
+    #[error(
+        "{given} sampling parameters for {rows} rows whose tokens are wanted: each has its own, or none has"
+    )]
+    Sampling {
+        /// Parameters.
+        given: usize,
+        /// Rows.
+        rows: usize,
+    },
+    /// A sampling parameter is out of its range.
+    #[error("row {row}: {problem}")]
+    Parameter {
+        /// The row, of those whose tokens are wanted.
+        row: usize,
+        /// Which, and its range.
+        problem: String,
+    },
+    /// A kernel is to choose what only the host can.
+    #[error(
+        "row {row}: penalties, logit_bias and logprobs need the logits on the host; run a step for them, or \
+         leave them out"
+    )]
+    HostSampling {
+        /// The row, of those whose tokens are wanted.
+        row: usize,
+    },
+    /// The kernel computed logits that no token can be chosen from.
+    #[error("step {step}, row {row}: {problem}")]
+    Logits {
+        /// The row, of those whose tokens are wanted.
+        row: usize,
+        /// The step of the launch.
+        step: usize,
+        /// What is wrong.
+        problem: &'static str,
+    },
     /// A draft is asked for and there is none.
     #[error("the plan has no draft; add `draft` to model.yaml and compile again, or go on without one")]
     NoDraft,

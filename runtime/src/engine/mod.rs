@@ -22,10 +22,12 @@ use crate::kv::PageTable;
 use crate::memory::Breakdown;
 use crate::native::{Entry, NativeCode};
 use crate::pack::{PackedWeights, pack, pack_cached};
+use crate::sampling::SamplingParams;
 use cpu::CpuEngine;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tilec_ir::launch::SampleRow;
 use tilec_ir::plan::{Plan, WeightsFrom};
 
 /// Spins after which a wait of a worker for the others gives up, by default: of the order of ten
@@ -269,12 +271,29 @@ impl Engine {
     /// # Errors
     /// As [`Engine::step`]; also without a resident kernel.
     pub fn step_greedy(&mut self, rows: &[RowInput], logit_rows: &[u32]) -> Result<Vec<u32>, StepError> {
+        self.step_sampled(rows, logit_rows, &[])
+    }
+
+    /// As [`Engine::step_greedy`], with tokens that are chosen as `sampling` says, which has an entry for each
+    /// row that `logit_rows` names, or none: then all are the largest logits. They are the tokens that a
+    /// [`crate::sampling::Sampler`] chooses from the rows' logits, each for the position behind its row's.
+    ///
+    /// # Errors
+    /// As [`Engine::step`]; also without a resident kernel, for parameters that are out of range or that kernels
+    /// do not know, and for logits that nothing can be chosen from.
+    pub fn step_sampled(
+        &mut self,
+        rows: &[RowInput],
+        logit_rows: &[u32],
+        sampling: &[&SamplingParams],
+    ) -> Result<Vec<u32>, StepError> {
         if !self.is_resident() {
             return Err(StepError::NotResident);
         }
+        let sampling = launch_rows(sampling, logit_rows.len())?;
         self.begin_step(rows, logit_rows)?;
         let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
-        let tokens = back.step_greedy(&self.plan, &self.pages, rows, logit_rows)?;
+        let tokens = back.step_tokens(&self.plan, &self.pages, rows, logit_rows, &sampling)?;
         for row in rows {
             self.lengths[row.sequence as usize] = row.position as usize + 1;
         }
@@ -455,6 +474,22 @@ impl Engine {
         stop_tokens: &[u32],
         on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
     ) -> Result<usize, StepError> {
+        self.decode_sampled(rows, &[], steps, stop_tokens, on_token)
+    }
+
+    /// As [`Engine::decode`], with tokens that are chosen as `sampling` says: see [`Engine::step_sampled`].
+    ///
+    /// # Errors
+    /// As [`Engine::decode`] and [`Engine::step_sampled`]. Tokens of steps before the one whose logits are broken
+    /// were told of.
+    pub fn decode_sampled(
+        &mut self,
+        rows: &[RowInput],
+        sampling: &[&SamplingParams],
+        steps: usize,
+        stop_tokens: &[u32],
+        on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
+    ) -> Result<usize, StepError> {
         if !self.is_resident() {
             return Err(StepError::NotResident);
         }
@@ -466,6 +501,7 @@ impl Engine {
             return Err(StepError::Steps { steps, max: cuda::DECODE_STEPS });
         }
         self.check(rows, &[])?;
+        let sampling = launch_rows(sampling, rows.len())?;
         let context = self.plan.limits.context;
         for (row, input) in rows.iter().enumerate() {
             if rows[..row].iter().any(|other| other.sequence == input.sequence) {
@@ -484,7 +520,7 @@ impl Engine {
             *known = (*known).min(row.position as usize);
         }
         let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
-        let done = back.decode(&self.plan, &self.pages, rows, steps, stop_tokens, on_token);
+        let done = back.decode(&self.plan, &self.pages, (rows, &sampling), steps, stop_tokens, on_token);
         for row in rows {
             let sequence = row.sequence as usize;
             if let Ok(done) = done {
@@ -751,4 +787,21 @@ impl AsRef<[u8]> for PackedWeights {
     fn as_ref(&self) -> &[u8] {
         self.as_slice()
     }
+}
+
+/// Parameters of `rows` rows in numbers for a kernel; none if each row's token is that of the largest logit.
+fn launch_rows(sampling: &[&SamplingParams], rows: usize) -> Result<Vec<SampleRow>, StepError> {
+    if !sampling.is_empty() && sampling.len() != rows {
+        return Err(StepError::Sampling { given: sampling.len(), rows });
+    }
+    if let Some(row) = sampling.iter().position(|params| !params.is_for_kernels()) {
+        return Err(StepError::HostSampling { row });
+    }
+    for (row, params) in sampling.iter().enumerate() {
+        params.validate().map_err(|error| StepError::Parameter { row, problem: error.to_string() })?;
+    }
+    Ok(match sampling.iter().all(|params| params.is_greedy()) {
+        true => Vec::new(),
+        false => sampling.iter().map(|params| params.launch_row()).collect(),
+    })
 }

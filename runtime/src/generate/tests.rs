@@ -318,6 +318,37 @@ fn a_resident_kernel_goes_on_where_the_last_text_ended() {
 }
 
 #[test]
+fn a_resident_kernel_samples_many_steps_a_launch() {
+    use crate::cuda::fake::{cuda_plan, fake_engine_on, toy_kernel};
+    let params = |temperature, top_k| SamplingParams { temperature, top_k, seed: 3, ..Default::default() };
+    let sampled = Request { sampling: params(1.0, 0), ..request(&[5, 6], 20) };
+    let kept = Request { sampling: params(3.0, 7), ..request(&[9, 8], 20) };
+    let penalized = Request {
+        sampling: SamplingParams { repetition_penalty: 1.5, ..params(1.0, 0) },
+        ..request(&[1, 3], 20)
+    };
+    let launches = |requests: &[Request]| {
+        let plan = cuda_plan();
+        let (engine, seen) = fake_engine_on(plan.clone(), toy_kernel(plan.kv), &EngineOptions::default());
+        let (found, _, _) = texts_of(engine, requests);
+        let mut cpu_plan = toy_plan(1);
+        (cpu_plan.limits, cpu_plan.buffers[0].rows) = (plan.limits, 20);
+        let (expected, _, _) = texts_of(toy_engine_on(cpu_plan, &EngineOptions::default()), requests);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!((&found.tokens, found.tokens.len()), (&expected.tokens, 20));
+        }
+        let launches = seen.launches.lock().unwrap();
+        launches.iter().map(|args| (args.steps, args.sampling != 0)).collect::<Vec<_>>()
+    };
+    let greedy = request(&[1, 2], 20);
+    assert_eq!(launches(std::slice::from_ref(&sampled)), [(1, false), (19, true)]);
+    assert_eq!(launches(std::slice::from_ref(&greedy)), [(1, false), (19, false)]);
+    // Rows of a launch have parameters of their own.
+    assert_eq!(launches(&[sampled.clone(), greedy, kept]), [(1, false), (19, true)]);
+    assert!(launches(&[sampled, penalized]).iter().all(|launch| *launch == (1, false)));
+}
+
+#[test]
 fn a_small_cache_makes_launches_shorter() {
     use crate::cuda::fake::fake_engine;
     let options = EngineOptions { kv_pages: Some(3), ..Default::default() };

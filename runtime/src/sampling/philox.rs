@@ -20,15 +20,18 @@ fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// The random number of one position, uniform in [0, 1) with 53 bits: the key is the seed, the
-/// counter is the position (low half first, the upper two words 0), and the number is made of the
-/// first two words of the output.
-pub fn uniform(seed: u64, position: u64) -> f64 {
+/// The random bits of one position: the key is the seed, the counter is the position (low half first, the
+/// upper two words 0), and the bits are the first two words of the output, low half first.
+pub fn random_bits(seed: u64, position: u64) -> u64 {
     let words = |x: u64| [x as u32, (x >> 32) as u32];
     let [low, high] = words(position);
     let out = philox4x32_10([low, high, 0, 0], words(seed));
-    let bits = u64::from(out[1]) << 32 | u64::from(out[0]);
-    (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+    u64::from(out[1]) << 32 | u64::from(out[0])
+}
+
+/// The random number of one position, uniform in [0, 1): the upper 53 of its [`random_bits`].
+pub fn uniform(seed: u64, position: u64) -> f64 {
+    (random_bits(seed, position) >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
 }
 
 #[cfg(test)]

@@ -161,23 +161,72 @@ fn filters_at_their_edges() {
     assert_eq!(only(SamplingParams { temperature: 1e-30, ..d() }, &[0.1, 0.2, 0.15]), [1]);
 }
 
+/// The same choice by the definition: all tokens in order, one after the other.
+fn by_sorting(params: &SamplingParams, logits: &[f32], position: u64) -> u32 {
+    let row = params.launch_row();
+    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let distance = |x: f32| (best - x) * row.scale;
+    let weight = |x: f32| if distance(x) <= 40.0 { u128::from(draw::weight(distance(x))) } else { 0 };
+    let mut kept: Vec<usize> = (0..logits.len()).filter(|&i| distance(logits[i]) <= 40.0).collect();
+    let ranked = (row.top_k > 0 && (row.top_k as usize) < logits.len()) || row.top_p > 0;
+    if ranked {
+        kept.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    }
+    if row.top_k > 0 {
+        kept.truncate(row.top_k as usize);
+    }
+    if row.top_p > 0 {
+        let total: u128 = kept.iter().map(|&i| weight(logits[i])).sum();
+        let mut sum = 0;
+        let reaches = |&i: &usize| {
+            sum += weight(logits[i]);
+            sum << 64 >= u128::from(row.top_p) * total
+        };
+        let enough = kept.iter().position(reaches).unwrap();
+        kept.truncate(enough + 1);
+    }
+    kept.retain(|&i| distance(logits[i]) <= row.reach);
+    let total: u128 = kept.iter().map(|&i| weight(logits[i])).sum();
+    let mut left = (u128::from(random_bits(row.seed, position)) * total) >> 64;
+    for i in kept {
+        if left < weight(logits[i]) {
+            return i as u32;
+        }
+        left -= weight(logits[i]);
+    }
+    unreachable!("the number is below the total")
+}
+
 #[test]
-fn top_k_by_selection_is_top_k_by_sorting() {
-    for n in [1, 2, 10, 1000, 3001] {
-        let logits = logits(n, 8.0);
-        for k in [1, 2, 7, 50, n - 1] {
-            if k == 0 || k >= n {
-                continue;
+fn draws_are_those_of_the_definition() {
+    let mut number = 0u64;
+    let mut random = || {
+        number += 1;
+        uniform(5, number)
+    };
+    for n in [1, 2, 10, 1000, 3001, 5000] {
+        for scale in [0.01, 3.0, 30.0, 4000.0] {
+            let mut x = logits(n, scale);
+            for _ in 0..n / 20 {
+                x[(random() * n as f64) as usize] = f32::NEG_INFINITY;
             }
-            let mut kept = Vec::new();
-            keep_top_k(&logits, k, &mut kept);
-            let mut all: Vec<_> = (0u32..)
-                .zip(&logits)
-                .map(|(token, &logit)| Candidate { logit, token, weight: 0.0 })
-                .collect();
-            all.sort_by(rank);
-            let ids = |c: &[Candidate]| c.iter().map(|c| c.token).collect::<Vec<_>>();
-            assert_eq!(ids(&kept), ids(&all[..k]), "n {n}, k {k}");
+            x[n / 2] = 0.0;
+            for _ in 0..20 {
+                let pick = |value: f64, off: f64, chance: f64| if chance < 0.5 { off } else { value };
+                let params = SamplingParams {
+                    temperature: [0.3, 1.0, 2.5, 1e-30, 100.0][(random() * 5.0) as usize],
+                    top_k: pick(random() * 1.2 * n as f64, 0.0, random()) as u32,
+                    top_p: pick(random().powf(0.2), 1.0, random()).max(1e-6) as f32,
+                    min_p: pick(random().powi(6), 0.0, random()) as f32,
+                    seed: (random() * 1e9) as u64,
+                    ..Default::default()
+                };
+                let mut sampler = sampler(params.clone());
+                for position in 0..5 {
+                    let found = sampler.sample(&x, position).unwrap().token;
+                    assert_eq!(found, by_sorting(&params, &x, position), "{n}, {scale}, {params:?}");
+                }
+            }
         }
     }
 }

@@ -1,0 +1,278 @@
+//! The draw among tokens, as kernels do it as well: the same token from the same logits, on any machine and
+//! in any order of work.
+//!
+//! Distances are a subtraction and a multiplication in float32, weights a polynomial of fused
+//! multiply-adds, rounded to integers; so sums of them do not depend on an order, and every comparison is
+//! exact. Without `top_k` and `top_p`, the random number chooses among the weights in the order of ids;
+//! with them, in the order of ranks, of which they and `min_p` keep the first ones. `sample.cuh` says how a
+//! GPU does it.
+
+use super::philox::random_bits;
+use std::cmp::Ordering;
+use tilec_ir::launch::{REACH, SampleRow, WEIGHT_BITS};
+
+/// Steps of a power of two in which ranks are told apart by distance, before logits are compared.
+const STEPS: f32 = 16.0;
+const BUCKETS: usize = (REACH * STEPS) as usize + 1;
+
+/// Ids whose weights are added up at a time.
+const CHUNK: usize = 1024;
+
+/// Room that a draw needs.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Scratch {
+    /// Weights of chunks of ids, or of buckets of ranks.
+    sums: Vec<u64>,
+    /// Tokens of the buckets.
+    counts: Vec<u64>,
+    ranked: Vec<Ranked>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Ranked {
+    logit: f32,
+    token: u32,
+    weight: u64,
+}
+
+/// Where a rank is.
+struct Place {
+    token: u32,
+    /// Weights up to it, its own included.
+    sum: u64,
+}
+
+/// What tokens are counted by.
+#[derive(Clone, Copy, PartialEq)]
+enum Measure {
+    Tokens,
+    Weights,
+}
+
+/// One row's logits and what was made of them.
+struct Row<'a> {
+    logits: &'a [f32],
+    best: f32,
+    scale: f32,
+    /// The largest distance of a token that counts.
+    reach: f32,
+}
+
+/// The token at `position`. `best` is the largest of the logits, finite, and none is NaN.
+pub(super) fn draw(
+    logits: &[f32],
+    best: f32,
+    parameters: &SampleRow,
+    position: u64,
+    scratch: &mut Scratch,
+) -> u32 {
+    let random = random_bits(parameters.seed, position);
+    let below = |total: u64| ((u128::from(random) * u128::from(total)) >> 64) as u64;
+    let top_k = parameters.top_k as usize;
+    let cuts = top_k > 0 && top_k < logits.len();
+    let row = Row { logits, best, scale: parameters.scale, reach: parameters.reach };
+    if !cuts && parameters.top_p == 0 {
+        return row.by_id(below, &mut scratch.sums);
+    }
+    // Where shares are asked for, `min_p` comes behind them.
+    let min_p = (parameters.top_p != 0 && parameters.reach < REACH).then(|| row.total());
+    let row = if parameters.top_p != 0 { Row { reach: REACH, ..row } } else { row };
+    row.tally(scratch);
+    let mut total = scratch.sums.iter().sum();
+    if cuts && let Some(place) = row.rank(Measure::Tokens, top_k as u64 - 1, scratch) {
+        total = place.sum;
+    }
+    if parameters.top_p != 0 {
+        let share = u128::from(parameters.top_p) * u128::from(total);
+        let wanted = (share.div_ceil(1 << 64) as u64).max(1);
+        total = row.rank(Measure::Weights, wanted - 1, scratch).map_or(total, |place| place.sum);
+    }
+    total = total.min(min_p.unwrap_or(total));
+    // The best token has a weight, and every number below the total is somebody's.
+    row.rank(Measure::Weights, below(total), scratch).map_or(0, |place| place.token)
+}
+
+impl Row<'_> {
+    /// The token whose weight is the one that `below` all of them says, in the order of ids.
+    fn by_id(&self, below: impl Fn(u64) -> u64, sums: &mut Vec<u64>) -> u32 {
+        sums.clear();
+        sums.extend(self.logits.chunks(CHUNK).map(|chunk| self.sum(chunk)));
+        let mut left = below(sums.iter().sum());
+        for (number, (chunk, sum)) in self.logits.chunks(CHUNK).zip(sums).enumerate() {
+            if left >= *sum {
+                left -= *sum;
+                continue;
+            }
+            for (token, logit) in (number * CHUNK..).zip(chunk) {
+                let weight = self.weight(*logit);
+                if left < weight {
+                    return token as u32;
+                }
+                left -= weight;
+            }
+        }
+        0
+    }
+
+    fn total(&self) -> u64 {
+        self.logits.chunks(CHUNK).map(|chunk| self.sum(chunk)).sum()
+    }
+
+    #[inline(always)]
+    fn distance(&self, logit: f32) -> f32 {
+        (self.best - logit) * self.scale
+    }
+
+    #[inline(always)]
+    fn weight(&self, logit: f32) -> u64 {
+        let distance = self.distance(logit);
+        if distance <= self.reach { weight(distance) } else { 0 }
+    }
+
+    #[inline(always)]
+    fn sum_all(&self, logits: &[f32]) -> u64 {
+        logits.iter().map(|logit| self.weight(*logit)).sum()
+    }
+
+    fn sum(&self, logits: &[f32]) -> u64 {
+        #[cfg(target_arch = "x86_64")]
+        if has_fma() {
+            // SAFETY: the processor has these instructions.
+            return unsafe { self.sum_fma(logits) };
+        }
+        self.sum_all(logits)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn sum_fma(&self, logits: &[f32]) -> u64 {
+        self.sum_all(logits)
+    }
+
+    /// Tokens and weights by bucket.
+    fn tally(&self, scratch: &mut Scratch) {
+        for of in [&mut scratch.sums, &mut scratch.counts] {
+            of.clear();
+            of.resize(BUCKETS, 0);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if has_fma() {
+            // SAFETY: the processor has these instructions.
+            return unsafe { self.tally_fma(scratch) };
+        }
+        self.tally_all(scratch);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    fn tally_fma(&self, scratch: &mut Scratch) {
+        self.tally_all(scratch);
+    }
+
+    #[inline(always)]
+    fn tally_all(&self, scratch: &mut Scratch) {
+        for logit in self.logits {
+            let distance = self.distance(*logit);
+            if distance <= self.reach {
+                let bucket = (distance * STEPS) as usize;
+                scratch.sums[bucket] += weight(distance);
+                scratch.counts[bucket] += 1;
+            }
+        }
+    }
+
+    /// The token of the rank with which what the measure adds up to exceeds `target`; `None` if it never
+    /// does.
+    fn rank(&self, measure: Measure, target: u64, scratch: &mut Scratch) -> Option<Place> {
+        let Scratch { sums, counts, ranked } = scratch;
+        let of = |tokens: u64, weights: u64| if measure == Measure::Tokens { tokens } else { weights };
+        let (mut left, mut sum) = (target, 0);
+        let bucket = (0..BUCKETS).find(|bucket| {
+            let own = of(counts[*bucket], sums[*bucket]);
+            if left < own {
+                return true;
+            }
+            left -= own;
+            sum += sums[*bucket];
+            false
+        })?;
+        // Multiplying by a power of two is exact.
+        let range = bucket as f32 / STEPS..(bucket + 1) as f32 / STEPS;
+        ranked.clear();
+        ranked.extend((0u32..).zip(self.logits).filter_map(|(token, &logit)| {
+            let distance = self.distance(logit);
+            let within = range.contains(&distance) && distance <= self.reach;
+            within.then(|| Ranked { logit, token, weight: weight(distance) })
+        }));
+        ranked.sort_unstable_by(by_rank);
+        ranked.iter().find_map(|token| {
+            sum += token.weight;
+            let own = of(1, token.weight);
+            if left < own {
+                return Some(Place { token: token.token, sum });
+            }
+            left -= own;
+            None
+        })
+    }
+}
+
+/// Best first; among equals, the lowest id.
+fn by_rank(a: &Ranked, b: &Ranked) -> Ordering {
+    b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token))
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_fma() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+}
+
+/// 2^-distance in units of 2^-[`WEIGHT_BITS`], to 22 or 23 significant bits; `distance` is from 0
+/// to [`REACH`].
+#[inline(always)]
+pub(super) fn weight(distance: f32) -> u64 {
+    // 1.5 * 2^23: what is added to it is rounded to whole numbers, which its bits then hold.
+    const WHOLE: f32 = 12_582_912.0;
+    const BITS: u32 = 22;
+    let shifted = distance + WHOLE;
+    // 2^fraction, for fractions from -1/2 to 1/2: off by 1.1e-7 at most, and 1 at 0.
+    let fraction = (shifted - WHOLE) - distance;
+    let power = POWERS.iter().rev().skip(1).fold(POWERS[4], |sum, factor| sum.mul_add(fraction, *factor));
+    let power = power.mul_add(fraction, 1.0);
+    // Between 2 and 4 a float's last bit is 2^-22.
+    let mantissa = (power + 2.0).to_bits() & 0x7f_ffff;
+    (u64::from(mantissa) << (WEIGHT_BITS - BITS)) >> (shifted.to_bits() - WHOLE.to_bits())
+}
+
+/// Factors of a fraction's powers in 2^fraction, from the first power on.
+#[expect(clippy::approx_constant, reason = "it is not quite the logarithm of 2")]
+const POWERS: [f32; 5] = [0.693_147, 0.240_222_42, 0.055_507_336, 0.009_671_513, 0.001_326_472_7];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_powers_of_two() {
+        assert_eq!((weight(0.0), weight(1.0), weight(40.0)), (1 << 40, 1 << 39, 1));
+        let mut last = u64::MAX;
+        for step in 0..=400_000u32 {
+            let distance = step as f32 * 1e-4;
+            let (found, wanted) = (weight(distance) as f64, (40.0 - f64::from(distance)).exp2());
+            // The polynomial, its roundings, half of the last bit, what rounding down takes.
+            assert!((found - wanted).abs() <= wanted * 4e-7 + 1.0, "{distance}: {found}, {wanted}");
+            assert!(weight(distance) <= last, "{distance}");
+            last = weight(distance);
+        }
+    }
+
+    /// The bits of a few weights: whoever computes them otherwise chooses other tokens.
+    #[test]
+    fn weights_keep_their_bits() {
+        let found = [1e-9, 0.1, 0.5, 1.75, 7.3, 22.22, 39.99].map(weight);
+        assert_eq!(found, WEIGHTS);
+    }
+
+    const WEIGHTS: [u64; 7] =
+        [1099511627776, 1025880621056, 777471918080, 326886752256, 6977193984, 225067, 1];
+}

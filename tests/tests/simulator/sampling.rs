@@ -1,0 +1,225 @@
+//! The choice of tokens in the kernel against the host's sampler: the very same tokens.
+
+use super::*;
+use tilec_kernels_gen::cuda::{BASE, BLOCK, FORMATS, SAMPLE};
+use tilec_runtime::sampling::{Sampler, SamplingError, SamplingParams, uniform};
+
+/// Blocks that choose for the rows of given logits, by the consumers of each.
+const CHOOSER: &str = r#"
+extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
+  if (warp_id() >= CONSUMERS) return;
+  const u32 vocab = args.pages_per_sequence;
+  for (u32 row = blockIdx.x; row < args.logit_rows; row += gridDim.x) {
+    const float* logits = reinterpret_cast<const float*>(args.weights) + (u64)row * vocab;
+    // As the head's epilogue finds it.
+    float best = logits[0];
+    for (u32 id = 1; id < vocab; ++id) best = logits[id] > best ? logits[id] : best;
+    const SampleRow& parameters = args.sampling[row];
+    const u64 random = random_bits(parameters.seed, args.positions[row] + 1);
+    const u32 token = sample_row(*reinterpret_cast<SampleSpace*>(shared_memory()), parameters, logits, vocab, ordered(best), random);
+    consumers_sync();
+    if (threadIdx.x == 0) store_host(args.chosen + row, token + 1);
+  }
+}
+"#;
+
+/// Sizes that the headers ask for.
+const SIZES: &str =
+    "constexpr u32 SLOT_BYTES = 16384, RING_SLOTS = 4, STAGES = 1, SCRATCH_BYTES = 15616, SCALE_BYTES = 0;";
+
+/// The choice alone, of logits of any kind.
+struct Chooser(tempfile::TempDir);
+
+impl Chooser {
+    fn new() -> Chooser {
+        let folder = tempfile::tempdir().unwrap();
+        let texts = [BASE.text, "#include \"ptx.h\"", FORMATS.text, SIZES, BLOCK.text, SAMPLE.text, CHOOSER];
+        build(folder.path(), &texts.join("\n"));
+        for name in ["kv.bin", "taps.bin"] {
+            std::fs::write(folder.path().join(name), []).unwrap();
+        }
+        Chooser(folder)
+    }
+
+    /// A token for every row of `logits`, each of `vocab`, behind its position.
+    fn choose(&self, logits: &[f32], vocab: usize, rows: &[(SampleRow, u32)], seed: u64) -> Vec<u32> {
+        let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
+        std::fs::write(self.0.path().join("weights.bin"), bytes).unwrap();
+        let sizes = [256, 256, 1, rows.len(), rows.len(), 1, vocab, 1, 15616, 0, 0];
+        let mut launch: Vec<u32> = sizes.map(|size| size as u32).to_vec();
+        let positions: Vec<u32> = rows.iter().map(|(_, position)| *position).collect();
+        launch.extend([0; STEP_ROWS]);
+        launch.extend(&positions);
+        launch.resize(sizes.len() + 4 * STEP_ROWS, 0);
+        launch.extend(sampling_words(&rows.iter().map(|(row, _)| *row).collect::<Vec<_>>()));
+        let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
+        std::fs::write(self.0.path().join("launch.bin"), bytes).unwrap();
+        let mut command = Command::new(self.0.path().join("simulator"));
+        let output = command.arg(self.0.path()).args(["3", &seed.to_string()]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let chosen = words(&std::fs::read(self.0.path().join("chosen.bin")).unwrap());
+        chosen[..rows.len()].iter().map(|word| word.wrapping_sub(1)).collect()
+    }
+}
+
+/// Numbers without a pattern, from 0 to below 1.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> f64 {
+        self.0 += 1;
+        uniform(2, self.0)
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() * end as f64) as usize
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+}
+
+fn parameters(numbers: &mut Numbers, vocab: usize) -> SamplingParams {
+    let top_k = match numbers.below(4) {
+        0 | 1 => 0,
+        2 => 1 + numbers.below(50),
+        _ => 1 + numbers.below(vocab + vocab / 8),
+    };
+    SamplingParams {
+        temperature: numbers.pick(&[0.2, 0.7, 1.0, 1.0, 2.5, 1e-30, 60.0]),
+        top_k: top_k as u32,
+        top_p: if numbers.below(2) == 0 { 1.0 } else { numbers.next().powf(0.2) as f32 },
+        min_p: if numbers.below(2) == 0 { 0.0 } else { numbers.next().powi(5) as f32 },
+        seed: (numbers.next() * 1e15) as u64,
+        ..SamplingParams::default()
+    }
+}
+
+/// Logits as a model may have them: spread widely or narrowly, with equal ones, with -infinity.
+fn random_logits(numbers: &mut Numbers, vocab: usize) -> Vec<f32> {
+    let spread = numbers.pick(&[0.001, 0.2, 2.0, 6.0, 40.0]);
+    let steps = numbers.pick(&[1e6, 1e6, 32.0, 1.0]);
+    let gone = numbers.pick(&[0.0, 0.0, 0.01, 0.98]);
+    let mut logits: Vec<f32> = (0..vocab)
+        .map(|_| {
+            let normal = (0..6).map(|_| numbers.next() - 0.5).sum::<f64>();
+            let logit = (normal * steps).round() / steps * spread - 3.0;
+            if numbers.next() < gone { f32::NEG_INFINITY } else { logit as f32 }
+        })
+        .collect();
+    let finite = numbers.below(vocab);
+    logits[finite] = numbers.pick(&[0.0, -0.0, 1e-20, 5.0]);
+    logits
+}
+
+#[test]
+fn kernels_choose_the_very_tokens_of_the_host() {
+    let chooser = Chooser::new();
+    let mut numbers = Numbers(0);
+    for (vocab, rounds) in [(1, 2), (7, 3), (256, 4), (1001, 12), (5003, 16), (70_001, 2)] {
+        for round in 0..rounds {
+            let mut logits = Vec::new();
+            let mut rows = Vec::new();
+            for row in 0..STEP_ROWS as u32 {
+                logits.extend(random_logits(&mut numbers, vocab));
+                rows.push((parameters(&mut numbers, vocab), row * 977 + round));
+            }
+            let given: Vec<_> =
+                rows.iter().map(|(params, position)| (params.launch_row(), *position)).collect();
+            let found = chooser.choose(&logits, vocab, &given, u64::from(round));
+            for (((params, position), own), token) in rows.iter().zip(logits.chunks(vocab)).zip(found) {
+                let mut sampler = Sampler::new(params.clone()).unwrap();
+                let wanted = sampler.sample(own, u64::from(*position) + 1).unwrap().token;
+                assert_eq!(token, wanted, "{vocab} tokens, round {round}, {params:?}");
+            }
+        }
+    }
+}
+
+/// All equal, so that ids alone tell ranks apart; and logits that nothing can be chosen from.
+#[test]
+fn kernels_choose_among_equals_and_say_where_nothing_can_be_chosen() {
+    let chooser = Chooser::new();
+    let vocab = 3000;
+    let mut logits = vec![0.25; vocab * STEP_ROWS];
+    let d = SamplingParams::default;
+    let params = [
+        SamplingParams { top_k: 2100, seed: 1, ..d() },
+        SamplingParams { top_p: 0.7, seed: 2, ..d() },
+        SamplingParams { top_k: 2999, top_p: 0.999, min_p: 1.0, seed: 3, ..d() },
+        SamplingParams { seed: 4, ..d() },
+        SamplingParams { top_p: f32::MIN_POSITIVE, ..d() },
+        SamplingParams { top_k: 5, ..d() },
+        d(),
+        SamplingParams { min_p: 0.3, ..d() },
+    ];
+    let rows = params.clone().map(|params| (params.launch_row(), 40));
+    let expect = |logits: &[f32]| -> Vec<u32> {
+        let rows = params.iter().zip(logits.chunks(vocab));
+        let token = |(params, logits): (&SamplingParams, &[f32])| match Sampler::new(params.clone())
+            .unwrap()
+            .sample(logits, 41)
+        {
+            Ok(choice) => choice.token,
+            Err(SamplingError::Logit { .. }) => tilec_ir::launch::BROKEN_LOGITS,
+            Err(SamplingError::Nothing { .. }) => tilec_ir::launch::NO_LOGITS,
+            Err(error) => panic!("{error}"),
+        };
+        rows.map(token).collect()
+    };
+    let found = chooser.choose(&logits, vocab, &rows, 1);
+    assert_eq!(found, expect(&logits));
+    assert!(found.iter().any(|token| *token > 512), "{found:?}");
+    logits[7] = f32::NAN;
+    logits[vocab + 2999] = f32::NAN;
+    logits[2 * vocab + 1500] = f32::INFINITY;
+    logits[3 * vocab] = f32::INFINITY;
+    logits[4 * vocab..5 * vocab].fill(f32::NEG_INFINITY);
+    logits[6 * vocab..7 * vocab].fill(f32::NEG_INFINITY);
+    logits[7 * vocab] = -f32::NAN;
+    let found = chooser.choose(&logits, vocab, &rows, 2);
+    assert_eq!(found, expect(&logits));
+    assert_eq!(found.iter().filter(|token| **token >= tilec_ir::launch::NO_LOGITS).count(), 7);
+}
+
+#[test]
+fn launches_of_several_steps_choose_for_each_row_by_its_own_parameters() {
+    let simulation = Simulation::new(&llama(), Format::BF16, None, 256);
+    let vocab = simulation.program.vocab;
+    let d = SamplingParams::default;
+    let params = [
+        SamplingParams::greedy(),
+        SamplingParams { temperature: 3.0, seed: 9, ..d() },
+        SamplingParams { temperature: 2.0, top_k: 12, top_p: 0.8, seed: 1 << 40, ..d() },
+        SamplingParams { top_p: 0.9, min_p: 0.1, ..d() },
+    ];
+    let rows: Vec<Row> = (0..4).map(|n| row(n as u32 * 7, 0, n)).collect();
+    let wanted: Vec<usize> = (0..4).collect();
+    let given = params.clone().map(|params| params.launch_row());
+    let before = simulation.cache();
+    let mut expected = Vec::new();
+    let mut at = rows.clone();
+    for step in 0..5 {
+        let single = simulation.launch(&at, 1, 3, step);
+        for ((row, params), logits) in at.iter_mut().zip(&params).zip(single.logits.chunks(vocab)) {
+            row.position += 1;
+            let mut sampler = Sampler::new(params.clone()).unwrap();
+            row.token = sampler.sample(logits, row.position as u64).unwrap().token;
+            expected.push(row.token);
+        }
+    }
+    for (blocks, seed) in [(2, 7), (5, 8)] {
+        simulation.write_cache(&before);
+        let launched = simulation.launch_sampled(&rows, &wanted, 5, [blocks, 0, 0], seed, &given);
+        assert_eq!(launched.chosen, expected);
+    }
+    // Not the largest ones, and of rows whose logits are wanted only.
+    simulation.write_cache(&before);
+    let greedy = simulation.launch(&rows, 5, 3, 9);
+    assert_ne!(greedy.chosen, expected);
+    let all: Vec<usize> = vec![1, 3];
+    simulation.write_cache(&before);
+    let two = simulation.launch_sampled(&rows, &all, 1, [3, 0, 0], 10, &[given[1], given[3]]);
+    assert_eq!(two.chosen, [expected[1], expected[3]]);
+}
