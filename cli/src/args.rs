@@ -5,6 +5,7 @@ use clap_complete::Shell;
 use std::path::PathBuf;
 use tilec_ir::abi::KvType;
 use tilec_ir::spec::{Activations, Device, WeightFormat};
+use tilec_runtime::sampling::SamplingParams;
 
 /// Compiles language models to native code and runs them.
 #[derive(Debug, Parser)]
@@ -233,6 +234,40 @@ pub struct CompileArgs {
     pub target: TargetArgs,
 }
 
+/// Which tokens chance may choose.
+#[derive(Clone, Debug, Args)]
+pub struct ChanceArgs {
+    /// 0 takes the likeliest token; higher is more random
+    #[arg(long, help_heading = "Sampling", visible_alias = "temp", value_name = "T", default_value_t = 0.0, value_parser = non_negative)]
+    pub temperature: f32,
+    /// Only the K likeliest tokens; 0: all
+    #[arg(long, help_heading = "Sampling", value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Only the likeliest tokens that together have this probability
+    #[arg(long, help_heading = "Sampling", value_name = "P", default_value_t = 1.0, value_parser = fraction)]
+    pub top_p: f32,
+    /// Only tokens at least this probable, relative to the likeliest
+    #[arg(long, help_heading = "Sampling", value_name = "P", default_value_t = 0.0, value_parser = fraction)]
+    pub min_p: f32,
+    /// Start of the random numbers: the same seed gives the same text
+    #[arg(long, help_heading = "Sampling", value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl ChanceArgs {
+    /// Parameters that say so.
+    pub fn parameters(&self) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature,
+            top_k: u32::try_from(self.top_k).unwrap_or(u32::MAX),
+            top_p: self.top_p,
+            min_p: self.min_p,
+            seed: self.seed,
+            ..SamplingParams::default()
+        }
+    }
+}
+
 /// How tokens are chosen.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Sampling")]
@@ -240,24 +275,12 @@ pub struct SamplingArgs {
     /// Most tokens to generate [default: until the model ends or the context is full]
     #[arg(short = 'n', long, value_name = "N", value_parser = count(1 << 30))]
     pub max_tokens: Option<u64>,
-    /// 0 takes the likeliest token; higher is more random
-    #[arg(long, visible_alias = "temp", value_name = "T", default_value_t = 0.0, value_parser = non_negative)]
-    pub temperature: f32,
-    /// Only the K likeliest tokens; 0: all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub top_k: usize,
-    /// Only the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = fraction)]
-    pub top_p: f32,
-    /// Only tokens at least this probable, relative to the likeliest
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = fraction)]
-    pub min_p: f32,
+    /// The random choice
+    #[command(flatten)]
+    pub chance: ChanceArgs,
     /// Factor against tokens that came before; 1: none
     #[arg(long, value_name = "F", default_value_t = 1.0, value_parser = positive)]
     pub repeat_penalty: f32,
-    /// Start of the random numbers: the same seed gives the same text
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
     /// Stop before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
@@ -408,6 +431,9 @@ pub struct BenchArgs {
     /// or the share of experts, from 0 to 1, that all rows choose alike
     #[arg(long, value_name = "WHO", default_value = "model", value_parser = routing)]
     pub routing: Routing,
+    /// On a GPU: how the kernel chooses tokens; those of the likeliest tokens cost nothing
+    #[command(flatten)]
+    pub chance: ChanceArgs,
     /// With a draft: tokens that a round adds on average, whatever the guesses are worth on random tokens
     /// [default: half a block]
     #[arg(long, value_name = "TOKENS", value_parser = non_negative, help_heading = "Draft")]
@@ -696,7 +722,7 @@ mod tests {
         else {
             panic!("not parsed");
         };
-        assert_eq!((run.sampling.temperature, run.sampling.max_tokens), (0.5, Some(3)));
+        assert_eq!((run.sampling.chance.temperature, run.sampling.max_tokens), (0.5, Some(3)));
         assert_eq!(run.sampling.stop, ["a", "b"]);
         let target = &run.model.target;
         assert_eq!((target.ctx_size, target.kv_cache_type), (Some(99), Some(KvType::Bf16)));

@@ -248,15 +248,7 @@ pub fn draft_json(draft: &DraftStats) -> Value {
 }
 
 fn sampling(args: &SamplingArgs) -> SamplingParams {
-    SamplingParams {
-        temperature: args.temperature,
-        top_k: u32::try_from(args.top_k).unwrap_or(u32::MAX),
-        top_p: args.top_p,
-        min_p: args.min_p,
-        seed: args.seed,
-        repetition_penalty: args.repeat_penalty,
-        ..SamplingParams::default()
-    }
+    SamplingParams { repetition_penalty: args.repeat_penalty, ..args.chance.parameters() }
 }
 
 /// Why a text ended, in a word.

@@ -95,7 +95,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
   const u32 segment = (vocab + 65535) / 65536 * (AT_ONCE * LANES);  // ids of one
   // Where shares are asked for, min_p comes behind them: what it leaves is weighed first.
   Goal goal = shares && row.reach < SAMPLE_REACH ? FLOOR : WEIGH;
-  float reach = shares && goal == WEIGH ? SAMPLE_REACH : row.reach;
+  float reach = row.reach;
   u64 floor_total = ~0ull, total = 0;
   // A look: at tokens from the distance `from` to below `to`, at ranks from `low` to `high`, by their digit, which
   // is a step of the distance (`shift` of 64) or a byte of the rank.

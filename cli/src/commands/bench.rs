@@ -20,6 +20,7 @@ use std::io::Write as _;
 use std::time::Instant;
 use tilec_ir::plan::Plan;
 use tilec_runtime::engine::{BlockInput, Engine, RowInput};
+use tilec_runtime::sampling::SamplingParams;
 
 /// Measures the ceiling of memory, then the model.
 pub fn run(args: &BenchArgs) -> Result<()> {
@@ -28,10 +29,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if plan.resident.is_some() {
         return gpu::run(args, &folder, &plan);
     }
-    if !args.rows.is_empty() || !args.context.is_empty() || args.block.is_some() {
+    if !args.rows.is_empty()
+        || !args.context.is_empty()
+        || args.block.is_some()
+        || args.chance.temperature > 0.0
+    {
         bail!(
-            "--rows, --context and --block are for plans that run on a GPU, and {} runs on the processor: \
-             leave them out, or compile it with target.device cuda",
+            "--rows, --context, --block and --temperature are for plans that run on a GPU, and {} runs on the \
+             processor: leave them out, or compile it with target.device cuda",
             plan.name
         );
     }
@@ -165,13 +170,20 @@ fn measure_rounds(session: &mut Session, tokens: &[u32], prompt: usize, forced: 
         engine.step(&chunk, &[])?;
         engine.inject(&(0..chunk.len() as u32).collect::<Vec<_>>())?;
     }
-    let sum = rounds(engine, tokens, prompt, forced)?;
+    let sum = rounds(engine, tokens, prompt, forced, &SamplingParams::greedy())?;
     session.reset();
     Ok(sum)
 }
 
-/// Whole rounds behind the first `prompt` of the tokens, which model and draft know, until all are there.
-fn rounds(engine: &mut Engine, tokens: &[u32], prompt: usize, forced: Forced) -> Result<Rounds> {
+/// Whole rounds behind the first `prompt` of the tokens, which model and draft know, until all are there. A
+/// resident kernel chooses what verifies the guesses as `sampling` says.
+fn rounds(
+    engine: &mut Engine,
+    tokens: &[u32],
+    prompt: usize,
+    forced: Forced,
+    sampling: &SamplingParams,
+) -> Result<Rounds> {
     let row = |position: usize, token: u32| RowInput { token, position: position as u32, sequence: 0 };
     let mut sum = Rounds { rounds: 0, tokens: 0, draft_s: 0.0, verify_s: 0.0, inject_s: 0.0 };
     let (vocab, context) = (engine.plan().vocab, engine.plan().limits.context);
@@ -190,7 +202,7 @@ fn rounds(engine: &mut Engine, tokens: &[u32], prompt: usize, forced: Forced) ->
         let guessed = Instant::now();
         let all: Vec<u32> = (0..block.len() as u32).collect();
         let chosen: Vec<u32> = match engine.is_resident() {
-            true => engine.step_greedy(&block, &all)?,
+            true => engine.step_sampled(&block, &all, &vec![sampling; block.len()])?,
             false => engine.step(&block, &all)?.chunks_exact(vocab).map(best).collect(),
         };
         std::hint::black_box(chosen);

@@ -204,6 +204,46 @@ fn texts_with_a_draft_are_the_toys_and_rounds_end_at_its_mistakes() {
     assert!(again.draft.rounds > 2, "{:?}", again.draft);
 }
 
+/// Guesses are verified by tokens that the kernel samples, each row by its own sequence's parameters; the texts are
+/// those without a draft, and those of a host that samples, which penalties ask for.
+#[test]
+fn sampled_texts_with_a_draft_are_those_without() {
+    let params = |temperature: f32, seed| SamplingParams { temperature, seed, ..Default::default() };
+    let sampled = |sampling| Request { sampling, ..request(&[1, 2, 3, 4, 9, 8], 30) };
+    // At a tenth the largest logit has 99 % of it all.
+    let requests = [sampled(params(0.1, 5)), sampled(params(1.0, 6)), sampled(SamplingParams::greedy())];
+    let biased = |request: &Request| {
+        let sampling = SamplingParams { logit_bias: [(0, 0.0)].into(), ..request.sampling.clone() };
+        Request { sampling, ..request.clone() }
+    };
+    let on_host: Vec<Request> = requests.iter().map(biased).collect();
+    let texts = |draft_rows, requests: &[Request]| {
+        let (engine, seen, _) = draft_engine(&EngineOptions::default());
+        let mut generator = Generator::new(engine, None);
+        generator.set_draft_rows(draft_rows);
+        let mut texts = Vec::new();
+        let mut right = 0;
+        for requests in [&requests[..1], &requests[1..2], requests] {
+            let run = generator.run(requests, &mut |_| ControlFlow::Continue(())).unwrap();
+            right += run.draft.right;
+            texts.extend(run.completions.into_iter().map(|done| done.tokens));
+            generator.clear();
+        }
+        let launches = seen.launches.lock().unwrap();
+        let count = |wanted: fn(&LaunchArgs) -> bool| launches.iter().filter(|args| wanted(args)).count();
+        (texts, right, count(|args| args.sampling != 0), count(|args| args.steps > 1))
+    };
+    let (drafted, right, by_kernel, long) = texts(6, &requests);
+    assert!(right > 10 && by_kernel > 10 && long == 0, "{right} {by_kernel} {long}");
+    let (plain, _, by_kernel, long) = texts(0, &requests);
+    assert!(by_kernel > 0 && long > 0, "{by_kernel} {long}");
+    let (host, right, by_kernel, long) = texts(6, &on_host);
+    assert!(right > 10 && (by_kernel, long) == (0, 0), "{right} {by_kernel} {long}");
+    assert_eq!((&drafted, &drafted[..2]), (&plain, &drafted[2..4]));
+    assert_eq!(drafted, host);
+    assert_ne!(drafted[0], drafted[1]);
+}
+
 #[test]
 fn taps_of_all_passes_stay_until_they_are_injected() {
     let (mut engine, seen, runs) = draft_engine(&EngineOptions::default());

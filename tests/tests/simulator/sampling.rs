@@ -9,6 +9,14 @@ const CHOOSER: &str = r#"
 extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
   if (warp_id() >= CONSUMERS) return;
   const u32 vocab = args.pages_per_sequence;
+  if (args.logit_rows == 0) {
+    // In place of tokens, a digest of all weights: that of `sampling::tests`.
+    u64 digest = 0;
+    for (u32 n = 0; n <= 400000; ++n) digest = digest * 0x9e3779b97f4a7c15ull + sample_weight((float)n / 10000.f);
+    store_host(args.chosen, (u32)digest);
+    store_host(args.chosen + 1, (u32)(digest >> 32));
+    return;
+  }
   for (u32 row = blockIdx.x; row < args.logit_rows; row += gridDim.x) {
     const float* logits = reinterpret_cast<const float*>(args.weights) + (u64)row * vocab;
     // As the head's epilogue finds it.
@@ -135,6 +143,52 @@ fn kernels_choose_the_very_tokens_of_the_host() {
             }
         }
     }
+}
+
+#[test]
+fn weights_have_the_bits_of_the_hosts() {
+    let chooser = Chooser::new();
+    chooser.choose(&[0.0], 1, &[], 0);
+    let digest = words(&std::fs::read(chooser.0.path().join("chosen.bin")).unwrap());
+    assert_eq!(digest[..2], WEIGHT_DIGEST);
+}
+
+/// As in the tests of the host's weights.
+const WEIGHT_DIGEST: [u32; 2] = [3798205818, 2881840929];
+
+/// Many tokens so far from the best one that they are not counted at first, and yet weigh as much together.
+#[test]
+fn kernels_count_what_is_far_away() {
+    let chooser = Chooser::new();
+    let mut numbers = Numbers(7_000_000);
+    let vocab = 70_001;
+    let mut far = 0;
+    for round in 0..3 {
+        // 16 to 17 powers of two.
+        let mut logits: Vec<f32> =
+            (0..vocab * STEP_ROWS).map(|_| -11.8 + 0.6 * numbers.next() as f32).collect();
+        let mut rows = Vec::new();
+        for row in 0..STEP_ROWS {
+            logits[row * vocab + numbers.below(vocab)] = 0.0;
+            let cut = SamplingParams {
+                top_k: 20_000 + numbers.below(50_000) as u32,
+                top_p: numbers.pick(&[1.0, 0.95]),
+                seed: round * 100 + row as u64,
+                ..SamplingParams::default()
+            };
+            rows.push((cut, 1000 * row as u32));
+        }
+        let given: Vec<_> = rows.iter().map(|(params, position)| (params.launch_row(), *position)).collect();
+        let found = chooser.choose(&logits, vocab, &given, round);
+        for (((params, position), own), token) in rows.iter().zip(logits.chunks(vocab)).zip(&found) {
+            let mut sampler = Sampler::new(params.clone()).unwrap();
+            let wanted = sampler.sample(own, u64::from(*position) + 1).unwrap().token;
+            assert_eq!(*token, wanted, "round {round}, {params:?}");
+        }
+        far +=
+            found.iter().zip(logits.chunks(vocab)).filter(|(token, own)| own[**token as usize] < 0.0).count();
+    }
+    assert!((4..20).contains(&far), "{far} of 24 tokens");
 }
 
 /// All equal, so that ids alone tell ranks apart; and logits that nothing can be chosen from.

@@ -18,6 +18,7 @@ use tilec_ir::plan::{Plan, PlanLimits};
 use tilec_runtime::cuda::{Ceiling, DeviceInfo, RandomRouting};
 use tilec_runtime::engine::{Engine, RowInput};
 use tilec_runtime::memory::Breakdown;
+use tilec_runtime::sampling::SamplingParams;
 
 /// Sequences in a step, where the command line does not say.
 const ROWS: [usize; 2] = [1, 8];
@@ -36,6 +37,8 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
     if let Some(forced) = Forced::new(args, draft.map(|draft| draft.block))? {
         cases.add_rounds(args, &plan.limits, forced);
     }
+    let sampling = args.chance.parameters();
+    sampling.validate()?;
     ui::note("measuring the GPU's memory");
     let (gpu, ceiling) = ceiling::gpu_read_ceiling(&plan.target.arch)?;
     let mut engine = session::load(folder, &args.weights, false, draft.is_some())?;
@@ -58,7 +61,7 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
             engine
                 .set_routing(shared_permille.map(|shared_permille| RandomRouting { shared_permille, seed }));
             engine.take_streamed_experts();
-            let (measured, rounds) = measure(&mut engine, test)?;
+            let (measured, rounds) = measure(&mut engine, test, &sampling)?;
             if repeat > 0 {
                 seconds.push(measured);
                 split.extend(rounds);
@@ -73,7 +76,7 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
         progress.inc(1);
     }
     progress.finish_and_clear();
-    let report = Report { plan, gpu, ceiling, lines, memory: engine.memory() };
+    let report = Report { plan, gpu, ceiling, sampling, lines, memory: engine.memory() };
     let json = args.json || args.output == BenchOutput::Json;
     let text = if json { format!("{:#}\n", report.json()) } else { report.markdown() };
     std::io::stdout().write_all(text.as_bytes())?;
@@ -337,7 +340,7 @@ pub fn expert_layers(plan: &Plan) -> usize {
 }
 
 /// Measures once: seconds of a step, of a round, or of the prompt; and what rounds were made of.
-fn measure(engine: &mut Engine, test: &Test) -> Result<(f64, Option<Rounds>)> {
+fn measure(engine: &mut Engine, test: &Test, sampling: &SamplingParams) -> Result<(f64, Option<Rounds>)> {
     let vocab = engine.plan().vocab;
     match *test {
         Test::Decode { rows, start, steps, .. } => {
@@ -349,7 +352,9 @@ fn measure(engine: &mut Engine, test: &Test) -> Result<(f64, Option<Rounds>)> {
             let mut seconds = 0.0;
             for pass in inputs.chunks(engine.max_decode_rows()) {
                 let begin = Instant::now();
-                let done = engine.decode(pass, steps, &[], &mut |_, _, _| ControlFlow::Continue(()))?;
+                let sampling = vec![sampling; pass.len()];
+                let mut on = |_, _, _| ControlFlow::Continue(());
+                let done = engine.decode_sampled(pass, &sampling, steps, &[], &mut on)?;
                 seconds += begin.elapsed().as_secs_f64();
                 if done != steps {
                     bail!("the kernel ended after {done} of {steps} steps, which nobody asked for");
@@ -389,7 +394,7 @@ fn measure(engine: &mut Engine, test: &Test) -> Result<(f64, Option<Rounds>)> {
             if engine.length(0).min(engine.draft_length(0)) < start || engine.kv().held_pages(0) == 0 {
                 engine.pretend_length(0, all.min(engine.plan().limits.context))?;
             }
-            let sum = rounds(engine, &random_tokens(start + tokens, vocab), start, forced)?;
+            let sum = rounds(engine, &random_tokens(start + tokens, vocab), start, forced, sampling)?;
             Ok((sum.seconds() / sum.rounds as f64, Some(sum)))
         }
     }
@@ -484,6 +489,8 @@ struct Report<'a> {
     plan: &'a Plan,
     gpu: DeviceInfo,
     ceiling: Ceiling,
+    /// How tokens were chosen that were decoded.
+    sampling: SamplingParams,
     lines: Vec<Line>,
     memory: Breakdown,
 }
@@ -525,7 +532,7 @@ impl Report<'_> {
         }
         let memory = &self.memory;
         format!(
-            "{}, {} parameters, {} packed, {}\n\n{}\n\
+            "{}, {} parameters, {} packed, {}\n{}\n{}\n\
              ms: median of {} repeats, of a step, of a round, or of the whole prompt (pp). GB: what the kernel moves; it \
              reads the weights once for every {STEP_ROWS} rows. floor: the weights once, each context and the \
              activations, at the read ceiling. experts: those of a layer whose weights a pass reads.\n\
@@ -535,6 +542,7 @@ impl Report<'_> {
             count(parameters(self.plan)),
             mib(self.plan.packing.bytes),
             self.gpu,
+            self.chosen(),
             table.markdown(),
             self.lines.first().map_or(0, |line| line.seconds.len()),
             best / 1e9,
@@ -546,6 +554,15 @@ impl Report<'_> {
             mib(memory.arena + memory.scratch),
             self.lines.iter().filter_map(Line::split).collect::<String>(),
         )
+    }
+
+    /// How tokens were chosen, if by chance.
+    fn chosen(&self) -> String {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.sampling;
+        if self.sampling.is_greedy() {
+            return String::new();
+        }
+        format!("tokens sampled at temperature {temperature}, top_k {top_k}, top_p {top_p}, min_p {min_p}\n")
     }
 
     fn json(&self) -> Value {
@@ -579,6 +596,7 @@ impl Report<'_> {
             "gpu": self.gpu.name,
             "sms": self.gpu.sms,
             "arch": self.plan.target.arch,
+            "sampling": self.sampling,
             "read_ceiling": {
                 "best_bytes_per_s": best,
                 "median_bytes_per_s": self.ceiling.median(),
@@ -793,6 +811,7 @@ pub mod tests {
     fn report(plan: &Plan) -> Report<'_> {
         let decode = Test::Decode { rows: 2, context: 100, start: 96, steps: 9 };
         Report {
+            sampling: args("--temperature 0.7 --top-k 40").chance.parameters(),
             plan,
             gpu: DeviceInfo {
                 number: 0,

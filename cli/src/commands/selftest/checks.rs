@@ -1,10 +1,11 @@
 //! What is checked of a case on the GPU.
 
-use super::cases::{CONTEXT, Case, SEQUENCES};
+use super::cases::{CONTEXT, Case, Random, SEQUENCES};
 use super::compare::{deviation, finite, same_bits};
 use super::prepare::{Prepared, WORST};
 use std::ops::ControlFlow;
 use tilec_runtime::engine::{BlockInput, Engine, RowInput, StepError};
+use tilec_runtime::sampling::{Sampler, SamplingParams};
 
 /// Tokens that each sequence decodes in a check.
 pub(super) const DECODED: usize = 24;
@@ -27,10 +28,11 @@ pub trait Machine {
     /// [`Engine::step`].
     fn step(&mut self, rows: &[RowInput], logit_rows: &[u32]) -> Result<Vec<f32>, StepError>;
 
-    /// [`Engine::decode`].
+    /// [`Engine::decode_sampled`].
     fn decode(
         &mut self,
         rows: &[RowInput],
+        sampling: &[&SamplingParams],
         steps: usize,
         stop_tokens: &[u32],
         on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
@@ -57,15 +59,16 @@ pub trait Machine {
         Ok(logits.chunks_exact(vocab).map(largest).collect())
     }
 
-    /// [`Engine::step_greedy`], of rows that were just run, all of them wanted: their logits.
-    fn step_greedy(
+    /// [`Engine::step_sampled`], of rows that were just run, all of them wanted; `chosen` is what the host made of
+    /// their logits.
+    fn step_sampled(
         &mut self,
         rows: &[RowInput],
-        logits: &[f32],
-        vocab: usize,
+        sampling: &[&SamplingParams],
+        chosen: &[u32],
     ) -> Result<Vec<u32>, StepError> {
-        let _ = rows;
-        Ok(logits.chunks_exact(vocab).map(largest).collect())
+        let _ = (rows, sampling);
+        Ok(chosen.to_vec())
     }
 }
 
@@ -77,11 +80,12 @@ impl Machine for Engine {
     fn decode(
         &mut self,
         rows: &[RowInput],
+        sampling: &[&SamplingParams],
         steps: usize,
         stop_tokens: &[u32],
         on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
     ) -> Result<usize, StepError> {
-        Engine::decode(self, rows, steps, stop_tokens, on_token)
+        Engine::decode_sampled(self, rows, sampling, steps, stop_tokens, on_token)
     }
 
     fn reset(&mut self, sequence: usize) {
@@ -110,8 +114,13 @@ impl Machine for Engine {
         Ok(tokens.map(|token| token.unwrap_or(u32::MAX)).collect())
     }
 
-    fn step_greedy(&mut self, rows: &[RowInput], _: &[f32], _: usize) -> Result<Vec<u32>, StepError> {
-        Engine::step_greedy(self, rows, &(0..rows.len() as u32).collect::<Vec<_>>())
+    fn step_sampled(
+        &mut self,
+        rows: &[RowInput],
+        sampling: &[&SamplingParams],
+        _: &[u32],
+    ) -> Result<Vec<u32>, StepError> {
+        Engine::step_sampled(self, rows, &(0..rows.len() as u32).collect::<Vec<_>>(), sampling)
     }
 }
 
@@ -199,6 +208,7 @@ pub fn run(
         ("sequences alone", |bench, _| bench.alone()),
         ("in company at any place, same bits", |bench, _| bench.company()),
         ("decoding in one launch, same tokens", |bench, _| bench.decode()),
+        ("sampling in one launch, same tokens", |bench, _| bench.sample()),
         ("stop tokens and breaks", |bench, _| bench.stops()),
         ("repeats, same bits", |bench, repeats| bench.repeats(repeats)),
     ];
@@ -411,14 +421,18 @@ impl Bench<'_> {
         Ok(Measured { rows, ..Measured::default() })
     }
 
-    /// The tokens that each of the rows' sequences decodes step by step, the largest logit each time,
-    /// `[steps][rows]`.
-    pub(super) fn stepwise(&mut self, rows: &[RowInput], steps: usize) -> Result<Vec<Vec<u32>>, Stop> {
+    /// The tokens that each of the rows' sequences decodes step by step, chosen as [`choose`] says, `[steps][rows]`.
+    pub(super) fn stepwise(
+        &mut self,
+        rows: &[RowInput],
+        sampling: &[&SamplingParams],
+        steps: usize,
+    ) -> Result<Vec<Vec<u32>>, Stop> {
         let mut rows = rows.to_vec();
         let mut chosen = Vec::new();
         for _ in 0..steps {
             let logits = self.step(&rows)?;
-            let tokens: Vec<u32> = logits.chunks_exact(self.case.vocab).map(largest).collect();
+            let tokens = choose(&rows, sampling, &logits, self.case.vocab)?;
             for (row, token) in rows.iter_mut().zip(&tokens) {
                 (row.token, row.position) = (*token, row.position + 1);
             }
@@ -432,13 +446,14 @@ impl Bench<'_> {
     fn launch(
         &mut self,
         rows: &[RowInput],
+        sampling: &[&SamplingParams],
         steps: usize,
         stop_tokens: &[u32],
         until: Option<usize>,
     ) -> Result<Vec<Vec<u32>>, Stop> {
         let mut chosen: Vec<Vec<u32>> = Vec::new();
         let mut misplaced = None;
-        let done = self.machine.decode(rows, steps, stop_tokens, &mut |step, row, token| {
+        let done = self.machine.decode(rows, sampling, steps, stop_tokens, &mut |step, row, token| {
             if row == 0 {
                 chosen.push(Vec::new());
             }
@@ -474,9 +489,32 @@ impl Bench<'_> {
             let step: Vec<RowInput> = picked.iter().map(|sequence| last[*sequence]).collect();
             rows += DECODED * step.len();
             let check = |bench: &mut Self| -> Result<(), Stop> {
-                let wanted = bench.stepwise(&step, DECODED)?;
-                let found = bench.launch(&step, DECODED, &[], None)?;
+                let wanted = bench.stepwise(&step, &[], DECODED)?;
+                let found = bench.launch(&step, &[], DECODED, &[], None)?;
                 Ok(same_tokens(&found, &wanted).map_err(|what| format!("sequences {picked:?}: {what}"))?)
+            };
+            check(self).map_err(ended(rows))?;
+        }
+        Ok(Measured { rows, ..Measured::default() })
+    }
+
+    /// As [`Bench::decode`], by chance: rows of a launch have parameters of their own, some are greedy.
+    fn sample(&mut self) -> Checked {
+        let last = self.last_rows();
+        let mut random = Random::new(self.case.seed, SAMPLING_STREAM);
+        let mut rows = 0;
+        let groups: [&[usize]; 4] = [&[2], &[5, 0, 7], &[1, 6], &[0, 1, 2, 3, 4, 5, 6, 7]];
+        for picked in groups {
+            let step: Vec<RowInput> = picked.iter().map(|sequence| last[*sequence]).collect();
+            let sampling: Vec<SamplingParams> =
+                picked.iter().map(|_| parameters(&mut random, self.case.vocab)).collect();
+            let sampling: Vec<&SamplingParams> = sampling.iter().collect();
+            rows += DECODED * step.len();
+            let check = |bench: &mut Self| -> Result<(), Stop> {
+                let wanted = bench.stepwise(&step, &sampling, DECODED)?;
+                let found = bench.launch(&step, &sampling, DECODED, &[], None)?;
+                Ok(same_tokens(&found, &wanted)
+                    .map_err(|what| format!("sequences {picked:?}: {what} (parameters {sampling:?})"))?)
             };
             check(self).map_err(ended(rows))?;
         }
@@ -488,7 +526,7 @@ impl Bench<'_> {
         let step = [last[4], last[0], last[3]];
         let rows = 3 * DECODED * step.len();
         let check = |bench: &mut Self| -> Result<(), Stop> {
-            let all = bench.launch(&step, DECODED, &[], None)?;
+            let all = bench.launch(&step, &[], DECODED, &[], None)?;
             // The token that appears last for the first time, in any row.
             let flat: Vec<(usize, u32)> =
                 all.iter().enumerate().flat_map(|(step, row)| row.iter().map(move |t| (step, *t))).collect();
@@ -499,7 +537,7 @@ impl Bench<'_> {
             let Some((end, token)) = firsts.map(|(_, first)| *first).max() else {
                 return Err(Stop::Wrong("no tokens".into()));
             };
-            let found = bench.launch(&step, DECODED, &[token], None)?;
+            let found = bench.launch(&step, &[], DECODED, &[token], None)?;
             same_tokens(&found, &all[..=end]).map_err(|what| format!("with stop token {token}: {what}"))?;
             // Stop tokens beyond those that the kernel knows are the host's to look for; more steps may
             // have run, but are not told of.
@@ -507,9 +545,9 @@ impl Bench<'_> {
             let mut many: Vec<u32> =
                 (0..vocab).filter(|t| flat.iter().all(|(_, other)| other != t)).take(12).collect();
             many.push(token);
-            let found = bench.launch(&step, DECODED, &many, None)?;
+            let found = bench.launch(&step, &[], DECODED, &many, None)?;
             same_tokens(&found, &all[..=end]).map_err(|what| format!("with 13 stop tokens: {what}"))?;
-            let found = bench.launch(&step, DECODED, &[], Some(3))?;
+            let found = bench.launch(&step, &[], DECODED, &[], Some(3))?;
             same_tokens(&found, &all[..=3]).map_err(|what| format!("broken off in step 3: {what}"))?;
             // What was broken off goes on as if nothing had been.
             let on: Vec<RowInput> = step
@@ -517,7 +555,7 @@ impl Bench<'_> {
                 .zip(&all[3])
                 .map(|(row, token)| RowInput { token: *token, position: row.position + 4, ..*row })
                 .collect();
-            let found = bench.launch(&on, DECODED - 4, &[], None)?;
+            let found = bench.launch(&on, &[], DECODED - 4, &[], None)?;
             same_tokens(&found, &all[4..]).map_err(|what| format!("after a break: {what}"))?;
             Ok(())
         };
@@ -533,7 +571,7 @@ impl Bench<'_> {
         for repeat in 0..repeats {
             rows += step.len() * (DECODED + 1);
             let mut check = |bench: &mut Self| -> Result<(), Stop> {
-                let tokens = bench.launch(&step, DECODED, &[], None)?;
+                let tokens = bench.launch(&step, &[], DECODED, &[], None)?;
                 let next: Vec<RowInput> = step
                     .iter()
                     .zip(tokens.last().into_iter().flatten())
@@ -567,6 +605,44 @@ pub(super) fn sequence_rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<Ro
 }
 
 /// The largest logit's token, the lowest among equals. The logits are finite.
+/// Purpose of the random numbers that parameters are made of.
+pub(super) const SAMPLING_STREAM: u64 = 0x5a3d;
+
+/// Sampling parameters that kernels know, one in five greedy.
+pub(super) fn parameters(random: &mut Random, vocab: usize) -> SamplingParams {
+    if random.one_in(5) {
+        return SamplingParams::greedy();
+    }
+    let share = random.below(1 << 20) as f32 / (1 << 20) as f32;
+    SamplingParams {
+        temperature: random.pick(&[0.3, 0.7, 1.0, 1.0, 2.0, 8.0]),
+        top_k: random.pick(&[0, 0, 1, 7, 40, vocab / 2, vocab * 2]) as u32,
+        top_p: if random.one_in(2) { 1.0 } else { (1.0 - share * share).max(f32::MIN_POSITIVE) },
+        min_p: random.pick(&[0.0, 0.0, 0.02, 0.3, 1.0]),
+        seed: random.next(),
+        ..SamplingParams::default()
+    }
+}
+
+/// The tokens that the host chooses from the rows' logits; those of the largest without `sampling`.
+pub(super) fn choose(
+    rows: &[RowInput],
+    sampling: &[&SamplingParams],
+    logits: &[f32],
+    vocab: usize,
+) -> Result<Vec<u32>, Stop> {
+    let logits = logits.chunks_exact(vocab);
+    if sampling.is_empty() {
+        return Ok(logits.map(largest).collect());
+    }
+    let token = |((row, params), logits): ((&RowInput, &&SamplingParams), &[f32])| {
+        let choice = Sampler::new((*params).clone())
+            .and_then(|mut sampler| sampler.sample(logits, u64::from(row.position) + 1));
+        choice.map(|choice| choice.token).map_err(|error| Stop::Wrong(error.to_string()))
+    };
+    rows.iter().zip(sampling).zip(logits).map(token).collect()
+}
+
 pub(super) fn largest(logits: &[f32]) -> u32 {
     let mut best = 0;
     for (token, logit) in logits.iter().enumerate() {

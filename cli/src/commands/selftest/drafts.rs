@@ -1,7 +1,10 @@
 //! Drafts of cases: random ones, what their blocks should be, and what is checked of them.
 
 use super::cases::{CONTEXT, Case, ROWS, Random, SEQUENCES};
-use super::checks::{Bench, Checked, DECODED, LENGTHS, Measured, Stop, ended, largest, sequence_rows};
+use super::checks::{
+    Bench, Checked, DECODED, LENGTHS, Measured, SAMPLING_STREAM, Stop, choose, ended, largest, parameters,
+    sequence_rows,
+};
 use super::compare::{deviation, same_bits};
 use super::prepare::{Model, WORST};
 use anyhow::{Context, Result};
@@ -10,6 +13,7 @@ use tilec_ir::graph::Op;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
 use tilec_ir::launch::STEP_ROWS;
 use tilec_runtime::engine::BlockInput;
+use tilec_runtime::sampling::SamplingParams;
 
 /// A draft for the model of a case.
 #[derive(Clone, Debug)]
@@ -313,10 +317,18 @@ impl Bench<'_> {
         Ok(Measured { rows, ..Measured::default() })
     }
 
+    /// [`Bench::rounds_of`] the largest logits, then by chance.
+    pub(super) fn rounds(&mut self) -> Checked {
+        let greedy = self.rounds_of(&SamplingParams::greedy())?;
+        let mut random = Random::new(self.case.seed, SAMPLING_STREAM + 1);
+        let sampled = self.rounds_of(&parameters(&mut random, self.case.vocab))?;
+        Ok(Measured { rows: greedy.rows + sampled.rows, ..greedy })
+    }
+
     /// Rounds behind the prompt's last token: the draft's guesses, or the right ones for a while and then the
     /// draft's, are verified in one step. The tokens are those of single steps, and the context that the
     /// rounds made is that of the text in one piece.
-    pub(super) fn rounds(&mut self) -> Checked {
+    fn rounds_of(&mut self, params: &SamplingParams) -> Checked {
         let vocab = self.case.vocab;
         let mut rows = 0;
         let mut check = |bench: &mut Self| -> Result<(), Stop> {
@@ -325,7 +337,7 @@ impl Bench<'_> {
             bench.machine.poison()?;
             bench.feed_draft(0, before, &[before.len().max(1)])?;
             let first = sequence_rows(0, before.len() as u32, &[*last]);
-            let steps = bench.stepwise(&first, DECODED + STEP_ROWS)?;
+            let steps = bench.stepwise(&first, &[params], DECODED + STEP_ROWS)?;
             let wanted: Vec<u32> = steps.into_iter().flatten().collect();
 
             bench.machine.poison()?;
@@ -359,11 +371,13 @@ impl Bench<'_> {
                 let step = sequence_rows(0, position, &tokens);
                 rows += step.len();
                 let logits = bench.step(&step)?;
-                let chosen: Vec<u32> = logits.chunks_exact(vocab).map(largest).collect();
-                let own = bench.machine.step_greedy(&step, &logits, vocab)?;
+                let sampling = vec![params; step.len()];
+                let chosen = choose(&step, &sampling, &logits, vocab)?;
+                let own = bench.machine.step_sampled(&step, &sampling, &chosen)?;
                 if own != chosen {
                     return Err(Stop::Wrong(format!(
-                        "round {round}: the kernel itself chose {own:?}, the largest logits are {chosen:?}"
+                        "round {round}: the kernel itself chose {own:?}, of its logits {chosen:?} are chosen \
+                         ({params:?})"
                     )));
                 }
                 let right = chosen.iter().zip(&guesses).take_while(|(chosen, guess)| chosen == guess).count();

@@ -1,7 +1,7 @@
 use super::cases::{
     CASES, CONTEXT, Case, DRAFTS, EXPERTS, LONG_ROWS, MIMO, NARROW_HEADS, Random, SEQUENCES, SHARES,
 };
-use super::checks::{After, BLOCKS, Machine, PROMPT, run};
+use super::checks::{After, BLOCKS, Machine, PROMPT, choose, run};
 use super::compare::{Deviation, deviation, finite, same_bits};
 use super::drafts;
 use super::prepare::{KernelWeights, Model, Prepared, WORST, bound, draft_bound, prepare, reference};
@@ -22,6 +22,7 @@ use tilec_ir::plan::WeightsFrom;
 use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::cuda::DeviceInfo;
 use tilec_runtime::engine::{BlockInput, RowInput, StepError};
+use tilec_runtime::sampling::SamplingParams;
 
 /// The texts of a case's kernels: the model's, then those of its draft.
 fn text(case: &Case) -> Vec<String> {
@@ -256,6 +257,8 @@ enum Fault {
     Race,
     /// A token in the middle of a launch.
     Token,
+    /// A token in the middle of a launch that samples.
+    Chance,
     /// Stop tokens are not looked for.
     Deaf,
     /// A broken launch runs one step more.
@@ -294,13 +297,10 @@ struct Fake<'a> {
 }
 
 impl Fake<'_> {
-    fn greedy(&mut self, rows: &[RowInput]) -> Vec<u32> {
+    fn chosen(&mut self, rows: &[RowInput], sampling: &[&SamplingParams]) -> Vec<u32> {
         let wanted: Vec<u32> = (0..rows.len() as u32).collect();
         let logits = Machine::step(self, rows, &wanted).unwrap();
-        let best = |row: &[f32]| {
-            row.iter().enumerate().max_by(|(i, a), (j, b)| a.total_cmp(b).then(j.cmp(i))).unwrap().0
-        };
-        logits.chunks_exact(self.vocab).map(|row| best(row) as u32).collect()
+        choose(rows, sampling, &logits, self.vocab).unwrap()
     }
 }
 
@@ -339,7 +339,7 @@ impl Machine for Fake<'_> {
                 }
                 Fault::Place if row == 7 && rows.len() == 8 => bit(logits),
                 Fault::Poison if self.poisoned => bit(logits),
-                Fault::Race if self.steps > 700 => bit(logits),
+                Fault::Race if self.steps > 892 => bit(logits),
                 _ => {}
             }
         }
@@ -349,6 +349,7 @@ impl Machine for Fake<'_> {
     fn decode(
         &mut self,
         rows: &[RowInput],
+        sampling: &[&SamplingParams],
         steps: usize,
         stop_tokens: &[u32],
         on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
@@ -356,8 +357,11 @@ impl Machine for Fake<'_> {
         let mut rows = rows.to_vec();
         let (mut done, mut over) = (0, false);
         while done < steps && !over {
-            let mut tokens = self.greedy(&rows);
-            if self.fault == Fault::Token && done == 9 && rows.len() > 1 {
+            let mut tokens = self.chosen(&rows, sampling);
+            if self.fault == Fault::Chance && done == 9 && !sampling.is_empty() {
+                tokens[0] = (tokens[0] + 1) % self.vocab as u32;
+            }
+            if self.fault == Fault::Token && sampling.is_empty() && done == 9 && rows.len() > 1 {
                 tokens[1] = (tokens[1] + 1) % self.vocab as u32;
             }
             for (row, token) in tokens.iter().enumerate() {
@@ -496,6 +500,7 @@ fn every_fault_fails_the_checks_that_look_for_it_and_no_other() {
     const ODD: &str = "prompt in odd steps, same bits";
     const COMPANY: &str = "in company at any place, same bits";
     const DECODE: &str = "decoding in one launch, same tokens";
+    const SAMPLING: &str = "sampling in one launch, same tokens";
     const STOPS: &str = "stop tokens and breaks";
     const REPEATS: &str = "repeats, same bits";
     let case = (0..1000).map(|number| Case::new(3, number)).min_by_key(|case| case.products).unwrap();
@@ -522,9 +527,10 @@ fn every_fault_fails_the_checks_that_look_for_it_and_no_other() {
         (Fault::Poison, vec![POISONED, BY_ROW, ODD]),
         (Fault::Race, vec![REPEATS]),
         (Fault::Token, vec![DECODE, STOPS]),
+        (Fault::Chance, vec![SAMPLING]),
         (Fault::Deaf, vec![STOPS]),
         (Fault::Late, vec![STOPS]),
-        (Fault::Short, vec![DECODE, STOPS, REPEATS]),
+        (Fault::Short, vec![DECODE, SAMPLING, STOPS, REPEATS]),
     ] {
         assert_eq!(failed_checks(&case, &model, &prepared, fault), expected, "{fault:?}");
     }
