@@ -1,12 +1,13 @@
-// Attention of a step's rows over the paged KV cache, grouped-query, split over the context, on the tensor
-// cores: causal, or such that a row also sees the rows of its run behind it.
+// Attention of a step's rows over the paged KV cache, grouped-query, split over the context and over the queries,
+// on the tensor cores: causal, or such that a row also sees the rows of its run behind it.
 //
-// A run is a sequence's rows in the step; their positions follow each other. An item is a run, a KV head
-// and a chunk of CHUNK positions; each SM has a row of neighbours, so that queries stay as they are from
-// chunk to chunk. An item norms and rotates the keys of
-// those of the run's rows that lie in the chunk and writes them and their values into the cache, then attends
-// for all rows of the run and all query heads of the KV head, eight such pairs (queries) in a pass. So a
-// chunk of the cache is read once for all rows of its sequence.
+// A run is a sequence's rows in the step; their positions follow each other. Its rows' heads of a KV head are
+// the run's queries of that head, row by row; a pass has eight of them, a warp's share of a product. A unit is a
+// run, a KV head, a group of passes and a chunk of CHUNK positions. An SM takes units that follow each other and
+// keeps a chunk's keys and values in registers for all passes of a unit; while it multiplies, the next unit's
+// come, and the next pass's queries. The chunk that a row itself lies in takes its key and value from the step,
+// normed and rotated by each unit that needs them, and written into the cache by the one that has the row's
+// first head.
 //
 // A warp has 16 positions of the chunk and keeps their keys and values in registers, as they come from
 // memory. Lane 4g + t:
@@ -16,13 +17,16 @@
 //   values   16 bytes of the positions 4t to 4t + 3, columns 64s + 8g and on
 //   sums     query g, columns 64s + 16t to 64s + 16t + 15
 // The orders of positions and columns inside the products are chosen so that nothing moves between lanes;
-// weights are split into rounded and left over as the queries are.
+// weights are split into rounded and left over as the queries are. Sums of the warps are added up through shared
+// memory, 64 columns at a time: warp n has the pass's query n, its lane l the columns 64s + 2l and 64s + 2l + 1.
 //
-// Queries whose row has several chunks leave their parts in memory. Whoever finishes the last of the
-// eight chunks of a span adds these up, and whoever finishes the last span adds up the spans, each in the
-// order of the positions. Chunks and spans lie at absolute positions and every sum has a fixed order, so
-// a row's bits depend only on its own sequence; and only on the rows that it sees, as long as the values of
-// those behind it in the run are finite (an unseen value is multiplied by 0).
+// A chunk's sums are added to those of the chunks before it in its span, eight chunks, and a row's spans are
+// added up the same way, in the order of the positions. An SM that has all chunks of a span keeps their sum in
+// registers. Where a span's chunks are spread over SMs each leaves its own in memory, and whoever finishes the
+// last adds them up, with the same operations in the same order; so do spans. Chunks and spans lie at
+// absolute positions, so a row's bits depend neither on who has which unit nor on its neighbours; and only on the
+// rows that it sees, as long as the values of those behind it in the run are finite (an unseen value is
+// multiplied by 0).
 //
 // A stage A says:
 //   HEADS, KV_HEADS, QK, V     query heads, KV heads, columns of a key and of a value
@@ -43,97 +47,150 @@ constexpr u32 WARP_POSITIONS = CHUNK / CONSUMERS;
 constexpr u32 SPAN = 8;     // chunks
 constexpr u32 NO_WINDOW = 0x7fffffff;  // no position is so large
 constexpr u32 QUERIES = 8;  // of a pass
-constexpr u32 SUMMED = 4;   // queries whose sums are in shared memory at a time
+constexpr u32 SUMMED = 64;  // columns whose sums are in shared memory at a time
 constexpr float LOG2_E = 1.44269504f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
 static_assert(WARP_POSITIONS == 16 && QUERIES == CONSUMERS, "a warp's share of a product; a warp prepares a query");
 
+// What decides how units are dealt out, by which bits do not change: what a unit's keys and values cost an SM, what a
+// pass costs it, and adding up what lies in memory; a pass is about half a microsecond.
+constexpr u32 LOAD_COST = 1;
+constexpr u32 PASS_COST = 2;
+constexpr u32 JOIN_COST = 14;
+
 template <class A> struct AttentionSpace {
   static constexpr u32 K_STEPS = (A::QK + 31) / 32, V_STEPS = (A::V + 63) / 64;
-  // Rows of queries, so that eight of them meet all banks.
-  static constexpr u32 Q_STRIDE = K_STEPS * 32 + (K_STEPS % 2 ? 0 : 32);
-  u16 q[2][QUERIES][Q_STRIDE];   // rounded, and what is left over
+  // Columns of a query, each rounded and what is left over, in the order of the products: see `query_at`. Two
+  // queries that follow each other meet all banks.
+  u16 q[QUERIES][K_STEPS * 64 + 8];
   u16 keys[STEP_ROWS][A::QK];    // of the run's rows in the chunk, as they go into the cache
   u16 values[STEP_ROWS][A::V];
-  union {
-    float heads[CONSUMERS][A::QK];          // a warp's head between norm and rope
-    float sums[CONSUMERS][SUMMED][A::V];
-  };
-  float2 weight[CONSUMERS][QUERIES];  // largest score, and the sum of the weights relative to it
+  float sums[CONSUMERS][QUERIES][SUMMED];  // fours of columns in the order of `sums_at`
+  float2 weight[CONSUMERS][QUERIES];       // largest score, and the sum of the weights relative to it
 };
 
-// The parts of rows that have several chunks: [row][kv head][chunk of the row, then span of the row][head
+// Where a query's column lies; what is left over of it lies two further on. A lane's eight columns become two
+// operands: the pairs 0 and 2, then 1 and 3, each with what is left over.
+__device__ __forceinline__ u32 query_at(u32 column) { return column / 8 * 16 + column / 2 % 2 * 8 + column / 4 % 2 * 4 + column % 2; }
+
+// Where the columns 16t to 16t + 3 of a query's sums lie; the fours behind them follow by `^ 4`, `^ 8`, `^ 12`. So
+// eight lanes that store meet all banks.
+__device__ __forceinline__ u32 sums_at(u32 query, u32 t) { return t * 16 + (t / 2 + query % 2 * 2) * 4; }
+
+// A query's sums over positions: columns that a lane has, relative to the largest score of them, with the sum of the
+// weights.
+template <class A> struct Attended {
+  static constexpr u32 V_STEPS = (A::V + 63) / 64;
+  float top, total;
+  float2 v[V_STEPS];
+  __device__ __forceinline__ void clear() {
+    top = MINUS_INFINITY;
+    total = 0.f;
+#pragma unroll
+    for (u32 s = 0; s < V_STEPS; ++s) v[s] = make_float2(0.f, 0.f);
+  }
+  // Adds those of the positions that follow. One of two factors is 1.
+  __device__ __forceinline__ void add(const Attended& next) {
+    const float factor = exp2f(-fabsf(top - next.top));
+    const bool higher = next.top > top;
+    const float own = higher ? factor : 1.f, others = higher ? 1.f : factor;
+    top = higher ? next.top : top;
+    total = fmaf(others, next.total, own * total);
+#pragma unroll
+    for (u32 s = 0; s < V_STEPS; ++s) v[s] = make_float2(fmaf(others, next.v[s].x, own * v[s].x), fmaf(others, next.v[s].y, own * v[s].y));
+  }
+};
+
+// The sums of rows that are spread over SMs: [row][kv head][chunk of the row, then span of the row][head
 // of the group].
 template <class A> struct Parts {
   float* base;
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
   static constexpr u32 SPANS = (A::MAX_CHUNKS + SPAN - 1) / SPAN;
   static constexpr u32 SLOTS = A::MAX_CHUNKS + SPANS;
-  __device__ __forceinline__ u64 at(u32 row, u32 kv_head, u32 slot, u32 h) const {
-    return (((u64)row * A::KV_HEADS + kv_head) * SLOTS + slot) * GROUP + h;
+  static_assert((u64)STEP_ROWS * A::HEADS * SLOTS * A::V < 1ull << 32, "a word says where a part lies");
+  // Slots that follow each other are GROUP apart.
+  __device__ __forceinline__ u32 at(u32 row, u32 kv_head, u32 slot, u32 h) const {
+    return ((row * A::KV_HEADS + kv_head) * SLOTS + slot) * GROUP + h;
   }
-  __device__ __forceinline__ float* sum(u64 at) const { return base + at * A::V; }
-  __device__ __forceinline__ float2* weight(u64 at) const {
+  __device__ __forceinline__ float2* sum(u32 at) const { return reinterpret_cast<float2*>(base + at * A::V) + lane_id(); }
+  __device__ __forceinline__ float2* weight(u32 at) const {
     return reinterpret_cast<float2*>(base + (u64)STEP_ROWS * A::HEADS * SLOTS * A::V) + at;
   }
 };
 
-// Norms and rotates one head of QK columns; a warp. Lane l has the columns l, l + 32, ... All loads are
-// asked for at once.
-template <class A, bool NORM>
-__device__ __forceinline__ void prepare_head(float* scratch, const float* raw, const float* gain, const float* rope, u32 position, float (&v)[(A::QK + LANES - 1) / LANES]) {
-  constexpr u32 EACH = (A::QK + LANES - 1) / LANES, TURNED = (A::ROPE + LANES - 1) / LANES, HALF = A::ROPE / 2;
-  float c[TURNED > 0 ? TURNED : 1], s[TURNED > 0 ? TURNED : 1];
+// Whether a lane's columns of a step are some.
+template <class A> __device__ __forceinline__ bool has_columns(u32 step) { return A::V % 64 == 0 || step * 64 + lane_id() * 2 < A::V; }
+
+// One head of QK columns on its way through norm and rope; a warp. Lane l has the columns l, l + 32, ...
+template <class A> struct AttentionHead {
+  static constexpr u32 EACH = (A::QK + LANES - 1) / LANES, TURNED = (A::ROPE + LANES - 1) / LANES, HALF = A::ROPE / 2;
+  // Both columns of a pair are a lane's own.
+  static constexpr bool OWN = HALF % LANES == 0;
+  static constexpr u32 ANGLES = OWN ? HALF / LANES : TURNED;
+  float v[EACH];
+  float c[ANGLES > 0 ? ANGLES : 1], s[ANGLES > 0 ? ANGLES : 1];
+
+  // Asks for all that it takes.
+  __device__ __forceinline__ void load(const float* raw, const float* rope, u32 position) {
 #pragma unroll
-  for (u32 i = 0; i < TURNED; ++i) {
-    const u32 d = lane_id() + i * LANES;
-    const u64 at = (u64)position * HALF + (d < HALF ? d : d - HALF);
-    c[i] = d < A::ROPE ? rope[at] : 1.f;
-    s[i] = d < A::ROPE ? rope[(u64)A::POSITIONS * HALF + at] : 0.f;
-  }
-  float sum = 0.f;
-#pragma unroll
-  for (u32 i = 0; i < EACH; ++i) {
-    const u32 d = lane_id() + i * LANES;
-    v[i] = d < A::QK ? raw[d] : 0.f;
-    sum = fmaf(v[i], v[i], sum);
-  }
-  if constexpr (NORM) {
-#pragma unroll
-    for (u32 x = LANES / 2; x > 0; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
-    const float rms = 1.f / sqrtf(sum / (float)A::QK + A::EPS);
+    for (u32 i = 0; i < ANGLES; ++i) {
+      const u32 d = lane_id() + i * LANES;
+      const float* at = rope + (u64)position * HALF + (d < HALF ? d : d - HALF);
+      c[i] = OWN || d < A::ROPE ? *at : 1.f;
+      s[i] = OWN || d < A::ROPE ? at[(u64)A::POSITIONS * HALF] : 0.f;
+    }
 #pragma unroll
     for (u32 i = 0; i < EACH; ++i) {
       const u32 d = lane_id() + i * LANES;
-      if (d < A::QK) v[i] = v[i] * rms * gain[d];
+      v[i] = A::QK % LANES == 0 || d < A::QK ? raw[d] : 0.f;
     }
   }
-  if constexpr (A::ROPE > 0) {
+  template <bool NORMS> __device__ __forceinline__ void turn(bool norm, const float* gain) {
+    if (NORMS && norm) {
+      float sum = 0.f;
 #pragma unroll
-    for (u32 i = 0; i < EACH; ++i) {
-      const u32 d = lane_id() + i * LANES;
-      if (d < A::QK) scratch[d] = v[i];
+      for (u32 i = 0; i < EACH; ++i) sum = fmaf(v[i], v[i], sum);
+#pragma unroll
+      for (u32 x = LANES / 2; x > 0; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
+      const float rms = 1.f / sqrtf(sum / (float)A::QK + A::EPS);
+#pragma unroll
+      for (u32 i = 0; i < EACH; ++i) {
+        const u32 d = lane_id() + i * LANES;
+        if (d < A::QK) v[i] = v[i] * rms * gain[d];
+      }
     }
-    __syncwarp();
+    float old[EACH];
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) old[i] = v[i];
 #pragma unroll
     for (u32 i = 0; i < TURNED; ++i) {
       const u32 d = lane_id() + i * LANES;
-      if (d < A::ROPE) v[i] = d < HALF ? v[i] * c[i] - scratch[d + HALF] * s[i] : v[i] * c[i] + scratch[d - HALF] * s[i];
+      if constexpr (OWN) {
+        constexpr u32 STEP = HALF / LANES;
+        v[i] = i < STEP ? old[i] * c[i] - old[i + STEP] * s[i] : old[i] * c[i - STEP] + old[i - STEP] * s[i - STEP];
+      } else {
+        // The other column of the pair lies HALF further on, or back, in one of two registers of another lane.
+        const float ahead = turned(old, i, HALF), back = turned(old, i, 0u - HALF);
+        if (d < A::ROPE) v[i] = d < HALF ? old[i] * c[i] - ahead * s[i] : old[i] * c[i] + back * s[i];
+      }
     }
-    __syncwarp();  // `scratch` may be used again
   }
-}
+  // Column l + 32i + `by` of a head; any number if there is no such column.
+  __device__ __forceinline__ static float turned(const float (&v)[EACH], u32 i, u32 by) {
+    const u32 from = lane_id() + i * LANES + by;
+    float found = 0.f;
+#pragma unroll
+    for (u32 j = 0; j < EACH; ++j) {
+      const float other = __shfl_sync(~0u, v[j], from % LANES);
+      if (from / LANES == j) found = other;
+    }
+    return found;
+  }
+};
 
-__device__ __forceinline__ void store_out(Bf16, u16* out, u64 at, float v) { out[at] = narrow<Bf16>(v); }
-__device__ __forceinline__ void store_out(F32, float* out, u64 at, float v) { out[at] = v; }
-
-// The end of a head's softmax: `sum` and `total` relative to the largest score `top` of a position, in
-// units of log2. A sink joins only here, so that parts of a context need not know of it. One far above all
-// scores makes the divisor infinite and the result 0.
-template <class A> __device__ __forceinline__ float normalize(const Consumer& b, u32 head, float top, float sum, float total) {
-  if constexpr (A::SINKS) total += exp2f(A::sinks(b)[head] * LOG2_E - top);
-  return sum / total;
-}
+__device__ __forceinline__ void store_out(Bf16, u16* out, float2 v) { *reinterpret_cast<u32*>(out) = Bf16::pack(v.x, v.y); }
+__device__ __forceinline__ void store_out(F32, float* out, float2 v) { *reinterpret_cast<float2*>(out) = v; }
 
 // The first chunk that a row sees.
 template <class A> __device__ __forceinline__ u32 first_chunk(const Block& b, u32 position) {
@@ -146,94 +203,151 @@ template <class A> __device__ __forceinline__ u32 last_seen(const Block& b, u32 
   return A::WINDOWED && position + A::window(b) - 1 < last ? position + A::window(b) - 1 : last;
 }
 
-// A place among the items of a stage, which are ordered by run, KV head and chunk.
-template <class A> struct Walk {
-  u32 item = 0, begin = 0;  // this item, and the first of its run
-  u32 row = 0, rows = 0;    // of the run
-  u32 from = 0, chunks = 0;
+// A run, and a unit and a pass in it. Units are ordered by run, KV head, group and chunk.
+template <class A> struct Place {
+  static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
+  u32 runs;          // a bit a row: a run begins there, or the rows end
+  u32 unit;
+  u32 row, rows;     // the run
+  u32 from, chunks;  // that its rows see
+  u32 groups;
+  u32 kv_head, group, chunk, pass;
 
-  __device__ __forceinline__ explicit Walk(const Consumer& b) { enter(b); }
-  __device__ __forceinline__ bool there(const Consumer& b) const { return row < b.args.rows; }
-  __device__ __forceinline__ u32 kv_head() const { return (item - begin) / chunks; }
-  // The last position that a row of the run sees.
-  __device__ __forceinline__ u32 last_seen(const Consumer& b, u32 position) const {
-    return ::last_seen<A>(b, position, b.shared.position[row + rows - 1]);
-  }
-  __device__ __forceinline__ u32 chunk() const { return from + (item - begin) % chunks; }
-  // So many items on.
-  __device__ __forceinline__ void skip(const Consumer& b, u32 items) {
-    item += items;
-#pragma unroll 1
-    while (there(b) && item - begin >= chunks * A::KV_HEADS) {
-      begin += chunks * A::KV_HEADS;
-      row += rows;
-      enter(b);
-    }
-  }
-  __device__ __forceinline__ void enter(const Consumer& b) {
-    if (!there(b)) return;
-    rows = 1;
-#pragma unroll 1
-    while (row + rows < b.args.rows && b.shared.first_row[row + rows] == row) ++rows;
+  __device__ __forceinline__ u32 queries() const { return rows * GROUP; }
+  __device__ __forceinline__ u32 passes() const { return (queries() + QUERIES - 1) / QUERIES; }
+  __device__ __forceinline__ u32 run_end(const Consumer& b) const { return b.shared.position[row] + rows; }
+  // What the run has of the span that the chunk lies in: chunks `share` to `share_end`.
+  __device__ __forceinline__ u32 share() const { return max(chunk / SPAN * SPAN, from); }
+  __device__ __forceinline__ u32 share_end() const { return least(chunk / SPAN * SPAN + SPAN, from + chunks); }
+  __device__ __forceinline__ u32 spans() const { return (from + chunks - 1) / SPAN - from / SPAN + 1; }
+  // The pass behind the unit's last.
+  __device__ __forceinline__ u32 pass_end(u32 together) const { return least((group + 1) * together, passes()); }
+
+  // The run that begins in a row, with so many passes together; no rows behind the last.
+  __device__ __forceinline__ void enter(const Consumer& b, u32 first, u32 together) {
+    row = first;
+    rows = __ffs(runs >> row >> 1);
+    if (rows == 0) return;
     from = first_chunk<A>(b, b.shared.position[row]);
     chunks = b.shared.position[row + rows - 1] / CHUNK - from + 1;
+    groups = (passes() + together - 1) / together;
   }
-  // Items of the stage in all.
-  __device__ __forceinline__ static u32 count(const Consumer& b) {
-    Walk all(b);
-    while (all.there(b)) all.skip(b, all.chunks * A::KV_HEADS);
-    return all.item;
+  __device__ __forceinline__ static u32 find_runs(const Consumer& b) {
+    const u32 row = lane_id(), rows = b.args.rows;
+    return __ballot_sync(~0u, row == rows || (row < rows && b.shared.first_row[row] == row));
+  }
+  // The first pass of the unit of this number; there is one.
+  __device__ __forceinline__ void seek(const Consumer& b, u32 target, u32 together) {
+    unit = target;
+    enter(b, 0, together);
+#pragma unroll 1
+    while (target >= chunks * groups * A::KV_HEADS) {
+      target -= chunks * groups * A::KV_HEADS;
+      enter(b, row + rows, together);
+    }
+    chunk = from + target % chunks;
+    target /= chunks;
+    group = target % groups;
+    kv_head = target / groups;
+    pass = group * together;
+  }
+  // The next pass; none of a run behind the last.
+  __device__ __forceinline__ void advance(const Consumer& b, u32 together) {
+    if (++pass < pass_end(together)) return;
+    ++unit;
+    if (++chunk == from + chunks) {
+      chunk = from;
+      if (++group == groups) {
+        group = 0;
+        if (++kv_head == A::KV_HEADS) {
+          kv_head = 0;
+          enter(b, row + rows, together);
+          chunk = from;
+        }
+      }
+    }
+    pass = group * together;
   }
 };
 
-// A warp's keys and values of a chunk, in registers.
+// How a stage's units are dealt out: every SM takes as many as any other, give or take one; or those of the spans
+// that begin there.
+struct Deal {
+  u32 together;  // passes of a unit
+  bool spans;
+  u32 units, each;
+};
+
+// What costs least. A lane has a row, which stands for the run that begins there, and 1, 2, 4 or 8 passes together.
+template <class A> __device__ __forceinline__ Deal deal(const Consumer& b, u32 runs) {
+  const u32 row = lane_id() % STEP_ROWS, power = lane_id() / STEP_ROWS, together = 1u << power;
+  u32 units = 0, longest = 0;  // share of a span; and whether a run has several
+  Place<A> run = {};
+  run.runs = runs;
+  run.enter(b, row, together);
+  if (runs >> row & 1 && run.rows > 0) {
+    units = run.chunks * run.groups * A::KV_HEADS;
+    longest = least(run.chunks, SPAN) + (run.spans() > 1 ? 16 : 0);
+  }
+#pragma unroll
+  for (u32 x = 1; x < STEP_ROWS; x *= 2) {
+    units += __shfl_xor_sync(~0u, units, x);
+    longest = max(longest, __shfl_xor_sync(~0u, longest, x));
+  }
+  const u32 each = (units + gridDim.x - 1) / gridDim.x, share = longest % 16;
+  const u32 unit_cost = LOAD_COST + PASS_COST * together;
+  const u32 spread = each * unit_cost + (longest > 1 ? JOIN_COST : 0);
+  const u32 whole = (each <= share ? share : (each + SPAN - 1) / SPAN * SPAN) * unit_cost + (longest > 16 ? JOIN_COST : 0);
+  // Sums stay in registers where a unit has one pass.
+  u32 best = spread * 8 + power * 2 + 1;
+  if (power == 0) best = least(best, whole * 8);
+  best = least(best, __shfl_xor_sync(~0u, best, STEP_ROWS));
+  best = least(best, __shfl_xor_sync(~0u, best, 2 * STEP_ROWS));
+  const u32 chosen = best / 2 % 4;
+  return {1u << chosen, best % 2 == 0, __shfl_sync(~0u, units, chosen * STEP_ROWS), __shfl_sync(~0u, each, chosen * STEP_ROWS)};
+}
+
+// A warp's keys and values of a chunk, in registers. Positions that nobody may see have any finite value.
 template <class A> struct Cached {
   using Space = AttentionSpace<A>;
   uint4 k[2][Space::K_STEPS];
   uint4 v[Space::V_STEPS][4];
 
-  __device__ __forceinline__ static u32 key_position(u32 tile) {
+  // Of the keys' tile i; that of the other tile is 2 further on.
+  __device__ __forceinline__ static u32 key_position() {
     const u32 g = lane_id() / 4;
-    return g / 2 * 4 + tile * 2 + g % 2;
+    return g / 2 * 4 + g % 2;
   }
-  // Block of the cache with the warp's positions, or null if none of them is older than the step.
-  __device__ __forceinline__ static const u8* block(const Consumer& b, u32 cache, const Walk<A>& at) {
-    const u32 base = at.chunk() * CHUNK + warp_id() * WARP_POSITIONS;
-    if (base >= b.shared.position[at.row]) return nullptr;
+  __device__ __forceinline__ static u32 base(const Place<A>& at) { return at.chunk * CHUNK + anew(warp_id()) * WARP_POSITIONS; }
+  // The warp's positions in the cache, or null if nobody sees one that is older than the step.
+  __device__ __forceinline__ static const u8* block(const Consumer& b, u32 cache, const Place<A>& at) {
+    const u32 p = base(at), first = b.shared.position[at.row];
+    if (p >= first || (A::WINDOWED && p + WARP_POSITIONS + A::window(b) <= first + 1)) return nullptr;
     const LaunchArgs& args = b.args;
-    const u32 page = args.page_table[(u64)b.shared.sequence[at.row] * args.pages_per_sequence + base / A::PAGE_TOKENS];
-    return args.kv + (((u64)cache * args.kv_pages + page) * A::CACHE_HEADS + at.kv_head()) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2);
+    const u32 page = args.page_table[(u64)b.shared.sequence[at.row] * args.pages_per_sequence + p / A::PAGE_TOKENS];
+    return args.kv + (((u64)cache * args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2);
   }
-  // Positions that the step's rows do not have themselves and that any of them sees; all else is zero.
-  __device__ __forceinline__ static bool old(const Consumer& b, const Walk<A>& at, u32 p) {
-    const u32 first = b.shared.position[at.row];
-    return p < first && (!A::WINDOWED || p + A::window(b) > first);
-  }
-  __device__ __forceinline__ void load_keys(const Consumer& b, const u8* block, const Walk<A>& at) {
-    const u32 base = at.chunk() * CHUNK + warp_id() * WARP_POSITIONS, in_page = base % A::PAGE_TOKENS;
+  __device__ __forceinline__ void load_keys(const u8* block, const Place<A>& at) {
     const u32 column = lane_id() % 4 * 8;
+    const u8* from = block + ((base(at) % A::PAGE_TOKENS + key_position()) * A::QK + column) * 2;
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
-      const u32 p = key_position(i);
-      const u8* from = block + ((in_page + p) * A::QK + column) * 2;
 #pragma unroll
       for (u32 s = 0; s < Space::K_STEPS; ++s) {
-        k[i][s] = make_uint4(0, 0, 0, 0);
-        if (block && old(b, at, base + p) && s * 32 + column < A::QK) k[i][s] = load4(reinterpret_cast<const u32*>(from + s * 64));
+        if (A::QK % 32 == 0 || s * 32 + column < A::QK) k[i][s] = load4(reinterpret_cast<const u32*>(from + i * 4 * A::QK + s * 64));
       }
     }
   }
-  __device__ __forceinline__ void load_values(const Consumer& b, const u8* block, const Walk<A>& at) {
-    const u32 base = at.chunk() * CHUNK + warp_id() * WARP_POSITIONS, in_page = base % A::PAGE_TOKENS;
-    const u32 column = lane_id() / 4 * 8;
+  // What lies behind the last older position may never have been written: that one in its place.
+  __device__ __forceinline__ void load_values(const Consumer& b, const u8* block, const Place<A>& at) {
+    const u32 column = lane_id() / 4 * 8, last = b.shared.position[at.row] - 1 - base(at);
+    const u8* from = block + (A::PAGE_TOKENS * A::QK + base(at) % A::PAGE_TOKENS * A::V_PAD + column) * 2;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-      const u32 p = lane_id() % 4 * 4 + i;
-      const u8* from = block + (A::PAGE_TOKENS * A::QK + (in_page + p) * A::V_PAD + column) * 2;
+      const u8* own = from + least(lane_id() % 4 * 4 + i, last) * (A::V_PAD * 2);
 #pragma unroll
       for (u32 s = 0; s < Space::V_STEPS; ++s) {
-        v[s][i] = make_uint4(0, 0, 0, 0);
-        if (block && old(b, at, base + p) && s * 64 + column < A::V) v[s][i] = load4(reinterpret_cast<const u32*>(from + s * 128));
+        if (A::V % 64 == 0 || s * 64 + column < A::V) v[s][i] = load4(reinterpret_cast<const u32*>(own + s * 128));
       }
     }
   }
@@ -243,18 +357,20 @@ template <class A> struct Cached {
     if (base + WARP_POSITIONS <= from || base >= from + count) return;
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
-      const u32 n = base + key_position(i) - from;  // wraps around in front of them
+      const u32 n = base + key_position() + i * 2 - from;  // wraps around in front of them
+      if (n >= count) continue;
 #pragma unroll
       for (u32 s = 0; s < Space::K_STEPS; ++s) {
-        if (n < count && s * 32 + k_column < A::QK) k[i][s] = *reinterpret_cast<const uint4*>(&space.keys[n][s * 32 + k_column]);
+        if (A::QK % 32 == 0 || s * 32 + k_column < A::QK) k[i][s] = *reinterpret_cast<const uint4*>(&space.keys[n][s * 32 + k_column]);
       }
     }
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
       const u32 n = base + lane_id() % 4 * 4 + i - from;
+      if (n >= count) continue;
 #pragma unroll
       for (u32 s = 0; s < Space::V_STEPS; ++s) {
-        if (n < count && s * 64 + v_column < A::V) v[s][i] = *reinterpret_cast<const uint4*>(&space.values[n][s * 64 + v_column]);
+        if (A::V % 64 == 0 || s * 64 + v_column < A::V) v[s][i] = *reinterpret_cast<const uint4*>(&space.values[n][s * 64 + v_column]);
       }
     }
   }
@@ -276,9 +392,9 @@ template <class A> __device__ __forceinline__ void scores(const AttentionSpace<A
   float even[2][4] = {}, odd[2][4] = {};
 #pragma unroll
   for (u32 s = 0; s < Space::K_STEPS; ++s) {
-    const uint4 q = *reinterpret_cast<const uint4*>(&space.q[0][g][s * 32 + t * 8]);
-    const uint4 rest = *reinterpret_cast<const uint4*>(&space.q[1][g][s * 32 + t * 8]);
-    const u32 first[4] = {q.x, rest.x, q.z, rest.z}, second[4] = {q.y, rest.y, q.w, rest.w};
+    const uint4* q = reinterpret_cast<const uint4*>(&space.q[g][s * 64 + t * 16]);
+    const uint4 x = q[0], y = q[1];
+    const u32 first[4] = {x.x, x.y, x.z, x.w}, second[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
       mma(typename A::Kv(), even[i], first, cached.k[i][s].x, cached.k[i][s].z);
@@ -292,343 +408,399 @@ template <class A> __device__ __forceinline__ void scores(const AttentionSpace<A
   }
 }
 
-// Column d of parts that are GROUP apart, added up in their order, and their weight; eight at a time, so
-// that their loads wait together.
-template <class A> __device__ __forceinline__ float fold(const Parts<A>& parts, u64 at, u32 count, u32 d, float2& weight) {
-  float m = MINUS_INFINITY, sum = 0.f, total = 0.f;
-#pragma unroll 1
-  for (u32 c = 0; c < count; c += SPAN) {
-    float2 w[SPAN];
-    float v[SPAN];
-    float top = m;
+// What a pass needs of the step: a warp has one of its queries, and a row of the run in the chunk if the unit begins.
+template <class A> struct Fresh {
+  static constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_EACH = (A::V + LANES - 1) / LANES;
+  static constexpr u32 QKV = (A::HEADS + A::KV_HEADS) * A::QK + A::KV_HEADS * A::V;
+  AttentionHead<A> query, key;
+  float value[V_EACH];
+  bool queries;     // others than before
+  u32 from, count;  // position of the run's first row in the chunk, and how many there are; 0 if they are known
+
+  __device__ __forceinline__ void load(const Consumer& b, const Place<A>& at, bool new_queries, bool new_unit) {
+    const u32 warp = anew(warp_id()), n = at.pass * QUERIES + warp;
+    queries = new_queries;
+    if (queries && n < at.queries()) {
+      const u32 r = at.row + n / GROUP;
+      query.load(A::input(b) + (u64)r * QKV + (at.kv_head * GROUP + n % GROUP) * A::QK, A::rope(b), b.shared.position[r]);
+    }
+    const u32 start = at.chunk * CHUNK, first = b.shared.position[at.row];
+    from = max(start, first);
+    const u32 end = least(start + CHUNK, first + at.rows);
+    count = new_unit && from < end ? end - from : 0;
+    // The last warps, since the first have queries.
+    const u32 own = CONSUMERS - 1 - warp;
+    if (own < count) {
+      const float* raw = A::input(b) + (u64)(at.row + (from - first) + own) * QKV + A::HEADS * A::QK;
+      key.load(raw + at.kv_head * A::QK, A::rope(b), from + own);
 #pragma unroll
-    for (u32 i = 0; i < SPAN; ++i) {
-      w[i] = make_float2(MINUS_INFINITY, 0.f);
-      v[i] = 0.f;
-      if (c + i < count) {
-        const u64 part = at + (c + i) * Parts<A>::GROUP;
-        w[i] = __ldcg(parts.weight(part));
-        v[i] = __ldcg(parts.sum(part) + d);
+      for (u32 i = 0; i < V_EACH; ++i) {
+        const u32 d = lane_id() + i * LANES;
+        value[i] = A::V % LANES == 0 || d < A::V ? raw[A::KV_HEADS * A::QK + at.kv_head * A::V + d] : 0.f;
       }
     }
-#pragma unroll
-    for (u32 i = 0; i < SPAN; ++i) top = fmaxf(top, w[i].x);
-    const float old = exp2f(m - top);
-    sum *= old;
-    total *= old;
-#pragma unroll
-    for (u32 i = 0; i < SPAN; ++i) {
-      const float f = exp2f(w[i].x - top);
-      sum = fmaf(f, v[i], sum);
-      total = fmaf(f, w[i].y, total);
-    }
-    m = top;
   }
-  weight = make_float2(m, total);
-  return sum;
-}
 
-// What a run has of the span that an item lies in: chunks `begin` to `end`.
-template <class A> struct Share {
-  u32 span, begin, end, spans;
-  __device__ __forceinline__ explicit Share(const Walk<A>& item) {
-    const u32 run_end = item.from + item.chunks;
-    span = item.chunk() / SPAN;
-    begin = span * SPAN > item.from ? span * SPAN : item.from;
-    end = span * SPAN + SPAN < run_end ? span * SPAN + SPAN : run_end;
-    spans = (run_end - 1) / SPAN - item.from / SPAN + 1;
+  // Norms, rotates and rounds, into shared memory and the cache.
+  __device__ __forceinline__ void prepare(Consumer& b, AttentionSpace<A>& space, u32 cache, const Place<A>& at, u32 together) {
+    const u32 warp = anew(warp_id()), own = CONSUMERS - 1 - warp;
+    // The same instructions for both.
+#pragma unroll 1
+    for (u32 kind = queries ? 0 : 1; kind < 2; ++kind) {
+      if (kind == 1) {
+        if (own >= count) break;
+        query = key;
+      }
+      query.template turn<A::Q_NORM || A::K_NORM>(kind == 0 ? A::Q_NORM : A::K_NORM, kind == 0 ? A::q_gain(b) : A::k_gain(b));
+      if (kind == 0) {
+#pragma unroll
+        for (u32 i = 0; i < AttentionHead<A>::EACH; ++i) {
+          const float x = query.v[i] * (A::SCALE * LOG2_E);
+          const u16 rounded = narrow<typename A::Kv>(x);
+          u16* to = space.q[warp] + query_at(lane_id()) + i * 64;
+          to[0] = rounded;
+          to[2] = narrow<typename A::Kv>(x - widen<typename A::Kv>(rounded));
+        }
+        continue;
+      }
+      const u32 position = from + own, row = position - b.shared.position[at.row];
+      const u32 page = b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + position / A::PAGE_TOKENS];
+      u16* keys = reinterpret_cast<u16*>(b.args.kv + (((u64)cache * b.args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
+      u16* values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
+      keys += position % A::PAGE_TOKENS * A::QK;
+      // One of the groups that need them has the row's first head.
+      const bool cached = row * GROUP / QUERIES / together == at.group;
+#pragma unroll
+      for (u32 i = 0; i < AttentionHead<A>::EACH; ++i) {
+        const u32 d = lane_id() + i * LANES;
+        if (A::QK % LANES != 0 && d >= A::QK) continue;
+        const u16 rounded = narrow<typename A::Kv>(query.v[i]);
+        space.keys[own][d] = rounded;
+        if (cached) keys[d] = rounded;
+      }
+#pragma unroll
+      for (u32 i = 0; i < V_EACH; ++i) {
+        const u32 d = lane_id() + i * LANES;
+        if (A::V % LANES != 0 && d >= A::V) continue;
+        const u16 rounded = narrow<typename A::Kv>(value[i] * A::VALUE_SCALE);
+        space.values[own][d] = rounded;
+        if (cached) values[d] = rounded;
+      }
+    }
   }
 };
 
-// Adds up parts of an item's run for every row that has several: on the first level the chunks of the item's
-// span, at least one of them here, on the second the spans.
-template <class A> __device__ __forceinline__ void join_parts(Consumer& b, const Walk<A>& item, u32 level) {
-  using P = Parts<A>;
-  constexpr u32 GROUP = P::GROUP;
-  const P parts = {A::parts(b)};
-  const Share<A> share(item);
-  const u32 kv_head = item.kv_head();
+// A query's sums over all that it sees, or a part of it that goes into a slot. A sink joins only here, in units of
+// log2; one far above all scores makes the divisor infinite and the result 0.
+template <class A> __device__ __forceinline__ void leave(const Consumer& b, u32 row, u32 kv_head, u32 h, bool all, u32 slot, const Attended<A>& sums) {
+  const u32 head = kv_head * (A::HEADS / A::KV_HEADS) + h;
+  if (all) {
+    float total = sums.total;
+    if constexpr (A::SINKS) total += exp2f(A::sinks(b)[head] * LOG2_E - sums.top);
+    const float scale = 1.f / total;
+    auto* out = A::out(b) + (row * A::HEADS + head) * A::V + lane_id() * 2;
+#pragma unroll
+    for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
+      if (has_columns<A>(s)) store_out(typename A::Out(), out + s * 64, make_float2(sums.v[s].x * scale, sums.v[s].y * scale));
+    }
+  } else {
+    const Parts<A> parts = {A::parts(b)};
+    const u32 at = parts.at(row, kv_head, slot, h);
+#pragma unroll
+    for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
+      if (has_columns<A>(s)) parts.sum(at)[s * 32] = sums.v[s];
+    }
+    if (lane_id() == 0) *parts.weight(at) = make_float2(sums.top, sums.total);
+  }
+}
+
+// A part of a span that an SM leaves in memory, of a run, a KV head and a group: how many chunks, or all (0).
+template <class A> struct Brought {
+  static_assert(A::HEADS / A::KV_HEADS < 128 && A::KV_HEADS <= 256 && A::MAX_CHUNKS <= 1024 * SPAN, "bits of a word");
+  u32 bits;
+  __device__ __forceinline__ u32 row() const { return bits % 8; }
+  __device__ __forceinline__ u32 chunks() const { return bits / 8 % 16; }
+  __device__ __forceinline__ u32 group() const { return bits / 128 % 128; }
+  __device__ __forceinline__ u32 kv_head() const { return bits / 16384 % 256; }
+  __device__ __forceinline__ u32 span() const { return bits >> 22; }
+  __device__ __forceinline__ static u32 of(const Place<A>& at, u32 chunks) {
+    return at.row | chunks << 3 | at.group << 7 | at.kv_head << 14 | at.chunk / SPAN << 22;
+  }
+};
+
+// Adds up what of a group's queries lies in memory, a warp a query: on the first level the chunks of a span, on the
+// second the spans.
+template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 runs, Brought<A> brought, u32 level, u32 together) {
+  constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
+  const Parts<A> parts = {A::parts(b)};
+  Place<A> at = {};
+  at.runs = runs;
+  at.enter(b, brought.row(), together);
+  const u32 kv_head = brought.kv_head(), span = brought.span(), last = at.run_end(b) - 1;
+  const u32 end = least((brought.group() + 1) * together, at.passes());
 #pragma unroll 1
-  for (u32 r = item.row; r < item.row + item.rows; ++r) {
-    const u32 position = b.shared.position[r], from = first_chunk<A>(b, position), to = item.last_seen(b, position) / CHUNK + 1;
+  for (u32 pass = brought.group() * together; pass < end; ++pass) {
+    const u32 query = pass * QUERIES + anew(warp_id());
+    if (query >= at.queries()) break;
+    const u32 h = query % GROUP, r = at.row + query / GROUP, position = b.shared.position[r];
+    const u32 from = first_chunk<A>(b, position), to = last_seen<A>(b, position, last) / CHUNK + 1;
     const u32 spans = (to - 1) / SPAN - from / SPAN + 1;
-    const u32 first = share.begin > from ? share.begin : from, behind = share.end < to ? share.end : to;
-    if (level == 0 ? to - from == 1 || first >= behind : spans == 1) continue;
-    const bool whole = level > 0 || spans == 1;
-    const u32 slot = level == 0 ? first - from : A::MAX_CHUNKS, count = level == 0 ? behind - first : spans;
+    u32 slot = A::MAX_CHUNKS, count = spans;
+    if (level == 0) {
+      const u32 first = max(span * SPAN, from), behind = least(span * SPAN + SPAN, to);
+      // A row with one chunk has left it as a whole, and one may not see the span.
+      if (to - from == 1 || first >= behind) continue;
+      slot = first - from;
+      count = behind - first;
+    } else if (spans == 1) {
+      continue;
+    }
+    Attended<A> sums;
+    sums.clear();
+    const u32 place = parts.at(r, kv_head, slot, h);
+    const float2 *of = parts.sum(place), *weights = parts.weight(place);
 #pragma unroll 1
-    for (u32 n = threadIdx.x; n < GROUP * A::V; n += CONSUMER_THREADS) {
-      const u32 h = n / A::V, d = n % A::V, head = kv_head * GROUP + h;
-      float2 weight;
-      const float sum = fold(parts, parts.at(r, kv_head, slot, h), count, d, weight);
-      if (whole) {
-        store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + head) * A::V + d, normalize<A>(b, head, weight.x, sum, weight.y));
-      } else {
-        const u64 part = parts.at(r, kv_head, A::MAX_CHUNKS + share.span - from / SPAN, h);
-        parts.sum(part)[d] = sum;
-        if (d == 0) *parts.weight(part) = weight;
+    for (u32 c = 0; c < count; c += SPAN, of += SPAN * GROUP * A::V / 2, weights += SPAN * GROUP) {
+      // Their loads wait together.
+      Attended<A> part[SPAN];
+#pragma unroll
+      for (u32 i = 0; i < SPAN; ++i) {
+        part[i].clear();
+        if (c + i >= count) continue;
+        const float2 weight = __ldcg(weights + i * GROUP);
+        part[i].top = weight.x;
+        part[i].total = weight.y;
+#pragma unroll
+        for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) part[i].v[s] = has_columns<A>(s) ? __ldcg(of + i * (GROUP * A::V / 2) + s * 32) : make_float2(0.f, 0.f);
+      }
+#pragma unroll
+      for (u32 i = 0; i < SPAN; ++i) {
+        if (c + i < count) sums.add(part[i]);
       }
     }
+    leave<A>(b, r, kv_head, h, level > 0 || spans == 1, A::MAX_CHUNKS + span - from / SPAN, sums);
   }
 }
 
-// Behind all of this SM's items, `count` from `own` on: adds up what it is the last to bring. A lane
-// counts for an item, so that 32 of them cost the way to L2 and back once. The increment releases this
-// SM's parts (ordered by the barrier behind each item) and acquires the others'. Who ends a count leaves
-// the counter ready for the next stage: a crossing lies between.
-template <class A> __device__ __forceinline__ void join(Consumer& b, const Walk<A>& own, u32 count) {
+// Counts what this SM has left in memory, a lane each, and adds up what it was the last to bring. The increment
+// releases this SM's parts and acquires the others'. Who ends a count leaves the counter ready for the next stage: a
+// crossing lies between.
+template <class A> __device__ __forceinline__ void join(Consumer& b, u32 runs, Brought<A> own, u32 count, u32 together) {
   constexpr u32 COUNTERS = Parts<A>::SPANS + 1, LEVELS = A::MAX_CHUNKS > SPAN ? 2 : 1;
+  constexpr u32 ROW_GROUPS = (A::HEADS / A::KV_HEADS + QUERIES - 1) / QUERIES;
   const u32 warp = anew(warp_id());
-  auto number = [&](u32 n) {
-    Walk<A> item = own;
-    item.skip(b, n);
-    return item;
-  };
+  u32* counters = nullptr;
+  u32 share = 0, spans = 0;
+  bool last = lane_id() < count;
+  if (warp == 0 && last) {
+    Place<A> at = {};
+    at.runs = runs;
+    at.enter(b, own.row(), together);
+    at.chunk = max(own.span() * SPAN, at.from);
+    share = at.share_end() - at.chunk;
+    spans = at.spans();
+    counters = b.sync().splits + ((own.row() * ROW_GROUPS + own.group()) * A::KV_HEADS + own.kv_head()) * COUNTERS;
+  }
 #pragma unroll 1
-  for (u32 first = 0; first < count; first += LANES) {
-    bool last = false;
-    u32* counters = nullptr;
-    u32 spans = 0;
-#pragma unroll 1
-    for (u32 level = 0; level < LEVELS; ++level) {
-      if (warp == 0) {
-        u32* counter = nullptr;
-        u32 wanted = 0;
-        if (level == 0 && first + lane_id() < count) {
-          const Walk<A> item = number(first + lane_id());
-          if (item.chunks > 1) {
-            const Share<A> share(item);
-            counters = b.sync().splits + (item.row * A::KV_HEADS + item.kv_head()) * COUNTERS;
-            spans = share.spans;
-            counter = counters + share.span;
-            wanted = share.end - share.begin;
-          }
-        } else if (level > 0 && last && spans > 1) {
-          counter = counters + COUNTERS - 1;
-          wanted = spans;
-        }
-        last = counter && add_acq_rel(counter, 1) == wanted - 1;
+  for (u32 level = 0; level < LEVELS; ++level) {
+    consumers_sync();  // parts are written
+    if (warp == 0) {
+      bool added = false;
+      const u32 chunks = level == 0 ? own.chunks() : 1, wanted = level == 0 ? share : spans;
+      // What an SM has of a whole span counts only among the spans.
+      if (last && chunks > 0 && (level == 0 || spans > 1)) {
+        u32* counter = counters + (level == 0 ? own.span() : COUNTERS - 1);
+        last = added = add_acq_rel(counter, chunks) + chunks == wanted;
         if (last) *counter = 0;
-        const u32 all = __ballot_sync(~0u, last);
-        if (lane_id() == 0) b.shared.last_splits[level] = all;
       }
-      consumers_sync();
-      const u32 ended = b.shared.last_splits[level];
-      if (!ended) break;
-#pragma unroll 1
-      for (u32 left = ended; left; left &= left - 1) join_parts(b, number(first + __ffs(left) - 1), level);
-      if (level + 1 < LEVELS) consumers_sync();  // the spans' parts are written
+      const u32 all = __ballot_sync(~0u, added);
+      if (lane_id() == 0) b.shared.last_splits[level] = all;
     }
-    if (first + LANES < count) consumers_sync();  // `last_splits` was read
-  }
-}
-
-// Prepares a pass's queries, a warp each: heads of the rows from `row` on, GROUP to a row.
-template <class A> __device__ __forceinline__ void prepare_query(Consumer& b, AttentionSpace<A>& space, u32 row, u32 kv_head, u32 query, u32 count) {
-  using Space = AttentionSpace<A>;
-  constexpr u32 GROUP = A::HEADS / A::KV_HEADS, EACH = (A::QK + LANES - 1) / LANES;
-  constexpr u32 QKV = (A::HEADS + A::KV_HEADS) * A::QK + A::KV_HEADS * A::V;
-  const u32 warp = anew(warp_id()), n = query + warp, r = row + n / GROUP;
-  float v[EACH] = {};
-  if (n < count) {
-    const float* raw = A::input(b) + (u64)r * QKV + (kv_head * GROUP + n % GROUP) * A::QK;
-    prepare_head<A, A::Q_NORM>(space.heads[warp], raw, A::q_gain(b), A::rope(b), b.shared.position[r], v);
-  }
-#pragma unroll
-  for (u32 i = 0; i < Space::K_STEPS; ++i) {
-    const u32 d = lane_id() + i * LANES;
-    const float x = v[i] * (A::SCALE * LOG2_E);
-    const u16 rounded = narrow<typename A::Kv>(x);
-    space.q[0][warp][d] = rounded;
-    space.q[1][warp][d] = narrow<typename A::Kv>(x - widen<typename A::Kv>(rounded));
-  }
-}
-
-// Prepares keys and values of the run's rows in the chunk, `row` on, and writes them into the cache.
-template <class A> __device__ __forceinline__ void prepare_fresh(Consumer& b, AttentionSpace<A>& space, u32 cache, u32 kv_head, u32 row, u32 count) {
-  constexpr u32 EACH = (A::QK + LANES - 1) / LANES;
-  constexpr u32 QKV = (A::HEADS + A::KV_HEADS) * A::QK + A::KV_HEADS * A::V;
-  const LaunchArgs& args = b.args;
-  // At most as many as warps; the last ones, because the first have queries to prepare.
-  const u32 warp = anew(warp_id()), n = CONSUMERS - 1 - warp;
-  if (n >= count) return;
-  const u32 r = row + n, position = b.shared.position[r];
-  const float* raw = A::input(b) + (u64)r * QKV + A::HEADS * A::QK;
-  constexpr u32 V_EACH = (A::V + LANES - 1) / LANES;
-  float v[EACH], value[V_EACH];
-#pragma unroll
-  for (u32 i = 0; i < V_EACH; ++i) {
-    const u32 d = lane_id() + i * LANES;
-    value[i] = d < A::V ? raw[A::KV_HEADS * A::QK + kv_head * A::V + d] : 0.f;
-  }
-  prepare_head<A, A::K_NORM>(space.heads[warp], raw + kv_head * A::QK, A::k_gain(b), A::rope(b), position, v);
-  const u32 page = args.page_table[(u64)b.shared.sequence[r] * args.pages_per_sequence + position / A::PAGE_TOKENS];
-  u16* keys = reinterpret_cast<u16*>(args.kv + (((u64)cache * args.kv_pages + page) * A::CACHE_HEADS + kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
-  u16* values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
-  keys += position % A::PAGE_TOKENS * A::QK;
-#pragma unroll
-  for (u32 i = 0; i < EACH; ++i) {
-    const u32 d = lane_id() + i * LANES;
-    if (d < A::QK) keys[d] = space.keys[n][d] = narrow<typename A::Kv>(v[i]);
-  }
-#pragma unroll
-  for (u32 i = 0; i < V_EACH; ++i) {
-    const u32 d = lane_id() + i * LANES;
-    if (d < A::V) values[d] = space.values[n][d] = narrow<typename A::Kv>(value[i] * A::VALUE_SCALE);
+    consumers_sync();
+#pragma unroll 1
+    for (u32 left = b.shared.last_splits[level]; left; left &= left - 1) {
+      add_parts<A>(b, runs, {__shfl_sync(~0u, own.bits, __ffs(left) - 1)}, level, together);
+    }
   }
 }
 
 template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache) {
   using Space = AttentionSpace<A>;
-  constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
+  constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_STEPS = Space::V_STEPS;
   Space& space = *reinterpret_cast<Space*>(b.scratch);
-  const Parts<A> parts = {A::parts(b)};
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
   const u32 g = lane / 4, t = lane % 4;
-  const u32 all = Walk<A>::count(b), each = (all + gridDim.x - 1) / gridDim.x;
-  const u32 first = blockIdx.x * each, items = first >= all ? 0 : all - first < each ? all - first : each;
-  Walk<A> item(b);
-  item.skip(b, first);
-  if (items == 0) {
+  // This SM's units, `first` to `end`.
+  Place<A> next = {};
+  next.runs = Place<A>::find_runs(b);
+  const Deal dealt = deal<A>(b, next.runs);
+  const u32 together = dealt.together;
+  u32 first = 0, end = 0;
+  {
+    u32 target = least((blockIdx.x + 1) * dealt.each, dealt.units);
+#pragma unroll 1
+    for (u32 n = 0; n < 3; ++n) {
+      u32 on = 0;
+      if (target < dealt.units) {
+        next.seek(b, target, together);
+        if (dealt.spans && next.chunk != next.share()) on = next.share_end() - next.chunk;
+      }
+      if (n == 0) {
+        end = target + on;
+        target = least(blockIdx.x * dealt.each, dealt.units);
+      } else {
+        target = first = target + on;
+      }
+    }
+  }
+  if (first >= end) {
     b.wait_inputs();
     b.finish_stage();
     return;
   }
-  // Nothing here needs what the step has made: the cache of older positions is read while the other SMs
-  // still multiply.
-  Cached<A> cached;
-  {
-    const u8* block = Cached<A>::block(b, cache, item);
-    cached.load_keys(b, block, item);
-    cached.load_values(b, block, item);
-  }
-  b.wait_inputs();
-  bool several = false;
-  u32 prepared = ~0u;  // the rows and the KV head whose queries lie in `space.q`
-  for (u32 n = 0; n < items; ++n) {
-    several |= item.chunks > 1;
-    const bool more = n + 1 < items;
-    const Walk<A> now = item;
-    item.skip(b, 1);
-    const u8* block = more ? Cached<A>::block(b, cache, item) : nullptr;
-    const u32 kv_head = now.kv_head(), start = now.chunk() * CHUNK, base = start + warp * WARP_POSITIONS;
-    const u32 run_position = b.shared.position[now.row], run_end = run_position + now.rows;
-    // Rows of the run that see the chunk, and those that lie in it.
-    u32 ahead = 0;  // how far a row sees
-    if (A::BOTH_WAYS) ahead = A::WINDOWED ? A::window(b) - 1 : NO_WINDOW;
-    const u32 row = now.row + (start > run_position + ahead ? start - run_position - ahead : 0);
-    u32 row_end = now.row + now.rows;
-    if (A::WINDOWED && start + CHUNK + A::window(b) - 1 < run_end) row_end = now.row + (start + CHUNK + A::window(b) - 1 - run_position);
-    const u32 count = (row_end - row) * GROUP;
-    const u32 fresh_from = start > run_position ? start : run_position;
-    const u32 fresh_end = start + CHUNK < run_end ? start + CHUNK : run_end;
-    const u32 fresh = fresh_from < fresh_end ? fresh_end - fresh_from : 0;
-    if (fresh) prepare_fresh<A>(b, space, cache, kv_head, now.row + (fresh_from - run_position), fresh);
-    for (u32 query = 0; query < count; query += QUERIES) {
-      const bool last = query + QUERIES >= count;
-      // Queries stay for the next chunk if there is one pass of them and the same rows see it.
-      const u32 queries = (row * (STEP_ROWS + 1) + row_end) * A::KV_HEADS + kv_head;
-      const bool known = queries == prepared;
-      if (!known) prepare_query<A>(b, space, row, kv_head, query, count);
-      prepared = count <= QUERIES ? queries : ~0u;
-      if (!known || fresh) consumers_sync();
-      if (query == 0) cached.take_fresh(space, base, fresh_from, fresh);
-      float score[4];
-      scores<A>(space, cached, score);
-      // The next item's keys come while this one's values are multiplied, its values while sums are.
-      if (last && more) cached.load_keys(b, block, item);
-
-      // Weights relative to the query's largest score among the warp's positions.
-      const u32 position = query + g < count ? b.shared.position[row + (query + g) / GROUP] : 0;
-      const u32 from = A::WINDOWED && position + 1 > A::window(b) ? position + 1 - A::window(b) : 0;
-      const u32 end = last_seen<A>(b, position, run_end - 1);
-      float top = MINUS_INFINITY;
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) {
-        const u32 p = base + t * 4 + i;
-        if (query + g >= count || p > end || (A::WINDOWED && p < from)) score[i] = MINUS_INFINITY;
-        top = fmaxf(top, score[i]);
-      }
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const float relative_to = top == MINUS_INFINITY ? 0.f : top;
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) score[i] = exp2f(score[i] - relative_to);
-      float total = (score[0] + score[1]) + (score[2] + score[3]);
-      total += __shfl_xor_sync(~0u, total, 1);
-      total += __shfl_xor_sync(~0u, total, 2);
-      if (t == 0) space.weight[warp][g] = make_float2(top, total);
-
-      // Weights times values.
-      u32 weight[4];
-      split_pair<typename A::Kv>(score[0], score[1], weight[0], weight[1]);
-      split_pair<typename A::Kv>(score[2], score[3], weight[2], weight[3]);
-      float sums[Space::V_STEPS][16];
-#pragma unroll
-      for (u32 s = 0; s < Space::V_STEPS; ++s) {
-        const uint4(&v)[4] = cached.v[s];
-        const u32 first[4] = {v[0].x, v[0].y, v[0].z, v[0].w}, second[4] = {v[1].x, v[1].y, v[1].z, v[1].w};
-        const u32 third[4] = {v[2].x, v[2].y, v[2].z, v[2].w}, fourth[4] = {v[3].x, v[3].y, v[3].z, v[3].w};
-#pragma unroll
-        for (u32 j = 0; j < 8; ++j) {
-          float d[4] = {};
-          mma(typename A::Kv(), d, weight, pair_up(first[j / 2], second[j / 2], j % 2), pair_up(third[j / 2], fourth[j / 2], j % 2));
-          sums[s][j] = d[0] + d[2];
-          sums[s][8 + j] = d[1] + d[3];
-        }
-      }
-      if (last && more) cached.load_values(b, block, item);
-
-      // The chunk's result over the warps, SUMMED queries at a time.
+  bool ready = false;          // the stage's inputs are there
 #pragma unroll 1
-      for (u32 half = 0; half < QUERIES; half += SUMMED) {
-        if (half > 0 && query + half >= count) break;
-        if (half > 0) consumers_sync();  // the sums of the first have been read
-        if (g >= half && g < half + SUMMED) {
-#pragma unroll
-          for (u32 s = 0; s < Space::V_STEPS; ++s) {
-#pragma unroll
-            for (u32 j = 0; j < 16; j += 4) {
-              const u32 column = s * 64 + t * 16 + j;
-              if (column < A::V) {
-                *reinterpret_cast<float4*>(&space.sums[warp][g - half][column]) = make_float4(sums[s][j], sums[s][j + 1], sums[s][j + 2], sums[s][j + 3]);
-              }
-            }
-          }
-        }
+  while (next.unit < end) {
+    Cached<A> cached = {};
+    Fresh<A> fresh = {};
+    Attended<A> sums;
+    sums.clear();
+    Place<A> now = next;
+    bool there = false;          // a pass to multiply
+    u32 chunks = 0, left = 0;    // of the span so far; parts of spans in memory
+    Brought<A> brought = {0};    // a lane each
+#pragma unroll 1
+    while (true) {
+      const bool more = next.unit < end, new_unit = !there || next.unit != now.unit;
+      const u8* block = more && new_unit ? Cached<A>::block(b, cache, next) : nullptr;
+      const u32 base = Cached<A>::base(now), query = now.pass * QUERIES;
+      float score[4] = {};
+      if (there) {
+        fresh.prepare(b, space, cache, now, together);
+        // The queries are there, and the last pass's sums have been read.
         consumers_sync();
-#pragma unroll 1
-        for (u32 n = threadIdx.x; n < SUMMED * A::V; n += CONSUMER_THREADS) {
-          const u32 q = half + n / A::V, d = n % A::V;
-          if (query + q >= count) break;
-          float m = MINUS_INFINITY, sum = 0.f, all = 0.f;
+        cached.take_fresh(space, base, fresh.from, fresh.count);
+        scores<A>(space, cached, score);
+      }
+      if (block) cached.load_keys(block, next);
+      if (!there) {
+        // The cache of older positions is read while the other SMs still multiply.
+        if (block) cached.load_values(b, block, next);
+        if (!ready) b.wait_inputs();
+        ready = true;
+      }
+      if (more) {
+        const bool same = there && next.row == now.row && next.kv_head == now.kv_head && next.pass == now.pass;
+        fresh.load(b, next, !same, new_unit);
+      }
+      if (there) {
+        // Weights relative to the query's largest score among the warp's positions.
+        const u32 last = now.run_end(b) - 1;
+        {
+          const bool asked = query + g < now.queries();
+          const u32 position = b.shared.position[now.row + (asked ? (query + g) / GROUP : 0)];
+          const u32 from = A::WINDOWED && position + 1 > A::window(b) ? position + 1 - A::window(b) : 0;
+          const u32 seen = last_seen<A>(b, position, last);
+          float top = MINUS_INFINITY;
 #pragma unroll
-          for (u32 w = 0; w < CONSUMERS; ++w) m = fmaxf(m, space.weight[w][q].x);
+          for (u32 i = 0; i < 4; ++i) {
+            const u32 p = base + t * 4 + i;
+            if (!asked || p > seen || (A::WINDOWED && p < from)) score[i] = MINUS_INFINITY;
+            top = fmaxf(top, score[i]);
+          }
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+          top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+          const float relative_to = top == MINUS_INFINITY ? 0.f : top;
+#pragma unroll
+          for (u32 i = 0; i < 4; ++i) score[i] = exp2f(score[i] - relative_to);
+          float total = (score[0] + score[1]) + (score[2] + score[3]);
+          total += __shfl_xor_sync(~0u, total, 1);
+          total += __shfl_xor_sync(~0u, total, 2);
+          if (t == 0) space.weight[warp][g] = make_float2(top, total);
+        }
+        u32 weight[4];
+        split_pair<typename A::Kv>(score[0], score[1], weight[0], weight[1]);
+        split_pair<typename A::Kv>(score[2], score[3], weight[2], weight[3]);
+
+        // Weights times values, and their sums over the warps: of query `warp` of the pass.
+        Attended<A> chunk;
+        float factor = 0.f;  // of the sums of warp `lane % 8`
+#pragma unroll
+        for (u32 s = 0; s < V_STEPS; ++s) {
+          const uint4(&v)[4] = cached.v[s];
+          const u32 one[4] = {v[0].x, v[0].y, v[0].z, v[0].w}, two[4] = {v[1].x, v[1].y, v[1].z, v[1].w};
+          const u32 three[4] = {v[2].x, v[2].y, v[2].z, v[2].w}, four[4] = {v[3].x, v[3].y, v[3].z, v[3].w};
+          float products[16];
+#pragma unroll
+          for (u32 j = 0; j < 8; ++j) {
+            float d[4] = {};
+            mma(typename A::Kv(), d, weight, pair_up(one[j / 2], two[j / 2], j % 2), pair_up(three[j / 2], four[j / 2], j % 2));
+            products[j] = d[0] + d[2];
+            products[8 + j] = d[1] + d[3];
+          }
+          if (s > 0) consumers_sync();  // the columns before have been read
+          float* to = space.sums[warp][g];
+          const u32 at = sums_at(g, t);
+#pragma unroll
+          for (u32 j = 0; j < 4; ++j) {
+            *reinterpret_cast<float4*>(to + (at ^ j * 4)) = make_float4(products[4 * j], products[4 * j + 1], products[4 * j + 2], products[4 * j + 3]);
+          }
+          if (s + 1 == V_STEPS && block) cached.load_values(b, block, next);
+          consumers_sync();
+          if (s == 0) {
+            const float2 own = space.weight[lane % CONSUMERS][warp];
+            chunk.top = own.x;
+#pragma unroll
+            for (u32 x = 1; x < CONSUMERS; x *= 2) chunk.top = fmaxf(chunk.top, __shfl_xor_sync(~0u, chunk.top, x));
+            factor = exp2f(own.x - chunk.top);
+            chunk.total = factor * own.y;
+#pragma unroll
+            for (u32 x = 1; x < CONSUMERS; x *= 2) chunk.total += __shfl_xor_sync(~0u, chunk.total, x);
+          }
+          const float* of = space.sums[0][warp] + (sums_at(warp, lane / 8) ^ lane / 2 % 4 * 4) + lane % 2 * 2;
+          float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
           for (u32 w = 0; w < CONSUMERS; ++w) {
-            const float f = exp2f(space.weight[w][q].x - m);
-            sum = fmaf(f, space.sums[w][q - half][d], sum);
-            all = fmaf(f, space.weight[w][q].y, all);
+            const float2 own = *reinterpret_cast<const float2*>(of + w * QUERIES * SUMMED);
+            const float f = __shfl_sync(~0u, factor, w);
+            sum = make_float2(fmaf(f, own.x, sum.x), fmaf(f, own.y, sum.y));
           }
-          const u32 r = row + (query + q) / GROUP, h = (query + q) % GROUP, head = kv_head * GROUP + h;
-          const u32 own_from = first_chunk<A>(b, b.shared.position[r]);
-          if (last_seen<A>(b, b.shared.position[r], run_end - 1) / CHUNK == own_from) {
-            store_out(typename A::Out(), A::out(b), ((u64)r * A::HEADS + head) * A::V + d, normalize<A>(b, head, m, sum, all));
-          } else {
-            const u64 part = parts.at(r, kv_head, now.chunk() - own_from, h);
-            parts.sum(part)[d] = sum;
-            if (d == 0) *parts.weight(part) = make_float2(m, all);
+          chunk.v[s] = sum;
+        }
+
+        // To the span's sums, or into memory.
+        const u32 share = now.share(), share_end = now.share_end(), begins = now.unit - (now.chunk - share);
+        const bool whole = together == 1 && begins >= first && begins + (share_end - share) <= end;
+        const bool ends = now.chunk + 1 == share_end || next.unit == end;
+        if (query + warp < now.queries()) {
+          const u32 r = now.row + (query + warp) / GROUP, position = b.shared.position[r];
+          const u32 from = first_chunk<A>(b, position), to = last_seen<A>(b, position, last) / CHUNK;
+          if (now.chunk >= from && now.chunk <= to) sums.add(chunk);
+          if ((!whole || ends) && sums.top != MINUS_INFINITY) {
+            const bool all = whole ? from / SPAN == to / SPAN : from == to;
+            leave<A>(b, r, now.kv_head, (query + warp) % GROUP, all, whole ? A::MAX_CHUNKS + share / SPAN - from / SPAN : now.chunk - from, sums);
+          }
+        }
+        if (!whole || ends) sums.clear();
+        if (new_unit) {
+          ++chunks;
+          // The span ends here, or what this SM has of it.
+          if (ends) {
+            if (whole ? now.spans() > 1 : now.chunks > 1) {
+              if (left == lane) brought.bits = Brought<A>::of(now, whole ? 0 : chunks);
+              ++left;
+            }
+            chunks = 0;
           }
         }
       }
-      consumers_sync();  // the space may be used again
+      if (!more || left == LANES) break;
+      there = true;
+      now = next;
+      next.advance(b, together);
     }
-  }
-  if (several) {
-    // Looked for again: kept, it would take registers from the loop, where they are short.
-    Walk<A> own(b);
-    own.skip(b, anew(first));
-    join<A>(b, own, items);
+    // What has been asked for already is asked for again if there is more.
+    if (left > 0) join<A>(b, next.runs, brought, left, together);
   }
   b.finish_stage();
 }

@@ -23,12 +23,10 @@ template <class T> __device__ __forceinline__ void take_taps(Consumer& b) {
 //   k_gain(b, layer)           gains of a layer's keys
 //   input(b)                   [rows][LAYERS][KV_HEADS * QK + KV_HEADS * V] f32
 template <class C> __device__ __forceinline__ void cache_context(Consumer& b) {
-  constexpr u32 EACH = (C::QK + LANES - 1) / LANES, LAYER = C::KV_HEADS * (C::QK + C::V);
-  static_assert(CONSUMERS * C::QK * sizeof(float) <= SCRATCH_BYTES - SCALE_BYTES, "a head for every warp");
+  constexpr u32 LAYER = C::KV_HEADS * (C::QK + C::V);
   b.wait_inputs();
   const LaunchArgs& args = b.args;
   const u32 lane = lane_id();
-  float* scratch = reinterpret_cast<float*>(b.scratch) + warp_id() * C::QK;
 #pragma unroll 1
   for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < args.rows * C::LAYERS * C::KV_HEADS; n += gridDim.x * CONSUMERS) {
     const u32 head = n % C::KV_HEADS, layer = n / C::KV_HEADS % C::LAYERS, row = n / C::KV_HEADS / C::LAYERS;
@@ -38,11 +36,12 @@ template <class C> __device__ __forceinline__ void cache_context(Consumer& b) {
     u16* keys = reinterpret_cast<u16*>(args.kv + (((u64)layer * args.kv_pages + page) * C::KV_HEADS + head) * ((u64)C::PAGE_TOKENS * (C::QK + C::V_PAD) * 2));
     u16* values = keys + C::PAGE_TOKENS * C::QK + position % C::PAGE_TOKENS * C::V_PAD;
     keys += position % C::PAGE_TOKENS * C::QK;
-    float v[EACH];
-    prepare_head<C, C::K_NORM>(scratch, raw + head * C::QK, C::k_gain(b, layer), C::rope(b), position, v);
+    AttentionHead<C> key;
+    key.load(raw + head * C::QK, C::rope(b), position);
+    key.template turn<C::K_NORM>(true, C::k_gain(b, layer));
 #pragma unroll
-    for (u32 i = 0; i < EACH; ++i) {
-      if (lane + i * LANES < C::QK) keys[lane + i * LANES] = narrow<typename C::Kv>(v[i]);
+    for (u32 i = 0; i < AttentionHead<C>::EACH; ++i) {
+      if (lane + i * LANES < C::QK) keys[lane + i * LANES] = narrow<typename C::Kv>(key.v[i]);
     }
     for (u32 d = lane; d < C::V; d += LANES) {
       values[d] = narrow<typename C::Kv>(raw[C::KV_HEADS * C::QK + head * C::V + d] * C::VALUE_SCALE);

@@ -99,16 +99,14 @@ pub struct SharedNeeds {
 }
 
 impl SharedNeeds {
-    /// Bytes of attention's work space: queries in two halves, the step's own keys and values, then heads
-    /// between norm and rope, or sums of four queries; weights of the warps.
+    /// Bytes of attention's work space: queries in two halves, the step's own keys and values, sums of all
+    /// warps, so many columns at a time, and their weights.
     pub const fn attention(&self) -> usize {
-        let (queries, summed) = (8, 4);
+        let (queries, summed) = (8, 64);
         let steps = self.qk.div_ceil(32);
-        let stride = steps * 32 + if steps.is_multiple_of(2) { 32 } else { 0 };
-        let sums = if self.qk > summed * self.v { self.qk } else { summed * self.v };
-        2 * 2 * queries * stride
+        2 * queries * (steps * 64 + 8)
             + 2 * 8 * (self.qk + self.v)
-            + 4 * CONSUMERS * sums
+            + 4 * CONSUMERS * queries * summed
             + 8 * CONSUMERS * queries
             + 64
     }

@@ -48,6 +48,9 @@ inline void __syncthreads();
 
 inline void __syncwarp() { machine::exchange(0); }
 inline float __shfl_xor_sync(unsigned, float v, unsigned x) { return __uint_as_float((unsigned)machine::exchange(__float_as_uint(v))[machine::thread() % 32 ^ x]); }
+inline unsigned __shfl_xor_sync(unsigned, unsigned v, unsigned x) { return (unsigned)machine::exchange(v)[machine::thread() % 32 ^ x]; }
+inline unsigned __shfl_sync(unsigned, unsigned v, unsigned lane) { return (unsigned)machine::exchange(v)[lane % 32]; }
+inline float __shfl_sync(unsigned, float v, unsigned lane) { return __uint_as_float((unsigned)machine::exchange(__float_as_uint(v))[lane % 32]); }
 inline unsigned long long __shfl_xor_sync(unsigned, unsigned long long v, unsigned x) { return machine::exchange(v)[machine::thread() % 32 ^ x]; }
 inline unsigned __shfl_up_sync(unsigned, unsigned v, unsigned n) {
   const uint64_t* all = machine::exchange(v);

@@ -93,8 +93,14 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
         norm_columns: needs.norm_columns,
         heads: needs.qk,
     })?;
-    // A counter for each span of a row and KV head, and one for its spans.
-    let counters = tilec_ir::launch::STEP_ROWS * program.kv.kv_heads * (program.max_spans() + 1);
+    // A counter for each span of eight heads of a row that share a KV head, and one for their spans.
+    let stages = program.sequence().into_iter().map(|(_, _, stage)| match &stage.kind {
+        Kind::Attention(attention) => {
+            attention.heads.div_ceil(attention.kv_heads).div_ceil(8) * attention.kv_heads
+        }
+        _ => 0,
+    });
+    let counters = tilec_ir::launch::STEP_ROWS * stages.max().unwrap_or(0) * (program.max_spans() + 1);
     if counters > (SYNC_BYTES - 512) / 4 {
         return Err(CudaError::Counters { kv_heads: program.kv.kv_heads, context: program.context });
     }

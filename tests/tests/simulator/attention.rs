@@ -92,8 +92,8 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
     sink_counts
 }
 
-/// A model's attention in several launches.
-fn check(config: &Value) {
+/// A model whose cache is random.
+fn random_cache(config: &Value) -> Simulation {
     let simulation = Simulation::new(config, Format::BF16, None, 3072);
     if !simulation.sinks().is_empty() {
         // Among the scores, below all of them, and so far above that their weights vanish.
@@ -108,6 +108,16 @@ fn check(config: &Value) {
     let numbers = simulation.cache_bytes() / 2;
     let cache: Vec<u8> = (0..numbers).flat_map(|_| half::bf16::from_f32(random()).to_le_bytes()).collect();
     simulation.write_cache(&cache);
+    simulation
+}
+
+fn rows_at(places: &[(usize, usize)]) -> Vec<Row> {
+    places.iter().map(|(p, s)| row((p * 7 + s * 9) as u32 % 80, *p, *s)).collect()
+}
+
+/// A model's attention in several launches.
+fn check(config: &Value) {
+    let simulation = random_cache(config);
     // Around the ends of chunks (128) and spans (1,024); a run over an end; all rows of one sequence. On
     // two blocks an SM has more than the 32 items that are counted at once.
     let mixed = [(2046, 0), (2047, 0), (2048, 0), (1023, 1), (1024, 1), (2900, 2), (5, 3), (1500, 4)];
@@ -145,4 +155,76 @@ fn sinks_and_a_window() {
 #[test]
 fn narrow_values_behind_a_layer_with_a_window() {
     check(&mimo(5));
+}
+
+/// The same bits for any number of SMs, and for a sequence's rows alone: however units are dealt out, whoever adds
+/// up chunks and spans, through registers or through memory.
+fn check_bits(simulation: &Simulation, places: &[(usize, usize)], blocks: &[usize]) {
+    let rows = rows_at(places);
+    let mut sequences: Vec<usize> = places.iter().map(|(_, sequence)| *sequence).collect();
+    sequences.dedup();
+    let out = simulation.program.buffer(simulation.last_attention().output);
+    let attended = |rows: &[Row], blocks: usize, seed: u64| {
+        let outcome = simulation.launch(rows, 1, blocks, seed);
+        assert!(words(&outcome.sync)[112..].iter().all(|count| *count == 0), "{places:?}, {blocks} blocks");
+        outcome.arena[out.offset..][..rows.len() * out.cols * 2].to_vec()
+    };
+    check_attention(simulation, &rows, blocks[0], 1);
+    let wanted = attended(&rows, blocks[0], 2);
+    for blocks in &blocks[1..] {
+        assert!(attended(&rows, *blocks, 3) == wanted, "{places:?}: {blocks} blocks give other bits");
+    }
+    if sequences.len() == 1 {
+        return;
+    }
+    for (seed, sequence) in sequences.into_iter().enumerate() {
+        let own: Vec<usize> = (0..rows.len()).filter(|at| places[*at].1 == sequence).collect();
+        let rows: Vec<Row> = own.iter().map(|at| rows[*at]).collect();
+        let alone = attended(&rows, blocks[seed % blocks.len()], 4);
+        assert!(
+            alone == wanted[own[0] * out.cols * 2..][..alone.len()],
+            "{places:?}: {sequence} alone differs"
+        );
+    }
+}
+
+/// Sixteen heads share a KV head, so that eight rows of a sequence have sixteen passes of queries.
+#[test]
+fn passes_of_one_run_are_shared_out() {
+    let mut config = qwen3(1 << 20);
+    (config["num_attention_heads"], config["head_dim"]) = (16.into(), 32.into());
+    (config["intermediate_size"], config["use_sliding_window"]) = (16.into(), false.into());
+    let simulation = random_cache(&config);
+    let run = |first: usize, count: usize| (first..first + count).map(|p| (p, 2)).collect::<Vec<_>>();
+    check_bits(&simulation, &run(300, 8), &[1, 7, 40]);
+    // Over the end of a chunk, and of a span.
+    check_bits(&simulation, &run(508, 8), &[30, 3]);
+    check_bits(&simulation, &run(1021, 8), &[4, 40]);
+    check_bits(&simulation, &[run(2300, 5), vec![(40, 3), (900, 4), (901, 4)]].concat(), &[40, 5]);
+}
+
+/// Contexts of 1, 3, 8, 9 and 20 chunks, alone and together.
+#[test]
+fn chunks_are_added_up_where_it_costs_least() {
+    let mut config = llama();
+    (config["num_hidden_layers"], config["head_dim"]) = (1.into(), 16.into());
+    let simulation = random_cache(&config);
+    for last in [100, 383, 1023, 1151] {
+        check_bits(&simulation, &[(last, 1)], &[1, 3, 40]);
+    }
+    check_bits(&simulation, &[(100, 0), (383, 1), (1023, 2), (1151, 3), (2559, 4)], &[9, 2, 40]);
+    // One SM leaves more spans in memory than are counted at once.
+    let many: Vec<(usize, usize)> = (0..8).map(|sequence| (2050 + sequence, sequence)).collect();
+    check_bits(&simulation, &many, &[40, 1]);
+}
+
+/// A window makes a row's first chunk and its first span.
+#[test]
+fn windows_begin_anywhere() {
+    let mut config = qwen3(200);
+    (config["num_attention_heads"], config["head_dim"]) = (4.into(), 64.into());
+    config["intermediate_size"] = 16.into();
+    let simulation = random_cache(&config);
+    check_bits(&simulation, &[(1100, 0), (1101, 0), (1400, 1), (150, 2)], &[1, 3, 30]);
+    check_bits(&simulation, &(1022..1030).map(|p| (p, 5)).collect::<Vec<_>>(), &[2, 30]);
 }
