@@ -8,13 +8,14 @@
 // tokens and weights of the best ones in 256 steps of distance (those of most rows are few). In the step where a
 // number of tokens or a sum of weights is reached, a second look lists the tokens, and those of the steps
 // before it as far as there is room. All that is asked for is found in this list, most often; where it is not,
-// there is another look. Where one step has more tokens than the list, their ranks are told apart by logit
-// and id, a byte at a time.
+// there is another look. Where one step has more tokens than the list, it is divided into 256 steps once more;
+// where that is not enough, for many are equal, their ranks are told apart by logit and id, a byte at a time.
 
 constexpr u32 DIGITS = CONSUMER_THREADS;
 constexpr u32 LISTED = 512;              // tokens that the list holds
-constexpr float DIGIT_STEPS = 16.f;      // of a power of two
-constexpr float WINDOW = DIGITS / DIGIT_STEPS;  // distance that the digits cover
+constexpr float COARSE = 16.f;           // steps of a power of two
+constexpr float FINE = COARSE * DIGITS;
+constexpr float WINDOW = DIGITS / COARSE;  // distance that coarse digits cover
 constexpr float SAMPLE_REACH = 40.f;     // the largest distance of a token that has a weight
 constexpr u32 WINDOWS = 3;               // that cover it
 constexpr u32 AT_ONCE = 8;               // logits that a lane has on their way
@@ -71,9 +72,16 @@ __device__ __forceinline__ u64 random_bits(u64 seed, u32 position) {
   return (u64)c1 << 32 | c0;
 }
 
+__device__ __forceinline__ void count_token(SampleSpace& s, u32 digit, u64 weight) {
+  shared_add(&s.counts[digit].x, 1);
+  const u32 lower = (u32)weight, old = shared_add(&s.sums[digit].x, lower);
+  const u32 upper = (u32)(weight >> 32) + (u32)(old + lower < lower);
+  if (upper != 0) shared_add(&s.sums[digit].y, upper);
+}
+
 // Sums up to each entry, of entries that are whole. All consumers.
 __device__ __forceinline__ void add_up(uint2* of) {
-  const u32 n = threadIdx.x;
+  const u32 n = anew(threadIdx.x);
 #pragma unroll 1
   for (u32 step = 1; step < DIGITS; step *= 2) {
     const u64 other = n >= step ? joined(of[n - step]) : 0;
@@ -87,7 +95,7 @@ __device__ __forceinline__ void add_up(uint2* of) {
 __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, const float* logits, u32 vocab, u32 best_key, u64 random) {
   enum Goal : u32 { FLOOR, WEIGH, TOP_K, TOP_P, DRAW };
   const float INFINITE = __int_as_float(0x7f800000);
-  const u32 n = threadIdx.x, lane = lane_id();
+  const u32 n = anew(threadIdx.x), lane = n % LANES;
   const float best = from_ordered(best_key), scale = row.scale;
   if (!(best < INFINITE)) return BROKEN_LOGITS;
   const bool cuts = row.top_k != 0 && row.top_k < vocab, shares = row.top_p != 0;
@@ -98,9 +106,10 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
   float reach = row.reach;
   u64 floor_total = ~0ull, total = 0;
   // A look: at tokens from the distance `from` to below `to`, at ranks from `low` to `high`, by their digit, which
-  // is a step of the distance (`shift` of 64) or a byte of the rank.
+  // is one of `steps` of the distance from `origin` on (`shift` of 64; multiples of them are exact), or a byte of
+  // the rank.
   bool listing = false;
-  float from = 0.f, to = ranked && goal == WEIGH ? WINDOW : 0.f;
+  float from = 0.f, to = ranked && goal == WEIGH ? WINDOW : 0.f, origin = 0.f, steps = COARSE;
   u64 low = 0, high = ~0ull;
   u32 shift = 64, window = 0;
   u32 first = 0, last = DIGITS - 1;  // digits that are listed, or counted
@@ -118,8 +127,9 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
     if (goal <= WEIGH) s.segments[n] = make_uint2(0, 0);
     consumers_sync();
     bool broken = false;
+    const bool counting = !listing && shift == 64;
 #pragma unroll 1
-    for (u32 number = warp_id(); number * segment < vocab; number += CONSUMERS) {
+    for (u32 number = n / LANES; number * segment < vocab; number += CONSUMERS) {
       u64 sum = 0;
 #pragma unroll 1
       for (u32 part = 0; part < segment; part += AT_ONCE * LANES) {
@@ -134,8 +144,13 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
           broken |= x[i] != x[i];
           const float distance = multiply(best - x[i], scale);
           const bool counts = distance <= reach;
-          if (goal <= WEIGH && counts) sum += sample_weight(distance);
-          hits |= (u32)(counts && distance >= from && distance < to) << i;
+          const bool hit = counts && distance >= from && distance < to;
+          if (counts && (goal <= WEIGH || (counting && hit))) {
+            const u64 weight = sample_weight(distance);
+            sum += weight;
+            if (counting && hit) count_token(s, (u32)((distance - origin) * steps), weight);
+          }
+          hits |= (u32)(hit && !counting) << i;
         }
 #pragma unroll 1
         while (hits != 0) {
@@ -147,7 +162,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
           const float distance = multiply(best - logit, scale);
           const u64 rank = (u64)~ordered(logit) << 32 | (id + i * LANES);
           if (rank < low || rank > high) continue;
-          const u32 digit = shift == 64 ? (u32)(distance * DIGIT_STEPS) - window * DIGITS : (u32)(rank >> shift) % DIGITS;
+          const u32 digit = shift == 64 ? (u32)((distance - origin) * steps) : (u32)(rank >> shift) % DIGITS;
           if (digit < first || digit > last) continue;
           const u64 weight = sample_weight(distance);
           if (listing) {
@@ -156,10 +171,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
             s.ranks[at] = rank;
             s.weights[at] = weight;
           } else {
-            shared_add(&s.counts[digit].x, 1);
-            const u32 lower = (u32)weight, old = shared_add(&s.sums[digit].x, lower);
-            const u32 upper = (u32)(weight >> 32) + (u32)(old + lower < lower);
-            if (upper != 0) shared_add(&s.sums[digit].y, upper);
+            count_token(s, digit, weight);
           }
         }
       }
@@ -211,11 +223,10 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
       }
       const u64 base = goal == TOP_K ? base_count : base_sum;
       const uint2* of = goal == TOP_K ? s.counts : s.sums;
-      const bool beyond = target - base >= joined(of[DIGITS - 1]);
-      if (target < base || (shift != 64 && beyond)) {
+      const bool beyond = target - base >= joined(of[DIGITS - 1]), coarse = shift == 64 && steps == COARSE;
+      if (target < base || (beyond && !coarse)) {
         // From the best ones on again.
         window = 0;
-        shift = 64;
         base_count = base_sum = 0;
         look = true;
       } else if (beyond && window + 1 == WINDOWS) {
@@ -234,13 +245,18 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
         const u64 count_up_to = joined(s.counts[digit]);
         const u32 tokens = (u32)(count_up_to - count_before);
         if (tokens > LISTED) {
-          // Their ranks by the next byte.
+          // Told apart by finer steps, or the next byte.
           base_count += count_before;
           base_sum += sum_before;
           if (shift == 64) {
-            from = window * WINDOW + digit / DIGIT_STEPS;
-            to = from + 1.f / DIGIT_STEPS;
-            shift = 56;
+            from = origin + digit / steps;
+            to = from + 1.f / steps;
+            if (coarse) {
+              origin = from;
+              steps = FINE;
+            } else {
+              shift = 56;
+            }
           } else {
             low |= (u64)digit << shift;
             high = low | ((1ull << shift) - 1);
@@ -259,8 +275,8 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
           first = s.first;
           last = digit;
           if (shift == 64) {
-            from = window * WINDOW + first / DIGIT_STEPS;
-            to = window * WINDOW + (last + 1) / DIGIT_STEPS;
+            from = origin + first / steps;
+            to = origin + (last + 1) / steps;
           }
           listing = true;
           break;
@@ -289,8 +305,10 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
         goal = goal == TOP_K && shares ? TOP_P : DRAW;
       }
       if (look) {
-        // Digits of the window.
-        from = window * WINDOW;
+        // The window's digits.
+        shift = 64;
+        steps = COARSE;
+        origin = from = window * WINDOW;
         to = from + WINDOW;
         low = 0;
         high = ~0ull;
@@ -337,7 +355,7 @@ __device__ __forceinline__ void sample(Consumer& b, u32 vocab) {
   b.wait_inputs();
   SampleSpace& space = *reinterpret_cast<SampleSpace*>(b.scratch);
 #pragma unroll 1
-  for (u32 row = blockIdx.x; row < b.args.logit_rows; row += gridDim.x) {
+  for (u32 row = anew(blockIdx.x); row < b.args.logit_rows; row += gridDim.x) {
     const SampleRow parameters = b.args.sampling[row];
     if (parameters.scale == 0.f) continue;  // the largest logit
     u64* best = &b.sync().best[b.step % 3][row];
