@@ -58,6 +58,10 @@ constexpr u32 LOAD_COST = 1;
 constexpr u32 PASS_COST = 2;
 constexpr u32 JOIN_COST = 14;
 
+// A condition that holds for all lanes of a warp or for none. The vote tells the compiler so, which otherwise guards
+// every exchange of lanes behind it by a dozen instructions.
+__device__ __forceinline__ bool whole_warp(bool condition) { return __all_sync(~0u, condition); }
+
 template <class A> struct AttentionSpace {
   static constexpr u32 K_STEPS = (A::QK + 31) / 32, V_STEPS = (A::V + 63) / 64;
   // Columns of a query, each rounded and what is left over, in the order of the products: see `query_at`. Two
@@ -91,13 +95,16 @@ template <class A> struct Attended {
   }
   // Adds those of the positions that follow. One of two factors is 1.
   __device__ __forceinline__ void add(const Attended& next) {
-    const float factor = exp2f(-fabsf(top - next.top));
+    const float factor = power_of_two(-fabsf(top - next.top));
     const bool higher = next.top > top;
     const float own = higher ? factor : 1.f, others = higher ? 1.f : factor;
     top = higher ? next.top : top;
-    total = fmaf(others, next.total, own * total);
+    add(own, others, next.total, next.v);
+  }
+  __device__ __forceinline__ void add(float own, float others, float next, const float2 (&of)[V_STEPS]) {
+    total = fmaf(others, next, own * total);
 #pragma unroll
-    for (u32 s = 0; s < V_STEPS; ++s) v[s] = make_float2(fmaf(others, next.v[s].x, own * v[s].x), fmaf(others, next.v[s].y, own * v[s].y));
+    for (u32 s = 0; s < V_STEPS; ++s) v[s] = make_float2(fmaf(others, of[s].x, own * v[s].x), fmaf(others, of[s].y, own * v[s].y));
   }
 };
 
@@ -241,7 +248,7 @@ template <class A> struct Place {
     unit = target;
     enter(b, 0, together);
 #pragma unroll 1
-    while (target >= chunks * groups * A::KV_HEADS) {
+    while (whole_warp(target >= chunks * groups * A::KV_HEADS)) {
       target -= chunks * groups * A::KV_HEADS;
       enter(b, row + rows, together);
     }
@@ -305,6 +312,45 @@ template <class A> __device__ __forceinline__ Deal deal(const Consumer& b, u32 r
   best = least(best, __shfl_xor_sync(~0u, best, 2 * STEP_ROWS));
   const u32 chosen = best / 2 % 4;
   return {1u << chosen, best % 2 == 0, __shfl_sync(~0u, units, chosen * STEP_ROWS), __shfl_sync(~0u, each, chosen * STEP_ROWS)};
+}
+
+// An SM's units.
+template <class A> struct alignas(16) Own {
+  u32 step, window, heads;  // that they are for
+  u32 together, end;
+  Place<A> next;  // the first
+};
+
+// Layers with the same window and the same heads deal their units out alike; so this is found once a step.
+template <class A> __device__ __forceinline__ Own<A> own_units(Consumer& b) {
+  constexpr u32 HEADS = A::HEADS | A::KV_HEADS << 16;
+  const u32 window = A::window(b);
+  static_assert(sizeof(Own<A>) == sizeof b.shared.dealt[0] && A::HEADS < 1 << 16 && A::KV_HEADS < 1 << 16);
+  Own<A>& kept = *reinterpret_cast<Own<A>*>(b.shared.dealt[A::WINDOWED && window != NO_WINDOW]);
+  Own<A> own = kept;
+  if (whole_warp(own.step == b.step && own.window == window && own.heads == HEADS)) return own;
+  Place<A> next = {};
+  next.runs = Place<A>::find_runs(b);
+  const Deal dealt = deal<A>(b, next.runs);
+  u32 target = least((blockIdx.x + 1) * dealt.each, dealt.units), end = 0;
+#pragma unroll 1
+  for (u32 n = 0; n < 3; ++n) {
+    next.unit = target;
+    u32 on = 0;
+    if (whole_warp(target < dealt.units)) {
+      next.seek(b, target, dealt.together);
+      if (dealt.spans && next.chunk != next.share()) on = next.share_end() - next.chunk;
+    }
+    target += on;
+    if (n == 0) {
+      end = target;
+      target = least(blockIdx.x * dealt.each, dealt.units);
+    }
+  }
+  own = {b.step, window, HEADS, dealt.together, end, next};
+  consumers_sync();  // all warps have seen that there are others
+  if (threadIdx.x == 0) kept = own;
+  return own;
 }
 
 // A warp's keys and values of a chunk, in registers. Positions that nobody may see have any finite value.
@@ -496,8 +542,8 @@ template <class A> __device__ __forceinline__ void leave(const Consumer& b, u32 
   const u32 head = kv_head * (A::HEADS / A::KV_HEADS) + h;
   if (all) {
     float total = sums.total;
-    if constexpr (A::SINKS) total += exp2f(A::sinks(b)[head] * LOG2_E - sums.top);
-    const float scale = 1.f / total;
+    if constexpr (A::SINKS) total += power_of_two(A::sinks(b)[head] * LOG2_E - sums.top);
+    const float scale = reciprocal(total);
     auto* out = A::out(b) + (row * A::HEADS + head) * A::V + lane_id() * 2;
 #pragma unroll
     for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
@@ -539,20 +585,20 @@ template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 ru
   const u32 kv_head = brought.kv_head(), span = brought.span(), last = at.run_end(b) - 1;
   const u32 end = least((brought.group() + 1) * together, at.passes());
 #pragma unroll 1
-  for (u32 pass = brought.group() * together; pass < end; ++pass) {
+  for (u32 pass = brought.group() * together; whole_warp(pass < end); ++pass) {
     const u32 query = pass * QUERIES + anew(warp_id());
-    if (query >= at.queries()) break;
+    if (whole_warp(query >= at.queries())) break;
     const u32 h = query % GROUP, r = at.row + query / GROUP, position = b.shared.position[r];
     const u32 from = first_chunk<A>(b, position), to = last_seen<A>(b, position, last) / CHUNK + 1;
     const u32 spans = (to - 1) / SPAN - from / SPAN + 1;
     u32 slot = A::MAX_CHUNKS, count = spans;
-    if (level == 0) {
+    if (whole_warp(level == 0)) {
       const u32 first = max(span * SPAN, from), behind = least(span * SPAN + SPAN, to);
       // A row with one chunk has left it as a whole, and one may not see the span.
-      if (to - from == 1 || first >= behind) continue;
+      if (whole_warp(to - from == 1 || first >= behind)) continue;
       slot = first - from;
       count = behind - first;
-    } else if (spans == 1) {
+    } else if (whole_warp(spans == 1)) {
       continue;
     }
     Attended<A> sums;
@@ -560,22 +606,32 @@ template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 ru
     const u32 place = parts.at(r, kv_head, slot, h);
     const float2 *of = parts.sum(place), *weights = parts.weight(place);
 #pragma unroll 1
-    for (u32 c = 0; c < count; c += SPAN, of += SPAN * GROUP * A::V / 2, weights += SPAN * GROUP) {
-      // Their loads wait together.
-      Attended<A> part[SPAN];
+    for (u32 c = 0; whole_warp(c < count); c += SPAN, of += SPAN * GROUP * A::V / 2, weights += SPAN * GROUP) {
+      // Their loads wait together. A lane finds what `add` multiplies its part by.
+      const bool own = lane_id() < SPAN && c + lane_id() < count;
+      const float2 weight = own ? __ldcg(weights + lane_id() * GROUP) : make_float2(MINUS_INFINITY, 0.f);
+      float2 part[SPAN][Attended<A>::V_STEPS];
 #pragma unroll
       for (u32 i = 0; i < SPAN; ++i) {
-        part[i].clear();
-        if (c + i >= count) continue;
-        const float2 weight = __ldcg(weights + i * GROUP);
-        part[i].top = weight.x;
-        part[i].total = weight.y;
 #pragma unroll
-        for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) part[i].v[s] = has_columns<A>(s) ? __ldcg(of + i * (GROUP * A::V / 2) + s * 32) : make_float2(0.f, 0.f);
+        for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
+          part[i][s] = make_float2(0.f, 0.f);
+          if (c + i < count && has_columns<A>(s)) part[i][s] = __ldcg(of + i * (GROUP * A::V / 2) + s * 32);
+        }
       }
+      float top = weight.x;
+#pragma unroll
+      for (u32 x = 1; x < SPAN; x *= 2) top = fmaxf(top, __shfl_up_sync(~0u, top, x));
+      float before = __shfl_up_sync(~0u, top, 1);
+      before = lane_id() == 0 ? sums.top : fmaxf(before, sums.top);
+      sums.top = fmaxf(sums.top, __shfl_sync(~0u, top, SPAN - 1));
+      const float factor = power_of_two(-fabsf(before - weight.x));
+      const bool higher = weight.x > before;
+      const float others = higher ? 1.f : factor, earlier = higher ? factor : 1.f;
 #pragma unroll
       for (u32 i = 0; i < SPAN; ++i) {
-        if (c + i < count) sums.add(part[i]);
+        const float f = __shfl_sync(~0u, earlier, i), o = __shfl_sync(~0u, others, i), total = __shfl_sync(~0u, weight.y, i);
+        if (c + i < count) sums.add(f, o, total, part[i]);
       }
     }
     leave<A>(b, r, kv_head, h, level > 0 || spans == 1, A::MAX_CHUNKS + span - from / SPAN, sums);
@@ -604,7 +660,7 @@ template <class A> __device__ __forceinline__ void join(Consumer& b, u32 runs, B
 #pragma unroll 1
   for (u32 level = 0; level < LEVELS; ++level) {
     consumers_sync();  // parts are written
-    if (warp == 0) {
+    if (whole_warp(warp == 0)) {
       bool added = false;
       const u32 chunks = level == 0 ? own.chunks() : 1, wanted = level == 0 ? share : spans;
       // What an SM has of a whole span counts only among the spans.
@@ -618,7 +674,7 @@ template <class A> __device__ __forceinline__ void join(Consumer& b, u32 runs, B
     }
     consumers_sync();
 #pragma unroll 1
-    for (u32 left = b.shared.last_splits[level]; left; left &= left - 1) {
+    for (u32 left = b.shared.last_splits[level]; whole_warp(left != 0); left &= left - 1) {
       add_parts<A>(b, runs, {__shfl_sync(~0u, own.bits, __ffs(left) - 1)}, level, together);
     }
   }
@@ -630,37 +686,17 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   Space& space = *reinterpret_cast<Space*>(b.scratch);
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
   const u32 g = lane / 4, t = lane % 4;
-  // This SM's units, `first` to `end`.
-  Place<A> next = {};
-  next.runs = Place<A>::find_runs(b);
-  const Deal dealt = deal<A>(b, next.runs);
-  const u32 together = dealt.together;
-  u32 first = 0, end = 0;
-  {
-    u32 target = least((blockIdx.x + 1) * dealt.each, dealt.units);
-#pragma unroll 1
-    for (u32 n = 0; n < 3; ++n) {
-      u32 on = 0;
-      if (target < dealt.units) {
-        next.seek(b, target, together);
-        if (dealt.spans && next.chunk != next.share()) on = next.share_end() - next.chunk;
-      }
-      if (n == 0) {
-        end = target + on;
-        target = least(blockIdx.x * dealt.each, dealt.units);
-      } else {
-        target = first = target + on;
-      }
-    }
-  }
-  if (first >= end) {
+  const Own<A> own = own_units<A>(b);
+  Place<A> next = own.next;
+  const u32 first = next.unit, end = own.end, together = own.together;
+  if (whole_warp(first >= end)) {
     b.wait_inputs();
     b.finish_stage();
     return;
   }
   bool ready = false;          // the stage's inputs are there
 #pragma unroll 1
-  while (next.unit < end) {
+  while (whole_warp(next.unit < end)) {
     Cached<A> cached = {};
     Fresh<A> fresh = {};
     Attended<A> sums;
@@ -675,7 +711,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       const u8* block = more && new_unit ? Cached<A>::block(b, cache, next) : nullptr;
       const u32 base = Cached<A>::base(now), query = now.pass * QUERIES;
       float score[4] = {};
-      if (there) {
+      if (whole_warp(there)) {
         fresh.prepare(b, space, cache, now, together);
         // The queries are there, and the last pass's sums have been read.
         consumers_sync();
@@ -683,7 +719,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         scores<A>(space, cached, score);
       }
       if (block) cached.load_keys(block, next);
-      if (!there) {
+      if (whole_warp(!there)) {
         // The cache of older positions is read while the other SMs still multiply.
         if (block) cached.load_values(b, block, next);
         if (!ready) b.wait_inputs();
@@ -693,7 +729,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         const bool same = there && next.row == now.row && next.kv_head == now.kv_head && next.pass == now.pass;
         fresh.load(b, next, !same, new_unit);
       }
-      if (there) {
+      if (whole_warp(there)) {
         // Weights relative to the query's largest score among the warp's positions.
         const u32 last = now.run_end(b) - 1;
         {
@@ -712,7 +748,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
           const float relative_to = top == MINUS_INFINITY ? 0.f : top;
 #pragma unroll
-          for (u32 i = 0; i < 4; ++i) score[i] = exp2f(score[i] - relative_to);
+          for (u32 i = 0; i < 4; ++i) score[i] = power_of_two(score[i] - relative_to);
           float total = (score[0] + score[1]) + (score[2] + score[3]);
           total += __shfl_xor_sync(~0u, total, 1);
           total += __shfl_xor_sync(~0u, total, 2);
@@ -752,7 +788,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
             chunk.top = own.x;
 #pragma unroll
             for (u32 x = 1; x < CONSUMERS; x *= 2) chunk.top = fmaxf(chunk.top, __shfl_xor_sync(~0u, chunk.top, x));
-            factor = exp2f(own.x - chunk.top);
+            factor = power_of_two(own.x - chunk.top);
             chunk.total = factor * own.y;
 #pragma unroll
             for (u32 x = 1; x < CONSUMERS; x *= 2) chunk.total += __shfl_xor_sync(~0u, chunk.total, x);
@@ -794,13 +830,13 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           }
         }
       }
-      if (!more || left == LANES) break;
+      if (whole_warp(!more || left == LANES)) break;
       there = true;
       now = next;
       next.advance(b, together);
     }
     // What has been asked for already is asked for again if there is more.
-    if (left > 0) join<A>(b, next.runs, brought, left, together);
+    if (whole_warp(left > 0)) join<A>(b, next.runs, brought, left, together);
   }
   b.finish_stage();
 }

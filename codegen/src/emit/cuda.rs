@@ -916,6 +916,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
     shared.steps = args.steps;
     shared.stage = shared.loader_stage = shared.crossings = 0;
     for (u32& role : shared.waiting) role = 0;
+    for (auto& dealt : shared.dealt) dealt[0] = ~0u;  // of no step
     barriers_visible();
   }}
   __syncthreads();
