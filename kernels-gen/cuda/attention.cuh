@@ -62,6 +62,11 @@ constexpr u32 JOIN_COST = 14;
 // every exchange of lanes behind it by a dozen instructions.
 __device__ __forceinline__ bool whole_warp(bool condition) { return __all_sync(~0u, condition); }
 
+// Brings numbers into L2, a line of 128 bytes a lane.
+__device__ __forceinline__ void prefetch(const float* from, u32 count) {
+  if (lane_id() * 32 < count) prefetch_line(from + lane_id() * 32);
+}
+
 template <class A> struct AttentionSpace {
   static constexpr u32 K_STEPS = (A::QK + 31) / 32, V_STEPS = (A::V + 63) / 64;
   // Columns of a query, each rounded and what is left over, in the order of the products: see `query_at`. Two
@@ -130,16 +135,17 @@ template <class A> struct Parts {
 template <class A> __device__ __forceinline__ bool has_columns(u32 step) { return A::V % 64 == 0 || step * 64 + lane_id() * 2 < A::V; }
 
 // One head of QK columns on its way through norm and rope; a warp. Lane l has the columns l, l + 32, ...
-template <class A> struct AttentionHead {
+template <class A, bool NORMS> struct AttentionHead {
   static constexpr u32 EACH = (A::QK + LANES - 1) / LANES, TURNED = (A::ROPE + LANES - 1) / LANES, HALF = A::ROPE / 2;
   // Both columns of a pair are a lane's own.
   static constexpr bool OWN = HALF % LANES == 0;
   static constexpr u32 ANGLES = OWN ? HALF / LANES : TURNED;
   float v[EACH];
+  float gain[NORMS ? EACH : 1];
   float c[ANGLES > 0 ? ANGLES : 1], s[ANGLES > 0 ? ANGLES : 1];
 
   // Asks for all that it takes.
-  __device__ __forceinline__ void load(const float* raw, const float* rope, u32 position) {
+  __device__ __forceinline__ void load(const float* raw, const float* gains, const float* rope, u32 position) {
 #pragma unroll
     for (u32 i = 0; i < ANGLES; ++i) {
       const u32 d = lane_id() + i * LANES;
@@ -151,9 +157,10 @@ template <class A> struct AttentionHead {
     for (u32 i = 0; i < EACH; ++i) {
       const u32 d = lane_id() + i * LANES;
       v[i] = A::QK % LANES == 0 || d < A::QK ? raw[d] : 0.f;
+      if (NORMS && gains) gain[i] = A::QK % LANES == 0 || d < A::QK ? gains[d] : 0.f;
     }
   }
-  template <bool NORMS> __device__ __forceinline__ void turn(bool norm, const float* gain) {
+  __device__ __forceinline__ void turn(bool norm) {
     if (NORMS && norm) {
       float sum = 0.f;
 #pragma unroll
@@ -162,10 +169,7 @@ template <class A> struct AttentionHead {
       for (u32 x = LANES / 2; x > 0; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
       const float rms = 1.f / sqrtf(sum / (float)A::QK + A::EPS);
 #pragma unroll
-      for (u32 i = 0; i < EACH; ++i) {
-        const u32 d = lane_id() + i * LANES;
-        if (d < A::QK) v[i] = v[i] * rms * gain[d];
-      }
+      for (u32 i = 0; i < EACH; ++i) v[i] = v[i] * rms * gain[i];
     }
     float old[EACH];
 #pragma unroll
@@ -458,8 +462,11 @@ template <class A> __device__ __forceinline__ void scores(const AttentionSpace<A
 template <class A> struct Fresh {
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_EACH = (A::V + LANES - 1) / LANES;
   static constexpr u32 QKV = (A::HEADS + A::KV_HEADS) * A::QK + A::KV_HEADS * A::V;
-  AttentionHead<A> query, key;
+  using Head = AttentionHead<A, A::Q_NORM || A::K_NORM>;
+  Head query, key;
   float value[V_EACH];
+  float sink;       // of the query's head
+  float next_sink;
   bool queries;     // others than before
   u32 from, count;  // position of the run's first row in the chunk, and how many there are; 0 if they are known
 
@@ -468,7 +475,9 @@ template <class A> struct Fresh {
     queries = new_queries;
     if (queries && n < at.queries()) {
       const u32 r = at.row + n / GROUP;
-      query.load(A::input(b) + (u64)r * QKV + (at.kv_head * GROUP + n % GROUP) * A::QK, A::rope(b), b.shared.position[r]);
+      const u32 head = at.kv_head * GROUP + n % GROUP;
+      query.load(A::input(b) + (u64)r * QKV + head * A::QK, A::q_gain(b), A::rope(b), b.shared.position[r]);
+      if constexpr (A::SINKS) next_sink = A::sinks(b)[head];
     }
     const u32 start = at.chunk * CHUNK, first = b.shared.position[at.row];
     from = max(start, first);
@@ -478,7 +487,7 @@ template <class A> struct Fresh {
     const u32 own = CONSUMERS - 1 - warp;
     if (own < count) {
       const float* raw = A::input(b) + (u64)(at.row + (from - first) + own) * QKV + A::HEADS * A::QK;
-      key.load(raw + at.kv_head * A::QK, A::rope(b), from + own);
+      key.load(raw + at.kv_head * A::QK, A::k_gain(b), A::rope(b), from + own);
 #pragma unroll
       for (u32 i = 0; i < V_EACH; ++i) {
         const u32 d = lane_id() + i * LANES;
@@ -490,6 +499,7 @@ template <class A> struct Fresh {
   // Norms, rotates and rounds, into shared memory and the cache.
   __device__ __forceinline__ void prepare(Consumer& b, AttentionSpace<A>& space, u32 cache, const Place<A>& at, u32 together) {
     const u32 warp = anew(warp_id()), own = CONSUMERS - 1 - warp;
+    sink = next_sink;
     // The same instructions for both.
 #pragma unroll 1
     for (u32 kind = queries ? 0 : 1; kind < 2; ++kind) {
@@ -497,10 +507,10 @@ template <class A> struct Fresh {
         if (own >= count) break;
         query = key;
       }
-      query.template turn<A::Q_NORM || A::K_NORM>(kind == 0 ? A::Q_NORM : A::K_NORM, kind == 0 ? A::q_gain(b) : A::k_gain(b));
+      query.turn(kind == 0 ? A::Q_NORM : A::K_NORM);
       if (kind == 0) {
 #pragma unroll
-        for (u32 i = 0; i < AttentionHead<A>::EACH; ++i) {
+        for (u32 i = 0; i < Head::EACH; ++i) {
           const float x = query.v[i] * (A::SCALE * LOG2_E);
           const u16 rounded = narrow<typename A::Kv>(x);
           u16* to = space.q[warp] + query_at(lane_id()) + i * 64;
@@ -517,7 +527,7 @@ template <class A> struct Fresh {
       // One of the groups that need them has the row's first head.
       const bool cached = row * GROUP / QUERIES / together == at.group;
 #pragma unroll
-      for (u32 i = 0; i < AttentionHead<A>::EACH; ++i) {
+      for (u32 i = 0; i < Head::EACH; ++i) {
         const u32 d = lane_id() + i * LANES;
         if (A::QK % LANES != 0 && d >= A::QK) continue;
         const u16 rounded = narrow<typename A::Kv>(query.v[i]);
@@ -538,11 +548,11 @@ template <class A> struct Fresh {
 
 // A query's sums over all that it sees, or a part of it that goes into a slot. A sink joins only here, in units of
 // log2; one far above all scores makes the divisor infinite and the result 0.
-template <class A> __device__ __forceinline__ void leave(const Consumer& b, u32 row, u32 kv_head, u32 h, bool all, u32 slot, const Attended<A>& sums) {
+template <class A> __device__ __forceinline__ void leave(const Consumer& b, u32 row, u32 kv_head, u32 h, bool all, u32 slot, float sink, const Attended<A>& sums) {
   const u32 head = kv_head * (A::HEADS / A::KV_HEADS) + h;
   if (all) {
     float total = sums.total;
-    if constexpr (A::SINKS) total += power_of_two(A::sinks(b)[head] * LOG2_E - sums.top);
+    if constexpr (A::SINKS) total += power_of_two(sink * LOG2_E - sums.top);
     const float scale = reciprocal(total);
     auto* out = A::out(b) + (row * A::HEADS + head) * A::V + lane_id() * 2;
 #pragma unroll
@@ -604,22 +614,27 @@ template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 ru
     Attended<A> sums;
     sums.clear();
     const u32 place = parts.at(r, kv_head, slot, h);
+    float sink = 0.f;
+    if constexpr (A::SINKS) sink = A::sinks(b)[kv_head * GROUP + h];
     const float2 *of = parts.sum(place), *weights = parts.weight(place);
 #pragma unroll 1
     for (u32 c = 0; whole_warp(c < count); c += SPAN, of += SPAN * GROUP * A::V / 2, weights += SPAN * GROUP) {
-      // Their loads wait together. A lane finds what `add` multiplies its part by.
-      const bool own = lane_id() < SPAN && c + lane_id() < count;
-      const float2 weight = own ? __ldcg(weights + lane_id() * GROUP) : make_float2(MINUS_INFINITY, 0.f);
+      // Their loads wait together: without conditions, for which there are not registers enough. The last part stands for
+      // those behind it, and a lane without columns reads what is no part of a result.
+      const u32 last = count - 1 - c;
+      const float2 weight = __ldcg(weights + least(lane_id(), last) * GROUP);
       float2 part[SPAN][Attended<A>::V_STEPS];
+      u32 read = 0;  // so that none of them is put off
 #pragma unroll
       for (u32 i = 0; i < SPAN; ++i) {
 #pragma unroll
         for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
-          part[i][s] = make_float2(0.f, 0.f);
-          if (c + i < count && has_columns<A>(s)) part[i][s] = __ldcg(of + i * (GROUP * A::V / 2) + s * 32);
+          part[i][s] = __ldcg(of + least(i, last) * (GROUP * A::V / 2) + s * 32);
+          read |= __float_as_uint(part[i][s].x);
         }
       }
-      float top = weight.x;
+      // A lane finds what `add` multiplies its part by.
+      float top = __uint_as_float(__float_as_uint(weight.x) + (read & b.args.zero));
 #pragma unroll
       for (u32 x = 1; x < SPAN; x *= 2) top = fmaxf(top, __shfl_up_sync(~0u, top, x));
       float before = __shfl_up_sync(~0u, top, 1);
@@ -631,10 +646,10 @@ template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 ru
 #pragma unroll
       for (u32 i = 0; i < SPAN; ++i) {
         const float f = __shfl_sync(~0u, earlier, i), o = __shfl_sync(~0u, others, i), total = __shfl_sync(~0u, weight.y, i);
-        if (c + i < count) sums.add(f, o, total, part[i]);
+        if (i <= last) sums.add(f, o, total, part[i]);
       }
     }
-    leave<A>(b, r, kv_head, h, level > 0 || spans == 1, A::MAX_CHUNKS + span - from / SPAN, sums);
+    leave<A>(b, r, kv_head, h, level > 0 || spans == 1, A::MAX_CHUNKS + span - from / SPAN, sink, sums);
   }
 }
 
@@ -722,7 +737,12 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       if (whole_warp(!there)) {
         // The cache of older positions is read while the other SMs still multiply.
         if (block) cached.load_values(b, block, next);
-        if (!ready) b.wait_inputs();
+        if (!ready) {
+          if constexpr (A::Q_NORM) prefetch(A::q_gain(b), A::QK);
+          if constexpr (A::K_NORM) prefetch(A::k_gain(b), A::QK);
+          if constexpr (A::SINKS) prefetch(A::sinks(b), A::HEADS);
+          b.wait_inputs();
+        }
         ready = true;
       }
       if (more) {
@@ -814,7 +834,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           if (now.chunk >= from && now.chunk <= to) sums.add(chunk);
           if ((!whole || ends) && sums.top != MINUS_INFINITY) {
             const bool all = whole ? from / SPAN == to / SPAN : from == to;
-            leave<A>(b, r, now.kv_head, (query + warp) % GROUP, all, whole ? A::MAX_CHUNKS + share / SPAN - from / SPAN : now.chunk - from, sums);
+            leave<A>(b, r, now.kv_head, (query + warp) % GROUP, all, whole ? A::MAX_CHUNKS + share / SPAN - from / SPAN : now.chunk - from, fresh.sink, sums);
           }
         }
         if (!whole || ends) sums.clear();

@@ -36,11 +36,11 @@ template <class C> __device__ __forceinline__ void cache_context(Consumer& b) {
     u16* keys = reinterpret_cast<u16*>(args.kv + (((u64)layer * args.kv_pages + page) * C::KV_HEADS + head) * ((u64)C::PAGE_TOKENS * (C::QK + C::V_PAD) * 2));
     u16* values = keys + C::PAGE_TOKENS * C::QK + position % C::PAGE_TOKENS * C::V_PAD;
     keys += position % C::PAGE_TOKENS * C::QK;
-    AttentionHead<C> key;
-    key.load(raw + head * C::QK, C::rope(b), position);
-    key.template turn<C::K_NORM>(true, C::k_gain(b, layer));
+    AttentionHead<C, C::K_NORM> key;
+    key.load(raw + head * C::QK, C::k_gain(b, layer), C::rope(b), position);
+    key.turn(true);
 #pragma unroll
-    for (u32 i = 0; i < AttentionHead<C>::EACH; ++i) {
+    for (u32 i = 0; i < key.EACH; ++i) {
       if (lane + i * LANES < C::QK) keys[lane + i * LANES] = narrow<typename C::Kv>(key.v[i]);
     }
     for (u32 d = lane; d < C::V; d += LANES) {

@@ -22,6 +22,7 @@ __device__ __forceinline__ uint4 load4(const u32* p) { uint4 v; memcpy(&v, p, si
 
 __device__ __forceinline__ float multiply(float a, float b) { return a * b; }
 __device__ __forceinline__ u32 shared_add(u32* p, u32 n) { const u32 old = *p; *p += n; return old; }
+__device__ __forceinline__ void prefetch_line(const void*) {}
 
 __device__ __forceinline__ u32 half_bf16(float f) {
   const u32 u = __float_as_uint(f);
