@@ -126,12 +126,14 @@ impl Row<'_> {
     #[inline(always)]
     fn weight(&self, logit: f32) -> u64 {
         let distance = self.distance(logit);
-        if distance <= self.reach { weight(distance) } else { 0 }
+        // Computed in any case: no branch keeps the sums from being a vector's.
+        let weight = weight(distance.min(REACH));
+        if distance <= self.reach { weight } else { 0 }
     }
 
     #[inline(always)]
     fn sum_all(&self, logits: &[f32]) -> u64 {
-        logits.iter().map(|logit| self.weight(*logit)).sum()
+        logits.iter().fold(0, |sum: u64, logit| sum.wrapping_add(self.weight(*logit)))
     }
 
     fn sum(&self, logits: &[f32]) -> u64 {
@@ -237,11 +239,13 @@ pub(super) fn weight(distance: f32) -> u64 {
     let shifted = distance + WHOLE;
     // 2^fraction, for fractions from -1/2 to 1/2: off by 1.1e-7 at most, and 1 at 0.
     let fraction = (shifted - WHOLE) - distance;
-    let power = POWERS.iter().rev().skip(1).fold(POWERS[4], |sum, factor| sum.mul_add(fraction, *factor));
-    let power = power.mul_add(fraction, 1.0);
+    let [c1, c2, c3, c4, c5] = POWERS;
+    let power = c5.mul_add(fraction, c4).mul_add(fraction, c3).mul_add(fraction, c2);
+    let power = power.mul_add(fraction, c1).mul_add(fraction, 1.0);
     // Between 2 and 4 a float's last bit is 2^-22.
     let mantissa = (power + 2.0).to_bits() & 0x7f_ffff;
-    (u64::from(mantissa) << (WEIGHT_BITS - BITS)) >> (shifted.to_bits() - WHOLE.to_bits())
+    let whole = shifted.to_bits().wrapping_sub(WHOLE.to_bits());
+    (u64::from(mantissa) << (WEIGHT_BITS - BITS)).wrapping_shr(whole)
 }
 
 /// Factors of a fraction's powers in 2^fraction, from the first power on.
