@@ -15,6 +15,7 @@ constexpr u32 DIGITS = CONSUMER_THREADS;
 constexpr u32 LISTED = 512;              // tokens that the list holds
 constexpr float COARSE = 16.f;           // steps of a power of two
 constexpr float FINE = COARSE * DIGITS;
+constexpr float COARSE_STEP = 1.f / COARSE, FINE_STEP = 1.f / FINE;
 constexpr float WINDOW = DIGITS / COARSE;  // distance that coarse digits cover
 constexpr float SAMPLE_REACH = 40.f;     // the largest distance of a token that has a weight
 constexpr u32 WINDOWS = 3;               // that cover it
@@ -24,12 +25,13 @@ constexpr u32 NO_LOGITS = 0xfffffffdu;
 static_assert(WINDOWS * WINDOW > SAMPLE_REACH);
 
 // What the consumers tell each other, in the scratch.
+enum SampleTable : u32 { SEGMENTS, SUMS, COUNTS };
 struct SampleSpace {
   u64 ranks[LISTED];      // of the listed tokens, by digit; the id is the lower half
   u64 weights[LISTED];
-  uint2 segments[DIGITS]; // sums of weights, low and high halves; first of each, then up to each
-  uint2 sums[DIGITS];     // of the digits
-  uint2 counts[DIGITS];
+  // Sums, in low and high halves; first of each entry, then up to each: weights of the segments, weights of the
+  // digits, tokens of the digits.
+  uint2 tables[3][DIGITS];
   u32 cursor[DIGITS];     // tokens of a digit that are listed
   u32 broken;             // a logit is NaN
   u32 digit;
@@ -73,10 +75,10 @@ __device__ __forceinline__ u64 random_bits(u64 seed, u32 position) {
 }
 
 __device__ __forceinline__ void count_token(SampleSpace& s, u32 digit, u64 weight) {
-  shared_add(&s.counts[digit].x, 1);
-  const u32 lower = (u32)weight, old = shared_add(&s.sums[digit].x, lower);
+  shared_add(&s.tables[COUNTS][digit].x, 1);
+  const u32 lower = (u32)weight, old = shared_add(&s.tables[SUMS][digit].x, lower);
   const u32 upper = (u32)(weight >> 32) + (u32)(old + lower < lower);
-  if (upper != 0) shared_add(&s.sums[digit].y, upper);
+  if (upper != 0) shared_add(&s.tables[SUMS][digit].y, upper);
 }
 
 // Sums up to each entry, of entries that are whole. All consumers.
@@ -106,10 +108,10 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
   float reach = row.reach;
   u64 floor_total = ~0ull, total = 0;
   // A look: at tokens from the distance `from` to below `to`, at ranks from `low` to `high`, by their digit, which
-  // is one of `steps` of the distance from `origin` on (`shift` of 64; multiples of them are exact), or a byte of
-  // the rank.
+  // is a step of the distance from `origin` on (`shift` of 64; `steps` of them are one, and multiples of a step are
+  // exact), or a byte of the rank.
   bool listing = false;
-  float from = 0.f, to = ranked && goal == WEIGH ? WINDOW : 0.f, origin = 0.f, steps = COARSE;
+  float from = 0.f, to = ranked && goal == WEIGH ? WINDOW : 0.f, origin = 0.f, steps = COARSE, step = COARSE_STEP;
   u64 low = 0, high = ~0ull;
   u32 shift = 64, window = 0;
   u32 first = 0, last = DIGITS - 1;  // digits that are listed, or counted
@@ -122,9 +124,9 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
     if (listing) {
       s.cursor[n] = 0;
     } else {
-      s.sums[n] = s.counts[n] = make_uint2(0, 0);
+      s.tables[SUMS][n] = s.tables[COUNTS][n] = make_uint2(0, 0);
     }
-    if (goal <= WEIGH) s.segments[n] = make_uint2(0, 0);
+    if (goal <= WEIGH) s.tables[SEGMENTS][n] = make_uint2(0, 0);
     consumers_sync();
     bool broken = false;
     const bool counting = !listing && shift == 64;
@@ -166,7 +168,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
           if (digit < first || digit > last) continue;
           const u64 weight = sample_weight(distance);
           if (listing) {
-            const u64 before = (digit == 0 ? 0 : joined(s.counts[digit - 1])) - (first == 0 ? 0 : joined(s.counts[first - 1]));
+            const u64 before = (digit == 0 ? 0 : joined(s.tables[COUNTS][digit - 1])) - (first == 0 ? 0 : joined(s.tables[COUNTS][first - 1]));
             const u32 at = (u32)before + shared_add(&s.cursor[digit], 1);
             s.ranks[at] = rank;
             s.weights[at] = weight;
@@ -178,16 +180,17 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
       if (goal <= WEIGH) {
 #pragma unroll 1
         for (u32 x = 1; x < LANES; x *= 2) sum += __shfl_xor_sync(~0u, sum, x);
-        if (lane == 0) s.segments[number] = halves(sum);
+        if (lane == 0) s.tables[SEGMENTS][number] = halves(sum);
       }
     }
     if (broken) s.broken = 1;
     consumers_sync();
+#pragma unroll 1
+    for (u32 table = goal <= WEIGH ? SEGMENTS : SUMS; table <= (listing || to == 0.f ? SEGMENTS : COUNTS); ++table) add_up(s.tables[table]);
 
     if (goal <= WEIGH) {
       if (s.broken != 0) return BROKEN_LOGITS;
-      add_up(s.segments);
-      total = joined(s.segments[DIGITS - 1]);
+      total = joined(s.tables[SEGMENTS][DIGITS - 1]);
       if (total == 0) return NO_LOGITS;
       if (goal == FLOOR) {
         floor_total = total;
@@ -199,13 +202,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
       goal = cuts ? TOP_K : shares ? TOP_P : DRAW;
       if (!ranked) break;
     }
-    if (!listing) {
-      add_up(s.sums);
-      add_up(s.counts);
-      listed = false;
-    } else {
-      listed = true;
-    }
+    listed = listing;
     listing = false;
 
     // What is asked for is found among what is known, as long as that is enough. All consumers come to the same.
@@ -222,7 +219,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
         target = __umul64hi(random, total < floor_total ? total : floor_total);
       }
       const u64 base = goal == TOP_K ? base_count : base_sum;
-      const uint2* of = goal == TOP_K ? s.counts : s.sums;
+      const uint2* of = s.tables[goal == TOP_K ? COUNTS : SUMS];
       const bool beyond = target - base >= joined(of[DIGITS - 1]), coarse = shift == 64 && steps == COARSE;
       if (target < base || (beyond && !coarse)) {
         // From the best ones on again.
@@ -233,27 +230,28 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
         goal = shares ? TOP_P : DRAW;  // there are fewer tokens than top_k
       } else if (beyond) {
         ++window;
-        base_count += joined(s.counts[DIGITS - 1]);
-        base_sum += joined(s.sums[DIGITS - 1]);
+        base_count += joined(s.tables[COUNTS][DIGITS - 1]);
+        base_sum += joined(s.tables[SUMS][DIGITS - 1]);
         look = true;
       } else {
         const u64 at = target - base;
         if (at < joined(of[n]) && (n == 0 || at >= joined(of[n - 1]))) s.digit = n;
         consumers_sync();
         const u32 digit = s.digit;
-        const u64 count_before = digit == 0 ? 0 : joined(s.counts[digit - 1]), sum_before = digit == 0 ? 0 : joined(s.sums[digit - 1]);
-        const u64 count_up_to = joined(s.counts[digit]);
+        const u64 count_before = digit == 0 ? 0 : joined(s.tables[COUNTS][digit - 1]), sum_before = digit == 0 ? 0 : joined(s.tables[SUMS][digit - 1]);
+        const u64 count_up_to = joined(s.tables[COUNTS][digit]);
         const u32 tokens = (u32)(count_up_to - count_before);
         if (tokens > LISTED) {
           // Told apart by finer steps, or the next byte.
           base_count += count_before;
           base_sum += sum_before;
           if (shift == 64) {
-            from = origin + digit / steps;
-            to = from + 1.f / steps;
+            from = origin + digit * step;
+            to = from + step;
             if (coarse) {
               origin = from;
               steps = FINE;
+              step = FINE_STEP;
             } else {
               shift = 56;
             }
@@ -268,20 +266,20 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
         }
         if (!listed || digit < first || digit > last) {
           // The list: this digit and those before it, as far as there is room.
-          const u64 before = n == 0 ? 0 : joined(s.counts[n - 1]);
+          const u64 before = n == 0 ? 0 : joined(s.tables[COUNTS][n - 1]);
           const bool fits = n <= digit && count_up_to - before <= LISTED;
-          if (fits && (n == 0 || count_up_to - (n == 1 ? 0 : joined(s.counts[n - 2])) > LISTED)) s.first = n;
+          if (fits && (n == 0 || count_up_to - (n == 1 ? 0 : joined(s.tables[COUNTS][n - 2])) > LISTED)) s.first = n;
           consumers_sync();
           first = s.first;
           last = digit;
           if (shift == 64) {
-            from = origin + first / steps;
-            to = origin + (last + 1) / steps;
+            from = origin + first * step;
+            to = origin + (last + 1) * step;
           }
           listing = true;
           break;
         }
-        const u32 start = (u32)(count_before - (first == 0 ? 0 : joined(s.counts[first - 1])));
+        const u32 start = (u32)(count_before - (first == 0 ? 0 : joined(s.tables[COUNTS][first - 1])));
 #pragma unroll 1
         for (u32 i = n; i < tokens; i += DIGITS) {
           const u64 rank = s.ranks[start + i], weight = s.weights[start + i];
@@ -308,6 +306,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
         // The window's digits.
         shift = 64;
         steps = COARSE;
+        step = COARSE_STEP;
         origin = from = window * WINDOW;
         to = from + WINDOW;
         low = 0;
@@ -321,8 +320,8 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
   // In the order of ids: the segment, then the ids of each thread in it, then one by one.
   u64 left = __umul64hi(random, total);
   {
-    const u64 before = n == 0 ? 0 : joined(s.segments[n - 1]);
-    if (left >= before && left < joined(s.segments[n])) { s.digit = n; s.sum = before; }
+    const u64 before = n == 0 ? 0 : joined(s.tables[SEGMENTS][n - 1]);
+    if (left >= before && left < joined(s.tables[SEGMENTS][n])) { s.digit = n; s.sum = before; }
   }
   consumers_sync();
   left -= s.sum;
@@ -339,10 +338,10 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
       sum += weight;
     }
     if (pass == 0) {
-      s.sums[n] = halves(sum);
+      s.tables[SUMS][n] = halves(sum);
       consumers_sync();
-      add_up(s.sums);
-      own = joined(s.sums[n]) - sum;
+      add_up(s.tables[SUMS]);
+      own = joined(s.tables[SUMS][n]) - sum;
     }
   }
   consumers_sync();
