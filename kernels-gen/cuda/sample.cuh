@@ -40,6 +40,12 @@ struct SampleSpace {
   u64 sum;                // weights up to the token
 };
 
+// All consumers, whose lanes may have gone different ways.
+__device__ __forceinline__ void sample_sync() {
+  __syncwarp();
+  consumers_sync();
+}
+
 __device__ __forceinline__ u64 joined(uint2 v) { return (u64)v.y << 32 | v.x; }
 __device__ __forceinline__ uint2 halves(u64 v) { return make_uint2((u32)v, (u32)(v >> 32)); }
 __device__ __forceinline__ float from_ordered(u32 v) { return __uint_as_float(v & 0x80000000u ? v & 0x7fffffffu : ~v); }
@@ -87,9 +93,9 @@ __device__ __forceinline__ void add_up(uint2* of) {
 #pragma unroll 1
   for (u32 step = 1; step < DIGITS; step *= 2) {
     const u64 other = n >= step ? joined(of[n - step]) : 0;
-    consumers_sync();
+    sample_sync();
     of[n] = halves(joined(of[n]) + other);
-    consumers_sync();
+    sample_sync();
   }
 }
 
@@ -120,14 +126,14 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
   if (n == 0) s.broken = 0;
 #pragma unroll 1
   for (;;) {
-    consumers_sync();
+    sample_sync();
     if (listing) {
       s.cursor[n] = 0;
     } else {
       s.tables[SUMS][n] = s.tables[COUNTS][n] = make_uint2(0, 0);
     }
     if (goal <= WEIGH) s.tables[SEGMENTS][n] = make_uint2(0, 0);
-    consumers_sync();
+    sample_sync();
     bool broken = false;
     const bool counting = !listing && shift == 64;
 #pragma unroll 1
@@ -184,7 +190,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
       }
     }
     if (broken) s.broken = 1;
-    consumers_sync();
+    sample_sync();
 #pragma unroll 1
     for (u32 table = goal <= WEIGH ? SEGMENTS : SUMS; table <= (listing || to == 0.f ? SEGMENTS : COUNTS); ++table) add_up(s.tables[table]);
 
@@ -236,7 +242,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
       } else {
         const u64 at = target - base;
         if (at < joined(of[n]) && (n == 0 || at >= joined(of[n - 1]))) s.digit = n;
-        consumers_sync();
+        sample_sync();
         const u32 digit = s.digit;
         const u64 count_before = digit == 0 ? 0 : joined(s.tables[COUNTS][digit - 1]), sum_before = digit == 0 ? 0 : joined(s.tables[SUMS][digit - 1]);
         const u64 count_up_to = joined(s.tables[COUNTS][digit]);
@@ -269,7 +275,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
           const u64 before = n == 0 ? 0 : joined(s.tables[COUNTS][n - 1]);
           const bool fits = n <= digit && count_up_to - before <= LISTED;
           if (fits && (n == 0 || count_up_to - (n == 1 ? 0 : joined(s.tables[COUNTS][n - 2])) > LISTED)) s.first = n;
-          consumers_sync();
+          sample_sync();
           first = s.first;
           last = digit;
           if (shift == 64) {
@@ -295,10 +301,10 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
             s.sum = base_sum + sum_before + sum + weight;
           }
         }
-        consumers_sync();
+        sample_sync();
         const u32 token = s.token;
         total = s.sum;
-        consumers_sync();
+        sample_sync();
         if (goal == DRAW) return token;
         goal = goal == TOP_K && shares ? TOP_P : DRAW;
       }
@@ -323,7 +329,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
     const u64 before = n == 0 ? 0 : joined(s.tables[SEGMENTS][n - 1]);
     if (left >= before && left < joined(s.tables[SEGMENTS][n])) { s.digit = n; s.sum = before; }
   }
-  consumers_sync();
+  sample_sync();
   left -= s.sum;
   const u32 each = segment / DIGITS, start = s.digit * segment + n * each;
   u64 own = 0;
@@ -339,12 +345,12 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
     }
     if (pass == 0) {
       s.tables[SUMS][n] = halves(sum);
-      consumers_sync();
+      sample_sync();
       add_up(s.tables[SUMS]);
       own = joined(s.tables[SUMS][n]) - sum;
     }
   }
-  consumers_sync();
+  sample_sync();
   return s.token;
 }
 
@@ -361,7 +367,7 @@ __device__ __forceinline__ void sample(Consumer& b, u32 vocab) {
     const u64 key = load_relaxed(best);
     const u64 random = random_bits(parameters.seed, b.shared.position[b.shared.logit_row[row]] + 1);
     const u32 token = sample_row(space, parameters, b.args.logits + (u64)row * vocab, vocab, (u32)(key >> 32), random);
-    consumers_sync();
+    sample_sync();
     if (threadIdx.x == 0) *(volatile u64*)best = (u32)~token;
   }
   b.finish_stage();
