@@ -104,6 +104,7 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
   enum Goal : u32 { FLOOR, WEIGH, TOP_K, TOP_P, DRAW };
   const float INFINITE = __int_as_float(0x7f800000);
   const u32 n = anew(threadIdx.x), lane = n % LANES;
+  logits = reinterpret_cast<const float*>(far((u64)logits));  // not computed anew for every load
   const float best = from_ordered(best_key), scale = row.scale;
   if (!(best < INFINITE)) return BROKEN_LOGITS;
   const bool cuts = row.top_k != 0 && row.top_k < vocab, shares = row.top_p != 0;
@@ -145,20 +146,32 @@ __device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, 
         float x[AT_ONCE];
 #pragma unroll
         for (u32 i = 0; i < AT_ONCE; ++i) x[i] = load1(logits + least(id + i * LANES, vocab - 1));
-        u32 hits = 0;
+        float distance[AT_ONCE];
 #pragma unroll
         for (u32 i = 0; i < AT_ONCE; ++i) {
           if (id + i * LANES >= vocab) x[i] = -INFINITE;
           broken |= x[i] != x[i];
-          const float distance = multiply(best - x[i], scale);
-          const bool counts = distance <= reach;
-          const bool hit = counts && distance >= from && distance < to;
-          if (counts && (goal <= WEIGH || (counting && hit))) {
-            const u64 weight = sample_weight(distance);
-            sum += weight;
-            if (counting && hit) count_token(s, (u32)((distance - origin) * steps), weight);
+          distance[i] = multiply(best - x[i], scale);
+        }
+        // Without a branch for each: they do not wait for one another.
+        u64 weights[AT_ONCE] = {};
+        if (goal <= WEIGH || counting) {
+#pragma unroll
+          for (u32 i = 0; i < AT_ONCE; ++i) {
+            const u64 weight = sample_weight(fminf(distance[i], SAMPLE_REACH));
+            weights[i] = distance[i] <= reach ? weight : 0;
+            sum += weights[i];
           }
-          hits |= (u32)(hit && !counting) << i;
+        }
+        u32 hits = 0;
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) hits |= (u32)(distance[i] <= reach && distance[i] >= from && distance[i] < to) << i;
+        if (counting) {
+#pragma unroll
+          for (u32 i = 0; i < AT_ONCE; ++i) {
+            if (hits >> i & 1) count_token(s, (u32)((distance[i] - origin) * steps), weights[i]);
+          }
+          hits = 0;
         }
 #pragma unroll 1
         while (hits != 0) {
