@@ -50,7 +50,7 @@ constexpr u32 QUERIES = 8;  // of a pass
 constexpr u32 SUMMED = 64;  // columns whose sums are in shared memory at a time
 constexpr float LOG2_E = 1.44269504f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
-static_assert(WARP_POSITIONS == 16 && QUERIES == CONSUMERS, "a warp's share of a product; a warp prepares a query");
+static_assert(WARP_POSITIONS == 16 && QUERIES == CONSUMERS && QUERIES == STEP_ROWS, "a warp's share of a product; a warp prepares a query");
 
 // What decides how units are dealt out, by which bits do not change: what a unit's keys and values cost an SM, what a
 // pass costs it, and adding up what lies in memory; a pass is about half a microsecond.
@@ -75,7 +75,6 @@ template <class A> struct AttentionSpace {
   u16 keys[STEP_ROWS][A::QK];    // of the run's rows in the chunk, as they go into the cache
   u16 values[STEP_ROWS][A::V];
   float sums[CONSUMERS][QUERIES][SUMMED];  // fours of columns in the order of `sums_at`
-  float2 weight[CONSUMERS][QUERIES];       // largest score, and the sum of the weights relative to it
 };
 
 // Where a query's column lies; what is left over of it lies two further on. A lane's eight columns become two
@@ -699,6 +698,8 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   using Space = AttentionSpace<A>;
   constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_STEPS = Space::V_STEPS;
   Space& space = *reinterpret_cast<Space*>(b.scratch);
+  // The largest score of each warp's positions, and the sum of the weights relative to it, by query.
+  float2(&weights)[CONSUMERS][QUERIES] = *reinterpret_cast<float2(*)[CONSUMERS][QUERIES]>(b.shared.row_sums);
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
   const u32 g = lane / 4, t = lane % 4;
   const Own<A> own = own_units<A>(b);
@@ -772,7 +773,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           float total = (score[0] + score[1]) + (score[2] + score[3]);
           total += __shfl_xor_sync(~0u, total, 1);
           total += __shfl_xor_sync(~0u, total, 2);
-          if (t == 0) space.weight[warp][g] = make_float2(top, total);
+          if (t == 0) weights[warp][g] = make_float2(top, total);
         }
         u32 weight[4];
         split_pair<typename A::Kv>(score[0], score[1], weight[0], weight[1]);
@@ -804,7 +805,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           if (s + 1 == V_STEPS && block) cached.load_values(b, block, next);
           consumers_sync();
           if (s == 0) {
-            const float2 own = space.weight[lane % CONSUMERS][warp];
+            const float2 own = weights[lane % CONSUMERS][warp];
             chunk.top = own.x;
 #pragma unroll
             for (u32 x = 1; x < CONSUMERS; x *= 2) chunk.top = fmaxf(chunk.top, __shfl_xor_sync(~0u, chunk.top, x));

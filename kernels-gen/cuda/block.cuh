@@ -57,7 +57,7 @@ struct Shared {
   u32 steps;                    // steps of this launch, lowered by control when it ends early
   alignas(16) u32 dealt[2][16]; // attention: an SM's units without and with a window, see `own_units`
   u32 last_splits[2];           // attention: items of which this SM brought the last, a bit each
-  float row_sums[2][CONSUMERS][STEP_ROWS];
+  alignas(8) float row_sums[2][CONSUMERS][STEP_ROWS];
   float row_scale[STEP_ROWS];
 };
 

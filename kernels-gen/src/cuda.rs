@@ -100,15 +100,11 @@ pub struct SharedNeeds {
 
 impl SharedNeeds {
     /// Bytes of attention's work space: queries in two halves, the step's own keys and values, sums of all
-    /// warps, so many columns at a time, and their weights.
+    /// warps, so many columns at a time.
     pub const fn attention(&self) -> usize {
         let (queries, summed) = (8, 64);
         let steps = self.qk.div_ceil(32);
-        2 * queries * (steps * 64 + 8)
-            + 2 * 8 * (self.qk + self.v)
-            + 4 * CONSUMERS * queries * summed
-            + 8 * CONSUMERS * queries
-            + 64
+        2 * queries * (steps * 64 + 8) + 2 * 8 * (self.qk + self.v) + 4 * CONSUMERS * queries * summed + 64
     }
 
     /// Bytes of the choice of experts: counts, a bit for every expert of each row, numbers of those that any

@@ -196,11 +196,11 @@ fn passes_of_one_run_are_shared_out() {
     (config["intermediate_size"], config["use_sliding_window"]) = (16.into(), false.into());
     let simulation = random_cache(&config);
     let run = |first: usize, count: usize| (first..first + count).map(|p| (p, 2)).collect::<Vec<_>>();
-    check_bits(&simulation, &run(300, 8), &[1, 7, 40]);
+    check_bits(&simulation, &run(200, 8), &[1, 7, 30]);
     // Over the end of a chunk, and of a span.
-    check_bits(&simulation, &run(508, 8), &[30, 3]);
+    check_bits(&simulation, &run(252, 8), &[20, 3]);
     check_bits(&simulation, &run(1021, 8), &[4, 40]);
-    check_bits(&simulation, &[run(2300, 5), vec![(40, 3), (900, 4), (901, 4)]].concat(), &[40, 5]);
+    check_bits(&simulation, &[run(1300, 5), vec![(40, 3), (300, 4), (301, 4)]].concat(), &[40, 5]);
 }
 
 /// Contexts of 1, 3, 8, 9 and 20 chunks, alone and together.
@@ -210,12 +210,12 @@ fn chunks_are_added_up_where_it_costs_least() {
     (config["num_hidden_layers"], config["head_dim"]) = (1.into(), 16.into());
     let simulation = random_cache(&config);
     for last in [100, 383, 1023, 1151] {
-        check_bits(&simulation, &[(last, 1)], &[1, 3, 40]);
+        check_bits(&simulation, &[(last, 1)], &[1, 3, 20]);
     }
     check_bits(&simulation, &[(100, 0), (383, 1), (1023, 2), (1151, 3), (2559, 4)], &[9, 2, 40]);
     // One SM leaves more spans in memory than are counted at once.
-    let many: Vec<(usize, usize)> = (0..8).map(|sequence| (2050 + sequence, sequence)).collect();
-    check_bits(&simulation, &many, &[40, 1]);
+    let many: Vec<Row> = rows_at(&(0..8).map(|sequence| (2050 + sequence, sequence)).collect::<Vec<_>>());
+    check_attention(&simulation, &many, 1, 5);
 }
 
 /// A window makes a row's first chunk and its first span.
