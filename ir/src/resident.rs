@@ -13,6 +13,7 @@ use crate::launch::{OCTET, STEP_ROWS};
 use crate::octet::{octet_block_bytes, octet_blocks};
 use crate::pack::{FP8_COLUMNS, Packing};
 use crate::stages::{Buffer, BufferElem, BufferId, Layer, Routing, Slot};
+use std::collections::HashMap;
 use std::fmt;
 
 /// Positions of the context that one attention item covers.
@@ -30,6 +31,9 @@ const SHORT_TILE: usize = 8192;
 /// SMs of a large chip, about.
 const LARGE_CHIP: usize = 128;
 
+/// Columns of the longest block of weights, to which prepared rows are padded.
+pub const PREPARED_BLOCK: usize = 128;
+
 /// A norm whose gains are `f32` in the packed weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
@@ -37,6 +41,36 @@ pub struct Norm {
     pub gain: Slot,
     /// Added to the mean of squares.
     pub eps: f32,
+}
+
+/// Rows that whoever makes them prepares for the products behind a norm, beside the rows themselves: times the
+/// norm's gains, in bf16, and of every octet of columns the sum of its squares. A product reads half of the
+/// bytes, as they are, and the divisor that normalizes a row is multiplied into its sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prepared {
+    /// `[rows][columns, padded to a block of any format]`, bf16, in the order of [`prepared_order`].
+    pub halves: BufferId,
+    /// `[rows][octets of columns, padded to four]`, f32.
+    pub squares: BufferId,
+}
+
+/// How prepared rows lie for products with weights of a format: a lane's columns of a block of `32 << order`
+/// are `1 << order` pieces of 16 bytes, and first come all lanes' first pieces.
+pub const fn prepared_order(format: Format) -> u32 {
+    match format.code {
+        Code::E2m1 => 2,
+        Code::E4m3 => 1,
+        _ => 0,
+    }
+}
+
+/// What the makers of prepared rows need to know of a stage of the step: who reads them next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reader {
+    /// Byte offset of the norm's gains.
+    pub gain: u64,
+    /// See [`prepared_order`].
+    pub order: u32,
 }
 
 /// A rotary embedding of heads.
@@ -83,6 +117,8 @@ pub struct Gemm {
     pub input: BufferId,
     /// The norm in front of it.
     pub norm: Option<Norm>,
+    /// Whether its input is prepared for that norm: `input` is the halves.
+    pub prepared: Option<Prepared>,
     /// Only the rows whose logits are wanted.
     pub select: bool,
     /// Octets of the weights: see [`crate::pack::PackContent::Octets`].
@@ -103,6 +139,8 @@ pub struct Gemm {
     pub epilogue: Epilogue,
     /// Where they go; the logits have a place of their own.
     pub output: BufferId,
+    /// What it prepares of them for whoever reads them behind a norm.
+    pub prepares: Option<Prepared>,
     /// Whether the layer's residual stream is complete behind it, and goes to [`ResidentProgram::taps`] as
     /// well where the layer has a tap.
     pub tap: bool,
@@ -136,6 +174,8 @@ pub struct Scores {
     pub input: BufferId,
     /// The norm in front of it.
     pub norm: Option<Norm>,
+    /// The squares of its rows, if they are [`Prepared`].
+    pub squares: Option<BufferId>,
     /// Octets of bf16, or `f32 [experts][k]`.
     pub weights: Slot,
     /// Which of the two.
@@ -314,6 +354,8 @@ pub enum Kind {
         replaced: Option<Replaced>,
         /// Where they go, f32.
         output: BufferId,
+        /// What it prepares of them for whoever reads them behind a norm.
+        prepares: Option<Prepared>,
     },
     /// Rows of the taps that a step of the target left; the rows of the launch have their numbers in place
     /// of tokens. Only the first stage of a program.
@@ -347,11 +389,11 @@ impl Kind {
         }
     }
 
-    /// The norm in front of a stage, and the columns of its rows.
-    pub fn norm(&self) -> Option<(Norm, usize)> {
+    /// What the stage prepares of its output.
+    pub fn prepares(&self) -> Option<Prepared> {
         match self {
-            Kind::Scores(scores) => Some((scores.norm?, scores.k)),
-            kind => kind.gemm().and_then(|gemm| Some((gemm.norm?, gemm.k))),
+            Kind::Embed { prepares, .. } => *prepares,
+            kind => kind.gemm().and_then(|gemm| gemm.prepares),
         }
     }
 }
@@ -510,7 +552,7 @@ impl ResidentProgram {
                     (vec![context.input], None, slots)
                 }
                 Kind::Gemm(gemm) => {
-                    if self.buffer(gemm.input).cols != gemm.k {
+                    if gemm.prepared.is_none() && self.buffer(gemm.input).cols != gemm.k {
                         return fail(format!(
                             "{} columns do not fit {}",
                             gemm.k,
@@ -561,7 +603,16 @@ impl ResidentProgram {
                     let mut slots = vec![scores.weights];
                     slots.extend(scores.bias);
                     slots.extend(scores.norm.map(|norm| norm.gain));
-                    (vec![scores.input], Some(scores.output), slots)
+                    if let Some(squares) = scores.squares
+                        && (scores.norm.is_none()
+                            || self.buffer(squares).elem != BufferElem::F32
+                            || self.buffer(squares).cols != (scores.k / OCTET).next_multiple_of(4))
+                    {
+                        return fail("scores and the squares of their rows do not fit".into());
+                    }
+                    let mut reads = vec![scores.input];
+                    reads.extend(scores.squares);
+                    (reads, Some(scores.output), slots)
                 }
                 Kind::Experts(experts) => {
                     let Experts { gemm, experts: count, top_k, route } = experts;
@@ -572,7 +623,8 @@ impl ResidentProgram {
                         return fail(format!("{top_k} of {count} experts"));
                     }
                     let (input, output) = (self.buffer(gemm.input), self.buffer(gemm.output));
-                    if input.cols != experts.input_cols() || output.cols != experts.output_cols() {
+                    let fits = gemm.prepared.is_some() || input.cols == experts.input_cols();
+                    if !fits || output.cols != experts.output_cols() {
                         return fail(format!("slots do not fit {} and {}", input.name, output.name));
                     }
                     let mut reads = vec![gemm.input];
@@ -635,8 +687,74 @@ impl ResidentProgram {
             if let Some(writes) = writes {
                 written[writes.0 as usize] = true;
             }
+            if let Some(prepared) = stage.kind.gemm().and_then(|gemm| gemm.prepared)
+                && !written[prepared.squares.0 as usize]
+            {
+                return fail("reads rows that nobody has prepared".into());
+            }
+            if let Some(prepared) = stage.kind.prepares() {
+                if stage.kind.gemm().is_some_and(|gemm| gemm.input == prepared.halves) {
+                    return fail("prepares rows while other SMs read them".into());
+                }
+                written[prepared.halves.0 as usize] = true;
+                written[prepared.squares.0 as usize] = true;
+            }
         }
-        Ok(())
+        self.readers().map(|_| ())
+    }
+
+    /// For each stage of the step that prepares rows, who reads them next; nothing for the others.
+    ///
+    /// # Errors
+    /// Rows that are prepared for one norm and read behind another, or whose buffers do not fit.
+    pub fn readers(&self) -> Result<Vec<Reader>, Defect> {
+        let mut readers = Vec::new();
+        // By buffer of halves: the stage that prepared it last, and for whom.
+        let mut last: HashMap<BufferId, (usize, Option<Reader>)> = HashMap::new();
+        for (number, (name, layer, stage)) in self.sequence().into_iter().enumerate() {
+            let fail = |what: &str| Err(Defect { stage: name.clone(), what: what.into() });
+            readers.push(Reader::default());
+            if let Some(gemm) = stage.kind.gemm()
+                && let Some(prepared) = gemm.prepared
+            {
+                let (halves, squares) = (self.buffer(prepared.halves), self.buffer(prepared.squares));
+                if gemm.input != prepared.halves
+                    || halves.elem != BufferElem::Bf16
+                    || halves.cols != gemm.k.next_multiple_of(PREPARED_BLOCK)
+                    || squares.elem != BufferElem::F32
+                    || squares.cols != (gemm.k / OCTET).next_multiple_of(4)
+                    || gemm.format == Format::F16
+                {
+                    return fail("prepared rows and their buffers do not fit");
+                }
+                let gain = match (gemm.norm.map(|norm| norm.gain), layer) {
+                    (Some(Slot::Fixed(at)), _) => Some(at),
+                    (Some(Slot::Layer(n)), Some(layer)) => self.layers[layer].offsets.get(n).copied(),
+                    _ => None,
+                };
+                let (Some(gain), Some((maker, reader))) = (gain, last.get_mut(&prepared.halves)) else {
+                    return fail("reads prepared rows without a norm, or without their maker");
+                };
+                let own = Reader { gain, order: prepared_order(gemm.format) };
+                if *reader.get_or_insert(own) != own {
+                    return fail("reads rows that are prepared for another norm");
+                }
+                readers[*maker] = own;
+            }
+            if let Some(prepared) = stage.kind.prepares() {
+                let fits = match &stage.kind {
+                    Kind::Embed { k, .. } => Some(*k),
+                    kind => kind.gemm().filter(|gemm| gemm.operands == 1).map(|gemm| gemm.cols),
+                };
+                if fits.map(|cols| cols.next_multiple_of(PREPARED_BLOCK))
+                    != Some(self.buffer(prepared.halves).cols)
+                {
+                    return fail("prepares rows that do not fit their buffer");
+                }
+                last.insert(prepared.halves, (number, None));
+            }
+        }
+        Ok(readers)
     }
 
     /// Checks that every layer with a tap leaves its residual stream.
@@ -781,12 +899,16 @@ impl ResidentProgram {
             Some(norm) => format!("{what} {} eps={:e} -> ", norm.gain, norm.eps),
             None => String::new(),
         };
+        let prepares = match stage.kind.prepares() {
+            Some(prepared) => format!(", prepares {}", name(&prepared.halves)),
+            None => String::new(),
+        };
         match &stage.kind {
             Kind::Embed { table, format, vocab, k, replaced, output, .. } => {
                 let replaced = replaced.map_or(String::new(), |Replaced { token, vector }| {
                     format!(" -> {vector} for token {token}")
                 });
-                format!("embed {format} {vocab}x{k} {table}{replaced} -> {}", name(output))
+                format!("embed {format} {vocab}x{k} {table}{replaced} -> {}{prepares}", name(output))
             }
             Kind::Taps { output } => format!("rows of taps -> {}", name(output)),
             Kind::Context(context) => {
@@ -810,7 +932,7 @@ impl ResidentProgram {
             Kind::Gemm(gemm) => {
                 let select = if gemm.select { "selected rows of " } else { "" };
                 format!(
-                    "{select}{} -> {}gemm {}, {} B{}",
+                    "{select}{} -> {}gemm {}, {} B{}{prepares}",
                     name(&gemm.input),
                     norm("rms_norm", &gemm.norm),
                     self.product_text(gemm),
@@ -845,7 +967,7 @@ impl ResidentProgram {
                     format!("by {} {scoring}{renormalize}{factor}{correction} -> ", name(&route.scores))
                 });
                 format!(
-                    "{} -> {}{route}experts {top_k} of {count} {}, {} B{}",
+                    "{} -> {}{route}experts {top_k} of {count} {}, {} B{}{prepares}",
                     name(&gemm.input),
                     norm("rms_norm", &gemm.norm),
                     self.product_text(gemm),

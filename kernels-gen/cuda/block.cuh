@@ -58,16 +58,16 @@ struct Shared {
   alignas(16) u32 dealt[2][16]; // attention: an SM's units without and with a window, see `own_units`
   u32 last_splits[2];           // attention: items of which this SM brought the last, a bit each
   alignas(8) float row_sums[2][CONSUMERS][STEP_ROWS];
-  float row_scale[STEP_ROWS];
+  float row_scale[STEP_ROWS];   // that the sums of a row's products are multiplied by
 };
 
 struct Block {
   const LaunchArgs& args;
   Shared& shared;
   u8* ring;     // RING_SLOTS x SLOT_BYTES
-  u8* gain;     // weights of the stage's norm, f32
   u8* scratch;  // sums of tiles, or the attention's work space
   u32 step;     // number of the step in the launch
+  u32 number;   // of the stage in the step
   u32 layer;
   u32 rotation; // first tile of the next stage that belongs to this SM
 
@@ -310,9 +310,7 @@ struct Control : Block {
 
   // What this SM makes in the stage is written: says so, and waits for the other SMs. Lane 0 releases
   // what all lanes wrote (ordered by __syncwarp) and what the consumers wrote (ordered by `done`).
-  // `next_gain`: weights of the norm that the next stage begins with, fetched meanwhile; the consumers
-  // have finished with the last ones.
-  __device__ __forceinline__ void cross(const u8* next_gain = nullptr, u32 gain_bytes = 0) {
+  __device__ __forceinline__ void cross() {
     if (second) {
       __syncwarp();
       if (lane_id() == 0) barrier_arrive(&shared.done);
@@ -322,22 +320,8 @@ struct Control : Block {
     done_parity ^= 1;
     __syncwarp();
     ++crossings;
-    const u32 lane = lane_id();
-    if (lane == 0) add_release(&sync().arrived, 1);
-    if (gain_bytes > 0) {
-#if __CUDA_ARCH__ >= 900
-      if (lane == 0) {
-        // Counted on `ready` beside the arrival that opens the stage.
-        barrier_expect(&shared.ready, gain_bytes);
-        bulk_copy(gain, next_gain, gain_bytes, &shared.ready);
-      }
-#else
-      for (u32 at = lane * 16; at < gain_bytes; at += LANES * 16) {
-        *reinterpret_cast<uint4*>(gain + at) = *reinterpret_cast<const uint4*>(next_gain + at);
-      }
-#endif
-    }
-    if (lane == 0) {
+    if (lane_id() == 0) {
+      add_release(&sync().arrived, 1);
       const u32 expected = crossings * gridDim.x;
       const u64 finished = args.trace ? global_timer() : 0;
       shared.waiting[CONTROL] = CONTROL_SMS;

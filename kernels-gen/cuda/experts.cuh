@@ -18,12 +18,12 @@
 //   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32; SCORING, RENORMALIZE,
 //                        FACTOR, correction(b) [EXPERTS] or null
 //   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight; of tiles of
-//                        several octets sum() where a row's sum lies, add_bias() and store()
+//                        several octets, or that prepare rows, sum() where a row's sum lies, add_bias() and store()
 // The generated text defines MAX_EXPERTS and MAX_SLOTS, the most that any layer has.
 //
 // The scores are the one product in float32: they decide who works. They are few, so that no weights stream for
 // them: an SM has an expert or none, and its weights are in registers before the rows are there. A stage R says:
-// K, EXPERTS, STRIDE, NORM, EPS; weights4(b, expert, column) four columns; bias(b) or null; input(b), out(b)
+// K, EXPERTS, STRIDE, NORM, gain(b), EPS, PREPARED, squares(b) (gemm.cuh); weights4(b, expert, column) four columns; bias(b) or null; input(b), out(b)
 // [rows][STRIDE].
 
 enum Scoring : u32 { SOFTMAX, CHOSEN_SOFTMAX, SIGMOID };
@@ -45,7 +45,7 @@ struct Routes {
 };
 static_assert(sizeof(Routes) <= ROUTES_BYTES);
 
-__device__ __forceinline__ Routes& routes_of(const Block& b) { return *reinterpret_cast<Routes*>(b.gain - ROUTES_BYTES); }
+__device__ __forceinline__ Routes& routes_of(const Block& b) { return *reinterpret_cast<Routes*>(b.scratch - ROUTES_BYTES); }
 
 // What an epilogue is told beside row and feature.
 struct Chosen {
@@ -56,20 +56,17 @@ struct Chosen {
 
 // ---- The scores ------------------------------------------------------------------------------
 
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (u32 x = LANES / 2; x > 0; x /= 2) v += __shfl_xor_sync(~0u, v, x);
-  return v;
-}
-
 template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   constexpr u32 ROUND = CONSUMER_THREADS * 4, ROUNDS = (R::K + ROUND - 1) / ROUND;
+  // Every thread's part of a row's product with an expert; behind the experts' the squares, if nobody prepared them.
+  typedef float Parts[STEP_ROWS][CONSUMER_THREADS];
+  constexpr u32 OWN = R::NORM && !R::PREPARED, FIT = (SCRATCH_BYTES - SCALE_BYTES) / sizeof(Parts) - OWN;
   // Experts of an SM at a time, and rows whose loads wait together.
-  constexpr u32 EACH = least((R::EXPERTS + 127) / 128, least(4, 24 / ROUNDS > 0 ? 24 / ROUNDS : 1));
+  constexpr u32 EACH = least(least((R::EXPERTS + 127) / 128, FIT), least(4, 24 / ROUNDS > 0 ? 24 / ROUNDS : 1));
   constexpr u32 TOGETHER = ROUNDS > 4 ? 2 : 4;
-  static_assert(EACH <= CONSUMERS);
+  static_assert(EACH > 0 && STEP_ROWS == CONSUMERS, "a warp a row");
   const u32 thread = anew(threadIdx.x), warp = thread / LANES, lane = thread % LANES, column = thread * 4;
-  float(&dots)[4][CONSUMERS][STEP_ROWS] = *reinterpret_cast<float(*)[4][CONSUMERS][STEP_ROWS]>(b.scratch);
+  Parts* const parts = reinterpret_cast<Parts*>(b.scratch);
   float4 w[EACH][ROUNDS];
   auto load_weights = [&](u32 first) {
 #pragma unroll
@@ -78,23 +75,26 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
 #pragma unroll
       for (u32 i = 0; i < ROUNDS; ++i) {
         w[e][i] = make_float4(0, 0, 0, 0);
-        if (expert < R::EXPERTS && column + i * ROUND < R::K) w[e][i] = R::weights4(b, expert, column + i * ROUND);
+        if (expert >= R::EXPERTS || column + i * ROUND >= R::K) continue;
+        w[e][i] = R::weights4(b, expert, column + i * ROUND);
+        if constexpr (R::NORM) w[e][i] = times(w[e][i], *reinterpret_cast<const float4*>(R::gain(b) + column + i * ROUND));
       }
     }
   };
+  auto whole = [&](const Parts& of) {
+    float sum = 0.f;
+#pragma unroll
+    for (u32 n = 0; n < CONSUMERS; ++n) sum += of[warp][n * LANES + lane];
+    return warp_sum(sum);
+  };
   load_weights(b.first_tile());
   b.wait_inputs();
+  Squares<R> squares = {};
+  if constexpr (R::PREPARED) {
+    if (warp < b.args.rows && b.first_tile() < R::EXPERTS) squares.load(b, warp);
+  }
 #pragma unroll 1
   for (u32 first = b.first_tile(); first < R::EXPERTS; first += EACH * gridDim.x) {
-    if (R::NORM) {
-#pragma unroll
-      for (u32 i = 0; i < ROUNDS; ++i) {
-        if (column + i * ROUND >= R::K) continue;
-        const float4 gain = *reinterpret_cast<const float4*>(b.gain + (column + i * ROUND) * 4);
-#pragma unroll
-        for (u32 e = 0; e < EACH; ++e) w[e][i] = times(w[e][i], gain);
-      }
-    }
 #pragma unroll 1
     for (u32 row = 0; row < b.args.rows; row += TOGETHER) {
       const float* x = R::input(b) + row * R::K + column;
@@ -112,32 +112,28 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
         float dot[EACH] = {}, square = 0.f;
 #pragma unroll
         for (u32 i = 0; i < ROUNDS; ++i) {
-          square = squares(square, v[r][i]);
+          if constexpr (OWN != 0) square = ::squares(square, v[r][i]);
 #pragma unroll
           for (u32 e = 0; e < EACH; ++e) {
             dot[e] = fmaf(v[r][i].w, w[e][i].w, fmaf(v[r][i].z, w[e][i].z, fmaf(v[r][i].y, w[e][i].y, fmaf(v[r][i].x, w[e][i].x, dot[e]))));
           }
         }
-        square = warp_sum(square);
-        if (lane == 0) b.shared.row_sums[1][warp][row + r] = square;
 #pragma unroll
-        for (u32 e = 0; e < EACH; ++e) {
-          dot[e] = warp_sum(dot[e]);
-          if (lane == 0) dots[e][warp][row + r] = dot[e];
-        }
+        for (u32 e = 0; e < EACH; ++e) parts[e][row + r][thread] = dot[e];
+        if constexpr (OWN != 0) parts[EACH][row + r][thread] = square;
       }
     }
     consumers_sync();
-    const u32 row = thread % STEP_ROWS, e = thread / STEP_ROWS, expert = first + e * gridDim.x;
-    if (row < b.args.rows && e < EACH && expert < R::EXPERTS) {
-      float dot = 0.f, square = 0.f;
-#pragma unroll
-      for (u32 n = 0; n < CONSUMERS; ++n) {
-        dot += dots[e][n][row];
-        square += b.shared.row_sums[1][n][row];
+    if (warp < b.args.rows) {
+      float scale = 1.f;
+      if constexpr (R::PREPARED) scale = squares.normalizer();
+      else if constexpr (R::NORM) scale = 1.f / sqrtf(whole(parts[EACH]) / (float)R::K + R::EPS);
+#pragma unroll 1
+      for (u32 e = 0; e < EACH && first + e * gridDim.x < R::EXPERTS; ++e) {
+        const u32 expert = first + e * gridDim.x;
+        const float dot = whole(parts[e]);
+        if (lane == 0) R::out(b)[warp * R::STRIDE + expert] = dot * scale + (R::bias(b) ? R::bias(b)[expert] : 0.f);
       }
-      if (R::NORM) dot *= 1.f / sqrtf(square / (float)R::K + R::EPS);
-      R::out(b)[row * R::STRIDE + expert] = dot + (R::bias(b) ? R::bias(b)[expert] : 0.f);
     }
     if (first + EACH * gridDim.x < R::EXPERTS) {
       load_weights(first + EACH * gridDim.x);
@@ -380,9 +376,19 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
     const Chosen chosen = chosen_by(number);
     typename S::Carry carry = {};
     if (chosen.slot != NO_SLOT) S::before(b, row, feature, chosen, carry);
+    // Behind its last expert a row is complete, whether it has chosen that one or not.
+    const bool last = S::PREPARES && number + 1 == count;
+    float2 gain = {}, whole = {};
+    if constexpr (S::PREPARES) {
+      if (last) gain = gain_ahead<S>(b, feature);
+      if (last && row < b.args.rows) whole = *S::sum(b, row, feature);
+    }
     float2 v[S::OPERANDS];
     add_sums<S>(b, lane, v);
     if (chosen.slot != NO_SLOT) S::finish(b, row, feature, chosen, v, carry);
+    if constexpr (S::PREPARES) {
+      if (last) prepare<S>(b, row < b.args.rows, row, feature, chosen.slot != NO_SLOT ? v[0] : whole, gain);
+    }
   };
   bool own = !b.second;
   if constexpr (S::FIRST) {
@@ -428,6 +434,10 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
 #pragma unroll
         for (u32 i = 0; i < EACH; ++i) {
           if (there(i)) S::store(b, row, feature(i), sum[i]);
+          if constexpr (S::PREPARES) {
+            const float2 gain = there(i) ? gain_ahead<S>(b, feature(i)) : make_float2(0, 0);
+            prepare<S>(b, there(i), row, feature(i), sum[i], gain);
+          }
         }
       }
     } else {

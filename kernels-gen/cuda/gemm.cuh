@@ -31,11 +31,14 @@
 //   OPERANDS, TILES      operands, and tiles of the stage
 //   TILE_OCTETS          octets of a tile, of each operand; several if they are short, and of experts only
 //   Input                F32, or the half type of the products
-//   NORM, EPS            whether x is normed first (gains lie in Block::gain)
+//   PREPARED             whether x is bf16 that its maker has prepared for a norm (prepared.cuh)
+//   squares(b)           then: [rows][K / 8, padded to four] f32
+//   NORM, gain(b), EPS   whether x is normed first, or was prepared for that; its gains
 //   LOGITS               whether its rows are those whose logits are wanted
-//   input(block)         x, [rows][K]
+//   input(block)         x, [rows][K]; prepared, K is padded to PREPARED_BLOCK
 //   partial(block)       of rows in parts: [TILES][OPERANDS][LANES] float2, sums of the parts before
 //   Carry, before(), finish()  the epilogue: what to load ahead, and what to do with a pair of results
+//   PREPARES             whether it prepares its results for a norm (prepared.cuh)
 
 __device__ __forceinline__ float silu_gate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
 // gpt-oss: the gate bounded from above, what it opens from both sides, and one added. NaN stays NaN, which
@@ -179,13 +182,15 @@ template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activa
   };
   a.scale = 1.f;
   if constexpr (S::HALF_INPUT) {
-    const u16* x = S::input(b) + (u64)source * S::K + column;
+    // Prepared rows have the pieces of a block set by set.
+    constexpr u32 ROW = S::PREPARED ? padded(S::K) : S::K, SET = S::PREPARED ? 32 : 8;
+    const u16* x = S::input(b) + (u64)source * ROW + (S::PREPARED ? warp * BLOCK + quarter * 8 : column);
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (u32 set = 0; set < Activations<S>::SETS; ++set) {
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (inside(first + i, set * 2)) v = load4(reinterpret_cast<const u32*>(x + (first + i) * STRIDE + set * 8));
+        if (inside(first + i, set * 2)) v = load4(reinterpret_cast<const u32*>(x + (first + i) * STRIDE + set * SET));
         a.pair[i][set][0] = v.x; a.pair[i][set][1] = v.y; a.pair[i][set][2] = v.z; a.pair[i][set][3] = v.w;
       }
     }
@@ -224,7 +229,7 @@ template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activa
   }
 }
 
-// The same of rows in float32, which may be normed. As the products want them, a lane would read pieces of 16 bytes
+// Rows in float32, which may be normed. As the products want them, a lane would read pieces of 16 bytes
 // all over the row, every team the same ones; so each row is read once, by a warp, as it lies, and handed out
 // as halves through shared memory, as many columns at a time as fit. Halves of a normed row have its gains, and
 // the products are multiplied by what normalizes it, which is known when all of the row has been seen. All
@@ -244,7 +249,7 @@ template <class S> __device__ __forceinline__ void share_rows(Consumer& b, Activ
   constexpr bool TWICE = (S::NORM && Slots<S>::PARTS > 1) || S::ROW_SCALE;
   const u32 lane = anew(lane_id()), own = anew(warp_id());
   const float* x = S::input(b) + (u64)source * S::K;
-  const float* gain = reinterpret_cast<const float*>(b.gain);
+  const float* gain = S::gain(b);
   float sum = 0.f, amax = 0.f;
   auto look = [&](u32 column) {
     float4 v = make_float4(0, 0, 0, 0);
@@ -308,6 +313,9 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
   const u32 source = S::LOGITS ? b.shared.logit_row[row] : row;
   if constexpr (S::HALF_INPUT) load_rows<S>(b, a, active, source, part);
   else share_rows<S>(b, a, active, source, part);
+  if constexpr (S::PREPARED) {
+    if (part == 0) scale_rows<S>(b);
+  }
 }
 
 // Four columns of a feature of octets of bfloat16, or of rows of float32, read where they lie.
@@ -432,8 +440,7 @@ template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b,
 #pragma unroll
   for (u32 octet = 0; octet < OCTETS; ++octet) {
     const float2 total = chains_total(upper[octet], lower[octet]);
-    const float unit = S::NORM ? W::UNIT * a.scale : W::UNIT;
-    sums[octet * T::WARPS + warp][lane] = make_float2(total.x * unit, total.y * unit);
+    sums[octet * T::WARPS + warp][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
   }
   b.pass_sums(Sums<S>::BUFFERS);
 }
@@ -531,7 +538,7 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
       b.release_slot(read, T::TEAMS);
     }
     if constexpr (!SCALED) total = chains_total(upper, lower);
-    if constexpr (S::ROW_SCALE || S::NORM) { total.x *= a.scale; total.y *= a.scale; }
+    if constexpr (S::ROW_SCALE || (S::NORM && !S::PREPARED)) { total.x *= a.scale; total.y *= a.scale; }
     sums[n * T::WARPS + warp][lane] = total;
     if constexpr (SCALED) {
       __syncwarp();  // all lanes have read the octet's scales
@@ -615,6 +622,11 @@ template <class S> __device__ __forceinline__ void add_sums(Control& b, u32 lane
       v[operand].y += more.y;
     }
   }
+  if constexpr (S::PREPARED) {
+    const float scale = b.shared.row_scale[lane / 4];
+#pragma unroll
+    for (u32 operand = 0; operand < S::OPERANDS; ++operand) { v[operand].x *= scale; v[operand].y *= scale; }
+  }
   b.pass_sums(Sums<S>::BUFFERS);
 }
 
@@ -653,7 +665,9 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
     if (!own) { pass_tile<S>(b); continue; }
     const u32 feature = tile * OCTET + 2 * (lane % 4);
     typename S::Carry carry = {};
+    float2 gain = {};
     if (active) S::before(b, row, feature, carry);
+    if constexpr (S::PREPARES) gain = gain_ahead<S>(b, feature);
     float2 old[S::OPERANDS] = {}, v[S::OPERANDS];
     if constexpr (Slots<S>::PARTS > 1) {
 #pragma unroll
@@ -665,6 +679,7 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
       for (u32 operand = 0; operand < S::OPERANDS; ++operand) { v[operand].x += old[operand].x; v[operand].y += old[operand].y; }
     }
     if (active) S::finish(b, row, feature, v, carry);
+    if constexpr (S::PREPARES) prepare<S>(b, active, row, feature, v[0], gain);
   }
   b.pass_tiles(tiles<S>(b));
 }

@@ -2,26 +2,43 @@
 
 // Rows of the packed embedding table by token id, to f32. A stage E says: BLOCKS, K, Weights, table(b),
 // out(b) [rows][K]; of block FP8 also SCALES and scales(b); REPLACED and replaced(b) [K], a token (none if
-// ~0) and what it has in place of its row.
+// ~0) and what it has in place of its row; PREPARES and what goes with it (gemm.cuh). A block of a row is a warp's.
 template <class E> __device__ __forceinline__ void embed(Consumer& b) {
+  constexpr u32 COLUMNS = E::Weights::BLOCK_COLUMNS, EACH = COLUMNS / LANES, OCTET_LANES = OCTET / EACH;
+  static_assert(EACH == 1 || EACH == 2);
   const u32 lane = lane_id();
   for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.args.rows * E::BLOCKS; n += gridDim.x * CONSUMERS) {
     const u32 row = n / E::BLOCKS, block = n % E::BLOCKS, token = b.shared.token[row];
+    const u32 column = block * COLUMNS + lane * EACH;
     const u8* from = E::table(b) + ((u64)(token / OCTET) * E::BLOCKS + block) * OCTET_BLOCK + token % OCTET * 64;
     const u16 word = reinterpret_cast<const u16*>(from)[lane];  // one half, or two codes
-    float* to = E::out(b) + (u64)row * E::K;
-    if (E::REPLACED != ~0u && token == E::REPLACED) {
-      constexpr u32 COLUMNS = E::Weights::BLOCK_COLUMNS;
-      for (u32 column = block * COLUMNS + lane; column < block * COLUMNS + COLUMNS && column < E::K; column += LANES) to[column] = E::replaced(b)[column];
-      continue;
+    float v[EACH] = {};
+    if (column < E::K) {
+      if (E::REPLACED != ~0u && token == E::REPLACED) {
+#pragma unroll
+        for (u32 i = 0; i < EACH; ++i) v[i] = E::replaced(b)[column + i];
+      } else if constexpr (EACH == 2) {
+        const u32 pair = E::Weights::template pair<0>(word);
+        const float scale = E::scales(b)[(u64)(token / OCTET) * E::SCALES + block / 2] * E::Weights::UNIT;
+        v[0] = Bf16::low(pair) * scale;
+        v[1] = Bf16::high(pair) * scale;
+      } else {
+        v[0] = widen<typename E::Weights>(word);
+      }
+#pragma unroll
+      for (u32 i = 0; i < EACH; ++i) E::out(b)[(u64)row * E::K + column + i] = v[i];
     }
-    if constexpr (E::Weights::BLOCK_COLUMNS == 64) {
-      const u32 column = block * 64 + lane * 2, pair = E::Weights::template pair<0>(word);
-      const float scale = E::scales(b)[(u64)(token / OCTET) * E::SCALES + block / 2] * E::Weights::UNIT;
-      if (column < E::K) *reinterpret_cast<float2*>(to + column) = make_float2(Bf16::low(pair) * scale, Bf16::high(pair) * scale);
-    } else {
-      const u32 column = block * 32 + lane;
-      if (column < E::K) to[column] = widen<typename E::Weights>(word);
+    if constexpr (E::PREPARES) {
+      float square = 0.f;
+#pragma unroll
+      for (u32 i = 0; i < EACH; ++i) square = fmaf(v[i], v[i], square);
+#pragma unroll
+      for (u32 x = 1; x < OCTET_LANES; x *= 2) square += __shfl_xor_sync(~0u, square, x);
+      if (column >= E::K) continue;
+      u16* to = E::halves(b) + row * padded(E::K) + prepared_place(column, STAGE_ORDER[b.number]);
+#pragma unroll
+      for (u32 i = 0; i < EACH; ++i) to[i] = narrow<Bf16>(v[i] * E::next_gain(b)[column + i]);
+      if (column % OCTET == 0) E::next_squares(b)[row * padded_squares(E::K) + column / OCTET] = square;
     }
   }
   b.finish_stage();

@@ -22,7 +22,10 @@ pub const FORMATS: Header = Header { name: "formats.cuh", text: include_str!("..
 /// Roles, barriers, crossings. Behind the constants that size a block.
 pub const BLOCK: Header = Header { name: "block.cuh", text: include_str!("../cuda/block.cuh") };
 
-/// Rows times streamed weights.
+/// Rows on their way from a maker to the products behind a norm. Behind the tables of the step.
+pub const PREPARED: Header = Header { name: "prepared.cuh", text: include_str!("../cuda/prepared.cuh") };
+
+/// Rows times streamed weights. Behind [`PREPARED`].
 pub const GEMM: Header = Header { name: "gemm.cuh", text: include_str!("../cuda/gemm.cuh") };
 
 /// Products with the experts that a step's rows choose. Behind [`GEMM`].
@@ -59,8 +62,7 @@ const MAX_SLOTS: usize = 14;
 /// Least slots with which loads and products still overlap.
 const MIN_SLOTS: usize = 3;
 
-/// How a block's shared memory is used, in bytes from its start: barriers and rows, gains, scratch,
-/// the ring.
+/// How a block's shared memory is used, in bytes from its start: barriers and rows, scratch, the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharedLayout {
     /// Slots of the ring.
@@ -69,8 +71,6 @@ pub struct SharedLayout {
     pub slot: usize,
     /// Bytes for barriers and what the roles tell each other.
     pub fixed: usize,
-    /// Bytes for the gains of a norm.
-    pub gain: usize,
     /// Bytes for sums of tiles, or attention's work.
     pub scratch: usize,
 }
@@ -78,8 +78,6 @@ pub struct SharedLayout {
 /// Sizes that decide the use of shared memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SharedNeeds {
-    /// Columns of the widest norm.
-    pub norm_columns: usize,
     /// Columns of the longest row in float32 that a product reads.
     pub row_columns: usize,
     /// Octets of the largest tile: 2 with gated pairs.
@@ -96,6 +94,8 @@ pub struct SharedNeeds {
     pub experts: usize,
     /// Most experts of a row.
     pub top_k: usize,
+    /// Most numbers that a router adds up for each row at a time: an expert's score each, and its squares.
+    pub scores: usize,
 }
 
 impl SharedNeeds {
@@ -135,6 +135,12 @@ impl SharedNeeds {
         8 * (2 * if row_columns < columns { row_columns } else { columns } + 64)
     }
 
+    /// Bytes of a router's sums, a part of every consumer thread's; a few at a time.
+    pub const fn scored(&self) -> usize {
+        let most = if self.scores < 4 { self.scores } else { 4 };
+        most * 8 * CONSUMERS * 32 * 4
+    }
+
     /// Bytes of a slot of the ring: what the copy engine moves at once, and four blocks for each consumer.
     pub const fn slot(&self) -> usize {
         if self.mxfp4 { SLOT_BYTES + SLOT_BYTES / 16 } else { SLOT_BYTES }
@@ -149,20 +155,20 @@ impl SharedNeeds {
     /// The layout within `available` bytes, or `None` if too little is left for a ring.
     pub fn layout(&self, available: usize) -> Option<SharedLayout> {
         let fixed = 2048 + self.routes();
-        let gain = (self.norm_columns * 4).next_multiple_of(128);
         let columns = if available >= 128 << 10 { 2048 } else { 1024 };
-        let work = self.attention().max(self.sums()).max(self.rows(columns)).max(SAMPLE_BYTES);
+        let work =
+            self.attention().max(self.sums()).max(self.rows(columns)).max(self.scored()).max(SAMPLE_BYTES);
         let scratch = work.next_multiple_of(128) + self.scales();
-        let slots = available.checked_sub(fixed + gain + scratch)? / self.slot();
+        let slots = available.checked_sub(fixed + scratch)? / self.slot();
         let slots = slots.min(MAX_SLOTS);
-        (slots >= MIN_SLOTS).then_some(SharedLayout { slots, slot: self.slot(), fixed, gain, scratch })
+        (slots >= MIN_SLOTS).then_some(SharedLayout { slots, slot: self.slot(), fixed, scratch })
     }
 }
 
 impl SharedLayout {
     /// Bytes in all.
     pub const fn bytes(&self) -> usize {
-        self.fixed + self.gain + self.scratch + self.slots * self.slot
+        self.fixed + self.scratch + self.slots * self.slot
     }
 }
 
@@ -226,14 +232,7 @@ mod tests {
 
     #[test]
     fn a_block_of_hopper_holds_a_deep_ring() {
-        let needs = SharedNeeds {
-            norm_columns: 4096,
-            operands: 2,
-            scaled: false,
-            qk: 128,
-            v: 128,
-            ..SharedNeeds::default()
-        };
+        let needs = SharedNeeds { operands: 2, scaled: false, qk: 128, v: 128, ..SharedNeeds::default() };
         let layout = needs.layout(227 << 10).unwrap();
         assert!(layout.slots >= 10, "{layout:?}");
         assert!(layout.bytes() <= 227 << 10);

@@ -9,13 +9,13 @@ use tilec_ir::launch::{KERNEL, SYNC_BYTES};
 use tilec_ir::octet::octet_blocks;
 use tilec_ir::pack::FP8_COLUMNS;
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Context, Epilogue, Experts, Gemm, Kind, PART_COLUMNS, Replaced, ResidentProgram,
-    Route, SPAN, Scores, Stage, Taps,
+    Attention, Bias, CHUNK, Context, Epilogue, Experts, Gemm, Kind, Norm, PART_COLUMNS, Prepared, Reader,
+    Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps,
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PTX, SAMPLE, STEP, SharedLayout,
-    SharedNeeds,
+    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PREPARED, PTX, SAMPLE, STEP,
+    SharedLayout, SharedNeeds,
 };
 
 use crate::nvrtc::Arch;
@@ -47,15 +47,13 @@ pub enum CudaError {
     },
     /// Shared memory is too small.
     #[error(
-        "{arch} has {available} bytes of shared memory for a block, too little for a ring beside norms of {norm_columns} columns and heads of {heads}"
+        "{arch} has {available} bytes of shared memory for a block, too little for a ring beside heads of {heads} columns"
     )]
     Shared {
         /// The architecture.
         arch: &'static str,
         /// Its bytes.
         available: usize,
-        /// Columns of the widest norm.
-        norm_columns: usize,
         /// Columns of a head.
         heads: usize,
     },
@@ -87,12 +85,8 @@ const fn shared_available(arch: Arch) -> usize {
 pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError> {
     let needs = needs(program);
     let available = shared_available(arch);
-    let shared = needs.layout(available).ok_or(CudaError::Shared {
-        arch: arch.name(),
-        available,
-        norm_columns: needs.norm_columns,
-        heads: needs.qk,
-    })?;
+    let shared =
+        needs.layout(available).ok_or(CudaError::Shared { arch: arch.name(), available, heads: needs.qk })?;
     // A counter for each span of eight heads of a row that share a KV head, and one for their spans.
     let stages = program.sequence().into_iter().map(|(_, _, stage)| match &stage.kind {
         Kind::Attention(attention) => {
@@ -111,13 +105,16 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
             return Err(CudaError::Columns { stage: name, k: gemm.k });
         }
     }
+    // A verified program has readers.
+    let readers = program.readers().unwrap_or_default();
     let (merged, windows) = merge_windows(program);
     let program = &merged;
-    let mut out = Writer { text: String::new(), program, windows };
+    let mut out = Writer { text: String::new(), program, windows, readers };
     out.head(&shared, &needs);
     out.tables();
     out.order();
     out.header(&ATTENTION);
+    out.header(&PREPARED);
     out.header(&GEMM);
     if needs.experts > 0 {
         out.header(&EXPERTS);
@@ -190,8 +187,9 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
                 needs.row_columns = needs.row_columns.max(gemm.k);
             }
         }
-        if let Some((_, k)) = stage.kind.norm() {
-            needs.norm_columns = needs.norm_columns.max(k);
+        if let Kind::Scores(scores) = &stage.kind {
+            let squares = usize::from(scores.norm.is_some() && scores.squares.is_none());
+            needs.scores = needs.scores.max(scores.experts.div_ceil(128) + squares);
         }
         if let Kind::Experts(experts) = &stage.kind {
             needs.experts = needs.experts.max(experts.experts);
@@ -206,6 +204,8 @@ struct Writer<'p> {
     program: &'p ResidentProgram,
     /// Windows of the layers, where one body has several.
     windows: Vec<u32>,
+    /// Who reads what the stages of the step prepare.
+    readers: Vec<Reader>,
 }
 
 /// A line of the text; `writeln!` to a string cannot fail.
@@ -252,7 +252,6 @@ impl<'p> Writer<'p> {
         line!(self, "constexpr u32 SLOT_BYTES = {};", shared.slot);
         line!(self, "constexpr u32 RING_SLOTS = {};", shared.slots);
         line!(self, "constexpr u32 FIXED_BYTES = {};", shared.fixed);
-        line!(self, "constexpr u32 GAIN_BYTES = {};", shared.gain);
         line!(self, "constexpr u32 SCRATCH_BYTES = {};", shared.scratch);
         line!(self, "constexpr u32 SUM_BYTES = {};  // of these, at most", needs.sums());
         line!(self, "constexpr u32 SCALE_BYTES = {};  // of these, at the end", needs.scales());
@@ -325,13 +324,24 @@ impl<'p> Writer<'p> {
         line!(self, "__constant__ u16 STAGE_KIND[STAGES] = {{{kinds}}};");
         let layers = list(sequence.iter().map(|(_, layer)| layer.unwrap_or(0)).collect());
         line!(self, "__constant__ u16 STAGE_LAYER[STAGES] = {{{layers}}};");
+        if self.readers.iter().any(|reader| *reader != Reader::default()) {
+            line!(
+                self,
+                "// Of stages that prepare rows: byte offset of the gains, and the order of the pieces."
+            );
+            let gains: Vec<String> =
+                self.readers.iter().map(|reader| format!("{:#x}", reader.gain)).collect();
+            line!(self, "__constant__ u64 STAGE_GAIN[STAGES] = {{{}}};", gains.join(", "));
+        }
+        let orders = list(self.readers.iter().map(|reader| reader.order as usize).collect());
+        line!(self, "__constant__ u8 STAGE_ORDER[STAGES] = {{{orders}}};");
     }
 
     fn stage(&mut self, prefix: &str, stage: &Stage) {
         line!(self);
         let name = type_name(prefix, &stage.name);
         match &stage.kind {
-            Kind::Embed { table, format, scales, vocab, k, replaced, output } => {
+            Kind::Embed { table, format, scales, vocab, k, replaced, output, prepares } => {
                 line!(self, "// {}: a row of {vocab} x {k} {format} for each token.", stage.name);
                 line!(self, "struct {name} {{");
                 line!(self, "  using Weights = {};", weights_type(*format));
@@ -350,6 +360,7 @@ impl<'p> Writer<'p> {
                 self.function("const float*", "replaced", "const Block& b", &vector);
                 let out = self.buffer(*output);
                 self.function("float*", "out", "const Block& b", &format!("return {out};"));
+                self.prepares(*prepares);
                 line!(self, "}};");
             }
             Kind::Taps { output } => {
@@ -423,8 +434,9 @@ impl<'p> Writer<'p> {
         let logits = gemm.epilogue == Epilogue::Logits;
         line!(
             self,
-            "  static constexpr bool NORM = {}, HALF_INPUT = {half}, ROW_SCALE = {}, LOGITS = {logits};",
+            "  static constexpr bool NORM = {}, PREPARED = {}, HALF_INPUT = {half}, ROW_SCALE = {}, LOGITS = {logits};",
             gemm.norm.is_some(),
+            gemm.prepared.is_some(),
             gemm.format == Format::F16
         );
         line!(self, "  static constexpr float EPS = {};", float(gemm.norm.map_or(0.0, |norm| norm.eps)));
@@ -434,10 +446,37 @@ impl<'p> Writer<'p> {
         let input = self.buffer(gemm.input);
         let elem = if half { "u16" } else { "float" };
         self.function(&format!("const {elem}*"), "input", "const Block& b", &format!("return {input};"));
+        match gemm.prepared {
+            Some(prepared) => {
+                let squares = format!("return {};", self.buffer(prepared.squares));
+                self.function("const float*", "squares", "const Block& b", &squares);
+            }
+            None => self.gain(gemm.norm),
+        }
         let partial = gemm
             .partial
             .map_or("nullptr".into(), |id| format!("reinterpret_cast<float2*>({})", self.buffer(id)));
         self.function("float2*", "partial", "const Block& b", &format!("return {partial};"));
+    }
+
+    /// The gains of a norm that a stage sees to itself.
+    fn gain(&mut self, norm: Option<Norm>) {
+        let gain = norm.map_or("nullptr".into(), |norm| {
+            format!("reinterpret_cast<const float*>({})", self.weight(norm.gain))
+        });
+        self.function("const float*", "gain", "const Block& b", &format!("return {gain};"));
+    }
+
+    /// What a stage prepares for a norm.
+    fn prepares(&mut self, prepares: Option<Prepared>) {
+        line!(self, "  static constexpr bool PREPARES = {};", prepares.is_some());
+        if let Some(Prepared { halves, squares }) = prepares {
+            let (halves, squares) = (self.buffer(halves), self.buffer(squares));
+            self.function("u16*", "halves", "const Block& b", &format!("return {halves};"));
+            self.function("float*", "next_squares", "const Block& b", &format!("return {squares};"));
+            let gain = "return reinterpret_cast<const float*>(b.args.weights + STAGE_GAIN[b.number]);";
+            self.function("const float*", "next_gain", "const Block& b", gain);
+        }
     }
 
     /// The scores of a router.
@@ -448,7 +487,8 @@ impl<'p> Writer<'p> {
         line!(self, "struct {name} {{");
         let stride = self.program.buffer(scores.output).cols;
         line!(self, "  static constexpr u32 K = {k}, EXPERTS = {experts}, STRIDE = {stride};");
-        line!(self, "  static constexpr bool NORM = {};", scores.norm.is_some());
+        let (norm, prepared) = (scores.norm.is_some(), scores.squares.is_some());
+        line!(self, "  static constexpr bool NORM = {norm}, PREPARED = {prepared};");
         line!(self, "  static constexpr float EPS = {};", float(scores.norm.map_or(0.0, |norm| norm.eps)));
         let weights = self.weight(scores.weights);
         let weights = match *format {
@@ -460,6 +500,11 @@ impl<'p> Writer<'p> {
                 "return *reinterpret_cast<const float4*>({weights} + ((u64)expert * K + column) * 4);"
             ),
         };
+        self.gain(scores.norm);
+        if let Some(squares) = scores.squares {
+            let squares = format!("return {};", self.buffer(squares));
+            self.function("const float*", "squares", "const Block& b", &squares);
+        }
         self.function("float4", "weights4", "const Block& b, u32 expert, u32 column", &weights);
         let bias = scores.bias.map_or("nullptr".into(), |slot| {
             format!("reinterpret_cast<const float*>({})", self.weight(slot))
@@ -508,7 +553,7 @@ impl<'p> Writer<'p> {
             line!(self, "  using Route = {routes};");
         }
         self.epilogue(gemm, Some(experts));
-        if octets > 1 {
+        if octets > 1 || gemm.prepares.is_some() {
             self.sums_of_octets(gemm);
         }
         line!(self, "}};");
@@ -614,6 +659,7 @@ impl<'p> Writer<'p> {
                 });
             }
         }
+        self.prepares(gemm.prepares);
         let guard =
             if cols.is_multiple_of(8) { String::new() } else { format!("if (feature >= {cols}) return; ") };
         line!(self, "  struct Carry {{ {} }};", carried.join(" "));
@@ -786,10 +832,8 @@ impl<'p> Writer<'p> {
             Kind::Taps { .. } => format!("take_taps<{name}>(b);"),
             Kind::Context(_) => format!("cache_context<{name}>(b);"),
         });
-        self.gains();
         let open = "if (n > 0) b.open_stage();  // the first with the step";
-        let cross = "const Gain next = gain_of(b, n + 1);\n    b.cross(next.from, next.bytes);";
-        self.role("void control_step(Control& b)", open, "", cross, |name, kind| match kind {
+        self.role("void control_step(Control& b)", open, "", "b.cross();", |name, kind| match kind {
             Kind::Embed { .. } | Kind::Taps { .. } | Kind::Context(_) => String::new(),
             Kind::Gemm(gemm) if gemm.epilogue == Epilogue::Logits => {
                 format!("finish<{name}>(b); offer_best(b);")
@@ -799,26 +843,6 @@ impl<'p> Writer<'p> {
             Kind::Experts(_) => format!("finish_experts<{name}>(b);"),
             Kind::Attention(_) => String::new(),
         });
-    }
-
-    /// The gains of the norm that a stage begins with.
-    fn gains(&mut self) {
-        line!(self, "\n// Gains of the norm that the stage of this number begins with.");
-        line!(self, "struct Gain {{ const u8* from; u32 bytes; }};");
-        line!(self, "__device__ __forceinline__ Gain gain_of(const Control& c, u32 number) {{");
-        line!(self, "  if (number >= STAGES) return {{nullptr, 0}};");
-        line!(self, "  Block b = c;");
-        line!(self, "  b.layer = STAGE_LAYER[number];");
-        line!(self, "  switch (STAGE_KIND[number]) {{");
-        for (number, (_, stage)) in self.kinds().into_iter().enumerate() {
-            if let Some((norm, k)) = stage.kind.norm() {
-                let gain = self.weight(norm.gain);
-                line!(self, "  case {number}: return {{{gain}, {}}};", k * 4);
-            }
-        }
-        line!(self, "  default: return {{nullptr, 0}};");
-        line!(self, "  }}");
-        line!(self, "}}");
     }
 
     /// The kinds of stages, in the order of their numbers, with the prefix of their names.
@@ -840,6 +864,7 @@ impl<'p> Writer<'p> {
         line!(self, "\n__device__ __forceinline__ {signature} {{");
         line!(self, "#pragma unroll 1");
         line!(self, "  for (u32 n = 0; n < STAGES; ++n) {{");
+        line!(self, "    b.number = n;");
         line!(self, "    b.layer = STAGE_LAYER[n];");
         if !front.is_empty() {
             line!(self, "    {front}");
@@ -873,7 +898,7 @@ impl<'p> Writer<'p> {
         let (routes_bytes, routed, report) = match experts {
             true => (
                 " - ROUTES_BYTES",
-                "\n    Routes& routes = *reinterpret_cast<Routes*>(gain - ROUTES_BYTES);\
+                "\n    Routes& routes = *reinterpret_cast<Routes*>(scratch - ROUTES_BYTES);\
                  \n    barrier_init(&routes.routed, CONSUMERS);\
                  \n    routes.total = 0;",
                 "\n      report_experts(b);",
@@ -898,8 +923,7 @@ impl<'p> Writer<'p> {
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __grid_constant__ LaunchArgs args) {{
   u8* const memory = shared_memory();
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  u8* const gain = memory + FIXED_BYTES;
-  u8* const scratch = gain + GAIN_BYTES;
+  u8* const scratch = memory + FIXED_BYTES;
   u8* const ring = scratch + SCRATCH_BYTES;
   if (threadIdx.x == 0) {{
     for (u32 i = 0; i < RING_SLOTS; ++i) {{
@@ -920,7 +944,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
     barriers_visible();
   }}
   __syncthreads();
-  const Block block = {{args, shared, ring, gain, scratch, 0, 0, blockIdx.x}};
+  const Block block = {{args, shared, ring, scratch, 0, 0, 0, blockIdx.x}};
   if (warp_id() < CONSUMERS) {{
     registers_up<CONSUMER_REGISTERS>();
     Consumer b(block);

@@ -80,6 +80,7 @@ pub(super) fn stages(lowering: &mut Lowering<'_>) -> Result<Vec<Stage>, TileErro
         kind: Kind::Gemm(Gemm {
             input,
             norm,
+            prepared: None,
             select: false,
             weights,
             format,
@@ -90,6 +91,7 @@ pub(super) fn stages(lowering: &mut Lowering<'_>) -> Result<Vec<Stage>, TileErro
             bias,
             epilogue: Epilogue::Store,
             output,
+            prepares: None,
             tap: false,
             partial: lowering.partial(k, each * layers.len(), 1),
         }),

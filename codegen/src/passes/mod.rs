@@ -4,6 +4,7 @@ pub mod fuse;
 mod inject;
 pub mod packer;
 pub mod precision;
+mod prepare;
 pub mod resident;
 pub mod schedule;
 pub mod shard;

@@ -16,6 +16,7 @@ use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
 
 use super::inject;
 use super::packer::Packer;
+use super::prepare;
 use super::tile::{TileError, expert_rows, kv_layout, layerless, segments_of, vector_content};
 
 /// Weights start on lines of this many bytes: an L2 line pair, and more than a bulk copy needs.
@@ -150,6 +151,7 @@ pub fn resident_with(
     }
     program.vocab = vocab.unwrap_or(0);
     lowering.set_taps(&mut program)?;
+    prepare::rows(&mut lowering, &mut program);
     program.buffers = lowering.buffers;
     program.packing = lowering.packer.packing.clone();
     program.verify().map_err(|defect| whole(defect.to_string()))?;
@@ -333,7 +335,16 @@ impl Lowering<'_> {
             replaced = Some(Replaced { token: *token, vector });
             self.of_value.insert(*masked, output);
         }
-        Ok(Kind::Embed { table, format, scales, vocab: info.shape[0], k: *cols, replaced, output })
+        Ok(Kind::Embed {
+            table,
+            format,
+            scales,
+            vocab: info.shape[0],
+            k: *cols,
+            replaced,
+            output,
+            prepares: None,
+        })
     }
 
     fn rows(&mut self, op: &FusedOp, source: ValueId) -> Result<(), TileError> {
@@ -420,6 +431,7 @@ impl Lowering<'_> {
         Ok(Kind::Gemm(Gemm {
             input,
             norm,
+            prepared: None,
             select,
             weights,
             format,
@@ -429,6 +441,7 @@ impl Lowering<'_> {
             bias,
             epilogue,
             output,
+            prepares: None,
             cols,
             tap: false,
             partial,
@@ -569,7 +582,7 @@ impl Lowering<'_> {
         };
         let weights = self.packer.slot(content, offsets.as_mut());
         let output = self.half_buffer("scores", value, experts.next_multiple_of(OCTET));
-        Ok(Kind::Scores(Scores { input, norm, weights, format, bias, experts, k, output }))
+        Ok(Kind::Scores(Scores { input, norm, squares: None, weights, format, bias, experts, k, output }))
     }
 
     /// Notes how experts are chosen, for the first stage that needs to know.
@@ -661,6 +674,7 @@ impl Lowering<'_> {
         let gemm = Gemm {
             input: buffer,
             norm,
+            prepared: None,
             select: false,
             weights,
             format,
@@ -670,6 +684,7 @@ impl Lowering<'_> {
             bias,
             epilogue,
             output,
+            prepares: None,
             cols,
             tap: false,
             partial: None,

@@ -1,0 +1,103 @@
+//! Rows that products read behind a norm are prepared by whoever makes them.
+//!
+//! Left to the readers, every SM would read whole rows in float32, multiply them with the gains, add up their
+//! squares and round them, in front of its first product and once for every stage. The maker has a row's values in
+//! registers anyway: it leaves them as bf16 times the gains, and the squares of an octet as one number. A
+//! reader's consumers then load halves as they are.
+//!
+//! Products in f16 keep doing it for themselves: their rows are scaled by their largest value first, which no
+//! maker of a part of a row knows.
+
+use super::resident::Lowering;
+use tilec_ir::format::Format;
+use tilec_ir::launch::OCTET;
+use tilec_ir::resident::{Epilogue, Gemm, Kind, PREPARED_BLOCK, Prepared, ResidentProgram, Stage};
+use tilec_ir::stages::{BufferElem, BufferId};
+
+/// Prepares the rows of every buffer whose makers can.
+pub(super) fn rows(lowering: &mut Lowering<'_>, program: &mut ResidentProgram) {
+    let behind_norm = stages(program).filter_map(|stage| stage.kind.gemm()).filter(|gemm| wants(gemm));
+    let mut sources: Vec<BufferId> = behind_norm.map(|gemm| gemm.input).collect();
+    sources.sort_unstable();
+    sources.dedup();
+    for source in sources {
+        let (name, cols) = {
+            let buffer = &lowering.buffers[source.0 as usize];
+            (buffer.name.clone(), buffer.cols)
+        };
+        if !stages(program).filter(|stage| output(&stage.kind) == Some(source)).all(|stage| can(&stage.kind))
+        {
+            continue;
+        }
+        let halves = cols.next_multiple_of(PREPARED_BLOCK);
+        let squares = (cols / OCTET).next_multiple_of(4);
+        let prepared = Prepared {
+            halves: lowering.buffer(&format!("{name}.halves"), BufferElem::Bf16, halves),
+            squares: lowering.buffer(&format!("{name}.squares"), BufferElem::F32, squares),
+        };
+        let mut changed = program.clone();
+        changed.buffers.clone_from(&lowering.buffers);
+        for stage in stages_mut(&mut changed) {
+            prepare(stage, source, prepared);
+        }
+        // Two norms of the same rows would need two preparations.
+        if changed.readers().is_ok() {
+            *program = changed;
+        }
+    }
+}
+
+fn prepare(stage: &mut Stage, source: BufferId, prepared: Prepared) {
+    let makes = output(&stage.kind) == Some(source);
+    match &mut stage.kind {
+        Kind::Embed { prepares, .. } if makes => *prepares = Some(prepared),
+        // A router reads the rows in float32, but does not have to look at them twice.
+        Kind::Scores(scores) if scores.input == source && scores.norm.is_some() => {
+            scores.squares = Some(prepared.squares);
+        }
+        Kind::Gemm(gemm) | Kind::Experts(tilec_ir::resident::Experts { gemm, .. }) => {
+            if makes {
+                gemm.prepares = Some(prepared);
+            }
+            if gemm.input == source && wants(gemm) {
+                gemm.input = prepared.halves;
+                gemm.prepared = Some(prepared);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Whether a product would read prepared rows.
+fn wants(gemm: &Gemm) -> bool {
+    gemm.norm.is_some() && gemm.format != Format::F16 && gemm.prepared.is_none()
+}
+
+/// What a stage writes.
+fn output(kind: &Kind) -> Option<BufferId> {
+    match kind {
+        Kind::Embed { output, .. } | Kind::Taps { output } => Some(*output),
+        Kind::Scores(scores) => Some(scores.output),
+        Kind::Attention(attention) => Some(attention.output),
+        Kind::Context(_) => None,
+        kind => kind.gemm().filter(|gemm| gemm.epilogue != Epilogue::Logits).map(|gemm| gemm.output),
+    }
+}
+
+/// Whether a stage has the values of its output in registers, octet by octet.
+fn can(kind: &Kind) -> bool {
+    match kind {
+        Kind::Embed { .. } => true,
+        Kind::Gemm(gemm) => matches!(gemm.epilogue, Epilogue::Store | Epilogue::Residual),
+        Kind::Experts(experts) => experts.gemm.epilogue == Epilogue::Residual,
+        _ => false,
+    }
+}
+
+fn stages(program: &ResidentProgram) -> impl Iterator<Item = &Stage> {
+    program.before.iter().chain(program.bodies.iter().flatten()).chain(&program.after)
+}
+
+fn stages_mut(program: &mut ResidentProgram) -> impl Iterator<Item = &mut Stage> {
+    program.before.iter_mut().chain(program.bodies.iter_mut().flatten()).chain(&mut program.after)
+}

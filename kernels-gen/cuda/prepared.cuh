@@ -1,0 +1,83 @@
+// Prepared rows: what stands for a norm between the stage that makes a row and the one that multiplies it.
+//
+// The maker has the row's values in registers: it leaves them times the norm's gains as bf16, in the order in which
+// the reader's lanes want them, and of each octet the sum of its squares. So the reader's consumers load what
+// their products take, and a warp a row adds up a few hundred squares meanwhile; control multiplies the sums by
+// what normalizes the row. The order of the squares' sum is fixed by the row's length alone.
+//
+// A maker M says: COLS, halves(b) [rows][COLS, padded] bf16, next_squares(b) [rows][octets, padded] f32,
+// next_gain(b) [COLS] f32. A reader says: K, EPS, LOGITS, squares(b). The generated text has STAGE_ORDER and, for
+// next_gain, STAGE_GAIN: who reads next differs from layer to layer.
+
+constexpr u32 PREPARED_BLOCK = 128;  // columns of the longest block of weights
+__device__ __forceinline__ constexpr u32 padded(u32 columns) { return (columns + PREPARED_BLOCK - 1) / PREPARED_BLOCK * PREPARED_BLOCK; }
+// Squares of a row: one an octet, padded to what a load has.
+__device__ __forceinline__ constexpr u32 padded_squares(u32 columns) { return (columns / OCTET + 3) / 4 * 4; }
+
+// Where a column lies. The reader's blocks have 32 << order columns, its lanes 8 << order of them: the pieces of 8
+// come set by set, so that what a warp loads at a time lies side by side.
+__device__ __forceinline__ u32 prepared_place(u32 column, u32 order) {
+  const u32 piece = column / 8, set = piece & ((1u << order) - 1), quarter = piece >> order & 3;
+  return (column & ~((32u << order) - 1)) + (set * 4 + quarter) * 8 + column % 8;
+}
+
+// A pair of results, `v` in the columns `feature` and the next, times the gains of the norm; the squares of an
+// octet. A lane in four has a pair of the same octet. The whole warp, some of whose rows may not be there.
+template <class S> __device__ __forceinline__ void prepare(const Block& b, bool there, u32 row, u32 feature, float2 v, float2 gain) {
+  float square = there ? fmaf(v.y, v.y, v.x * v.x) : 0.f;
+  square += __shfl_xor_sync(~0u, square, 1);
+  square += __shfl_xor_sync(~0u, square, 2);
+  if (!there) return;
+  const u32 place = prepared_place(feature, STAGE_ORDER[b.number]);
+  *reinterpret_cast<u32*>(S::halves(b) + row * padded(S::COLS) + place) = Bf16::pack(v.x * gain.x, v.y * gain.y);
+  if (feature % OCTET == 0) S::next_squares(b)[row * padded_squares(S::COLS) + feature / OCTET] = square;
+}
+template <class S> __device__ __forceinline__ float2 gain_ahead(const Block& b, u32 feature) {
+  return *reinterpret_cast<const float2*>(S::next_gain(b) + feature);
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (u32 x = LANES / 2; x > 0; x /= 2) v += __shfl_xor_sync(~0u, v, x);
+  return v;
+}
+
+// The squares of a row, by a warp: all are asked for at once, and added up in the order of the lanes.
+template <class S> struct Squares {
+  static constexpr u32 OCTETS = S::K / OCTET, LOADS = (OCTETS + LANES * 4 - 1) / (LANES * 4);
+  float4 v[LOADS];
+
+  __device__ __forceinline__ void load(const Block& b, u32 row) {
+    const float* squares = S::squares(b) + row * padded_squares(S::K);
+#pragma unroll
+    for (u32 n = 0; n < LOADS; ++n) {
+      const u32 at = (n * LANES + anew(lane_id())) * 4;
+      v[n] = make_float4(0, 0, 0, 0);
+      if (at < OCTETS) v[n] = load4(squares + at);
+      if (OCTETS % 4 != 0 && at + 4 > OCTETS) {  // behind the row
+        if (at + 1 >= OCTETS) v[n].y = 0.f;
+        if (at + 2 >= OCTETS) v[n].z = 0.f;
+        v[n].w = 0.f;
+      }
+    }
+  }
+  // What the row is multiplied by to be normed.
+  __device__ __forceinline__ float normalizer() const {
+    float sum = 0.f;
+#pragma unroll
+    for (u32 n = 0; n < LOADS; ++n) sum += (v[n].x + v[n].y) + (v[n].z + v[n].w);
+    return 1.f / sqrtf(warp_sum(sum) / (float)S::K + S::EPS);
+  }
+};
+
+// What normalizes the rows, a warp each, for control. It reads them behind a tile's sums: every consumer arrives
+// there behind this.
+template <class S> __device__ __forceinline__ void scale_rows(Consumer& b) {
+  static_assert(CONSUMERS == STEP_ROWS, "a warp a row");
+  const u32 own = anew(warp_id());
+  if (own >= (S::LOGITS ? b.args.logit_rows : b.args.rows)) return;
+  Squares<S> squares;
+  squares.load(b, S::LOGITS ? b.shared.logit_row[own] : own);
+  const float normalizer = squares.normalizer();
+  if (lane_id() == 0) b.shared.row_scale[own] = normalizer;
+}
