@@ -9,14 +9,15 @@
 //! bfloat16 of them. In each 16-bit half of a word (the even columns in the lower, the odd ones in the
 //! upper half), with the sign `s` and the magnitude `eem` of a code:
 //!
-//! | bit | 15 | 14 13 | 12 | 11 | 10 | 9 | 8 7 6 | 5 4 3 | 2 1 0 |
-//! | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-//! | columns 0 and 1 | s | | | | | | eem | | |
-//! | columns 2 and 3 | | | s | | | | | eem | |
-//! | columns 4 and 5 | | | | | | s | | | eem |
-//! | columns 6 and 7 | | ee | | s | m | | | | |
+//! | bit | 15 | 14 | 13 | 12 | 11 10 9 | 8 7 6 | 5 4 3 | 2 1 0 |
+//! | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+//! | columns 0 and 1 | s | | | | | eem | | |
+//! | columns 2 and 3 | | | | s | | | eem | |
+//! | columns 4 and 5 | | | s | | | | | eem |
+//! | columns 6 and 7 | | s | | | eem | | | |
 //!
-//! Shifted to where columns 0 and 1 are, and masked, a code is a bfloat16 that is `2^126` times too small.
+//! Shifted to where columns 0 and 1 are, and masked, a code is a bfloat16 that is `2^126` times too small. All
+//! shifts but one are to the left, which the multipliers do beside the masks.
 //! The lanes' scales follow the codes of a block, a byte each, as the exponent of the bfloat16 that makes up
 //! for it but for `2^64`, which a kernel multiplies into its sums: no product leaves the range of bfloat16.
 
@@ -80,8 +81,8 @@ const PLACES: [[u32; 256]; 4] = {
         match pair {
             0 => sign << 15 | magnitude << 6,
             1 => sign << 12 | magnitude << 3,
-            2 => sign << 9 | magnitude,
-            _ => (magnitude >> 1) << 13 | (magnitude & 1) << 10 | sign << 11,
+            2 => sign << 13 | magnitude,
+            _ => sign << 14 | magnitude << 9,
         }
     }
     let mut tables = [[0; 256]; 4];
@@ -149,8 +150,9 @@ mod tests {
     /// What a kernel makes of a lane's word: 8 bfloat16 numbers, in the order of their columns.
     fn unfold(word: u32, scale: u8) -> [f32; 8] {
         const MASK: u32 = 0x81c0_81c0;
-        let last = (word >> 6 & 0x0180_0180) | (word >> 4 & 0x0040_0040) | (word << 4 & 0x8000_8000);
-        let pairs = [word & MASK, word << 3 & MASK, word << 6 & MASK, last];
+        let apart = |magnitudes: u32, signs: u32| (magnitudes & 0x01c0_01c0) | (signs & 0x8000_8000);
+        let (third, last) = (apart(word << 6, word << 2), apart(word >> 3, word << 1));
+        let pairs = [word & MASK, word << 3 & MASK, third, last];
         let factor = bf16::from_bits(u16::from(scale) << 7).to_f32();
         let number = |half: u32| {
             let exact = bf16::from_bits(half as u16).to_f32() * factor;

@@ -248,7 +248,9 @@ impl Experts {
             return 1;
         }
         let most = (SHORT_TILE / bytes.max(1)).min(self.gemm.tiles().div_ceil(LARGE_CHIP));
-        (1..=most).rev().find(|octets| self.gemm.tiles().is_multiple_of(*octets)).unwrap_or(1)
+        // Two of them are multiplied together.
+        let fits = |octets: &usize| octets.is_multiple_of(2) && self.gemm.tiles().is_multiple_of(*octets);
+        (2..=most).rev().find(fits).unwrap_or(1)
     }
 
     /// Columns of a row of the input.

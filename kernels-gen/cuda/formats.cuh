@@ -41,10 +41,11 @@ struct Mxfp4 {
   __device__ __forceinline__ static u32 factor(u8 exponent) { return (u32)exponent * 0x00800080u; }
   // The codes 2 * PAIR and 2 * PAIR + 1 of eight.
   template <u32 PAIR> __device__ __forceinline__ static u32 pair(u32 codes, u32 factor) {
-    constexpr u32 MASK = 0x81c081c0u;
+    constexpr u32 MAGNITUDE = 0x01c001c0u, SIGN = 0x80008000u;
     u32 bits;
-    if constexpr (PAIR < 3) bits = codes << (3 * PAIR) & MASK;
-    else bits = (codes >> 6 & 0x01800180u) | (codes >> 4 & 0x00400040u) | (codes << 4 & 0x80008000u);
+    if constexpr (PAIR < 2) bits = codes << (3 * PAIR) & (MAGNITUDE | SIGN);
+    else if constexpr (PAIR == 2) bits = (codes << 6 & MAGNITUDE) | (codes << 2 & SIGN);
+    else bits = (codes >> 3 & MAGNITUDE) | (codes << 1 & SIGN);
     return multiply_bf16(bits, factor);
   }
 };

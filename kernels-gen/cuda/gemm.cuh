@@ -29,7 +29,7 @@
 //   SCALES, scales(b)    of E4m3: scales of an octet, and all of them
 //   K, BLOCKS, COLS      columns of x, blocks of an octet, features of one operand
 //   OPERANDS, TILES      operands, and tiles of the stage
-//   TILE_OCTETS          octets of a tile, of each operand; several if they are short, and of experts only
+//   TILE_OCTETS          octets of a tile, of each operand; an even number if they are short, of experts only; else 1
 //   Input                F32, or the half type of the products
 //   PREPARED             whether x is bf16 that its maker has prepared for a norm (prepared.cuh)
 //   squares(b)           then: [rows][K / 8, padded to four] f32
@@ -65,7 +65,8 @@ template <class S> struct Team {
   // Tiles of several octets (gemm.cuh, `TILE_OCTETS`) are short work: the more of them at a time, the better.
   static constexpr u32 WARPS = S::TILE_OCTETS > 1 ? 2 : TWO ? HALF : CONSUMERS;
   static constexpr u32 TEAMS = CONSUMERS / WARPS;
-  static constexpr u32 OCTETS = S::OPERANDS > TEAMS ? S::OPERANDS / TEAMS : 1;  // of a tile, by the same team
+  // Octets of a tile, by the same team. Two of MXFP4 are multiplied together.
+  static constexpr u32 OCTETS = S::Weights::LANE_COLUMNS == 32 ? S::OPERANDS : S::OPERANDS > TEAMS ? S::OPERANDS / TEAMS : 1;
   static constexpr u32 SHARE = S::OPERANDS / OCTETS;                            // teams that share a tile
   static constexpr u32 GROUPS = TEAMS / SHARE;                                  // tiles that are in work at a time
 
@@ -379,6 +380,38 @@ __device__ __forceinline__ float2 multiply_codes(const u32 (&x)[2][4], const uin
   return make_float2(upper[0] + lower[2], upper[1] + lower[3]);
 }
 
+// Products of a block of two octets of MXFP4 and the activations. Here the weights are the 16 rows of a product and
+// the activations its columns: widening is what MXFP4 costs most, but on this chip a tensor-core product holds the
+// other instructions up, and this way there are half as many. A lane has feature g = lane / 4 of both octets and the
+// rows 2t and 2t + 1, t = lane % 4. The sums of a word go to the chains (word % 2) * 2 and the next.
+constexpr u32 PAIR_CHAINS = 4;
+__device__ __forceinline__ void multiply_pair(float (&d)[PAIR_CHAINS][4], const u32 (&x)[4][4], const uint4& w, const uint4& v, u32 w_factor, u32 v_factor) {
+  const u32 first[4] = {w.x, w.y, w.z, w.w}, second[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (u32 set = 0; set < 4; ++set) {
+    const u32 front[4] = {Mxfp4::pair<0>(first[set], w_factor), Mxfp4::pair<0>(second[set], v_factor),
+                          Mxfp4::pair<1>(first[set], w_factor), Mxfp4::pair<1>(second[set], v_factor)};
+    mma(Bf16(), d[set % 2 * 2], front, x[set][0], x[set][1]);
+    const u32 back[4] = {Mxfp4::pair<2>(first[set], w_factor), Mxfp4::pair<2>(second[set], v_factor),
+                         Mxfp4::pair<3>(first[set], w_factor), Mxfp4::pair<3>(second[set], v_factor)};
+    mma(Bf16(), d[set % 2 * 2 + 1], back, x[set][2], x[set][3]);
+  }
+}
+
+// The sums of such a product to where those of other products lie: of rows and pairs of features.
+__device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, const float (&d)[PAIR_CHAINS][4], u32 lane) {
+  float total[4];
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) total[i] = ((d[0][i] + d[1][i]) + (d[2][i] + d[3][i])) * Mxfp4::UNIT;
+  const u32 at = lane % 4 * (2 * OCTET) + lane / 4;  // row 2t, feature g
+  float* const to = reinterpret_cast<float*>(&first);
+  float* const also = reinterpret_cast<float*>(&second);
+  to[at] = total[0];
+  to[at + OCTET] = total[1];
+  also[at] = total[2];
+  also[at + OCTET] = total[3];
+}
+
 // Products of one block of MXFP4 and the activations, onto the sums of a chain.
 __device__ __forceinline__ void multiply_codes(float (&upper)[4], float (&lower)[4], const u32 (&x)[4][4], const uint4& w, u32 factor) {
   const u32 words[4] = {w.x, w.y, w.z, w.w};
@@ -389,94 +422,91 @@ __device__ __forceinline__ void multiply_codes(float (&upper)[4], float (&lower)
   }
 }
 
-// One tile of MXFP4: as below, but a team's octets are side by side, if it has two.
+// What a lane has of a block of MXFP4: 32 columns and their scale. Zeros, if there is no such block.
+struct MxPiece {
+  uint4 codes;
+  u32 exponent;
+  __device__ __forceinline__ void load(bool there, const u8* block, u32 lane) {
+    codes = make_uint4(0, 0, 0, 0);
+    exponent = 0;
+    if (!there) return;
+    codes = reinterpret_cast<const uint4*>(block)[lane];
+    exponent = block[OCTET_BLOCK + lane];
+  }
+  __device__ __forceinline__ u32 factor() const { return Mxfp4::factor((u8)exponent); }
+  // Bits of all that was loaded.
+  __device__ __forceinline__ u32 read() const { return codes.x | exponent; }
+};
+
+// One tile of MXFP4: an octet, or a pair of them side by side.
 template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b, const Activations<S>& a) {
-  using W = Mxfp4;
   using T = Team<S>;
   constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, COUNT = Slots<S>::COUNT, OCTETS = T::OCTETS;
   static_assert(S::OPERANDS * COUNT < RING_SLOTS && Slots<S>::PARTS == 1, "a tile is in the ring as a whole");
+  static_assert(OCTETS == S::OPERANDS && OCTETS <= 2);
   const u32 warp = T::warp(), lane = anew(lane_id());
-  const u32 ahead = T::operand() * COUNT;  // slots of the tile that other teams have first
-  float upper[OCTETS][CHAINS][4] = {}, lower[OCTETS][CHAINS][4] = {};
+  float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of an octet
+  float pair[PAIR_CHAINS][4] = {};                     // of two
   b.wait_sums();
 #pragma unroll
   for (u32 s = 0; s < COUNT; ++s) {
-    uint4 w[OCTETS][WARP_BLOCKS];
-    u32 exponent[OCTETS][WARP_BLOCKS];
+    const u8* slot[OCTETS];
+    u32 read[OCTETS] = {};
 #pragma unroll
-    for (u32 octet = 0; octet < OCTETS; ++octet) {
-      const u8* slot = b.wait_slot(ahead + octet * COUNT + s);
-#pragma unroll
-      for (u32 i = 0; i < WARP_BLOCKS; ++i) {
-        w[octet][i] = make_uint4(0, 0, 0, 0);
-        exponent[octet][i] = 0;
-        const u32 first = s * Slots<S>::BLOCKS + i * T::WARPS;
-        if (first + T::WARPS <= S::BLOCKS || first + warp < S::BLOCKS) {
-          const u8* block = slot + (i * T::WARPS + warp) * W::BLOCK_BYTES;
-          w[octet][i] = reinterpret_cast<const uint4*>(block)[lane];
-          exponent[octet][i] = block[OCTET_BLOCK + lane];
-        }
-      }
-    }
+    for (u32 octet = 0; octet < OCTETS; ++octet) slot[octet] = b.wait_slot(octet * COUNT + s);
 #pragma unroll
     for (u32 i = 0; i < WARP_BLOCKS; ++i) {
-      const u32 block = s * WARP_BLOCKS + i;
+      const u32 block = s * WARP_BLOCKS + i, first = s * Slots<S>::BLOCKS + i * T::WARPS;
       if (block >= Activations<S>::COUNT) continue;
+      const bool there = first + T::WARPS <= S::BLOCKS || first + warp < S::BLOCKS;
+      MxPiece w[OCTETS];
 #pragma unroll
       for (u32 octet = 0; octet < OCTETS; ++octet) {
-        multiply_codes(upper[octet][i % CHAINS], lower[octet][i % CHAINS], a.pair[block], w[octet][i], W::factor(exponent[octet][i]));
+        w[octet].load(there, slot[octet] + (i * T::WARPS + warp) * Mxfp4::BLOCK_BYTES, lane);
+        read[octet] |= w[octet].read();
       }
+      if constexpr (OCTETS == 2) multiply_pair(pair, a.pair[block], w[0].codes, w[1].codes, w[0].factor(), w[1].factor());
+      else multiply_codes(upper[i % CHAINS], lower[i % CHAINS], a.pair[block], w[0].codes, w[0].factor());
     }
 #pragma unroll
-    for (u32 octet = 0; octet < OCTETS; ++octet) {
-      u32 read = 0;
-#pragma unroll
-      for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[octet][i].x | exponent[octet][i];
-      b.release_slot(ahead + octet * COUNT + s, read, T::TEAMS);
-    }
+    for (u32 octet = 0; octet < OCTETS; ++octet) b.release_slot(octet * COUNT + s, read[octet], T::TEAMS);
   }
   b.pass_slots(S::OPERANDS * COUNT);
-  WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS * T::WARPS) + T::operand() * T::WARPS;
-#pragma unroll
-  for (u32 octet = 0; octet < OCTETS; ++octet) {
-    const float2 total = chains_total(upper[octet], lower[octet]);
-    sums[octet * T::WARPS + warp][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
+  WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS * T::WARPS) + warp;
+  if constexpr (OCTETS == 2) {
+    store_pair(sums[0], sums[T::WARPS], pair, lane);
+  } else {
+    const float2 total = chains_total(upper, lower);
+    sums[0][lane] = make_float2(total.x * Mxfp4::UNIT, total.y * Mxfp4::UNIT);
   }
   b.pass_sums(Sums<S>::BUFFERS);
 }
 
 // One tile of several octets of MXFP4 that share a slot, each a few blocks long.
 template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer& b, const Activations<S>& a) {
-  using W = Mxfp4;
   using T = Team<S>;
   constexpr u32 COUNT = Activations<S>::COUNT;
+  static_assert(S::TILE_OCTETS % 2 == 0, "they are multiplied in pairs");
   const u32 warp = T::warp(), lane = anew(lane_id());
   b.wait_sums();
   WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
   const u8* slot = b.wait_slot();
   u32 read = 0;
 #pragma unroll 1
-  for (u32 octet = 0; octet < S::TILE_OCTETS; ++octet) {
-    uint4 w[COUNT];
-    u32 exponent[COUNT];
+  for (u32 octet = 0; octet < S::TILE_OCTETS; octet += 2) {
+    float pair[PAIR_CHAINS][4] = {};
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
-      w[i] = make_uint4(0, 0, 0, 0);
-      exponent[i] = 0;
-      if ((i + 1) * T::WARPS <= S::BLOCKS || i * T::WARPS + warp < S::BLOCKS) {
-        const u8* block = slot + (octet * S::BLOCKS + i * T::WARPS + warp) * W::BLOCK_BYTES;
-        w[i] = reinterpret_cast<const uint4*>(block)[lane];
-        exponent[i] = block[OCTET_BLOCK + lane];
-      }
+      const bool there = (i + 1) * T::WARPS <= S::BLOCKS || i * T::WARPS + warp < S::BLOCKS;
+      const u8* block = slot + (octet * S::BLOCKS + i * T::WARPS + warp) * Mxfp4::BLOCK_BYTES;
+      MxPiece w, v;
+      w.load(there, block, lane);
+      v.load(there, block + S::BLOCKS * Mxfp4::BLOCK_BYTES, lane);
+      read |= w.read() | v.read();
+      multiply_pair(pair, a.pair[i], w.codes, v.codes, w.factor(), v.factor());
     }
-    float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};
-#pragma unroll
-    for (u32 i = 0; i < COUNT; ++i) {
-      multiply_codes(upper[i % CHAINS], lower[i % CHAINS], a.pair[i], w[i], W::factor(exponent[i]));
-      read |= w[i].x | exponent[i];
-    }
-    const float2 total = chains_total(upper, lower);
-    sums[octet * T::WARPS + warp][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
+    WarpSums* to = sums + octet * T::WARPS + warp;
+    store_pair(to[0], to[T::WARPS], pair, lane);
   }
   b.release_slot(read, T::TEAMS);
   b.pass_sums(Sums<S>::BUFFERS);
