@@ -53,10 +53,11 @@ constexpr float LOG2_E = 1.44269504f;
 static_assert(WARP_POSITIONS == 16 && QUERIES == CONSUMERS && QUERIES == STEP_ROWS, "a warp's share of a product; a warp prepares a query");
 
 // What decides how units are dealt out, by which bits do not change: what a unit's keys and values cost an SM, what a
-// pass costs it, and adding up what lies in memory; a pass is about half a microsecond.
+// pass costs it, and adding up what lies in memory. Measured on an H200 by what a step takes: Llama-3.2-1B, 1 row, 512
+// positions, 0.820 ms if four chunks are one SM's, 0.730 if they are four's.
 constexpr u32 LOAD_COST = 1;
 constexpr u32 PASS_COST = 2;
-constexpr u32 JOIN_COST = 14;
+constexpr u32 JOIN_COST = 2;
 
 // A condition that holds for all lanes of a warp or for none. The vote tells the compiler so, which otherwise guards
 // every exchange of lanes behind it by a dozen instructions.
