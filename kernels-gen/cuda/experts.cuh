@@ -61,9 +61,8 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   // Every thread's part of a row's product with an expert; behind the experts' the squares, if nobody prepared them.
   typedef float Parts[STEP_ROWS][CONSUMER_THREADS];
   constexpr u32 OWN = R::NORM && !R::PREPARED, FIT = (SCRATCH_BYTES - SCALE_BYTES) / sizeof(Parts) - OWN;
-  // Experts of an SM at a time, and rows whose loads wait together.
+  // Experts of an SM at a time.
   constexpr u32 EACH = least(least((R::EXPERTS + 127) / 128, FIT), least(4, 24 / ROUNDS > 0 ? 24 / ROUNDS : 1));
-  constexpr u32 TOGETHER = ROUNDS > 4 ? 2 : 4;
   static_assert(EACH > 0 && STEP_ROWS == CONSUMERS, "a warp a row");
   const u32 thread = anew(threadIdx.x), warp = thread / LANES, lane = thread % LANES, column = thread * 4;
   Parts* const parts = reinterpret_cast<Parts*>(b.scratch);
@@ -95,33 +94,28 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   }
 #pragma unroll 1
   for (u32 first = b.first_tile(); first < R::EXPERTS; first += EACH * gridDim.x) {
+    // Row by row: loads of several rows at once would wait together, but their text costs more than that.
 #pragma unroll 1
-    for (u32 row = 0; row < b.args.rows; row += TOGETHER) {
+    for (u32 row = 0; row < b.args.rows; ++row) {
       const float* x = R::input(b) + row * R::K + column;
-      float4 v[TOGETHER][ROUNDS];
+      float4 v[ROUNDS];
 #pragma unroll
-      for (u32 r = 0; r < TOGETHER; ++r) {
+      for (u32 i = 0; i < ROUNDS; ++i) {
+        v[i] = make_float4(0, 0, 0, 0);
+        if (column + i * ROUND < R::K) v[i] = load4(x + i * ROUND);
+      }
+      float dot[EACH] = {}, square = 0.f;
 #pragma unroll
-        for (u32 i = 0; i < ROUNDS; ++i) {
-          v[r][i] = make_float4(0, 0, 0, 0);
-          if (row + r < b.args.rows && column + i * ROUND < R::K) v[r][i] = load4(x + r * R::K + i * ROUND);
+      for (u32 i = 0; i < ROUNDS; ++i) {
+        if constexpr (OWN != 0) square = ::squares(square, v[i]);
+#pragma unroll
+        for (u32 e = 0; e < EACH; ++e) {
+          dot[e] = fmaf(v[i].w, w[e][i].w, fmaf(v[i].z, w[e][i].z, fmaf(v[i].y, w[e][i].y, fmaf(v[i].x, w[e][i].x, dot[e]))));
         }
       }
 #pragma unroll
-      for (u32 r = 0; r < TOGETHER; ++r) {
-        float dot[EACH] = {}, square = 0.f;
-#pragma unroll
-        for (u32 i = 0; i < ROUNDS; ++i) {
-          if constexpr (OWN != 0) square = ::squares(square, v[r][i]);
-#pragma unroll
-          for (u32 e = 0; e < EACH; ++e) {
-            dot[e] = fmaf(v[r][i].w, w[e][i].w, fmaf(v[r][i].z, w[e][i].z, fmaf(v[r][i].y, w[e][i].y, fmaf(v[r][i].x, w[e][i].x, dot[e]))));
-          }
-        }
-#pragma unroll
-        for (u32 e = 0; e < EACH; ++e) parts[e][row + r][thread] = dot[e];
-        if constexpr (OWN != 0) parts[EACH][row + r][thread] = square;
-      }
+      for (u32 e = 0; e < EACH; ++e) parts[e][row][thread] = dot[e];
+      if constexpr (OWN != 0) parts[EACH][row][thread] = square;
     }
     consumers_sync();
     if (warp < b.args.rows) {

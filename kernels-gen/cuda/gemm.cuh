@@ -62,8 +62,10 @@ template <class S> struct Team {
   // Octets of halves are long: one team, unless it would have more idle warps. Octets of codes are short.
   static constexpr bool TWO = registers(HALF) <= KEPT_REGISTERS * 3 / 4 && 2 * S::OPERANDS * HALF_SLOTS <= RING_SLOTS &&
                               (S::Weights::LANE_COLUMNS > 8 || idle(HALF) < idle(CONSUMERS));
-  // Tiles of several octets (gemm.cuh, `TILE_OCTETS`) are short work: the more of them at a time, the better.
-  static constexpr u32 WARPS = S::TILE_OCTETS > 1 ? 2 : TWO ? HALF : CONSUMERS;
+  // Tiles of several octets (gemm.cuh, `TILE_OCTETS`) are short work: the more of them at a time, the better. A pair of
+  // MXFP4 is long: what it takes counts where an SM has few of them.
+  static constexpr bool PAIR = S::Weights::LANE_COLUMNS == 32 && S::OPERANDS == 2;
+  static constexpr u32 WARPS = S::TILE_OCTETS > 1 ? 2 : TWO && !PAIR ? HALF : CONSUMERS;
   static constexpr u32 TEAMS = CONSUMERS / WARPS;
   // Octets of a tile, by the same team. Two of MXFP4 are multiplied together.
   static constexpr u32 OCTETS = S::Weights::LANE_COLUMNS == 32 ? S::OPERANDS : S::OPERANDS > TEAMS ? S::OPERANDS / TEAMS : 1;
