@@ -148,7 +148,7 @@ template <class S> struct Activations {
   static constexpr u32 COUNT = Slots<S>::PARTS == 1 ? ROUNDS : Slots<S>::PART * Slots<S>::WARP_BLOCKS;
   static constexpr u32 SETS = S::Weights::LANE_COLUMNS / 8;
   u32 pair[COUNT][SETS][4];
-  float scale;  // of the row: the products are multiplied by it
+  float scale;  // of a row without a norm: the products are multiplied by it
 };
 
 __device__ __forceinline__ float largest(float m, float4 v) {
@@ -570,7 +570,8 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
       b.release_slot(read, T::TEAMS);
     }
     if constexpr (!SCALED) total = chains_total(upper, lower);
-    if constexpr (S::ROW_SCALE || (S::NORM && !S::PREPARED)) { total.x *= a.scale; total.y *= a.scale; }
+    // That of a norm is control's to multiply by.
+    if constexpr (S::ROW_SCALE && !S::NORM) { total.x *= a.scale; total.y *= a.scale; }
     sums[n * T::WARPS + warp][lane] = total;
     if constexpr (SCALED) {
       __syncwarp();  // all lanes have read the octet's scales
@@ -654,7 +655,7 @@ template <class S> __device__ __forceinline__ void add_sums(Control& b, u32 lane
       v[operand].y += more.y;
     }
   }
-  if constexpr (S::PREPARED) {
+  if constexpr (S::NORM) {
     const float scale = b.shared.row_scale[lane / 4];
 #pragma unroll
     for (u32 operand = 0; operand < S::OPERANDS; ++operand) { v[operand].x *= scale; v[operand].y *= scale; }

@@ -6,10 +6,9 @@
 // what normalizes the row. The order of the squares' sum is fixed by the row's length alone.
 //
 // A maker M says: COLS, halves(b) [rows][COLS, padded] bf16, next_squares(b) [rows][octets, padded] f32,
-// next_gain(b) [COLS] f32. A reader says: K, EPS, LOGITS, squares(b). The generated text has STAGE_ORDER and, for
-// next_gain, STAGE_GAIN: who reads next differs from layer to layer.
+// next_gain(b) [COLS] f32. A reader says: K, EPS, LOGITS, squares(b). The generated text has PREPARED_BLOCK (columns of
+// the longest block of weights), STAGE_ORDER and, for next_gain, STAGE_GAIN: who reads next differs from layer to layer.
 
-constexpr u32 PREPARED_BLOCK = 128;  // columns of the longest block of weights
 __device__ __forceinline__ constexpr u32 padded(u32 columns) { return (columns + PREPARED_BLOCK - 1) / PREPARED_BLOCK * PREPARED_BLOCK; }
 // Squares of a row: one an octet, padded to what a load has.
 __device__ __forceinline__ constexpr u32 padded_squares(u32 columns) { return (columns / OCTET + 3) / 4 * 4; }

@@ -46,7 +46,7 @@ pub const SAMPLE: Header = Header { name: "sample.cuh", text: include_str!("../c
 /// Bytes of the scratch that [`SAMPLE`] needs at most.
 const SAMPLE_BYTES: usize = 15616;
 
-/// Threads of a block: 8 consumer warps, the loader, control, its second, and one that idles.
+/// Threads of a block: 8 consumer warps, the loader, control, its second, and the watchdog.
 pub const BLOCK_THREADS: u32 = 384;
 
 /// Consumer warps.

@@ -9,8 +9,8 @@ use tilec_ir::launch::{KERNEL, SYNC_BYTES};
 use tilec_ir::octet::octet_blocks;
 use tilec_ir::pack::FP8_COLUMNS;
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Context, Epilogue, Experts, Gemm, Kind, Norm, PART_COLUMNS, Prepared, Reader,
-    Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps,
+    Attention, Bias, CHUNK, Context, Epilogue, Experts, Gemm, Kind, Norm, PART_COLUMNS, PREPARED_BLOCK,
+    Prepared, Reader, Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps,
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
@@ -324,7 +324,7 @@ impl<'p> Writer<'p> {
         line!(self, "__constant__ u16 STAGE_KIND[STAGES] = {{{kinds}}};");
         let layers = list(sequence.iter().map(|(_, layer)| layer.unwrap_or(0)).collect());
         line!(self, "__constant__ u16 STAGE_LAYER[STAGES] = {{{layers}}};");
-        if self.readers.iter().any(|reader| *reader != Reader::default()) {
+        if self.program.sequence().iter().any(|(_, _, stage)| stage.kind.prepares().is_some()) {
             line!(
                 self,
                 "// Of stages that prepare rows: byte offset of the gains, and the order of the pieces."
@@ -333,6 +333,7 @@ impl<'p> Writer<'p> {
                 self.readers.iter().map(|reader| format!("{:#x}", reader.gain)).collect();
             line!(self, "__constant__ u64 STAGE_GAIN[STAGES] = {{{}}};", gains.join(", "));
         }
+        line!(self, "constexpr u32 PREPARED_BLOCK = {PREPARED_BLOCK};");
         let orders = list(self.readers.iter().map(|reader| reader.order as usize).collect());
         line!(self, "__constant__ u8 STAGE_ORDER[STAGES] = {{{orders}}};");
     }
@@ -559,6 +560,16 @@ impl<'p> Writer<'p> {
         line!(self, "}};");
     }
 
+    /// Leaves a pair of the residual stream for a draft, in the layers with a tap.
+    fn tap(&self, gemm: &Gemm, pair: &str) -> Option<String> {
+        (gemm.tap && self.program.taps.is_some()).then(|| {
+            format!(
+                "if (LAYER_TAP[b.layer] != NO_TAP) *reinterpret_cast<float2*>(b.args.taps + ((u64)row * TAPS + \
+                 LAYER_TAP[b.layer]) * TAP_COLS + feature) = {pair};"
+            )
+        })
+    }
+
     /// The epilogue's pieces of tiles of several octets, whose sums over the experts stay in registers.
     fn sums_of_octets(&mut self, gemm: &Gemm) {
         let out = format!("{} + row * {}u + feature", self.buffer(gemm.output), gemm.cols);
@@ -579,10 +590,8 @@ impl<'p> Writer<'p> {
         let arguments = "const Control& b, u32 feature, const Chosen& chosen, float2& v";
         self.function("void", "add_bias", arguments, &bias);
         let mut store = format!("*reinterpret_cast<float2*>({out}) = v;");
-        if gemm.tap && self.program.taps.is_some() {
-            store.push_str(
-                " if (LAYER_TAP[b.layer] != NO_TAP) *reinterpret_cast<float2*>(b.args.taps + ((u64)row * TAPS +                  LAYER_TAP[b.layer]) * TAP_COLS + feature) = v;",
-            );
+        if let Some(tap) = self.tap(gemm, "v") {
+            store = format!("{store} {tap}");
         }
         self.function("void", "store", &format!("const Control& b, {at}, float2 v"), &store);
     }
@@ -640,13 +649,7 @@ impl<'p> Writer<'p> {
                     None => "v[0].x += carry.residual.x; v[0].y += carry.residual.y;".to_string(),
                 });
                 body.push(store);
-                if gemm.tap && self.program.taps.is_some() {
-                    body.push(
-                        "if (LAYER_TAP[b.layer] != NO_TAP) *reinterpret_cast<float2*>(b.args.taps + ((u64)row * \
-                         TAPS + LAYER_TAP[b.layer]) * TAP_COLS + feature) = v[0];"
-                            .into(),
-                    );
-                }
+                body.extend(self.tap(gemm, "v[0]"));
             }
             Epilogue::Logits => {
                 body.push(format!("float* to = b.args.logits + (u64)row * {cols} + feature;"));

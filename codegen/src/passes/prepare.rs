@@ -29,6 +29,7 @@ pub(super) fn rows(lowering: &mut Lowering<'_>, program: &mut ResidentProgram) {
         {
             continue;
         }
+        let known = lowering.buffers.len();
         let halves = cols.next_multiple_of(PREPARED_BLOCK);
         let squares = (cols / OCTET).next_multiple_of(4);
         let prepared = Prepared {
@@ -43,6 +44,8 @@ pub(super) fn rows(lowering: &mut Lowering<'_>, program: &mut ResidentProgram) {
         // Two norms of the same rows would need two preparations.
         if changed.readers().is_ok() {
             *program = changed;
+        } else {
+            lowering.buffers.truncate(known);
         }
     }
 }
