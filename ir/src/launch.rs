@@ -3,7 +3,7 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 7;
+pub const LAUNCH_VERSION: u32 = 8;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
@@ -81,6 +81,9 @@ pub struct LaunchArgs {
     pub taps: u64,
     /// [`SampleRow`] `[logit_rows]`: how each row's token is chosen; null if all are the largest logits.
     pub sampling: u64,
+    /// `[`[`SAMPLE_ROW_BYTES`]`]` for each row of the step, where SMs add up what they find when tokens are
+    /// chosen by chance. Nothing need lie there. Aligned to 256 bytes; unused if `sampling` is null.
+    pub choices: u64,
     /// Nanoseconds after which a wait gives up.
     pub patience_ns: u64,
     /// Rows, 1 to [`STEP_ROWS`].
@@ -147,6 +150,9 @@ impl SampleRow {
 /// Words of a [`SampleRow`].
 pub const SAMPLE_WORDS: usize = 8;
 
+/// Bytes that a row takes of [`LaunchArgs::choices`]: five tables of 256 sums and counts, two lists of 512 ranks.
+pub const SAMPLE_ROW_BYTES: usize = 5 * 3200 + 2 * 4096;
+
 /// The largest distance of a token that has a weight, in powers of two of its probability.
 pub const REACH: f32 = 40.0;
 
@@ -205,7 +211,7 @@ mod tests {
     #[test]
     fn the_arguments_have_no_holes() {
         // The kernel's structure is written by hand to the same layout.
-        assert_eq!(std::mem::size_of::<LaunchArgs>(), 18 * 8 + 10 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<LaunchArgs>(), 19 * 8 + 10 * 4 + STOP_TOKENS * 4);
         assert_eq!(std::mem::size_of::<SampleRow>(), SAMPLE_WORDS * 4);
         assert_eq!(std::mem::size_of::<StallRecord>(), STALL_WORDS * 4);
     }

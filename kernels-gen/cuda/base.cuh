@@ -42,6 +42,7 @@ struct LaunchArgs {
   u32* experts;
   float* taps;
   const SampleRow* sampling;
+  u8* choices;
   u64 patience_ns;
   u32 rows;
   u32 logit_rows;
@@ -63,7 +64,8 @@ struct Sync {
   u32 stalled;                // somebody gave up waiting and writes the record
   u32 pad0[30];
   u32 halted;                 // SM 0 says that this step is the last
-  u32 pad1[31];
+  u32 rounds;                 // of choices by chance that rows have asked for in this launch
+  u32 pad1[30];
   u64 best[3][STEP_ROWS];     // per row the largest logit so far as an ordered key; three steps in turn
   u32 splits[1];              // per (row, kv head): chunks of the context that are finished; as many as fit
 };

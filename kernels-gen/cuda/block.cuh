@@ -48,6 +48,10 @@ struct Shared {
   u32 loader_stage;
   u64 finished;                 // barrier: control has left
   u32 crossings;                // of this launch: what the watchdog wants to see grow
+  u32 step;                     // that control is in, of the launch
+  u32 round;                    // of a choice by chance, from 1 on in each step; 0 outside of it
+  u32 rounds;                   // of them that are over in this launch
+  u32 sampled;                  // rows that are chosen by chance, a bit each
   u32 waiting[BLOCK_THREADS / LANES];  // what each warp waits for, or waited for last: a Role
   u32 token[STEP_ROWS];
   u32 position[STEP_ROWS];
@@ -302,10 +306,31 @@ struct Control : Block {
   __device__ __forceinline__ void open_step() {
     if (lane_id() == 0 && !second) {
       shared.stage = 0;
+      shared.step = step;
       // There may be no such step: the times of the last one stay.
       if (args.trace && step < *(volatile u32*)&shared.steps) trace_row()[0] = trace_row()[1] = global_timer();
     }
     open_stage();
+    // The second has no part in a choice by chance but its crossings.
+#pragma unroll 1
+    while (second && *(volatile u32*)&shared.round != 0) {
+      cross();
+      open_stage();
+    }
+  }
+
+  // Behind the head's crossing: rounds, until no row asks for another. All SMs come to the same: who asks
+  // does so in front of a crossing.
+  __device__ __forceinline__ void choose_by_chance() {
+    u32 round = 0;
+    do {
+      if (lane_id() == 0) *(volatile u32*)&shared.round = ++round;
+      open_stage();
+      cross();
+      if (lane_id() == 0) ++shared.rounds;
+      __syncwarp();
+    } while (load_relaxed(&sync().rounds) > *(volatile u32*)&shared.rounds);
+    if (lane_id() == 0) *(volatile u32*)&shared.round = 0;
   }
 
   // What this SM makes in the stage is written: says so, and waits for the other SMs. Lane 0 releases
@@ -335,7 +360,7 @@ struct Control : Block {
           trace_row()[4] = global_timer();
         }
       }
-      ++shared.stage;
+      shared.stage = least(shared.stage + 1, STAGES);  // that of all rounds
     }
     __syncwarp();
   }
@@ -354,7 +379,7 @@ __device__ __forceinline__ void give_up(const Block& b, u32 role, u32 seen, u32 
     store_host(args.stall + 3, role);
     store_host(args.stall + 4, seen);
     store_host(args.stall + 5, expected);
-    store_host(args.stall + 6, shared.crossings / (STAGES + (args.sampling ? 1 : 0)));
+    store_host(args.stall + 6, shared.step);
     store_host(args.stall + 0, 1u);
     __threadfence_system();
   } else {

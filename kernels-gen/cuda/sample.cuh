@@ -1,43 +1,85 @@
-// The choice of tokens by chance, at the end of a step that asks for it: behind the head's crossing an SM
-// chooses for a row, by its parameters, and leaves the token where the row's largest logit was; one more
-// crossing. runtime/src/sampling/draw.rs is the same on a host, and comes to the same tokens: all is made of
-// single operations in float32, and of sums of integers, whose order makes no difference.
+// The choice of tokens by chance, at the end of a step that asks for it: rounds behind the head's crossing, each of
+// which ends with a crossing, until every row's token lies where its largest logit was. All SMs are divided among the
+// rows that are chosen so, and a row's ids among its SMs. runtime/src/sampling/draw.rs is the same on a host, and comes
+// to the same tokens: all is made of single operations in float32, and of sums of integers, whose order makes no
+// difference.
 //
-// Without top_k and top_p, one look at all logits adds up their weights by segments of ids; the random number
-// says in which one the token is, and which it is. Otherwise it counts among ranks: the same look counts the
-// tokens and weights of the best ones in 256 steps of distance (those of most rows are few). In the step where a
-// number of tokens or a sum of weights is reached, a second look lists the tokens, and those of the steps
-// before it as far as there is room. All that is asked for is found in this list, most often; where it is not,
-// there is another look. Where one step has more tokens than the list, it is divided into 256 steps once more;
-// where that is not enough, for many are equal, their ranks are told apart by logit and id, a byte at a time.
+// In a round each SM looks at its ids and adds what it counted to a table of the row in memory; in the next one all SMs
+// of the row read that table and come to the same decision. Without top_k and top_p, the first look adds up weights by
+// SM; the random number says in which SM's ids the token is, and that one finds it. Otherwise it counts among ranks:
+// the first look counts the tokens and weights of the best ones in 256 steps of distance. In the step where a number of
+// tokens or a sum of weights is reached, a second look lists the tokens, and those of the steps before it as far as
+// there is room, and every SM sorts that list. All that is asked for is found in it, most often; where it is not, the
+// next look begins with the first one's table again. Where one step has more tokens than the list, it is divided into
+// 256 steps once more; where that is not enough, for many are equal, their ranks are told apart by logit and id, a byte
+// at a time.
 
 constexpr u32 DIGITS = CONSUMER_THREADS;
 constexpr u32 LISTED = 512;              // tokens that the list holds
 constexpr float COARSE = 16.f;           // steps of a power of two
 constexpr float FINE = COARSE * DIGITS;
-constexpr float COARSE_STEP = 1.f / COARSE, FINE_STEP = 1.f / FINE;
 constexpr float WINDOW = DIGITS / COARSE;  // distance that coarse digits cover
 constexpr float SAMPLE_REACH = 40.f;     // the largest distance of a token that has a weight
 constexpr u32 WINDOWS = 3;               // that cover it
-constexpr u32 AT_ONCE = 8;               // logits that a lane has on their way
+constexpr u32 AT_ONCE = 4;               // logits of a lane, and as many on their way
+constexpr u32 UNIT = AT_ONCE * LANES;    // ids that a warp looks at together
 constexpr u32 BROKEN_LOGITS = 0xfffffffeu;
 constexpr u32 NO_LOGITS = 0xfffffffdu;
 static_assert(WINDOWS * WINDOW > SAMPLE_REACH);
 
+// What a look at a row brought, summed over its SMs; zero before they add to it.
+struct alignas(16) SampleTable {
+  u64 weights[DIGITS];
+  u32 counts[DIGITS];
+  u64 total;         // weights of all tokens
+  u64 within;        // of those that min_p lets through
+  u32 broken;        // a logit is NaN
+  u32 listed;        // tokens in the list
+  u32 pad[26];
+};
+
+// Of a row, in memory; SAMPLE_ROW_BYTES of ir/src/launch.rs.
+struct SampleMemory {
+  SampleTable first[2];  // of a step's first look; steps in turn
+  SampleTable more[3];   // of the others; rounds of the launch in turn: one is added to, one is read, one is cleared
+  u64 list[2][LISTED];   // ranks of listed tokens; rounds of the launch in turn
+};
+static_assert(sizeof(SampleMemory) == 24192);
+
+enum Goal : u32 { BEGIN, TOP_K, TOP_P, DRAW, DONE };
+enum Look : u32 { FIRST, COUNT, LIST, FIND };
+
+// How far a row's choice has come; the same on all of its SMs.
+struct SampleState {
+  SampleRow asked;
+  u64 random;
+  u64 total;         // weights of what is kept so far
+  u64 within;
+  u64 base_weight;   // in front of digit 0, or of the list
+  u64 low, high;     // ranks that are looked at; the id is the lower half
+  float best;
+  float from, to;    // distances that are looked at
+  float origin;      // of digit 0
+  u32 goal;
+  u32 look;          // the last one
+  u32 base_count;
+  u32 listed;
+  u32 window;
+  u32 fine;          // digits are fine steps of the distance
+  u32 shift;         // digits are these bits of the rank, 8 of them; of the distance if 64
+};
+
 // What the consumers tell each other, in the scratch.
-enum SampleTable : u32 { SEGMENTS, SUMS, COUNTS };
 struct SampleSpace {
-  u64 ranks[LISTED];      // of the listed tokens, by digit; the id is the lower half
-  u64 weights[LISTED];
-  // Sums, in low and high halves; first of each entry, then up to each: weights of the segments, weights of the
-  // digits, tokens of the digits.
-  uint2 tables[3][DIGITS];
-  u32 cursor[DIGITS];     // tokens of a digit that are listed
-  u32 broken;             // a logit is NaN
-  u32 digit;
-  u32 first;
-  u32 token;
-  u64 sum;                // weights up to the token
+  u64 ranks[LISTED];      // of the listed tokens
+  u64 sums[LISTED];       // weights up to each
+  uint2 weights[DIGITS];  // in low and high halves: of each digit or piece of ids; then up to each
+  u32 counts[DIGITS];
+  uint2 total, within;
+  u64 parts[2][CONSUMERS];
+  u64 left;
+  u32 found, first;
+  SampleState states[STEP_ROWS];  // of this SM's rows
 };
 
 // All consumers, whose lanes may have gone different ways.
@@ -80,308 +122,480 @@ __device__ __forceinline__ u64 random_bits(u64 seed, u32 position) {
   return (u64)c1 << 32 | c0;
 }
 
+// Adds to a number of shared memory.
+__device__ __forceinline__ void shared_add(uint2* p, u64 n) {
+  const u32 lower = (u32)n, old = shared_add(&p->x, lower);
+  const u32 upper = (u32)(n >> 32) + (u32)(old + lower < lower);
+  if (upper != 0) shared_add(&p->y, upper);
+}
 __device__ __forceinline__ void count_token(SampleSpace& s, u32 digit, u64 weight) {
-  shared_add(&s.tables[COUNTS][digit].x, 1);
-  const u32 lower = (u32)weight, old = shared_add(&s.tables[SUMS][digit].x, lower);
-  const u32 upper = (u32)(weight >> 32) + (u32)(old + lower < lower);
-  if (upper != 0) shared_add(&s.tables[SUMS][digit].y, upper);
+  shared_add(&s.counts[digit], 1);
+  shared_add(&s.weights[digit], weight);
 }
 
-// Sums up to each entry, of entries that are whole. All consumers.
-__device__ __forceinline__ void add_up(uint2* of) {
+// The sum of the values up to each thread's. All consumers; before `parts` is used again, they meet.
+__device__ __forceinline__ u64 add_up(u64* parts, u64 v) {
+  const u32 lane = anew(lane_id()), warp = anew(warp_id());
+#pragma unroll 1
+  for (u32 x = 1; x < LANES; x *= 2) {
+    const u64 other = __shfl_up_sync(~0u, v, x);
+    if (lane >= x) v += other;
+  }
+  if (lane == LANES - 1) parts[warp] = v;
+  sample_sync();
+  u64 before = lane % CONSUMERS < warp ? parts[lane % CONSUMERS] : 0;
+#pragma unroll 1
+  for (u32 x = 1; x < CONSUMERS; x *= 2) before += __shfl_xor_sync(~0u, before, x);
+  return v + before;
+}
+
+__device__ __forceinline__ u64 add_lanes(u64 v) {
+#pragma unroll 1
+  for (u32 x = 1; x < LANES; x *= 2) v += __shfl_xor_sync(~0u, v, x);
+  return v;
+}
+
+// What a look brought, up to each digit.
+__device__ __forceinline__ void take_table(SampleSpace& s, const SampleTable& of) {
   const u32 n = anew(threadIdx.x);
-#pragma unroll 1
-  for (u32 step = 1; step < DIGITS; step *= 2) {
-    const u64 other = n >= step ? joined(of[n - step]) : 0;
-    sample_sync();
-    of[n] = halves(joined(of[n]) + other);
-    sample_sync();
-  }
+  const u64 weight = load_relaxed(&of.weights[n]);
+  const u32 count = load_relaxed(&of.counts[n]);
+  const u64 weights = add_up(s.parts[0], weight), counts = add_up(s.parts[1], count);
+  s.weights[n] = halves(weights);
+  s.counts[n] = (u32)counts;
+  sample_sync();
 }
 
-// The token of a row; the same on all consumers, who all call this.
-__device__ __forceinline__ u32 sample_row(SampleSpace& s, const SampleRow& row, const float* logits, u32 vocab, u32 best_key, u64 random) {
-  enum Goal : u32 { FLOOR, WEIGH, TOP_K, TOP_P, DRAW };
-  const float INFINITE = __int_as_float(0x7f800000);
-  const u32 n = anew(threadIdx.x), lane = n % LANES;
-  logits = reinterpret_cast<const float*>(far((u64)logits));  // not computed anew for every load
-  const float best = from_ordered(best_key), scale = row.scale;
-  if (!(best < INFINITE)) return BROKEN_LOGITS;
-  const bool cuts = row.top_k != 0 && row.top_k < vocab, shares = row.top_p != 0;
-  const bool ranked = cuts || shares;
-  const u32 segment = (vocab + 65535) / 65536 * (AT_ONCE * LANES);  // ids of one
-  // Where shares are asked for, min_p comes behind them: what it leaves is weighed first.
-  Goal goal = shares && row.reach < SAMPLE_REACH ? FLOOR : WEIGH;
-  float reach = row.reach;
-  u64 floor_total = ~0ull, total = 0;
-  // A look: at tokens from the distance `from` to below `to`, at ranks from `low` to `high`, by their digit, which
-  // is a step of the distance from `origin` on (`shift` of 64; `steps` of them are one, and multiples of a step are
-  // exact), or a byte of the rank.
-  bool listing = false;
-  float from = 0.f, to = ranked && goal == WEIGH ? WINDOW : 0.f, origin = 0.f, steps = COARSE, step = COARSE_STEP;
-  u64 low = 0, high = ~0ull;
-  u32 shift = 64, window = 0;
-  u32 first = 0, last = DIGITS - 1;  // digits that are listed, or counted
-  bool listed = false;
-  u64 base_count = 0, base_sum = 0;  // tokens and weights in front of digit 0
-  if (n == 0) s.broken = 0;
+// The list, sorted, with the weights up to each token.
+__device__ __forceinline__ void take_list(SampleSpace& s, const u64* list, u32 count, float best, float scale) {
+  const u32 n = anew(threadIdx.x);
+  u32 size = 2;
 #pragma unroll 1
-  for (;;) {
-    sample_sync();
-    if (listing) {
-      s.cursor[n] = 0;
-    } else {
-      s.tables[SUMS][n] = s.tables[COUNTS][n] = make_uint2(0, 0);
+  while (size < count) size *= 2;
+  static_assert(LISTED == 2 * DIGITS);
+  const u64 a = n < count ? load_relaxed(list + n) : ~0ull, b = n + DIGITS < count ? load_relaxed(list + n + DIGITS) : ~0ull;
+  if (n < size) s.ranks[n] = a;
+  if (n + DIGITS < size) s.ranks[n + DIGITS] = b;
+  sample_sync();
+  // Pairs that are `apart`, in runs that rise and fall in turn. A warp has 64 neighbouring places.
+#pragma unroll 1
+  for (u32 run = 2; run <= size; run *= 2) {
+#pragma unroll 1
+    for (u32 apart = run / 2; apart > 0; apart /= 2) {
+      const u32 at = 2 * n - (n & (apart - 1));
+      if (at < size) {
+        const u64 x = s.ranks[at], y = s.ranks[at + apart];
+        if (x > y == ((at & run) == 0)) {
+          s.ranks[at] = y;
+          s.ranks[at + apart] = x;
+        }
+      }
+      if (apart > LANES || (apart == 1 && run >= 2 * LANES)) sample_sync();
+      else __syncwarp();
     }
-    if (goal <= WEIGH) s.tables[SEGMENTS][n] = make_uint2(0, 0);
-    sample_sync();
-    bool broken = false;
-    const bool counting = !listing && shift == 64;
-#pragma unroll 1
-    for (u32 number = n / LANES; number * segment < vocab; number += CONSUMERS) {
-      u64 sum = 0;
-#pragma unroll 1
-      for (u32 part = 0; part < segment; part += AT_ONCE * LANES) {
-        const u32 id = number * segment + part + lane;
-        float x[AT_ONCE];
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i) x[i] = load1(logits + least(id + i * LANES, vocab - 1));
-        float distance[AT_ONCE];
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i) {
-          if (id + i * LANES >= vocab) x[i] = -INFINITE;
-          broken |= x[i] != x[i];
-          distance[i] = multiply(best - x[i], scale);
-        }
-        // Without a branch for each: they do not wait for one another.
-        u64 weights[AT_ONCE] = {};
-        if (goal <= WEIGH || counting) {
-#pragma unroll
-          for (u32 i = 0; i < AT_ONCE; ++i) {
-            const u64 weight = sample_weight(fminf(distance[i], SAMPLE_REACH));
-            weights[i] = distance[i] <= reach ? weight : 0;
-            sum += weights[i];
-          }
-        }
-        u32 hits = 0;
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; ++i) hits |= (u32)(distance[i] <= reach && distance[i] >= from && distance[i] < to) << i;
-        if (counting) {
-#pragma unroll
-          for (u32 i = 0; i < AT_ONCE; ++i) {
-            if (hits >> i & 1) count_token(s, (u32)((distance[i] - origin) * steps), weights[i]);
-          }
-          hits = 0;
-        }
-#pragma unroll 1
-        while (hits != 0) {
-          const u32 i = __ffs(hits) - 1;
-          hits &= hits - 1;
-          float logit = x[0];
-#pragma unroll
-          for (u32 k = 1; k < AT_ONCE; ++k) logit = i == k ? x[k] : logit;
-          const float distance = multiply(best - logit, scale);
-          const u64 rank = (u64)~ordered(logit) << 32 | (id + i * LANES);
-          if (rank < low || rank > high) continue;
-          const u32 digit = shift == 64 ? (u32)((distance - origin) * steps) : (u32)(rank >> shift) % DIGITS;
-          if (digit < first || digit > last) continue;
-          const u64 weight = sample_weight(distance);
-          if (listing) {
-            const u64 before = (digit == 0 ? 0 : joined(s.tables[COUNTS][digit - 1])) - (first == 0 ? 0 : joined(s.tables[COUNTS][first - 1]));
-            const u32 at = (u32)before + shared_add(&s.cursor[digit], 1);
-            s.ranks[at] = rank;
-            s.weights[at] = weight;
-          } else {
-            count_token(s, digit, weight);
-          }
-        }
-      }
-      if (goal <= WEIGH) {
-#pragma unroll 1
-        for (u32 x = 1; x < LANES; x *= 2) sum += __shfl_xor_sync(~0u, sum, x);
-        if (lane == 0) s.tables[SEGMENTS][number] = halves(sum);
-      }
-    }
-    if (broken) s.broken = 1;
-    sample_sync();
-#pragma unroll 1
-    for (u32 table = goal <= WEIGH ? SEGMENTS : SUMS; table <= (listing || to == 0.f ? SEGMENTS : COUNTS); ++table) add_up(s.tables[table]);
-
-    if (goal <= WEIGH) {
-      if (s.broken != 0) return BROKEN_LOGITS;
-      total = joined(s.tables[SEGMENTS][DIGITS - 1]);
-      if (total == 0) return NO_LOGITS;
-      if (goal == FLOOR) {
-        floor_total = total;
-        goal = WEIGH;
-        reach = SAMPLE_REACH;
-        to = WINDOW;
-        continue;
-      }
-      goal = cuts ? TOP_K : shares ? TOP_P : DRAW;
-      if (!ranked) break;
-    }
-    listed = listing;
-    listing = false;
-
-    // What is asked for is found among what is known, as long as that is enough. All consumers come to the same.
-    bool look = false;
-#pragma unroll 1
-    while (!look) {
-      u64 target;
-      if (goal == TOP_K) {
-        target = row.top_k - 1;
-      } else if (goal == TOP_P) {
-        const u64 share = __umul64hi(row.top_p, total) + (u64)(row.top_p * total != 0);
-        target = share == 0 ? 0 : share - 1;
-      } else {
-        target = __umul64hi(random, total < floor_total ? total : floor_total);
-      }
-      const u64 base = goal == TOP_K ? base_count : base_sum;
-      const uint2* of = s.tables[goal == TOP_K ? COUNTS : SUMS];
-      const bool beyond = target - base >= joined(of[DIGITS - 1]), coarse = shift == 64 && steps == COARSE;
-      if (target < base || (beyond && !coarse)) {
-        // From the best ones on again.
-        window = 0;
-        base_count = base_sum = 0;
-        look = true;
-      } else if (beyond && window + 1 == WINDOWS) {
-        goal = shares ? TOP_P : DRAW;  // there are fewer tokens than top_k
-      } else if (beyond) {
-        ++window;
-        base_count += joined(s.tables[COUNTS][DIGITS - 1]);
-        base_sum += joined(s.tables[SUMS][DIGITS - 1]);
-        look = true;
-      } else {
-        const u64 at = target - base;
-        if (at < joined(of[n]) && (n == 0 || at >= joined(of[n - 1]))) s.digit = n;
-        sample_sync();
-        const u32 digit = s.digit;
-        const u64 count_before = digit == 0 ? 0 : joined(s.tables[COUNTS][digit - 1]), sum_before = digit == 0 ? 0 : joined(s.tables[SUMS][digit - 1]);
-        const u64 count_up_to = joined(s.tables[COUNTS][digit]);
-        const u32 tokens = (u32)(count_up_to - count_before);
-        if (tokens > LISTED) {
-          // Told apart by finer steps, or the next byte.
-          base_count += count_before;
-          base_sum += sum_before;
-          if (shift == 64) {
-            from = origin + digit * step;
-            to = from + step;
-            if (coarse) {
-              origin = from;
-              steps = FINE;
-              step = FINE_STEP;
-            } else {
-              shift = 56;
-            }
-          } else {
-            low |= (u64)digit << shift;
-            high = low | ((1ull << shift) - 1);
-            shift -= 8;
-          }
-          first = 0;
-          last = DIGITS - 1;
-          break;
-        }
-        if (!listed || digit < first || digit > last) {
-          // The list: this digit and those before it, as far as there is room.
-          const u64 before = n == 0 ? 0 : joined(s.tables[COUNTS][n - 1]);
-          const bool fits = n <= digit && count_up_to - before <= LISTED;
-          if (fits && (n == 0 || count_up_to - (n == 1 ? 0 : joined(s.tables[COUNTS][n - 2])) > LISTED)) s.first = n;
-          sample_sync();
-          first = s.first;
-          last = digit;
-          if (shift == 64) {
-            from = origin + first * step;
-            to = origin + (last + 1) * step;
-          }
-          listing = true;
-          break;
-        }
-        const u32 start = (u32)(count_before - (first == 0 ? 0 : joined(s.tables[COUNTS][first - 1])));
-#pragma unroll 1
-        for (u32 i = n; i < tokens; i += DIGITS) {
-          const u64 rank = s.ranks[start + i], weight = s.weights[start + i];
-          u64 count = 0, sum = 0;
-#pragma unroll 1
-          for (u32 k = start; k < start + tokens; ++k) {
-            if (s.ranks[k] < rank) { ++count; sum += s.weights[k]; }
-          }
-          const u64 left = at - (goal == TOP_K ? count_before + count : sum_before + sum);
-          // Wraps around where the target is before this token.
-          if (left < (goal == TOP_K ? 1 : weight)) {
-            s.token = (u32)rank;
-            s.sum = base_sum + sum_before + sum + weight;
-          }
-        }
-        sample_sync();
-        const u32 token = s.token;
-        total = s.sum;
-        sample_sync();
-        if (goal == DRAW) return token;
-        goal = goal == TOP_K && shares ? TOP_P : DRAW;
-      }
-      if (look) {
-        // The window's digits.
-        shift = 64;
-        steps = COARSE;
-        step = COARSE_STEP;
-        origin = from = window * WINDOW;
-        to = from + WINDOW;
-        low = 0;
-        high = ~0ull;
-        first = 0;
-        last = DIGITS - 1;
-      }
-    }
-  }
-
-  // In the order of ids: the segment, then the ids of each thread in it, then one by one.
-  u64 left = __umul64hi(random, total);
-  {
-    const u64 before = n == 0 ? 0 : joined(s.tables[SEGMENTS][n - 1]);
-    if (left >= before && left < joined(s.tables[SEGMENTS][n])) { s.digit = n; s.sum = before; }
   }
   sample_sync();
-  left -= s.sum;
-  const u32 each = segment / DIGITS, start = s.digit * segment + n * each;
-  u64 own = 0;
+  u64 weights[2];
+#pragma unroll
+  for (u32 i = 0; i < 2; ++i) {
+    const float logit = from_ordered(~(u32)(s.ranks[2 * n + i] >> 32));
+    weights[i] = 2 * n + i < count ? sample_weight(multiply(best - logit, scale)) : 0;
+  }
+  const u64 up_to = add_up(s.parts[0], weights[0] + weights[1]);
+  s.sums[2 * n] = up_to - weights[1];
+  s.sums[2 * n + 1] = up_to;
+  sample_sync();
+}
+
+// Where a row's tokens lie, and what an SM has of them.
+struct SampleShare {
+  const float* logits;
+  SampleMemory* memory;
+  u32 row, vocab;
+  u32 number, count;  // SMs of the row
+  u32 first, end;     // ids
+  u32 piece;          // of them: so many ids a warp at a time; at most DIGITS pieces
+};
+
+// How a launch's rows that are chosen by chance are dealt out: row `index` of them.
+__device__ __forceinline__ SampleShare sample_share(const Block& b, u32 index, u32 rows, u32 vocab) {
+  u32 left = b.shared.sampled;
+#pragma unroll 1
+  for (u32 i = 0; i < index; ++i) left &= left - 1;
+  const u32 row = __ffs(left) - 1;
+  SampleShare share;
+  // Not computed anew for every load.
+  share.logits = reinterpret_cast<const float*>(far((u64)(b.args.logits + (u64)row * vocab)));
+  share.memory = reinterpret_cast<SampleMemory*>(b.args.choices) + row;
+  share.row = row;
+  share.vocab = vocab;
+  share.number = blockIdx.x / rows;
+  share.count = least(index < gridDim.x ? (gridDim.x - 1 - index) / rows + 1 : 1, DIGITS);
+  const u32 units = ((vocab + UNIT - 1) / UNIT + share.count - 1) / share.count;
+  share.piece = (units + DIGITS - 1) / DIGITS * UNIT;
+  share.first = least(share.number * units * UNIT, vocab);
+  share.end = least(share.first + units * UNIT, vocab);
+  return share;
+}
+
+// Logits of a unit, on their way.
+struct SampleUnit {
+  float x[AT_ONCE];
+
+  __device__ __forceinline__ void load(const SampleShare& share, u32 id) {
+    const u32 lane = anew(lane_id());
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; ++i) x[i] = load1(share.logits + least(id + i * LANES + lane, share.vocab - 1));
+  }
+  // The first one of a warp.
+  __device__ __forceinline__ void load(const SampleShare& share) { load(share, share.first + anew(warp_id()) * share.piece); }
+};
+
+// Looks at this SM's ids, of which a warp's first ones are on their way, and adds what there is to the row's table.
+// Pieces' weights stay in the scratch.
+__device__ __forceinline__ void look_at(SampleSpace& s, const SampleShare& share, SampleUnit& next, const SampleState& state, u32 look, bool ranked, SampleTable& table, u64* list) {
+  const u32 n = anew(threadIdx.x), lane = n % LANES;
+  sample_sync();
+  s.weights[n] = make_uint2(0, 0);
+  s.counts[n] = 0;
+  if (n == 0) s.total = s.within = make_uint2(0, 0);
+  sample_sync();
+  const bool weigh = look == FIRST || look == FIND;
+  const bool counting = look == FIRST ? ranked : look == COUNT && state.shift == 64;
+  const float best = state.best, scale = state.asked.scale, within = state.asked.reach, reach = state.asked.top_p != 0 ? SAMPLE_REACH : within;
+  const float from = state.from, to = state.to, steps = state.fine ? FINE : COARSE, INFINITE = __int_as_float(0x7f800000);
+  bool broken = false;
+  u64 sum = 0, sum_within = 0;
+  u32 number = n / LANES, start = share.first + number * share.piece, id = start;
+#pragma unroll 1
+  while (id < share.end) {
+    const u32 own = id + lane;
+    float x[AT_ONCE], distance[AT_ONCE];
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; ++i) x[i] = next.x[i];
+    id += UNIT;
+    const bool whole = id >= share.end || id == start + share.piece;
+    if (whole) id = start += CONSUMERS * share.piece;
+    if (id < share.end) next.load(share, id);
+    // Without a branch for each: they do not wait for one another.
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; ++i) {
+      if (own + i * LANES >= share.end) x[i] = -INFINITE;
+      broken |= x[i] != x[i];
+      distance[i] = multiply(best - x[i], scale);
+    }
+    u32 hits = 0;
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; ++i) hits |= (u32)(distance[i] <= reach && distance[i] >= from && distance[i] < to) << i;
+    if (weigh || counting) {
+      u64 weights[AT_ONCE];
+#pragma unroll
+      for (u32 i = 0; i < AT_ONCE; ++i) {
+        const u64 weight = sample_weight(fminf(distance[i], SAMPLE_REACH));
+        weights[i] = distance[i] <= reach ? weight : 0;
+        sum += weights[i];
+        sum_within += distance[i] <= within ? weight : 0;
+      }
+      if (counting) {
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) {
+          if (hits >> i & 1) count_token(s, (u32)((distance[i] - state.origin) * steps), weights[i]);
+        }
+      }
+      hits = 0;
+    }
+#pragma unroll 1
+    while (hits != 0) {
+      const u32 i = __ffs(hits) - 1;
+      hits &= hits - 1;
+      float logit = x[0];
+#pragma unroll
+      for (u32 k = 1; k < AT_ONCE; ++k) logit = i == k ? x[k] : logit;
+      const u64 rank = (u64)~ordered(logit) << 32 | (own + i * LANES);
+      if (rank < state.low || rank > state.high) continue;
+      if (look == LIST) {
+        const u32 at = fetch_add_relaxed(&table.listed, 1);
+        if (at < LISTED) list[at] = rank;
+      } else {
+        count_token(s, (u32)(rank >> state.shift) % DIGITS, sample_weight(multiply(best - logit, scale)));
+      }
+    }
+    __syncwarp();
+    if (look == FIND && whole) {
+      sum = add_lanes(sum);
+      if (lane == 0) s.weights[number] = halves(sum);
+      number += CONSUMERS;
+      sum = 0;
+    }
+  }
+  if (look == FIRST) {
+    sum = add_lanes(sum);
+    sum_within = add_lanes(sum_within);
+    if (lane == 0 && sum != 0) {
+      shared_add(&s.total, sum);
+      shared_add(&s.within, sum_within);
+    }
+    if (broken) *(volatile u32*)&table.broken = 1;
+  }
+  sample_sync();
+  if (look == LIST || look == FIND) return;
+  const u32 count = s.counts[n];
+  if (count != 0) {
+    add_relaxed(&table.weights[n], joined(s.weights[n]));
+    add_relaxed(&table.counts[n], count);
+  }
+  if (look == FIRST && n < 3) {
+    // Without ranks, an SM is a digit.
+    const u64 all = joined(n == 1 ? s.within : s.total);
+    u64* const to = n == 0 ? &table.total : n == 1 ? &table.within : &table.weights[share.number];
+    if (all != 0 && (n < 2 || !ranked)) add_relaxed(to, all);
+  }
+}
+
+// The token among this SM's ids, of which `look_at` has left the pieces' weights, where `left` falls behind those
+// before them: the piece, then the ids of each thread in it, then one by one.
+__device__ __forceinline__ void find_token(SampleSpace& s, const SampleShare& share, const SampleState& state, u64 left, u64* to) {
+  const u32 n = anew(threadIdx.x);
+  {
+    const u64 own = joined(s.weights[n]), before = add_up(s.parts[0], own) - own;
+    if (left >= before && left - before < own) { s.found = n; s.left = left - before; }
+  }
+  sample_sync();
+  left = s.left;
+  const u32 each = (share.piece + DIGITS - 1) / DIGITS, piece = share.first + s.found * share.piece, start = piece + n * each;
+  const u32 end = least(least(start + each, piece + share.piece), share.end);
+  u64 before = 0;
 #pragma unroll 1
   for (u32 pass = 0; pass < 2; ++pass) {
     u64 sum = 0;
 #pragma unroll 1
-    for (u32 id = start; id < start + each && id < vocab; ++id) {
-      const float distance = multiply(best - load1(logits + id), scale);
-      const u64 weight = distance <= reach ? sample_weight(distance) : 0;
-      if (pass == 1 && left >= own + sum && left - own - sum < weight) s.token = id;
+    for (u32 id = start; id < end; ++id) {
+      const float distance = multiply(state.best - load1(share.logits + id), state.asked.scale);
+      const u64 weight = distance <= state.asked.reach ? sample_weight(distance) : 0;
+      if (pass == 1 && left >= before + sum && left - before - sum < weight) *(volatile u64*)to = (u32)~id;
       sum += weight;
     }
-    if (pass == 0) {
-      s.tables[SUMS][n] = halves(sum);
-      sample_sync();
-      add_up(s.tables[SUMS]);
-      own = joined(s.tables[SUMS][n]) - sum;
-    }
+    if (pass == 0) before = add_up(s.parts[1], sum) - sum;
   }
-  sample_sync();
-  return s.token;
 }
 
-// The rows' tokens, a row an SM.
-__device__ __forceinline__ void sample(Consumer& b, u32 vocab) {
-  static_assert(sizeof(SampleSpace) <= SCRATCH_BYTES - SCALE_BYTES);
-  b.wait_inputs();
-  SampleSpace& space = *reinterpret_cast<SampleSpace*>(b.scratch);
+// What the looks so far say: the next look, the token (`to`), or by `left` where it is among this SM's ids.
+__device__ __forceinline__ Look decide(SampleSpace& s, const SampleShare& share, SampleState& state, u32 round, u32 step, u64* to, u64& left) {
+  const u32 n = anew(threadIdx.x);
+  const float reach = state.asked.top_p != 0 ? SAMPLE_REACH : state.asked.reach;
+  const bool cuts = state.asked.top_k != 0 && state.asked.top_k < share.vocab, shares = state.asked.top_p != 0;
+  SampleMemory& memory = *share.memory;
+  const SampleTable* const first_table = &memory.first[step % 2];
+  const SampleTable* table = state.look == FIRST ? first_table : &memory.more[(round + 2) % 3];
+  bool listed = state.look == LIST, again = false;
+  u32 token = 0, broken = 0;
+  if (state.goal == BEGIN) {
+    // They come with the table.
+    state.total = load_relaxed(&first_table->total);
+    state.within = load_relaxed(&first_table->within);
+    broken = load_relaxed(&first_table->broken);
+  }
+  if (listed) take_list(s, memory.list[(round + 1) % 2], state.listed, state.best, state.asked.scale);
 #pragma unroll 1
-  for (u32 row = anew(blockIdx.x); row < b.args.logit_rows; row += gridDim.x) {
-    const SampleRow parameters = b.args.sampling[row];
-    if (parameters.scale == 0.f) continue;  // the largest logit
-    u64* best = &b.sync().best[b.step % 3][row];
-    const u64 key = load_relaxed(best);
-    const u64 random = random_bits(parameters.seed, b.shared.position[b.shared.logit_row[row]] + 1);
-    const u32 token = sample_row(space, parameters, b.args.logits + (u64)row * vocab, vocab, (u32)(key >> 32), random);
+  while (state.goal != DONE) {
+    if (again) {
+      // From the best ones on.
+      table = first_table;
+      state.window = state.base_count = state.fine = 0;
+      state.base_weight = 0;
+      state.shift = 64;
+      state.from = state.origin = 0.f;
+      state.to = WINDOW;
+      state.low = 0;
+      state.high = ~0ull;
+      listed = again = false;
+    }
+    if (!listed && table) take_table(s, *table);
+    table = nullptr;
+    if (state.goal == BEGIN) {
+      if (broken != 0 || !(state.best < __int_as_float(0x7f800000))) token = BROKEN_LOGITS;
+      else if (state.total == 0) token = NO_LOGITS;
+      state.goal = token != 0 ? DONE : cuts ? TOP_K : shares ? TOP_P : DRAW;
+      if (state.goal == DONE) break;
+    }
+    const bool tokens = state.goal == TOP_K;
+    u64 target;
+    if (tokens) {
+      target = state.asked.top_k - 1;
+    } else if (state.goal == TOP_P) {
+      const u64 kept = __umul64hi(state.asked.top_p, state.total) + (u64)(state.asked.top_p * state.total != 0);
+      target = kept == 0 ? 0 : kept - 1;
+    } else {
+      target = __umul64hi(state.random, state.total < state.within ? state.total : state.within);
+    }
+    const u64 base = tokens ? state.base_count : state.base_weight, at = target - base;
+    if (listed) {
+      if (target < base || at >= (tokens ? state.listed : s.sums[state.listed - 1])) {
+        again = true;
+        continue;
+      }
+      u32 place = (u32)at;
+      if (!tokens) {
+#pragma unroll 1
+        for (u32 i = n; i < state.listed; i += DIGITS) {
+          if (at < s.sums[i] && (i == 0 || at >= s.sums[i - 1])) s.found = i;
+        }
+        sample_sync();
+        place = s.found;
+        sample_sync();
+      }
+      state.total = state.base_weight + s.sums[place];
+      token = (u32)s.ranks[place];
+      state.goal = state.goal == DRAW ? DONE : tokens && shares ? TOP_P : DRAW;
+      continue;
+    }
+    const bool coarse = state.shift == 64 && !state.fine;
+    const u32 all_counts = s.counts[DIGITS - 1];
+    const u64 all_weights = joined(s.weights[DIGITS - 1]);
+    const bool beyond = at >= (tokens ? all_counts : all_weights);
+    if (target < base || (beyond && !coarse)) {
+      again = true;
+    } else if (beyond && (state.window + 1 == WINDOWS || (state.window + 1) * WINDOW > reach)) {
+      state.goal = shares ? TOP_P : DRAW;  // there are fewer tokens than top_k
+      again = true;
+    } else if (beyond) {
+      ++state.window;
+      state.base_count += all_counts;
+      state.base_weight += all_weights;
+      state.from = state.origin = state.window * WINDOW;
+      state.to = state.from + WINDOW;
+      return COUNT;
+    } else {
+      const u64 weight_before = n == 0 ? 0 : joined(s.weights[n - 1]);
+      const u32 count_before = n == 0 ? 0 : s.counts[n - 1];
+      if (at >= (tokens ? count_before : weight_before) && at < (tokens ? s.counts[n] : joined(s.weights[n]))) s.found = n;
+      sample_sync();
+      const u32 digit = s.found;
+      const u64 before = digit == 0 ? 0 : joined(s.weights[digit - 1]);
+      if (!cuts && !shares) {
+        left = at - before;
+        state.goal = DONE;
+        return digit == share.number ? FIND : LIST;
+      }
+      const u32 up_to = s.counts[digit], others = digit == 0 ? 0 : s.counts[digit - 1];
+      const float step_size = state.fine ? 1.f / FINE : 1.f / COARSE;
+      if (up_to - others > LISTED) {
+        // Told apart by finer steps, or the next byte.
+        state.base_count += others;
+        state.base_weight += before;
+        if (state.shift == 64) {
+          state.from = state.origin + digit * step_size;
+          state.to = state.from + step_size;
+          if (coarse) {
+            state.origin = state.from;
+            state.fine = 1;
+          } else {
+            state.shift = 56;
+          }
+        } else {
+          state.low |= (u64)digit << state.shift;
+          state.high = state.low | ((1ull << state.shift) - 1);
+          state.shift -= 8;
+        }
+        return COUNT;
+      }
+      // The list: this digit and those before it, as far as there is room.
+      const bool fits = n <= digit && up_to - count_before <= LISTED;
+      if (fits && (n == 0 || up_to - (n == 1 ? 0 : s.counts[n - 2]) > LISTED)) s.first = n;
+      sample_sync();
+      const u32 first = s.first;
+      if (state.shift == 64) {
+        state.from = state.origin + first * step_size;
+        state.to = state.origin + (digit + 1) * step_size;
+      } else {
+        state.high = state.low + ((u64)(digit + 1) << state.shift) - 1;
+        state.low |= (u64)first << state.shift;
+      }
+      state.listed = up_to;
+      if (first != 0) {
+        state.listed -= s.counts[first - 1];
+        state.base_count += s.counts[first - 1];
+        state.base_weight += joined(s.weights[first - 1]);
+      }
+      return LIST;
+    }
+  }
+  if (share.number == 0 && n == 0) *(volatile u64*)to = (u32)~token;
+  return LIST;
+}
+
+// Clears a table for later rounds.
+__device__ __forceinline__ void clear_table(SampleTable& table) {
+  const u32 n = anew(threadIdx.x);
+  static_assert(sizeof(SampleTable) <= 16 * DIGITS);
+  if (n < sizeof(SampleTable) / 16) reinterpret_cast<uint4*>(&table)[n] = make_uint4(0, 0, 0, 0);
+}
+
+// Before the first step of a launch that chooses by chance.
+__device__ __forceinline__ void sample_begin(Consumer& b, u32 vocab) {
+  const u32 row = anew(lane_id());
+  const u32 sampled = __ballot_sync(~0u, row < b.args.logit_rows && b.args.sampling[least(row, b.args.logit_rows - 1)].scale != 0.f);
+  if (threadIdx.x == 0) b.shared.sampled = sampled;
+  sample_sync();
+  const u32 rows = __popc(sampled);
+  if (rows == 0) return;
+#pragma unroll 1
+  for (u32 index = blockIdx.x % rows; index < rows; index += gridDim.x) {
+    const SampleShare share = sample_share(b, index, rows, vocab);
+    if (share.number != 0) continue;
+    for (SampleTable& table : share.memory->first) clear_table(table);
+    for (SampleTable& table : share.memory->more) clear_table(table);
+  }
+}
+
+// Round `number` of a step, from 1 on, behind all others.
+__device__ __forceinline__ void sample_round(Consumer& b, u32 vocab, u32 number) {
+  static_assert(sizeof(SampleSpace) <= SCRATCH_BYTES - SCALE_BYTES);
+  SampleSpace& s = *reinterpret_cast<SampleSpace*>(b.scratch);
+  const u32 step = b.step - 1, round = *(volatile u32*)&b.shared.rounds, rows = __popc(b.shared.sampled);
+  u32 own = 0;
+#pragma unroll 1
+  for (u32 index = rows == 0 ? 0 : blockIdx.x % rows; index < rows; index += gridDim.x, ++own) {
+    const SampleShare share = sample_share(b, index, rows, vocab);
+    if (share.number >= share.count) continue;
+    const u32 row = share.row;
+    SampleMemory& memory = *share.memory;
+    u64* const best = &b.sync().best[step % 3][row];
+    if (share.number == 0) {
+      clear_table(memory.more[(round + 1) % 3]);
+      if (number == 1) clear_table(memory.first[(step + 1) % 2]);
+    }
+    // Whatever is decided, and while it is.
+    SampleUnit unit;
+    unit.load(share);
+    SampleState state;
+    Look look = FIRST;
+    u64 left = 0;
+    if (number == 1) {
+      const u64 key = load_relaxed(best);
+      state = {};
+      state.asked = b.args.sampling[row];
+      state.random = random_bits(state.asked.seed, b.shared.position[b.shared.logit_row[row]] + 1);
+      state.best = from_ordered((u32)(key >> 32));
+      state.to = WINDOW;
+      state.high = ~0ull;
+      state.shift = 64;
+    } else {
+      state = s.states[own];
+      if (state.goal == DONE) continue;
+      look = decide(s, share, state, round, step, best, left);
+    }
+    const bool ranked = state.asked.top_p != 0 || (state.asked.top_k != 0 && state.asked.top_k < vocab);
+    if (state.goal != DONE || look == FIND) {
+      look_at(s, share, unit, state, look, ranked, look == FIRST ? memory.first[step % 2] : memory.more[round % 3], memory.list[round % 2]);
+    }
+    if (look == FIND) find_token(s, share, state, left, best);
+    state.look = look;
     sample_sync();
-    if (threadIdx.x == 0) *(volatile u64*)best = (u32)~token;
+    if (threadIdx.x == 0) {
+      s.states[own] = state;
+      if (state.goal != DONE && share.number == 0) *(volatile u32*)&b.sync().rounds = round + 2;
+    }
   }
   b.finish_stage();
 }

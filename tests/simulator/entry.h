@@ -12,7 +12,7 @@ struct Launch {
   uint32_t sampled, sampling[8][8];
 };
 
-extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps) {
+extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices) {
   LaunchArgs args = {};
   args.weights = weights;
   args.kv = kv;
@@ -38,5 +38,6 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.routing = launch.routing;
   args.sampling = launch.sampled != 0 ? reinterpret_cast<const SampleRow*>(launch.sampling) : nullptr;
   args.taps = taps + launch.tap_offset;
+  args.choices = choices;
   *static_cast<LaunchArgs*>(to) = args;
 }

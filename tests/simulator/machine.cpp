@@ -322,7 +322,7 @@ struct Launch {
   uint32_t sampled, sampling[8][8];
 };
 
-extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps);
+extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices);
 
 // Reads weights.bin and launch.bin, reads and writes kv.bin and taps.bin, writes arena.bin, sync.bin, logits.bin,
 // chosen.bin and experts.bin.
@@ -341,7 +341,7 @@ int main(int, char** argv) {
   uint8_t* logits = poisoned(logit_bytes);
   std::vector<uint32_t> mail(1024);  // the record of a stall, a word that halts, from 40 on experts, from 64 on the tokens
   uint64_t args[64];
-  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps));
+  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps), poisoned(8 << 15));
   machine::run(atoll(argv[3]), args, launch.shared_bytes);
   store(folder + "arena.bin", arena, launch.arena_bytes);
   store(folder + "sync.bin", sync, launch.sync_bytes);

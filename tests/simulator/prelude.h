@@ -57,6 +57,11 @@ inline unsigned __shfl_up_sync(unsigned, unsigned v, unsigned n) {
   const unsigned lane = machine::thread() % 32;
   return lane < n ? v : (unsigned)all[lane - n];
 }
+inline unsigned long long __shfl_up_sync(unsigned, unsigned long long v, unsigned n) {
+  const uint64_t* all = machine::exchange(v);
+  const unsigned lane = machine::thread() % 32;
+  return lane < n ? v : all[lane - n];
+}
 inline float __shfl_up_sync(unsigned mask, float v, unsigned n) { return __uint_as_float(__shfl_up_sync(mask, __float_as_uint(v), n)); }
 inline unsigned __ballot_sync(unsigned, bool p) {
   const uint64_t* all = machine::exchange(p);

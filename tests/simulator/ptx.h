@@ -14,6 +14,10 @@ __device__ __forceinline__ u32 load_acquire(const u32* p) { machine::yield(); re
 __device__ __forceinline__ u32 add_acq_rel(u32* p, u32 n) { machine::yield(); const u32 old = *p; *p += n; return old; }
 __device__ __forceinline__ void max_relaxed(u64* p, u64 v) { machine::yield(); if (v > *p) *p = v; }
 __device__ __forceinline__ u64 load_relaxed(const u64* p) { machine::yield(); return *p; }
+__device__ __forceinline__ u32 load_relaxed(const u32* p) { machine::yield(); return *p; }
+__device__ __forceinline__ void add_relaxed(u32* p, u32 n) { machine::yield(); *p += n; }
+__device__ __forceinline__ void add_relaxed(u64* p, u64 n) { machine::yield(); *p += n; }
+__device__ __forceinline__ u32 fetch_add_relaxed(u32* p, u32 n) { machine::yield(); const u32 old = *p; *p += n; return old; }
 __device__ __forceinline__ u32 load_host(const u32* p) { return *(const volatile u32*)p; }
 __device__ __forceinline__ void store_host(u32* p, u32 v) { *(volatile u32*)p = v; }
 __device__ __forceinline__ float4 load4(const float* p) { float4 v; memcpy(&v, p, sizeof v); return v; }

@@ -889,12 +889,21 @@ impl<'p> Writer<'p> {
     }
 
     fn kernel(&mut self, experts: bool) {
-        // One more stage, if the launch asks for it.
-        let (sample, sampled) = match self.program.vocab {
-            0 => (String::new(), ""),
+        // Behind the stages, if the launch asks for it.
+        let ([begin, sample], sampled) = match self.program.vocab {
+            0 => ([String::new(), String::new()], ""),
             vocab => (
-                format!("\n      if (args.sampling) sample(b, {vocab});"),
-                "\n        if (args.sampling) {\n          b.open_stage();\n          b.cross();\n        }",
+                [
+                    format!("\n    if (args.sampling) sample_begin(b, {vocab});"),
+                    format!(
+                        "\n      const u32 round = *(volatile u32*)&shared.round;\
+                         \n      if (round != 0) {{\
+                         \n        sample_round(b, {vocab}, round);\
+                         \n        continue;\
+                         \n      }}"
+                    ),
+                ],
+                "\n        if (args.sampling && !b.second) b.choose_by_chance();",
             ),
         };
         // What experts add.
@@ -941,7 +950,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       barrier_init(&shared.sums_empty[i], 2);
     }}
     shared.steps = args.steps;
-    shared.stage = shared.loader_stage = shared.crossings = 0;
+    shared.stage = shared.loader_stage = shared.crossings = shared.step = shared.round = shared.rounds = 0;
     for (u32& role : shared.waiting) role = 0;
     for (auto& dealt : shared.dealt) dealt[0] = ~0u;  // of no step
     barriers_visible();
@@ -950,10 +959,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
   const Block block = {{args, shared, ring, scratch, 0, 0, 0, blockIdx.x}};
   if (warp_id() < CONSUMERS) {{
     registers_up<CONSUMER_REGISTERS>();
-    Consumer b(block);
-    // Control opens the first stage of a step when it knows whether there is one.
-    for (b.wait_inputs(); b.step < *(volatile u32*)&shared.steps; b.wait_inputs()) {{
-      consume_step(b);{sample}
+    Consumer b(block);{begin}
+    for (;;) {{
+      b.wait_inputs();{sample}
+      // Control opens the first stage of a step when it knows whether there is one.
+      if (b.step >= *(volatile u32*)&shared.steps) break;
+      consume_step(b);
       b.next_step();
     }}
   }} else {{

@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::launch::{
-    BROKEN_LOGITS, LaunchArgs, NO_LOGITS, SAMPLE_WORDS, STALL_WORDS, STEP_ROWS, STOP_TOKENS, SYNC_BYTES,
-    SampleRow, StallRecord, TRACE_FIELDS,
+    BROKEN_LOGITS, LaunchArgs, NO_LOGITS, SAMPLE_ROW_BYTES, SAMPLE_WORDS, STALL_WORDS, STEP_ROWS,
+    STOP_TOKENS, SYNC_BYTES, SampleRow, StallRecord, TRACE_FIELDS,
 };
 use tilec_ir::plan::Plan;
 
@@ -83,6 +83,7 @@ pub struct CudaEngine {
     /// Bytes of a row of them.
     tap_bytes: u64,
     sync: Memory,
+    choices: Memory,
     logits: Memory,
     inputs: Memory,
     /// The first pass of `inputs` that is for `inject`.
@@ -196,6 +197,7 @@ impl CudaEngine {
             arena,
             draft,
             sync: sized("counters", ROWS, Some(SYNC_BYTES))?,
+            choices: sized("sums of choices", ROWS, Some(STEP_ROWS * SAMPLE_ROW_BYTES))?,
             logits: sized("logits", ROWS, row_bytes.and_then(|bytes| bytes.checked_mul(STEP_ROWS)))?,
             inputs: sized("rows", ROWS, Some(inputs_bytes))?,
             inject_pass: passes,
@@ -728,6 +730,7 @@ impl CudaEngine {
             experts: mail(STREAMED),
             taps: self.taps,
             sampling: 0,
+            choices: self.choices.address(),
             patience_ns: u64::try_from(self.patience.as_nanos()).unwrap_or(u64::MAX),
             rows: rows as u32,
             logit_rows: logit_rows as u32,
@@ -852,7 +855,7 @@ impl CudaEngine {
     /// What the GPU's memory is for, but for the pages that are in use.
     pub fn memory(&self) -> Breakdown {
         let bytes = |memory: &Memory| memory.bytes() as u64;
-        let small = [&self.sync, &self.logits, &self.inputs, &self.table].map(bytes);
+        let small = [&self.sync, &self.choices, &self.logits, &self.inputs, &self.table].map(bytes);
         let draft = |of: fn(&CudaDraft) -> u64| self.draft.as_ref().map_or(0, of);
         Breakdown {
             weights: bytes(&self.weights),

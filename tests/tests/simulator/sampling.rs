@@ -4,12 +4,11 @@ use super::*;
 use tilec_kernels_gen::cuda::{BASE, BLOCK, FORMATS, SAMPLE};
 use tilec_runtime::sampling::{Sampler, SamplingError, SamplingParams, uniform};
 
-/// Blocks that choose for the rows of given logits, by the consumers of each.
+/// The choice behind a head that only finds each row's best one of given logits; step by step, positions rise.
 const CHOOSER: &str = r#"
 extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
-  if (warp_id() >= CONSUMERS) return;
-  const u32 vocab = args.pages_per_sequence;
-  if (args.logit_rows == 0) {
+  const u32 vocab = args.pages_per_sequence, rows = args.logit_rows;
+  if (rows == 0) {
     // In place of tokens, a digest of all weights: that of `sampling::tests`.
     u64 digest = 0;
     for (u32 n = 0; n <= 400000; ++n) digest = digest * 0x9e3779b97f4a7c15ull + sample_weight((float)n / 10000.f);
@@ -17,16 +16,57 @@ extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
     store_host(args.chosen + 1, (u32)(digest >> 32));
     return;
   }
-  for (u32 row = blockIdx.x; row < args.logit_rows; row += gridDim.x) {
-    const float* logits = reinterpret_cast<const float*>(args.weights) + (u64)row * vocab;
-    // As the head's epilogue finds it.
-    float best = logits[0];
-    for (u32 id = 1; id < vocab; ++id) best = logits[id] > best ? logits[id] : best;
-    const SampleRow& parameters = args.sampling[row];
-    const u64 random = random_bits(parameters.seed, args.positions[row] + 1);
-    const u32 token = sample_row(*reinterpret_cast<SampleSpace*>(shared_memory()), parameters, logits, vocab, ordered(best), random);
-    consumers_sync();
-    if (threadIdx.x == 0) store_host(args.chosen + row, token + 1);
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  if (threadIdx.x == 0) {
+    barrier_init(&shared.ready, 1);
+    barrier_init(&shared.done, CONSUMERS + 1);
+    shared.steps = args.steps;
+    shared.stage = shared.crossings = shared.step = shared.round = shared.rounds = 0;
+    for (u32 row = 0; row < rows; ++row) {
+      shared.logit_row[row] = rows - 1 - row;
+      shared.position[rows - 1 - row] = args.positions[row];
+    }
+  }
+  __syncthreads();
+  LaunchArgs own = args;
+  own.logits = reinterpret_cast<float*>(const_cast<u8*>(args.weights));
+  const Block block = {own, shared, nullptr, shared_memory() + sizeof(Shared), 0, 0, 0, blockIdx.x};
+  if (warp_id() < CONSUMERS) {
+    Consumer b(block);
+    sample_begin(b, vocab);
+    for (;;) {
+      b.wait_inputs();
+      if (shared.round != 0) {
+        sample_round(b, vocab, shared.round);
+        continue;
+      }
+      if (b.step >= shared.steps) break;
+      if (threadIdx.x < rows && threadIdx.x % gridDim.x == blockIdx.x) {
+        // As the head's epilogue finds it.
+        const float* logits = own.logits + (u64)threadIdx.x * vocab;
+        u32 best = 0;
+        for (u32 id = 1; id < vocab; ++id) best = logits[id] > logits[best] ? id : best;
+        b.sync().best[b.step % 3][threadIdx.x] = (u64)ordered(logits[best]) << 32 | (u32)~best;
+      }
+      b.finish_stage();
+      b.next_step();
+    }
+  } else if (warp_id() == CONTROL || warp_id() == SECOND) {
+    Control b(block, warp_id() == SECOND);
+    for (b.open_step(); b.step < shared.steps; b.open_step()) {
+      b.cross();
+      if (!b.second) {
+        b.choose_by_chance();
+        if (lane_id() < rows) {
+          if (blockIdx.x == 0) {
+            store_host(args.chosen + b.step * STEP_ROWS + lane_id(), ~(u32)load_relaxed(&b.sync().best[b.step % 3][lane_id()]) + 1);
+            b.sync().best[(b.step + 2) % 3][lane_id()] = 0;
+          }
+          ++shared.position[lane_id()];
+        }
+      }
+      b.next_step();
+    }
   }
 }
 "#;
@@ -37,6 +77,14 @@ const SIZES: &str =
 
 /// The choice alone, of logits of any kind.
 struct Chooser(tempfile::TempDir);
+
+/// Blocks, steps and a seed of a launch.
+#[derive(Clone, Copy)]
+struct Run {
+    blocks: usize,
+    steps: usize,
+    seed: u64,
+}
 
 impl Chooser {
     fn new() -> Chooser {
@@ -49,11 +97,12 @@ impl Chooser {
         Chooser(folder)
     }
 
-    /// A token for every row of `logits`, each of `vocab`, behind its position.
-    fn choose(&self, logits: &[f32], vocab: usize, rows: &[(SampleRow, u32)], seed: u64) -> Vec<u32> {
+    /// A token for every row of `logits`, each of `vocab`, behind its position, in every step.
+    fn choose(&self, logits: &[f32], vocab: usize, rows: &[(SampleRow, u32)], run: Run) -> Vec<Vec<u32>> {
         let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
         std::fs::write(self.0.path().join("weights.bin"), bytes).unwrap();
-        let sizes = [256, 256, 1, rows.len(), rows.len(), 1, vocab, 1, 15616, 0, 0];
+        let shared_bytes = 4096 + 15616;
+        let sizes = [256, 1024, 1, rows.len(), rows.len(), run.steps, vocab, 1, shared_bytes, 0, 0];
         let mut launch: Vec<u32> = sizes.map(|size| size as u32).to_vec();
         let positions: Vec<u32> = rows.iter().map(|(_, position)| *position).collect();
         launch.extend([0; STEP_ROWS]);
@@ -63,10 +112,33 @@ impl Chooser {
         let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
         std::fs::write(self.0.path().join("launch.bin"), bytes).unwrap();
         let mut command = Command::new(self.0.path().join("simulator"));
-        let output = command.arg(self.0.path()).args(["3", &seed.to_string()]).output().unwrap();
+        let output =
+            command.arg(self.0.path()).args([run.blocks.to_string(), run.seed.to_string()]).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let chosen = words(&std::fs::read(self.0.path().join("chosen.bin")).unwrap());
-        chosen[..rows.len()].iter().map(|word| word.wrapping_sub(1)).collect()
+        let tokens = |step: &[u32]| step[..rows.len()].iter().map(|word| word.wrapping_sub(1)).collect();
+        chosen.chunks(STEP_ROWS).map(tokens).collect()
+    }
+
+    /// Wants the host's tokens of all rows and steps; those of the first step.
+    fn check(&self, logits: &[f32], vocab: usize, rows: &[(SamplingParams, u32)], run: Run) -> Vec<u32> {
+        let given: Vec<_> = rows.iter().map(|(params, position)| (params.launch_row(), *position)).collect();
+        let found = self.choose(logits, vocab, &given, run);
+        for (step, found) in found.iter().enumerate() {
+            for (((params, position), own), token) in rows.iter().zip(logits.chunks(vocab)).zip(found) {
+                let position = u64::from(*position) + step as u64 + 1;
+                let wanted = match Sampler::new(params.clone()).unwrap().sample(own, position) {
+                    Ok(choice) => choice.token,
+                    Err(SamplingError::Logit { .. }) => tilec_ir::launch::BROKEN_LOGITS,
+                    Err(SamplingError::Nothing { .. }) => tilec_ir::launch::NO_LOGITS,
+                    Err(error) => panic!("{error}"),
+                };
+                let Run { blocks, seed, .. } = run;
+                let place = format!("{vocab} tokens, {blocks} blocks, seed {seed}, step {step}");
+                assert_eq!(*token, wanted, "{place}, {params:?}");
+            }
+        }
+        found.into_iter().next().unwrap()
     }
 }
 
@@ -121,34 +193,58 @@ fn random_logits(numbers: &mut Numbers, vocab: usize) -> Vec<f32> {
     logits
 }
 
+/// As many rows as blocks and more, and fewer, whose ids several blocks share.
 #[test]
 fn kernels_choose_the_very_tokens_of_the_host() {
     let chooser = Chooser::new();
     let mut numbers = Numbers(0);
     for (vocab, rounds) in [(1, 2), (7, 3), (256, 4), (1001, 12), (5003, 16), (70_001, 2)] {
         for round in 0..rounds {
+            let blocks = numbers.pick(&[1, 3, 4, 7, 11]);
+            let count = numbers.pick(&[1, 1, 2, 3, 5, STEP_ROWS]);
             let mut logits = Vec::new();
             let mut rows = Vec::new();
-            for row in 0..STEP_ROWS as u32 {
+            for row in 0..count as u32 {
                 logits.extend(random_logits(&mut numbers, vocab));
                 rows.push((parameters(&mut numbers, vocab), row * 977 + round));
             }
-            let given: Vec<_> =
-                rows.iter().map(|(params, position)| (params.launch_row(), *position)).collect();
-            let found = chooser.choose(&logits, vocab, &given, u64::from(round));
-            for (((params, position), own), token) in rows.iter().zip(logits.chunks(vocab)).zip(found) {
-                let mut sampler = Sampler::new(params.clone()).unwrap();
-                let wanted = sampler.sample(own, u64::from(*position) + 1).unwrap().token;
-                assert_eq!(token, wanted, "{vocab} tokens, round {round}, {params:?}");
-            }
+            let steps = if vocab > 10_000 { 1 } else { numbers.pick(&[1, 2, 5]) };
+            chooser.check(&logits, vocab, &rows, Run { blocks, steps, seed: u64::from(round) });
         }
     }
+}
+
+/// Where sums overflowed halves, or rounds of one step met those of the next, this would show: rows that take one look
+/// beside rows that take many, step after step, on many blocks.
+#[test]
+fn rows_that_take_many_rounds_do_not_disturb_others() {
+    let chooser = Chooser::new();
+    let vocab = 4099;
+    let mut numbers = Numbers(3_000_000);
+    let d = SamplingParams::default;
+    let params = [
+        SamplingParams { seed: 1, ..d() },
+        SamplingParams { top_k: 3000, top_p: 0.9, seed: 2, ..d() },
+        SamplingParams::greedy(),
+        SamplingParams { temperature: 1e-30, top_p: 0.5, ..d() },
+        SamplingParams { top_p: 0.95, min_p: 0.2, seed: 3, ..d() },
+    ];
+    // Of the second row, all are equal; of the last one, all lie close together.
+    let mut logits: Vec<f32> = (0..vocab * params.len()).map(|_| 9.0 * numbers.next() as f32).collect();
+    logits[vocab..2 * vocab].fill(-2.5);
+    logits[4 * vocab..].iter_mut().for_each(|logit| *logit *= 0.01);
+    let rows: Vec<_> = params.into_iter().zip([5, 70, 2, 0, 9]).collect();
+    for (blocks, seed) in [(3, 1), (17, 2)] {
+        chooser.check(&logits, vocab, &rows, Run { blocks, steps: 7, seed });
+    }
+    // One row has them all.
+    chooser.check(&logits[vocab..2 * vocab], vocab, &rows[1..2], Run { blocks: 19, steps: 4, seed: 3 });
 }
 
 #[test]
 fn weights_have_the_bits_of_the_hosts() {
     let chooser = Chooser::new();
-    chooser.choose(&[0.0], 1, &[], 0);
+    chooser.choose(&[0.0], 1, &[], Run { blocks: 3, steps: 1, seed: 0 });
     let digest = words(&std::fs::read(chooser.0.path().join("chosen.bin")).unwrap());
     assert_eq!(digest[..2], WEIGHT_DIGEST);
 }
@@ -163,7 +259,7 @@ fn kernels_count_what_is_far_away() {
     let mut numbers = Numbers(7_000_000);
     let vocab = 70_001;
     let mut far = 0;
-    for round in 0..3 {
+    for (round, blocks) in (0..).zip([3, 9, 24]) {
         // 16 to 17 powers of two.
         let mut logits: Vec<f32> =
             (0..vocab * STEP_ROWS).map(|_| -11.8 + 0.6 * numbers.next() as f32).collect();
@@ -178,13 +274,7 @@ fn kernels_count_what_is_far_away() {
             };
             rows.push((cut, 1000 * row as u32));
         }
-        let given: Vec<_> = rows.iter().map(|(params, position)| (params.launch_row(), *position)).collect();
-        let found = chooser.choose(&logits, vocab, &given, round);
-        for (((params, position), own), token) in rows.iter().zip(logits.chunks(vocab)).zip(&found) {
-            let mut sampler = Sampler::new(params.clone()).unwrap();
-            let wanted = sampler.sample(own, u64::from(*position) + 1).unwrap().token;
-            assert_eq!(*token, wanted, "round {round}, {params:?}");
-        }
+        let found = chooser.check(&logits, vocab, &rows, Run { blocks, steps: 1, seed: round });
         far +=
             found.iter().zip(logits.chunks(vocab)).filter(|(token, own)| own[**token as usize] < 0.0).count();
     }
@@ -196,7 +286,6 @@ fn kernels_count_what_is_far_away() {
 fn kernels_choose_among_equals_and_say_where_nothing_can_be_chosen() {
     let chooser = Chooser::new();
     let vocab = 3000;
-    let mut logits = vec![0.25; vocab * STEP_ROWS];
     let d = SamplingParams::default;
     let params = [
         SamplingParams { top_k: 2100, seed: 1, ..d() },
@@ -208,33 +297,22 @@ fn kernels_choose_among_equals_and_say_where_nothing_can_be_chosen() {
         d(),
         SamplingParams { min_p: 0.3, ..d() },
     ];
-    let rows = params.clone().map(|params| (params.launch_row(), 40));
-    let expect = |logits: &[f32]| -> Vec<u32> {
-        let rows = params.iter().zip(logits.chunks(vocab));
-        let token = |(params, logits): (&SamplingParams, &[f32])| match Sampler::new(params.clone())
-            .unwrap()
-            .sample(logits, 41)
-        {
-            Ok(choice) => choice.token,
-            Err(SamplingError::Logit { .. }) => tilec_ir::launch::BROKEN_LOGITS,
-            Err(SamplingError::Nothing { .. }) => tilec_ir::launch::NO_LOGITS,
-            Err(error) => panic!("{error}"),
-        };
-        rows.map(token).collect()
-    };
-    let found = chooser.choose(&logits, vocab, &rows, 1);
-    assert_eq!(found, expect(&logits));
-    assert!(found.iter().any(|token| *token > 512), "{found:?}");
-    logits[7] = f32::NAN;
-    logits[vocab + 2999] = f32::NAN;
-    logits[2 * vocab + 1500] = f32::INFINITY;
-    logits[3 * vocab] = f32::INFINITY;
-    logits[4 * vocab..5 * vocab].fill(f32::NEG_INFINITY);
-    logits[6 * vocab..7 * vocab].fill(f32::NEG_INFINITY);
-    logits[7 * vocab] = -f32::NAN;
-    let found = chooser.choose(&logits, vocab, &rows, 2);
-    assert_eq!(found, expect(&logits));
-    assert_eq!(found.iter().filter(|token| **token >= tilec_ir::launch::NO_LOGITS).count(), 7);
+    let rows = params.map(|params| (params, 40));
+    for blocks in [3, 21] {
+        let run = Run { blocks, steps: 2, seed: 1 };
+        let mut logits = vec![0.25; vocab * rows.len()];
+        let found = chooser.check(&logits, vocab, &rows, run);
+        assert!(found.iter().any(|token| *token > 512), "{found:?}");
+        logits[7] = f32::NAN;
+        logits[vocab + 2999] = f32::NAN;
+        logits[2 * vocab + 1500] = f32::INFINITY;
+        logits[3 * vocab] = f32::INFINITY;
+        logits[4 * vocab..5 * vocab].fill(f32::NEG_INFINITY);
+        logits[6 * vocab..7 * vocab].fill(f32::NEG_INFINITY);
+        logits[7 * vocab] = -f32::NAN;
+        let found = chooser.check(&logits, vocab, &rows, run);
+        assert_eq!(found.iter().filter(|token| **token >= tilec_ir::launch::NO_LOGITS).count(), 7);
+    }
 }
 
 #[test]
