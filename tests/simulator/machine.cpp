@@ -340,8 +340,9 @@ int main(int, char** argv) {
   const size_t logit_bytes = size_t(8) * launch.vocab * 4;
   uint8_t* logits = poisoned(logit_bytes);
   std::vector<uint32_t> mail(1024);  // the record of a stall, a word that halts, from 40 on experts, from 64 on the tokens
+  uint8_t* choices = poisoned(32 * 24192);  // of as many rows as there may ever be
   uint64_t args[64];
-  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps), poisoned(8 << 15));
+  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps), choices);
   machine::run(atoll(argv[3]), args, launch.shared_bytes);
   store(folder + "arena.bin", arena, launch.arena_bytes);
   store(folder + "sync.bin", sync, launch.sync_bytes);
