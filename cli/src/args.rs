@@ -174,6 +174,19 @@ impl DraftArgs {
     }
 }
 
+/// How many tokens a plan's draft guesses at a time.
+#[derive(Clone, Debug, Default, Args)]
+pub struct GuessArgs {
+    /// Whether and how many at most
+    #[command(flatten)]
+    pub draft: DraftArgs,
+    /// Tokens that the draft guesses at a time, at least. The number is chosen while the text is written, by how
+    /// often guesses are right and what they cost; as large as --draft-max, this fixes it
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..64),
+          conflicts_with = "no_draft", help_heading = "Draft")]
+    pub draft_min: u64,
+}
+
 /// A level of the compiler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum EmitLevel {
@@ -318,7 +331,7 @@ pub struct RunArgs {
     pub weights: WeightsArgs,
     /// Its draft
     #[command(flatten)]
-    pub draft: DraftArgs,
+    pub draft: GuessArgs,
     /// How tokens are chosen
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -331,6 +344,8 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Every line of stdin is a turn. /reset forgets the conversation, /exit and Ctrl-D end.
+With a draft, /draft N lets it guess up to N tokens at a time from now on, /draft 0 none,
+/draft as many as there may be.
 
 Examples:
   tilec chat model.gguf
@@ -348,7 +363,7 @@ pub struct ChatArgs {
     pub weights: WeightsArgs,
     /// Its draft
     #[command(flatten)]
-    pub draft: DraftArgs,
+    pub draft: GuessArgs,
     /// How tokens are chosen
     #[command(flatten)]
     pub sampling: SamplingArgs,

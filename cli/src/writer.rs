@@ -1,6 +1,6 @@
 //! Generating text for a person: what `run` and `chat` share.
 
-use crate::args::{DraftArgs, ModelArgs, SamplingArgs, WeightsArgs};
+use crate::args::{GuessArgs, ModelArgs, SamplingArgs, WeightsArgs};
 use crate::text::Text;
 use crate::ui::mib;
 use crate::{host, session, source};
@@ -11,12 +11,16 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 use tilec_ir::plan::Plan;
-use tilec_runtime::generate::{Completion, DraftStats, FinishReason, Generator, Request, StepTime};
+use tilec_runtime::generate::{
+    Completion, DraftLimit, DraftStats, FinishReason, Generator, Request, StepTime,
+};
 use tilec_runtime::sampling::SamplingParams;
 
 /// A loaded model with its tokenizer.
 pub struct Writer {
     generator: Generator,
+    /// How many tokens are guessed at a time, at most.
+    pub limit: DraftLimit,
     /// Between text and tokens.
     pub text: Text,
 }
@@ -36,23 +40,31 @@ impl Writer {
     ///
     /// # Errors
     /// When it does not compile or load, or has no tokenizer.
-    pub fn open(model: &ModelArgs, weights: &WeightsArgs, draft: &DraftArgs) -> Result<Writer> {
+    pub fn open(model: &ModelArgs, weights: &WeightsArgs, guess: &GuessArgs) -> Result<Writer> {
+        let draft = &guess.draft;
+        if let Some(most) = draft.draft_max.filter(|most| guess.draft_min > *most) {
+            bail!("--draft-min {} is more than --draft-max {most}", guess.draft_min);
+        }
         let (folder, plan) = source::plan(&model.path, &model.target)?;
         // Before the weights are packed: a model without a tokenizer is refused at once.
         let text = Text::load(&plan, weights)?;
         let engine = session::load(&folder, weights, false, !draft.no_draft)?;
-        if let (Some(asked), Some(most)) = (draft.draft_max, engine.draft_block())
-            && asked as usize >= most
+        let asked = [("--draft-max", draft.draft_max), ("--draft-min", Some(guess.draft_min))];
+        if let Some(most) = engine.draft_block()
+            && let Some((option, asked)) = asked
+                .iter()
+                .find_map(|(option, asked)| Some((option, asked.filter(|n| *n as usize >= most)?)))
         {
             bail!(
-                "--draft-max {asked}: the plan's draft guesses at most {} tokens at a time; lower it, or compile \
+                "{option} {asked}: the plan's draft guesses at most {} tokens at a time; lower it, or compile \
                  with a larger draft.dflash.block",
                 most - 1
             );
         }
         let mut generator = Generator::new(engine, Some(Arc::clone(&text.tokenizer)));
         generator.set_draft_rows(draft.rows());
-        Ok(Writer { generator, text })
+        generator.set_draft_min(guess.draft_min as usize);
+        Ok(Writer { generator, limit: DraftLimit::default(), text })
     }
 
     /// The plan.
@@ -78,6 +90,7 @@ impl Writer {
             stop_strings: args.stop.clone(),
             sampling: sampling(args),
             skip_special: true,
+            draft: self.limit.clone(),
         };
         let mut failed = None;
         let run = self.generator.run(std::slice::from_ref(&request), &mut |piece| {
@@ -122,7 +135,7 @@ impl Writer {
             self.generator.engine().memory(),
         );
         let draft = &written.draft;
-        if let Some(acceptance) = draft.acceptance() {
+        if let (Some(acceptance), Some(guesses)) = (draft.acceptance(), draft.mean_guesses()) {
             let share = |part: Duration| 100.0 * part.as_secs_f64() / figures.decode.as_secs_f64();
             let times = (share(draft.draft), share(draft.inject), share(draft.verify));
             let total: u64 = draft.histogram.iter().sum();
@@ -132,15 +145,20 @@ impl Writer {
                 .collect();
             lines.push_str(&format!(
                 "draft    {acceptance:.2} tokens a round in {} rounds, {} of {} guesses right ({})\n\
+                 block    {guesses:.1} guesses on average, {} of {} tokens without any\n\
                  split    draft {:.0} %, its context {:.0} %, verify {:.0} % of decoding\n",
                 draft.rounds,
                 draft.right,
                 draft.guesses,
                 shares.join(", "),
+                draft.plain,
+                figures.decoded,
                 times.0,
                 times.1,
                 times.2,
             ));
+        } else if draft.plain > 0 {
+            lines.push_str(&format!("draft    not used: {} tokens without guesses\n", draft.plain));
         }
         if let Some(held) = host::resident() {
             lines.push_str(&format!("resident {}, at most {}\n", mib(held.now), mib(held.peak)));
@@ -229,17 +247,20 @@ impl Figures {
 
 /// What became of a draft's guesses; null if nothing was guessed.
 pub fn draft_json(draft: &DraftStats) -> Value {
-    if draft.rounds == 0 {
+    if draft.rounds == 0 && draft.plain == 0 {
         return Value::Null;
     }
     json!({
         "rounds": draft.rounds,
         "tokens": draft.tokens,
-        "tokens_per_round": draft.tokens as f64 / draft.rounds as f64,
+        "tokens_per_round": (draft.rounds > 0).then(|| draft.tokens as f64 / draft.rounds as f64),
         "acceptance": draft.acceptance(),
         "histogram": draft.histogram,
         "reach": draft.reach(),
         "guesses": draft.guesses,
+        "mean_guesses": draft.mean_guesses(),
+        "blocks": draft.blocks,
+        "plain_tokens": draft.plain,
         "right": draft.right,
         "draft_s": draft.draft.as_secs_f64(),
         "inject_s": draft.inject.as_secs_f64(),

@@ -561,15 +561,28 @@ fn a_draft_changes_no_token() {
     };
     let plain = run(&["--no-draft"]);
     assert!(plain["draft"].is_null());
-    for (more, rows) in [(&[][..], 8), (&["--draft-max", "3"], 4)] {
+    let always = [&["--draft-min", "7"][..], &["--draft-max", "3", "--draft-min", "3"]];
+    for (more, rows) in [(always[0], 8), (always[1], 4), (&["--draft-max", "3"], 4), (&[], 8)] {
         let drafted = run(more);
         assert_eq!((&drafted["tokens"], &drafted["text"]), (&plain["tokens"], &plain["text"]));
         let draft = &drafted["draft"];
+        assert!(draft["blocks"].as_array().unwrap().len() < rows, "{draft}");
+        if !more.contains(&"--draft-min") {
+            // By what this machine's time says.
+            assert!(draft["plain_tokens"].as_u64().unwrap() <= 48, "{draft}");
+            continue;
+        }
+        assert_eq!(draft["mean_guesses"].as_f64(), Some(rows as f64 - 1.0), "{draft}");
+        assert_eq!(draft["plain_tokens"].as_u64(), Some(0), "{draft}");
         assert!(draft["acceptance"].as_f64().unwrap() > 1.5, "{draft}");
         assert!(draft["histogram"].as_array().unwrap().len() <= rows, "{draft}");
     }
     let error = bench.fails(&["run", model, "-p", "x", "--draft-max", "8"]);
     assert!(error.contains("--draft-max 8") && error.contains("at most 7"), "{error}");
+    let error = bench.fails(&["run", model, "-p", "x", "--draft-min", "8"]);
+    assert!(error.contains("--draft-min 8") && error.contains("at most 7"), "{error}");
+    let error = bench.fails(&["run", model, "-p", "x", "--draft-min", "4", "--draft-max", "3"]);
+    assert!(error.contains("--draft-min 4") && error.contains("--draft-max 3"), "{error}");
 }
 
 #[cfg(feature = "llvm")]

@@ -7,23 +7,29 @@
 //! differs.
 //!
 //! A plan with a draft guesses tokens ahead: see [`DraftStats`] and the module `draft`. The texts are the
-//! same as without.
+//! same as without. How many it guesses at a time is chosen step by step, between [`Generator::set_draft_min`] and
+//! [`Generator::set_draft_rows`], and for each request up to its [`DraftLimit`], which may change while it runs.
 //!
 //! On an engine with a resident kernel, which chooses tokens as the sampler does, sequences that all decode do
 //! so many steps at a time, and the text streams while the kernel runs. Penalties, biases and probabilities
 //! are the host's work, a step at a time.
 
+mod adapt;
+#[cfg(test)]
+mod adapt_tests;
 mod draft;
 mod score;
 mod stats;
 #[cfg(test)]
 mod tests;
 
+pub use adapt::{DraftLimit, FixedTimes, Pass};
 pub use draft::DraftStats;
 pub use score::{ScoreError, score};
 pub use stats::{RequestStats, StepTime};
 
-use self::draft::Guesses;
+use self::adapt::{CostModel, Pace, PassTimes};
+use self::draft::{Choice, Guesses};
 use crate::engine::{Engine, RowInput, StepError};
 use crate::sampling::{Sampler, SamplingError, SamplingParams};
 use crate::stream::{EmptyStop, StopStrings, StreamDecoder};
@@ -52,6 +58,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// Whether control tokens are left out of the text.
     pub skip_special: bool,
+    /// How many tokens a draft guesses at a time.
+    pub draft: DraftLimit,
 }
 
 /// Why a text ended.
@@ -168,6 +176,10 @@ pub struct Generator {
     launch_steps: usize,
     /// See [`Generator::set_draft_rows`].
     draft_rows: usize,
+    /// See [`Generator::set_draft_min`].
+    draft_min: usize,
+    /// What steps and guesses take.
+    times: PassTimes,
 }
 
 /// A request in progress, in the sequence of the same number.
@@ -182,6 +194,7 @@ struct Active {
     text: String,
     stats: RequestStats,
     draft: DraftStats,
+    pace: Pace,
     admitted: Instant,
     /// When the last token was chosen.
     last: Option<Instant>,
@@ -192,7 +205,10 @@ impl Generator {
     pub fn new(mut engine: Engine, tokenizer: Option<Arc<Tokenizer>>) -> Generator {
         let sequences = engine.plan().limits.sequences;
         (0..sequences).for_each(|sequence| engine.reset(sequence));
+        let times = PassTimes::new(CostModel::new(engine.plan(), engine.pass_rows(), engine.memory_rate()));
         Generator {
+            times,
+            draft_min: 0,
             engine,
             tokenizer,
             history: vec![Vec::new(); sequences],
@@ -214,6 +230,19 @@ impl Generator {
     /// depend on it. May be changed between runs.
     pub fn set_draft_rows(&mut self, rows: usize) {
         self.draft_rows = rows;
+    }
+
+    /// Lets the draft guess at least so many tokens at a time, as far as blocks, requests and the step have room.
+    /// 0 is the default: then the generator may decide for none. As many as a block has, or more, fix the
+    /// number. Texts do not depend on it. May be changed between runs.
+    pub fn set_draft_min(&mut self, guesses: usize) {
+        self.draft_min = guesses;
+    }
+
+    /// Chooses the number of guesses by these times in place of measured ones, so that it depends on the
+    /// texts alone: for benchmarks and tests that want the same rounds every time. May be changed between runs.
+    pub fn set_pass_times(&mut self, times: Option<FixedTimes>) {
+        self.times.fixed = times;
     }
 
     /// The engine.
@@ -275,28 +304,31 @@ impl Generator {
                 break;
             }
 
-            if let Some(groups) = self.decoding(&active, requests) {
+            let choice = self.choose(&mut active, requests, turn);
+            if let Some(groups) = self.decoding(&active, requests, &choice) {
                 for group in &groups {
                     steps.extend(self.decode(group, requests, &mut active, &mut done, news)?);
                 }
                 continue;
             }
             let start = Instant::now();
-            let guesses = self.guess(&active, requests, turn)?;
+            let guesses = self.guess(&active, &choice)?;
             let guessed = guesses.iter().any(|guesses| !guesses.tokens.is_empty());
             let mut batch = Batch::default();
             self.fill(&mut batch, &active, turn, &guesses);
             if batch.left_out {
                 turn = (turn + 1) % active.len();
             }
-            // Where nothing else is asked of the logits, a GPU that verifies guesses keeps them.
+            let listens: Vec<bool> = active.iter().map(|place| self.has_guesses(place, requests)).collect();
+            // Where nothing else is asked of the logits, a GPU keeps them.
             let sampling = |wanted: &Wanted| {
                 let current =
                     active[wanted.sequence].as_ref().expect("rows are only made of active sequences");
                 std::iter::repeat_n(&requests[current.request].sampling, wanted.rows)
             };
             let sampling: Vec<&SamplingParams> = batch.wanted.iter().flat_map(sampling).collect();
-            let by_kernel = guessed
+            let by_kernel = self.block() > 0
+                && !sampling.is_empty()
                 && self.engine.is_resident()
                 && sampling.iter().all(|sampling| sampling.is_for_kernels());
             let before = Instant::now();
@@ -306,6 +338,9 @@ impl Generator {
                 false => (self.engine.step(&batch.rows, &batch.logit_rows)?, Vec::new()),
             };
             let after = Instant::now();
+            if batch.rows.len() == batch.logit_rows.len() {
+                self.times.note(Pass::Step, batch.rows.len(), after - before);
+            }
             let vocab = logits.len() / batch.logit_rows.len().max(1);
             let mut tokens = 0;
             // Rows whose tokens turn out not to be part of their text.
@@ -328,7 +363,6 @@ impl Generator {
                 if let Some(finish) = finish {
                     let current = place.take().expect("as above");
                     let request = current.request;
-                    draft_total.add(&current.draft);
                     done[request] = Some(current.complete(finish, news));
                 }
             }
@@ -338,7 +372,7 @@ impl Generator {
                 history.push(row.token);
             }
             let chosen = Instant::now();
-            self.tell_draft(&batch, &wrong)?;
+            self.tell_draft(&batch, &wrong, &listens)?;
             let inject = chosen.elapsed();
             if guessed {
                 draft_total.draft += before - start;
@@ -356,11 +390,20 @@ impl Generator {
             });
         }
         let completions = done.into_iter().map(|completion| completion.expect("none is left waiting"));
-        Ok(Run { completions: completions.collect(), steps, draft: draft_total })
+        let completions: Vec<Completion> = completions.collect();
+        // These have no times.
+        completions.iter().for_each(|completion| draft_total.add(&completion.draft));
+        Ok(Run { completions, steps, draft: draft_total })
     }
 
-    /// Adds the rows of a step to the draft's context, but for wrong guesses and rows behind a gap.
-    fn tell_draft(&mut self, batch: &Batch, wrong: &[bool]) -> Result<(), StepError> {
+    /// Whether the draft is told of a sequence's text.
+    fn has_guesses(&self, place: &Option<Active>, requests: &[Request]) -> bool {
+        place.as_ref().is_some_and(|current| requests[current.request].draft.get() > 0)
+    }
+
+    /// Adds the rows of a step to the draft's context, but for wrong guesses, rows behind a gap, and sequences
+    /// that have no guesses.
+    fn tell_draft(&mut self, batch: &Batch, wrong: &[bool], listens: &[bool]) -> Result<(), StepError> {
         if self.block() == 0 {
             return Ok(());
         }
@@ -369,7 +412,7 @@ impl Generator {
         let mut rows = Vec::with_capacity(batch.rows.len());
         for (number, row) in batch.rows.iter().enumerate() {
             let known = &mut known[row.sequence as usize];
-            if !wrong[number] && *known == row.position as usize {
+            if listens[row.sequence as usize] && !wrong[number] && *known == row.position as usize {
                 *known += 1;
                 rows.push(number as u32);
             }
@@ -406,7 +449,7 @@ impl Generator {
     fn admit(&mut self, sequence: usize, number: usize, request: &Request) -> Result<Active, GenerateError> {
         // The last token is always processed: its logits are what generation starts from.
         let mut cached = common(&self.history[sequence], &request.prompt).min(request.prompt.len() - 1);
-        if self.block() > 0 {
+        if self.block() > 0 && request.draft.get() > 0 {
             // The draft must know what is before its guesses.
             cached = cached.min(self.engine.draft_length(sequence));
         }
@@ -432,29 +475,38 @@ impl Generator {
             logprobs: Vec::new(),
             text: String::new(),
             draft: DraftStats::default(),
+            pace: Pace::new(),
             stats: RequestStats { prompt_tokens: prompt, cached_tokens: cached, ..Default::default() },
             admitted: Instant::now(),
             last: None,
         })
     }
 
+    /// Whether all active sequences decode, and the kernel can choose their tokens, many steps a launch.
+    fn launches(&self, active: &[Option<Active>], requests: &[Request]) -> bool {
+        let decodes = |(sequence, place): (usize, &Option<Active>)| match place {
+            Some(current) => {
+                self.decodes(active, sequence) && requests[current.request].sampling.is_for_kernels()
+            }
+            None => true,
+        };
+        self.engine.is_resident() && self.launch_steps > 1 && active.iter().enumerate().all(decodes)
+    }
+
     /// The active sequences in groups of as many as a launch decodes, if all of them decode, nothing is
     /// guessed, and the kernel can choose their tokens.
-    fn decoding(&self, active: &[Option<Active>], requests: &[Request]) -> Option<Vec<Vec<usize>>> {
-        // With a draft, every step has guesses to verify.
-        if !self.engine.is_resident() || self.launch_steps == 1 || self.block() > 0 {
-            return None;
-        }
-        let sequences = (0..active.len()).filter(|sequence| active[*sequence].is_some());
-        let sequences: Vec<usize> = sequences.collect();
-        let decodes = |sequence: &usize| {
-            active[*sequence].as_ref().is_some_and(|current| {
-                current.tokens.len() == self.history[*sequence].len() + 1
-                    && requests[current.request].sampling.is_for_kernels()
-            })
-        };
+    fn decoding(
+        &self,
+        active: &[Option<Active>],
+        requests: &[Request],
+        choice: &[Choice],
+    ) -> Option<Vec<Vec<usize>>> {
+        let sequences: Vec<usize> = (0..active.len()).filter(|at| active[*at].is_some()).collect();
+        // Long launches tell a draft of nothing: they are for those who have no guesses for a while.
+        let plain = self.block() == 0 || sequences.iter().all(|at| choice[*at] == Choice::Plain);
         let rows = self.engine.max_decode_rows();
-        sequences.iter().all(decodes).then(|| sequences.chunks(rows).map(<[usize]>::to_vec).collect())
+        let launches = plain && self.launches(active, requests);
+        launches.then(|| sequences.chunks(rows).map(<[usize]>::to_vec).collect())
     }
 
     /// Decodes a group of sequences in one launch, until the first of them ends.
@@ -485,6 +537,10 @@ impl Generator {
             // An active sequence has a token to choose and a position for the last one: both are above 0.
             let left = request.max_tokens - (current.tokens.len() - current.prompt);
             steps = steps.min(left).min(limits.context - position);
+            // Where the next guess is due.
+            if current.pace.rest() > 0 {
+                steps = steps.min(current.pace.rest());
+            }
         }
         stops.sort_unstable();
         stops.dedup();
@@ -504,8 +560,10 @@ impl Generator {
             steps /= 2;
         }
 
+        let drafted = self.block() > 0;
         let mut chosen = vec![Vec::new(); rows.len()];
         let mut times = Vec::new();
+        let start = Instant::now();
         let (mut before, mut there) = (Instant::now(), Instant::now());
         let last = rows.len() - 1;
         self.engine.decode_sampled(&rows, &sampling, steps, &stops, &mut |_, row, token| {
@@ -516,6 +574,10 @@ impl Generator {
             let place = &mut active[group[row]];
             let current = place.as_mut().expect("the launch ends with the step of the first that ends");
             let mut flow = ControlFlow::Continue(());
+            if drafted {
+                current.draft.plain += 1;
+                current.pace.plain(1);
+            }
             if let Some(finish) =
                 current.accept(token, None, &requests[current.request], limits.context, news)
             {
@@ -539,6 +601,9 @@ impl Generator {
             }
             flow
         })?;
+        if times.len() > 1 {
+            self.times.note(Pass::Launch, rows.len(), start.elapsed() / times.len() as u32);
+        }
         for (row, chosen) in rows.iter().zip(&chosen) {
             let history = &mut self.history[row.sequence as usize];
             history.truncate(row.position as usize);
@@ -674,6 +739,10 @@ impl Active {
         }
         if guessed > 0 {
             self.draft.note(guessed, right, taken, guesses.whole && finish.is_none());
+            self.pace.round(taken.min(guessed), right, taken);
+        } else if guesses.plain {
+            self.draft.plain += taken as u64;
+            self.pace.plain(taken);
         }
         Ok((taken, finish))
     }

@@ -4,10 +4,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::sync::atomic::Ordering::Relaxed;
 use tilec_ir::abi::KvType;
 use tilec_ir::spec::{Activations, ModelSpec};
 use tilec_runtime::engine::{BlockInput, Engine, RowInput};
-use tilec_runtime::generate::{Generator, Request, Run};
+use tilec_runtime::generate::{DraftLimit, Generator, Request, Run};
 use tilec_runtime::sampling::SamplingParams;
 use tilec_tests::{Fixture, Loaded, Reference, fixtures, load};
 
@@ -89,9 +90,12 @@ fn blocks_are_those_of_the_formulas() {
     }
 }
 
+/// Guesses as many tokens at a time as it may.
 fn generator(fixture: &Fixture, spec: &ModelSpec, threads: usize) -> (Generator, tempfile::TempDir) {
     let Loaded { engine, folder } = load(fixture, spec, threads);
-    (Generator::new(engine, None), folder)
+    let mut generator = Generator::new(engine, None);
+    generator.set_draft_min(usize::MAX);
+    (generator, folder)
 }
 
 fn request(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Request {
@@ -102,6 +106,7 @@ fn request(prompt: &[u32], max_tokens: usize, sampling: SamplingParams) -> Reque
         stop_strings: Vec::new(),
         sampling,
         skip_special: true,
+        draft: DraftLimit::default(),
     }
 }
 
@@ -228,6 +233,66 @@ fn texts_are_the_same_with_quantized_weights_and_few_rows() {
     let q8 = tilec_ir::spec::WeightFormat::Converted(tilec_ir::format::Format::Q8_0);
     check_identity("full", |spec| spec.precision.weights = q8);
     check_identity("sliding-both-ways", |spec| spec.limits.rows = 8);
+}
+
+/// Guessing is switched off and on and up and down while texts are written, by what times seem to be and by
+/// whoever holds a request's switch, at random steps: the same texts as without a draft, in company.
+#[test]
+fn texts_are_the_same_however_guessing_is_switched_while_they_are_written() {
+    let mut switched = 0;
+    for (pair, seed) in [("full", 1), ("sliding-causal", 2), ("sliding-both-ways", 3)] {
+        let fixture = Fixture::open_pair(pair);
+        let mut spec = fixture.spec();
+        (spec.limits.rows, spec.limits.sequences, spec.limits.context) = (24, 4, Some(96));
+        let (mut generator, _folder) = generator(&fixture, &spec, 2);
+        let vocab = generator.engine().plan().vocab;
+        let requests: Vec<Request> = prompts(12, vocab)
+            .iter()
+            .zip(samplings().iter().cycle())
+            .map(|(prompt, sampling)| request(prompt, 60, sampling.clone()))
+            .collect();
+        generator.set_draft_rows(0);
+        let expected = texts(&run(&mut generator, &requests));
+        generator.set_draft_rows(usize::MAX);
+        generator.set_draft_min(0);
+        let state = std::sync::atomic::AtomicU64::new(seed);
+        let state = std::sync::Arc::new(state);
+        let dice = move || {
+            let next = |x: u64| Some(x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407));
+            state.fetch_update(Relaxed, Relaxed, next).unwrap() >> 33
+        };
+        // Steps that take anything, whatever their rows.
+        let wild = dice.clone();
+        generator.set_pass_times(Some(std::sync::Arc::new(move |_, _| {
+            std::time::Duration::from_micros(1000 + wild() % 1500)
+        })));
+        for turn in 0..6 {
+            // Every other time behind what is cached.
+            if turn % 2 == 0 {
+                generator.clear();
+            }
+            for request in &requests {
+                request.draft.set(dice() as usize % 4);
+            }
+            let mut turned = 0;
+            let run = generator
+                .run(&requests, &mut |_| {
+                    if dice() % 6 == 0 {
+                        let guesses = [0, 1, 3, 7, 15, usize::MAX][dice() as usize % 6];
+                        requests[dice() as usize % requests.len()].draft.set(guesses);
+                        turned += 1;
+                    }
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
+            assert!(texts(&run) == expected, "{pair}, turn {turn}");
+            let draft = &run.draft;
+            assert!(turned > 50 && draft.rounds > 20 && draft.plain > 20, "{turned} {draft:?}");
+            assert!(draft.blocks.iter().filter(|count| **count > 0).count() > 3, "{draft:?}");
+            switched += turned;
+        }
+    }
+    assert!(switched > 1000, "{switched}");
 }
 
 /// Decoding goes on where it was when guessing is switched off and on again between runs.

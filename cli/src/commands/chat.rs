@@ -36,6 +36,10 @@ pub fn run(args: &ChatArgs) -> Result<()> {
                 ui::note("the conversation starts anew");
                 continue;
             }
+            command if command.split_whitespace().next() == Some("/draft") => {
+                ui::note(set_draft(&writer, command));
+                continue;
+            }
             _ => messages.push(Message::new("user", line)),
         }
         let tokens = writer.text.conversation(&messages)?;
@@ -61,4 +65,21 @@ pub fn run(args: &ChatArgs) -> Result<()> {
         messages.push(Message::new("assistant", written.text()));
     }
     Ok(())
+}
+
+/// `/draft N` and `/draft`: what is so from now on.
+fn set_draft(writer: &Writer, command: &str) -> String {
+    let guesses = match command.split_whitespace().nth(1).map(str::parse) {
+        None => usize::MAX,
+        Some(Ok(guesses)) => guesses,
+        Some(Err(_)) => {
+            return format!("{command}: /draft N lets the draft guess up to N tokens, /draft 0 none");
+        }
+    };
+    writer.limit.set(guesses);
+    match guesses {
+        0 => "the draft guesses no more".to_string(),
+        usize::MAX => "the draft guesses as many tokens at a time as it may".to_string(),
+        _ => format!("the draft guesses up to {guesses} tokens at a time"),
+    }
 }

@@ -5,7 +5,7 @@ use super::device::Program;
 use super::fake::*;
 use crate::engine::tests::{VOCAB, toy_next};
 use crate::engine::{BlockInput, Engine, EngineOptions, RowInput, StepError};
-use crate::generate::{Generator, Request};
+use crate::generate::{DraftLimit, Generator, Pass, Request};
 use crate::sampling::SamplingParams;
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
@@ -146,6 +146,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> Request {
         stop_strings: Vec::new(),
         sampling: SamplingParams::greedy(),
         skip_special: true,
+        draft: DraftLimit::default(),
     }
 }
 
@@ -161,6 +162,7 @@ fn texts_with_a_draft_are_the_toys_and_rounds_end_at_its_mistakes() {
     let (engine, seen, _) = draft_engine(&EngineOptions::default());
     assert_eq!(engine.draft_block(), Some(6));
     let mut generator = Generator::new(engine, None);
+    generator.set_draft_min(usize::MAX);
     let requests =
         [request(&[1, 2, 3, 4, 9, 8, 7, 6, 5, 5, 5], 30), request(&[9], 22), request(&[60, 1], 40)];
     // Five guesses a block, of which that of every fifth position is wrong: a round goes from one of these
@@ -221,6 +223,7 @@ fn sampled_texts_with_a_draft_are_those_without() {
         let (engine, seen, _) = draft_engine(&EngineOptions::default());
         let mut generator = Generator::new(engine, None);
         generator.set_draft_rows(draft_rows);
+        generator.set_draft_min(usize::MAX);
         let mut texts = Vec::new();
         let mut right = 0;
         for requests in [&requests[..1], &requests[1..2], requests] {
@@ -242,6 +245,69 @@ fn sampled_texts_with_a_draft_are_those_without() {
     assert_eq!((&drafted, &drafted[..2]), (&plain, &drafted[2..4]));
     assert_eq!(drafted, host);
     assert_ne!(drafted[0], drafted[1]);
+}
+
+/// By times that are said, the same rounds every time: guesses where they pay, long launches where they do not, and
+/// where both take turns the draft's context catches up before it guesses again.
+#[test]
+fn guesses_are_made_where_they_pay_and_texts_stay() {
+    let requests = [request(&[1, 2, 3, 4, 9, 8, 7], 40), request(&[9], 45)];
+    let texts: Vec<Vec<u32>> = requests.iter().map(|r| expected(&r.prompt, r.max_tokens)).collect();
+    let run = |draft_micros: u64, step_micros: fn(usize) -> u64, requests: &[Request]| {
+        let (engine, seen, _) = draft_engine(&EngineOptions::default());
+        let mut generator = Generator::new(engine, None);
+        generator.set_pass_times(Some(Arc::new(move |pass, rows| {
+            Duration::from_micros(if pass == Pass::Draft { draft_micros } else { step_micros(rows) })
+        })));
+        let run = generator.run(requests, &mut |_| ControlFlow::Continue(())).unwrap();
+        let texts: Vec<Vec<u32>> = run.completions.iter().map(|done| done.tokens.clone()).collect();
+        let long = seen.launches.lock().unwrap().iter().filter(|args| args.steps > 1).count();
+        (texts, run.draft, long)
+    };
+    // Cheap guesses, four of five right.
+    let (found, draft, long) = run(10, |_| 100, &requests[..1]);
+    assert_eq!((&found[..], long, draft.plain), (&texts[..1], 0, 0));
+    assert_eq!(draft.mean_guesses(), Some(5.0), "{draft:?}");
+    let again = run(10, |_| 100, &requests[..1]).1;
+    assert_eq!((again.histogram, again.blocks), (draft.histogram, draft.blocks));
+    // Guesses that cost ten steps.
+    let (found, draft, long) = run(1000, |_| 100, &requests);
+    assert_eq!(found, texts);
+    assert!(draft.rounds == 0 && long > 0 && draft.plain > 60, "{long} {draft:?}");
+    // Each row costs: a guess or two, as long as they are thought to be right.
+    let (found, draft, _) = run(5, |rows| 100 + 60 * rows as u64, &requests);
+    assert_eq!(found, texts, "{draft:?}");
+    assert!((1.0..4.0).contains(&draft.mean_guesses().unwrap()), "{draft:?}");
+
+    // Switches that are turned from the callback.
+    let (engine, seen, _) = draft_engine(&EngineOptions::default());
+    let mut generator = Generator::new(engine, None).with_launch_steps(4);
+    generator.set_draft_min(usize::MAX);
+    for (on, off) in [(10, 20), (1, 2), (7, 31), (40, 5)] {
+        generator.clear();
+        requests.iter().for_each(|request| request.draft.set(0));
+        seen.launches.lock().unwrap().clear();
+        let mut told = 0;
+        let run = generator
+            .run(&requests, &mut |piece| {
+                told += 1;
+                // The other one's: what is on its way knows nothing of it.
+                let limit = &requests[1 - piece.request].draft;
+                match told % (on + off) {
+                    n if n == off => limit.set(3),
+                    0 => limit.set(0),
+                    _ => {}
+                }
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+        let found: Vec<Vec<u32>> = run.completions.iter().map(|done| done.tokens.clone()).collect();
+        assert_eq!(found, texts, "{on} {off}");
+        assert!(run.draft.rounds > 0 && run.draft.plain > 0, "{on} {off}: {:?}", run.draft);
+        assert!(run.draft.blocks.len() <= 3, "{:?}", run.draft);
+        let launches = seen.launches.lock().unwrap();
+        assert!(launches.iter().any(|args| args.steps > 1), "{on} {off}");
+    }
 }
 
 #[test]

@@ -6,12 +6,18 @@
 //! of the right text. Every token is thus the model's own, and because neither a row's numbers nor the
 //! sampler's random numbers depend on the company of the row, it is the same token as without a draft.
 //!
-//! On a GPU a step of eight rows takes little longer than one of one row, and one of nine twice as long: so
-//! as many sequences as decode share eight rows, and more than four have no guesses.
+//! On a GPU a step of as many rows as its kernel has takes little longer than one of one row, and one of a row
+//! more twice as long: so the sequences that decode share these rows. How many guesses each has of its share, the
+//! module `adapt` says.
+//!
+//! The draft's context follows the text step by step, but for texts that have no guesses for long: those whose
+//! request says so, and on a GPU those that are decoded many steps at a time. Before such a text has guesses again
+//! it is read again from where the draft's context ends, as a prompt is, which changes nothing of it.
 
+use super::adapt::{Candidate, Company, Pass, choose};
 use super::{Active, Generator, Request};
 use crate::engine::{BlockInput, StepError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What became of guesses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,6 +33,10 @@ pub struct DraftStats {
     pub guesses: u64,
     /// Guesses that were right.
     pub right: u64,
+    /// Whole rounds by guesses that they had: entry `i` is for `i + 1`.
+    pub blocks: Vec<u64>,
+    /// Tokens that came without a guess because that was faster, or because the request said so.
+    pub plain: u64,
     /// Time for guessing.
     pub draft: Duration,
     /// Time for telling the draft of rows that were committed, but for steps of prompts alone.
@@ -43,11 +53,19 @@ impl DraftStats {
         (rounds > 0).then(|| tokens as f64 / rounds as f64)
     }
 
-    /// Of each guess of a block, the share of whole rounds in which it and all before it were right.
+    /// Of each guess of a block, the share of the whole rounds that had it in which it and all before it were
+    /// right.
     pub fn reach(&self) -> Vec<f64> {
-        let rounds: u64 = self.histogram.iter().sum();
-        let from = |guess: usize| self.histogram[guess..].iter().sum::<u64>() as f64 / rounds.max(1) as f64;
-        (1..self.histogram.len()).map(from).collect()
+        let from = |counts: &[u64], first: usize| counts.iter().skip(first).sum::<u64>() as f64;
+        let share = |guess: usize| from(&self.histogram, guess) / from(&self.blocks, guess - 1).max(1.0);
+        (1..self.histogram.len()).map(share).collect()
+    }
+
+    /// Guesses that a whole round had on average; `None` without rounds.
+    pub fn mean_guesses(&self) -> Option<f64> {
+        let rounds: u64 = self.blocks.iter().sum();
+        let guesses: u64 = (1u64..).zip(&self.blocks).map(|(guesses, rounds)| guesses * rounds).sum();
+        (rounds > 0).then(|| guesses as f64 / rounds as f64)
     }
 
     /// Notes a round of `guesses` guesses of which `right` were right and that added `tokens` tokens;
@@ -62,17 +80,23 @@ impl DraftStats {
                 self.histogram.resize(tokens, 0);
             }
             self.histogram[tokens - 1] += 1;
+            if self.blocks.len() < guesses {
+                self.blocks.resize(guesses, 0);
+            }
+            self.blocks[guesses - 1] += 1;
         }
     }
 
     /// Adds what became of others.
     pub fn add(&mut self, other: &DraftStats) {
-        if self.histogram.len() < other.histogram.len() {
-            self.histogram.resize(other.histogram.len(), 0);
+        let counts = [(&mut self.histogram, &other.histogram), (&mut self.blocks, &other.blocks)];
+        for (sums, more) in counts {
+            if sums.len() < more.len() {
+                sums.resize(more.len(), 0);
+            }
+            sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
         }
-        for (sum, more) in self.histogram.iter_mut().zip(&other.histogram) {
-            *sum += more;
-        }
+        self.plain += other.plain;
         self.rounds += other.rounds;
         self.tokens += other.tokens;
         self.guesses += other.guesses;
@@ -83,13 +107,26 @@ impl DraftStats {
     }
 }
 
+/// What was chosen for a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// Nothing to choose: it does not decode, or there is no room or nothing left for a guess.
+    Nothing,
+    /// No guesses.
+    Plain,
+    /// A block of so many rows, of whose guesses so many are wanted.
+    Block { rows: usize, wanted: usize },
+}
+
 /// Guesses of a sequence.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Guesses {
     /// The tokens behind the last one.
     pub tokens: Vec<u32>,
-    /// Whether the step has a row for every guess that a block has.
+    /// Whether the step has a row for every guess of the block.
     pub whole: bool,
+    /// Whether there could have been guesses.
+    pub plain: bool,
 }
 
 impl Generator {
@@ -101,64 +138,125 @@ impl Generator {
         }
     }
 
-    /// Lets the draft guess for the sequences that decode, as far as the next step has room. One entry a
-    /// sequence, without tokens where nothing is guessed.
-    pub(super) fn guess(
+    /// Whether a sequence has one token that was not processed, the last one.
+    pub(super) fn decodes(&self, active: &[Option<Active>], sequence: usize) -> bool {
+        active[sequence].as_ref().is_some_and(|a| a.tokens.len() == self.history[sequence].len() + 1)
+    }
+
+    /// Chooses how many tokens are guessed for each sequence in the next step. What is to have guesses but the
+    /// draft does not know is left to be read again first.
+    pub(super) fn choose(
         &mut self,
-        active: &[Option<Active>],
+        active: &mut [Option<Active>],
         requests: &[Request],
         turn: usize,
-    ) -> Result<Vec<Guesses>, StepError> {
-        let mut guesses = vec![Guesses::default(); active.len()];
+    ) -> Vec<Choice> {
+        let mut choice = vec![Choice::Nothing; active.len()];
         let block = self.block();
         if block == 0 {
-            return Ok(guesses);
+            return choice;
         }
         let limits = self.engine.plan().limits;
-        let decodes: Vec<usize> = (0..active.len())
-            .map(|at| (turn + at) % active.len())
-            .filter(|at| active[*at].as_ref().is_some_and(|a| a.tokens.len() == self.history[*at].len() + 1))
-            .collect();
-        // Guesses beyond what the weights are read once for cost as much as tokens that are not guessed:
-        // several sequences share these rows.
-        let share = self.engine.pass_rows().map_or(block, |rows| rows / decodes.len().max(1));
-        let block = block.min(share);
-        if block < 2 {
-            return Ok(guesses);
-        }
-        // Every sequence has a row for its last token; the rest of the step is for guesses.
-        let mut room = limits.max_rows.min(self.engine.max_logit_rows()).saturating_sub(decodes.len());
-        let mut blocks = Vec::new();
-        for sequence in decodes {
+        let order: Vec<usize> = (0..active.len()).map(|at| (turn + at) % active.len()).collect();
+        let decodes: Vec<usize> = order.into_iter().filter(|at| self.decodes(active, *at)).collect();
+        // Those that may have guesses, with the most of a block.
+        let mut able = Vec::new();
+        for &sequence in &decodes {
             let Some(current) = &active[sequence] else { continue };
-            let position = self.history[sequence].len();
-            if self.engine.draft_length(sequence) < position {
+            let request = &requests[current.request];
+            let most = request.draft.get().min(block - 1);
+            if most == 0 || current.pace.rest() > 0 && self.draft_min == 0 {
+                choice[sequence] = Choice::Plain;
                 continue;
             }
             // A row of the step gives a token at most, and needs a position.
-            let left = requests[current.request].max_tokens - (current.tokens.len() - current.prompt);
-            let rows = block.min(limits.context - position);
-            let wanted = (rows - 1).min(left.saturating_sub(1)).min(room);
-            if wanted == 0 {
-                continue;
+            let position = self.history[sequence].len();
+            let left = request.max_tokens - (current.tokens.len() - current.prompt);
+            let rows = (most + 1).min(limits.context - position);
+            if rows >= 2 && left >= 2 {
+                able.push((sequence, rows, left - 1));
             }
-            room -= wanted;
-            let token = current.tokens[position];
-            guesses[sequence].whole = wanted + 1 == block;
+        }
+        // Guesses beyond what the weights are read once for cost as much as tokens that are not guessed:
+        // several sequences share these rows.
+        let others = decodes.len() - able.len();
+        let share = match self.engine.pass_rows() {
+            Some(rows) => rows.saturating_sub(others) / able.len().max(1),
+            None => block,
+        };
+        if share < 2 || able.is_empty() {
+            return choice;
+        }
+        able.iter_mut().for_each(|(_, rows, _)| *rows = share.min(*rows));
+        // Every sequence has a row for its last token; the rest of the step is for guesses.
+        let room = limits.max_rows.min(self.engine.max_logit_rows()).saturating_sub(decodes.len());
+        let launch = self.launches(active, requests);
+        let company = Company { rows: others, room, launch };
+        let most = |rows: usize, left: usize| (rows - 1).min(left);
+        let mut paces: Vec<Option<&mut Active>> = active.iter_mut().map(Option::as_mut).collect();
+        let mut candidates: Vec<Candidate<'_>> = able
+            .iter()
+            .filter_map(|&(sequence, rows, left)| {
+                let most = most(rows, left);
+                let pace = &mut paces[sequence].take()?.pace;
+                Some(Candidate { pace, least: self.draft_min.min(most), most })
+            })
+            .collect();
+        if room == 0 {
+            return choice;
+        }
+        let chosen = choose(&mut candidates, company, &mut self.times);
+        for (&(sequence, rows, left), guesses) in able.iter().zip(chosen.guesses) {
+            let known = self.engine.draft_length(sequence);
+            choice[sequence] = match guesses {
+                // A step by itself, to see what it takes.
+                0 if chosen.trial => Choice::Nothing,
+                0 => Choice::Plain,
+                // Read again from here on, as a prompt.
+                _ if known < self.history[sequence].len() => {
+                    self.history[sequence].truncate(known);
+                    Choice::Nothing
+                }
+                // Where the text or the step ends the block is as long as elsewhere.
+                wanted if wanted == most(rows, left) => Choice::Block { rows, wanted },
+                wanted => Choice::Block { rows: wanted + 1, wanted },
+            };
+        }
+        choice
+    }
+
+    /// Lets the draft guess what was chosen. One entry a sequence, without tokens where nothing is guessed.
+    pub(super) fn guess(
+        &mut self,
+        active: &[Option<Active>],
+        choice: &[Choice],
+    ) -> Result<Vec<Guesses>, StepError> {
+        let mut guesses = vec![Guesses::default(); active.len()];
+        let mut blocks = Vec::new();
+        for (sequence, choice) in choice.iter().enumerate() {
+            let (Choice::Block { rows, wanted }, Some(current)) = (*choice, &active[sequence]) else {
+                guesses[sequence].plain = *choice == Choice::Plain;
+                continue;
+            };
+            let position = self.history[sequence].len();
+            guesses[sequence].whole = wanted + 1 == rows;
             blocks.push(BlockInput {
-                token,
+                token: current.tokens[position],
                 position: position as u32,
                 sequence: sequence as u32,
                 rows,
                 wanted,
             });
         }
+        let Some(longest) = blocks.iter().map(|block| block.rows).max() else { return Ok(guesses) };
         if !self.make_room(active, &blocks) {
             return Ok(vec![Guesses::default(); active.len()]);
         }
-        let most = limits.max_rows / block;
+        let most = self.engine.plan().limits.max_rows / longest;
         for blocks in blocks.chunks(most.max(1)) {
+            let start = Instant::now();
             let mut tokens = self.engine.guess(blocks)?.into_iter();
+            self.times.note(Pass::Draft, blocks.iter().map(|block| block.rows).sum(), start.elapsed());
             for block in blocks {
                 let own: Vec<Option<u32>> = tokens.by_ref().take(block.wanted).collect();
                 // What a broken draft says is no guess.

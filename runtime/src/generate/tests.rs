@@ -11,6 +11,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> Request {
         stop_strings: Vec::new(),
         sampling: SamplingParams::greedy(),
         skip_special: true,
+        draft: DraftLimit::default(),
     }
 }
 
@@ -259,6 +260,7 @@ fn a_resident_kernel_gives_the_same_texts_in_fewer_launches() {
         request(&[1], 0),
         Request {
             skip_special: false,
+            draft: DraftLimit::default(),
             stop_tokens: (0..20).map(|n| 63 - n).collect(),
             ..request(&[1, 2], 40)
         },
