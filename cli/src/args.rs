@@ -157,8 +157,7 @@ pub struct DraftArgs {
     /// Do not use the plan's draft: every token takes a step of its own
     #[arg(long, conflicts_with = "draft_max", help_heading = "Draft")]
     pub no_draft: bool,
-    /// Tokens that the draft guesses at a time, at most; a block of the draft has one row more
-    /// [default: what the plan has]
+    /// Tokens that the draft guesses at a time, at most [default: what the plan has]
     #[arg(long, value_name = "N", value_parser = count(63), help_heading = "Draft")]
     pub draft_max: Option<u64>,
 }

@@ -7,12 +7,13 @@
 //! differs.
 //!
 //! A plan with a draft guesses tokens ahead: see [`DraftStats`] and the module `draft`. The texts are the
-//! same as without. How many it guesses at a time is chosen step by step, between [`Generator::set_draft_min`] and
-//! [`Generator::set_draft_rows`], and for each request up to its [`DraftLimit`], which may change while it runs.
+//! same as without. How many it guesses at a time is chosen step by step, between
+//! [`Generator::set_draft_min`] and [`Generator::set_draft_rows`], and for each request up to its
+//! [`DraftLimit`], which may change while it runs.
 //!
-//! On an engine with a resident kernel, which chooses tokens as the sampler does, sequences that all decode do
-//! so many steps at a time, and the text streams while the kernel runs. Penalties, biases and probabilities
-//! are the host's work, a step at a time.
+//! On an engine with a resident kernel, which chooses tokens as the sampler does, sequences that all decode
+//! do so many steps at a time, and the text streams while the kernel runs. Penalties, biases and
+//! probabilities are the host's work, a step at a time.
 
 mod adapt;
 #[cfg(test)]
@@ -225,22 +226,23 @@ impl Generator {
         self
     }
 
-    /// Lets the draft, if the plan has one, guess in blocks of up to so many rows, the last known token
-    /// included: at most the plan's number, which is the default; 0 or 1 for no guesses. Texts do not
-    /// depend on it. May be changed between runs.
+    /// Lets steps verify up to so many rows of a draft's block, the last known token included: at most the
+    /// plan's number, which is the default; 0 or 1 for no guesses. Texts do not depend on it. May be changed
+    /// between runs.
     pub fn set_draft_rows(&mut self, rows: usize) {
         self.draft_rows = rows;
     }
 
-    /// Lets the draft guess at least so many tokens at a time, as far as blocks, requests and the step have room.
-    /// 0 is the default: then the generator may decide for none. As many as a block has, or more, fix the
-    /// number. Texts do not depend on it. May be changed between runs.
+    /// Lets the draft guess at least so many tokens at a time, as far as blocks, requests and the step have
+    /// room. 0 is the default: then the generator may decide for none. As many as a block has, or more, fix
+    /// the number. Texts do not depend on it. May be changed between runs.
     pub fn set_draft_min(&mut self, guesses: usize) {
         self.draft_min = guesses;
     }
 
     /// Chooses the number of guesses by these times in place of measured ones, so that it depends on the
-    /// texts alone: for benchmarks and tests that want the same rounds every time. May be changed between runs.
+    /// texts alone: for benchmarks and tests that want the same rounds every time. May be changed between
+    /// runs.
     pub fn set_pass_times(&mut self, times: Option<FixedTimes>) {
         self.times.fixed = times;
     }
@@ -401,8 +403,8 @@ impl Generator {
         place.as_ref().is_some_and(|current| requests[current.request].draft.get() > 0)
     }
 
-    /// Adds the rows of a step to the draft's context, but for wrong guesses, rows behind a gap, and sequences
-    /// that have no guesses.
+    /// Adds the rows of a step to the draft's context, but for wrong guesses, rows behind a gap, and
+    /// sequences that have no guesses.
     fn tell_draft(&mut self, batch: &Batch, wrong: &[bool], listens: &[bool]) -> Result<(), StepError> {
         if self.block() == 0 {
             return Ok(());

@@ -10,6 +10,7 @@ use tilec_ir::spec::{Activations, ModelSpec};
 use tilec_runtime::engine::{BlockInput, Engine, RowInput};
 use tilec_runtime::generate::{DraftLimit, Generator, Request, Run};
 use tilec_runtime::sampling::SamplingParams;
+use tilec_runtime::tokenizer::Tokenizer;
 use tilec_tests::{Fixture, Loaded, Reference, fixtures, load};
 
 const PAIRS: &[&str] = &["full", "default-taps", "sliding-causal", "sliding-both-ways"];
@@ -254,7 +255,6 @@ fn texts_are_the_same_however_guessing_is_switched_while_they_are_written() {
         generator.set_draft_rows(0);
         let expected = texts(&run(&mut generator, &requests));
         generator.set_draft_rows(usize::MAX);
-        generator.set_draft_min(0);
         let state = std::sync::atomic::AtomicU64::new(seed);
         let state = std::sync::Arc::new(state);
         let dice = move || {
@@ -271,6 +271,8 @@ fn texts_are_the_same_however_guessing_is_switched_while_they_are_written() {
             if turn % 2 == 0 {
                 generator.clear();
             }
+            // These drafts are seldom right: by their choice some texts would have few guesses.
+            generator.set_draft_min(turn % 3);
             for request in &requests {
                 request.draft.set(dice() as usize % 4);
             }
@@ -287,8 +289,9 @@ fn texts_are_the_same_however_guessing_is_switched_while_they_are_written() {
                 .unwrap();
             assert!(texts(&run) == expected, "{pair}, turn {turn}");
             let draft = &run.draft;
-            assert!(turned > 50 && draft.rounds > 20 && draft.plain > 20, "{turned} {draft:?}");
-            assert!(draft.blocks.iter().filter(|count| **count > 0).count() > 3, "{draft:?}");
+            assert!(turned > 50 && draft.rounds > 0 && draft.plain > 20, "{turned} {draft:?}");
+            assert!(turn % 3 == 0 || draft.rounds > 100, "{draft:?}");
+            assert!(draft.blocks.iter().filter(|count| **count > 0).count() >= 3, "{draft:?}");
             switched += turned;
         }
     }
@@ -625,48 +628,64 @@ fn levels_of_a_pair() {
     assert_eq!(heads.count(), 1);
 }
 
+/// What `make_mimo_rounds.py` wrote.
+#[derive(serde::Deserialize)]
+struct MimoText {
+    prompt: String,
+    /// Behind the prompt; 0 ends a text.
+    tokens: Vec<u32>,
+    /// How many rounds added 1, 2, ... tokens.
+    rounds: Vec<u64>,
+    /// Place, second token, and how far its logit is behind the first.
+    ties: Vec<(usize, u32, f64)>,
+}
+
 /// The trained demo, a mixture with FP4 experts and MiMo's kind of draft (sinks, scaled values, half of a head
-/// rotated, a mask with an embedding of its own): as many tokens a round as its PyTorch loop accepts, and the
-/// same texts without the draft.
-#[test]
-fn the_demos_draft_accepts_what_its_own_loop_does() {
-    let bytes = std::fs::read(fixtures().join("mimo-mini/draft.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let numbers = |name: &str| -> Option<Vec<u32>> {
-        let tensor = file.tensor(name).ok()?;
-        Some(tensor.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect())
-    };
+/// rotated, a mask with an embedding of its own): the texts of its PyTorch loop but for near ties, as many
+/// tokens a round, and the same texts without the draft. Every `step`th text; how many rounds there were.
+fn compare_with_the_demos_loop(step: usize) -> u64 {
+    let text = std::fs::read_to_string(fixtures().join("mimo-mini/rounds.json")).unwrap();
+    let mut all: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let every: Vec<MimoText> = serde_json::from_value(all["texts"].take()).unwrap();
+    let loops: Vec<MimoText> = every.into_iter().step_by(step).collect();
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/mimo-mini/checkpoint");
+    let tokenizer = Tokenizer::from_json(&std::fs::read(folder.join("tokenizer.json")).unwrap()).unwrap();
     let fixture = fixture_at(&folder).with_draft(&folder.join("dflash"));
     let mut spec = f32_everywhere(&fixture);
     (spec.limits.rows, spec.limits.context) = (48, Some(512));
     let (mut generator, _folder) = generator(&fixture, &spec, 2);
-    let mut requests = Vec::new();
-    let mut texts_there = Vec::new();
-    let (mut tokens_there, mut rounds_there) = (0, 0);
-    for number in 0.. {
-        let Some(prompt) = numbers(&format!("prompt.{number}")) else { break };
-        let text = numbers(&format!("tokens.{number}")).unwrap();
-        for (size, rounds) in (1..).zip(numbers(&format!("rounds.{number}")).unwrap()) {
-            tokens_there += size * rounds;
-            rounds_there += rounds;
-        }
-        // 0 ends a text.
-        let new = text.len() - prompt.len();
-        requests.push(Request { stop_tokens: vec![0], ..request(&prompt, new, SamplingParams::greedy()) });
-        texts_there.push(text[prompt.len()..].to_vec());
-    }
-    assert!(rounds_there >= 2000, "{rounds_there}");
+    let requests: Vec<Request> = loops
+        .iter()
+        .map(|text| Request {
+            stop_tokens: vec![0],
+            ..request(
+                &tokenizer.encode(&text.prompt, false).unwrap(),
+                text.tokens.len(),
+                SamplingParams::greedy(),
+            )
+        })
+        .collect();
     let drafted = run(&mut generator, &requests);
-    let there = f64::from(tokens_there) / f64::from(rounds_there);
-    let here = drafted.draft.acceptance().unwrap();
-    let same = |(done, there): (&tilec_runtime::generate::Completion, &Vec<u32>)| {
-        done.tokens == there.strip_suffix(&[0]).unwrap_or(there)
-    };
-    let equal = drafted.completions.iter().zip(&texts_there).filter(|pair| same(*pair)).count();
+    let mut equal = 0;
+    for (number, (done, text)) in drafted.completions.iter().zip(&loops).enumerate() {
+        let mut found = done.tokens.clone();
+        if found.len() < text.tokens.len() {
+            found.push(0);
+        }
+        match found.iter().zip(&text.tokens).position(|(ours, theirs)| ours != theirs) {
+            None => equal += usize::from(found.len() == text.tokens.len()),
+            Some(place) => {
+                let tie = text.ties.iter().find(|tie| (tie.0, tie.1) == (place, found[place]));
+                assert!(tie.is_some_and(|tie| tie.2 < 0.02), "text {number}, token {place}: {tie:?}");
+            }
+        }
+    }
+    let rounds: u64 = loops.iter().flat_map(|text| &text.rounds).sum();
+    let added = loops.iter().flat_map(|text| (1..).zip(&text.rounds)).map(|(tokens, rounds)| tokens * rounds);
+    let there = added.sum::<u64>() as f64 / rounds as f64;
+    let here = drafted.draft.tokens as f64 / drafted.draft.rounds as f64;
     println!(
-        "{here:.3} tokens a round in {} rounds, {there:.3} in {rounds_there} by PyTorch; {equal} of {} texts \
-         are the same",
+        "{here:.4} tokens a round in {} rounds, {there:.4} in {rounds} by PyTorch; {equal} of {} texts the same",
         drafted.draft.rounds,
         requests.len()
     );
@@ -676,6 +695,20 @@ fn the_demos_draft_accepts_what_its_own_loop_does() {
     generator.set_draft_rows(0);
     generator.clear();
     assert!(texts(&run(&mut generator, &requests)) == texts(&drafted));
+    drafted.draft.rounds
+}
+
+#[test]
+fn the_demos_draft_accepts_what_its_own_loop_does() {
+    let rounds = compare_with_the_demos_loop(6);
+    assert!(rounds >= 600, "{rounds}");
+}
+
+#[test]
+#[ignore = "all 96 texts, half a minute; examples/mimo-mini/compare_loop.py does it on any device"]
+fn the_demos_draft_accepts_what_its_own_loop_does_over_all_texts() {
+    let rounds = compare_with_the_demos_loop(1);
+    assert!(rounds >= 4000, "{rounds}");
 }
 
 /// A pair for a GPU: three kernels on one set of packed weights, blocks as long as a launch has rows.

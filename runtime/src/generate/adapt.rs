@@ -1,14 +1,14 @@
 //! How many tokens a draft guesses at a time, chosen anew for every step.
 //!
-//! A guess costs a row of the draft's pass and a row of the step that verifies it, and adds a token with the
-//! probability that it and all before it are right. Of each text the probabilities are counted while it is
-//! written ([`Reach`]); of each number of rows the time is measured while steps run, and begins as what the
-//! plan's cost model says ([`PassTimes`]). A row of a mixture brings experts of its own, a row on a processor
-//! is work: so a longer block may lose, and no guess at all may be best. [`choose`] takes the numbers of
-//! guesses with the most expected tokens a second. Whatever it takes, texts are the same.
+//! A guess costs a row of the step that verifies it, the first one a pass of the draft as well, and it adds a
+//! token with the probability that it and all before it are right. Of each text the probabilities are counted
+//! while it is written ([`Reach`]); of each number of rows the time is measured while steps run, and begins
+//! as what the plan's cost model says ([`PassTimes`]). A row of a mixture brings experts of its own, a row on
+//! a processor is work: so a longer block may lose, and no guess at all may be best. [`choose`] takes the
+//! numbers of guesses with the most expected tokens a second. Whatever it takes, texts are the same.
 //!
-//! What was not measured for long is tried now and then, if it could be best: at least as long as fewer rows take,
-//! and as long a row as more rows do.
+//! What was not measured for long is tried now and then, if it could be best: at least as long as fewer rows
+//! take, and as long a row as more rows do.
 //!
 //! A text that is better off without guesses rests, and tries again after 32 tokens, then after 64, and so on
 //! up to 1,024: so a draft that never helps costs next to nothing, and one that helps from some place on is
@@ -21,8 +21,8 @@ use std::time::Duration;
 use tilec_ir::cost::StageCost;
 use tilec_ir::plan::Plan;
 
-/// Chance that a guess is right if those before it are, until something is known of a text: high, so that a draft
-/// is tried wherever it may be worth it.
+/// Chance that a guess is right if those before it are, until something is known of a text: high, so that a
+/// draft is tried wherever it may be worth it.
 const PRIOR: f64 = 0.9;
 
 /// Guesses that the prior counts as.
@@ -46,16 +46,18 @@ const FADE: f64 = 0.998;
 /// Passes that what others say counts as.
 const OTHERS: f64 = 0.25;
 
-/// Choices after which a time is old, and between two trials.
-const OLD: u64 = 512;
+/// Measurements after which a time is old.
+const OLD: u64 = 1024;
+
+/// Choices from one trial to the next, at least.
 const TRIALS: u64 = 8;
 
 /// How many tokens are guessed at a time for a request, at most: none for 0.
 ///
 /// Clones are one switch. Who keeps one may turn it while the request runs, from another thread or from the
-/// callback; the next step (on a GPU, the next launch) goes by it. Turned on late, the draft first has to be told of
-/// the text so far, which costs what reading it as a prompt costs; while it is off, a request costs what it costs
-/// without a draft. Texts do not depend on it.
+/// callback; the next step (on a GPU, the next launch) goes by it. Turned on late, the draft first has to be
+/// told of the text so far, which costs what reading it as a prompt costs; while it is off, a request costs
+/// what it costs without a draft. Texts do not depend on it.
 #[derive(Clone, Debug)]
 pub struct DraftLimit(Arc<AtomicUsize>);
 
@@ -105,8 +107,8 @@ pub type FixedTimes = Arc<dyn Fn(Pass, usize) -> Duration + Send + Sync>;
 /// How likely guesses of a text are right.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Reach {
-    /// Of each guess of a block, how often those before it were right, and how often it was, too. Older rounds
-    /// count less.
+    /// Of each guess of a block, how often those before it were right, and how often it was, too. Older
+    /// rounds count less.
     counts: Vec<[f64; 2]>,
 }
 
@@ -122,8 +124,8 @@ impl Reach {
         }
     }
 
-    /// The chances that the first guess is right, that the first two are, and so on. Of a guess that was seldom
-    /// tried, the one before it says most.
+    /// The chances that the first guess is right, that the first two are, and so on. Of a guess that was
+    /// seldom tried, the one before it says most.
     pub fn chances(&self, guesses: usize) -> Vec<f64> {
         let (mut own, mut all) = (PRIOR, 1.0);
         let chance = |guess: usize| {
@@ -202,6 +204,8 @@ pub(super) struct Candidate<'a> {
     pub least: usize,
     /// At most, one or more.
     pub most: usize,
+    /// Rows of its block in the draft's pass.
+    pub rows: usize,
 }
 
 /// What else is in the next step.
@@ -248,10 +252,12 @@ pub(super) fn choose(candidates: &mut [Candidate<'_>], company: Company, times: 
     let plain = times.seconds(if company.launch { Pass::Launch } else { Pass::Step }, decode);
     let work = |guesses: &[usize]| {
         let (mut tokens, mut all, mut draft) = (decode as f64, 0, 0);
-        for (guesses, chances) in guesses.iter().zip(&chances).filter(|(guesses, _)| **guesses > 0) {
-            tokens += chances[..*guesses].iter().sum::<f64>();
-            all += guesses;
-            draft += guesses + 1;
+        for ((guesses, chances), candidate) in guesses.iter().zip(&chances).zip(&*candidates) {
+            if *guesses > 0 {
+                tokens += chances[..*guesses].iter().sum::<f64>();
+                all += guesses;
+                draft += candidate.rows;
+            }
         }
         if all == 0 {
             return Work { tokens, seconds: plain, least: times.least(Pass::Step, decode) };
@@ -313,7 +319,7 @@ pub(super) fn choose(candidates: &mut [Candidate<'_>], company: Company, times: 
 struct Mean {
     ratio: f64,
     weight: f64,
-    /// Choices when it was measured last.
+    /// Measurements when this was measured last.
     at: u64,
 }
 
@@ -322,6 +328,8 @@ pub(super) struct PassTimes {
     measured: BTreeMap<(Pass, usize), Mean>,
     /// Which passes ran.
     warm: Vec<Pass>,
+    /// Measurements so far.
+    notes: u64,
     /// Choices that were made, and when there may be a trial.
     choices: u64,
     next_trial: u64,
@@ -341,6 +349,7 @@ impl PassTimes {
         PassTimes {
             measured: BTreeMap::new(),
             warm: Vec::new(),
+            notes: 0,
             choices: 0,
             next_trial: 0,
             model,
@@ -366,19 +375,20 @@ impl PassTimes {
         for mean in self.measured.values_mut() {
             mean.weight *= FADE;
         }
-        let new = Mean { ratio, weight: 0.0, at: self.choices };
+        self.notes += 1;
+        let new = Mean { ratio, weight: 0.0, at: self.notes };
         let mean = self.measured.entry((pass, rows)).or_insert(new);
         if ratio * 2.0 < mean.ratio {
             // Those before were held up.
             *mean = new;
         }
-        mean.at = self.choices;
+        mean.at = self.notes;
         mean.weight = (mean.weight + 1.0).min(MEMORY);
         mean.ratio += (ratio - mean.ratio) / mean.weight;
     }
 
-    /// Seconds that a pass takes. The longer a number of rows was not measured, the less counts what was; then
-    /// it is what others say of the cost model.
+    /// Seconds that a pass takes. The longer a number of rows was not measured, the less counts what was;
+    /// then it is what others say of the cost model.
     pub fn seconds(&self, pass: Pass, rows: usize) -> f64 {
         match &self.fixed {
             Some(fixed) => fixed(pass, rows).as_secs_f64().max(1e-9),
@@ -386,44 +396,53 @@ impl PassTimes {
         }
     }
 
-    /// The least that a pass may take, if what is known of its time is old or nothing, and others were measured.
+    /// The least that a pass may take, if what is known of its time is old or nothing: no less than fewer
+    /// rows, no less a row than more rows; half of what the cost model says if no others were measured, but
+    /// steps were.
     fn least(&self, pass: Pass, rows: usize) -> Option<f64> {
-        let old = |mean: &Mean| self.choices > mean.at + OLD;
+        let old = |mean: &Mean| self.notes > mean.at + OLD;
         if self.fixed.is_some() || self.measured.get(&(pass, rows)).is_some_and(|mean| !old(mean)) {
             return None;
         }
         let least = |(other, mean): (usize, &Mean)| {
             self.model.seconds(pass, other) * mean.ratio * rows.min(other) as f64 / other as f64
         };
-        self.of(pass).filter(|(other, _)| *other != rows).map(least).reduce(f64::max)
+        let others = self.of(pass).filter(|(other, _)| *other != rows).map(least).reduce(f64::max);
+        others.or_else(|| Some(0.5 * self.model.seconds(pass, rows) * self.mean(Pass::Step)?))
     }
 
     fn of(&self, pass: Pass) -> impl Iterator<Item = (usize, &Mean)> {
         self.measured.range((pass, 0)..=(pass, usize::MAX)).map(|((_, rows), mean)| (*rows, mean))
     }
 
-    /// What the cost model's prediction has to be multiplied with: by this number of rows, by others, of which
-    /// the nearest say most, and by all steps.
+    /// What the cost model's prediction has to be multiplied with: by this number of rows, by others, of
+    /// which the nearest say most, and by all steps.
     fn ratio(&self, pass: Pass, rows: usize) -> f64 {
-        let mean = |means: &mut dyn Iterator<Item = (f64, f64)>| {
-            let (sum, weight) =
-                means.fold((0.0, 0.0), |(sum, all), (ratio, weight)| (sum + ratio * weight, all + weight));
-            (weight > 0.0).then(|| sum / weight)
-        };
-        let all = |pass: Pass| mean(&mut self.of(pass).map(|(_, mean)| (mean.ratio, mean.weight)));
         let base = match pass {
             // All that a launch saves is in the prediction.
-            Pass::Launch if all(Pass::Step).is_some() => self.ratio(Pass::Step, rows),
-            _ => all(Pass::Step).or_else(|| all(pass)).unwrap_or(1.0),
+            Pass::Launch if self.mean(Pass::Step).is_some() => self.ratio(Pass::Step, rows),
+            _ => self.mean(Pass::Step).or_else(|| self.mean(pass)).unwrap_or(1.0),
         };
         let near = self.of(pass).filter(|(other, _)| *other != rows).map(|(other, mean)| {
             let apart = other.abs_diff(rows) as f64;
             (mean.ratio, mean.weight / (apart * apart))
         });
-        let near = mean(&mut near.chain([(base, OTHERS)])).unwrap_or(base);
+        let near = mean(near.chain([(base, OTHERS)])).unwrap_or(base);
         let own = self.measured.get(&(pass, rows)).map(|mean| (mean.ratio, mean.weight));
-        mean(&mut own.into_iter().chain([(near, OTHERS)])).unwrap_or(near)
+        mean(own.into_iter().chain([(near, OTHERS)])).unwrap_or(near)
     }
+
+    /// Of a pass, whatever its rows.
+    fn mean(&self, pass: Pass) -> Option<f64> {
+        mean(self.of(pass).map(|(_, mean)| (mean.ratio, mean.weight)))
+    }
+}
+
+/// The mean of numbers with weights.
+fn mean(numbers: impl Iterator<Item = (f64, f64)>) -> Option<f64> {
+    let (sum, all) =
+        numbers.fold((0.0, 0.0), |(sum, all), (number, weight)| (sum + number * weight, all + weight));
+    (all > 0.0).then(|| sum / all)
 }
 
 /// What passes take by the plan's costs: the start of what is measured.

@@ -1,5 +1,5 @@
-//! The choice of guesses in made-up surroundings: texts whose guesses are right with known chances, and machines
-//! whose passes take known times.
+//! The choice of guesses in made-up surroundings: texts whose guesses are right with known chances, and
+//! machines whose passes take known times.
 
 use super::adapt::*;
 use std::sync::Arc;
@@ -93,7 +93,7 @@ impl<'a> Text<'a> {
                 0 => {
                     let most = self.most;
                     let pace = &mut self.pace;
-                    let chosen = choose(&mut [Candidate { pace, least: 0, most }], COMPANY, times);
+                    let chosen = choose(&mut [Candidate { pace, least: 0, most, rows: 8 }], COMPANY, times);
                     self.trials += usize::from(chosen.trial);
                     (chosen.guesses[0], chosen.trial)
                 }
@@ -106,7 +106,7 @@ impl<'a> Text<'a> {
                 self.pace.plain(1);
                 continue;
             }
-            self.micros += run(Pass::Draft, guesses + 1, times) + run(Pass::Step, guesses + 1, times);
+            self.micros += run(Pass::Draft, 8, times) + run(Pass::Step, guesses + 1, times);
             let right = (0..guesses)
                 .take_while(|guess| self.dice.roll() < (self.chance)(self.tokens, *guess))
                 .count();
@@ -131,7 +131,7 @@ fn rate(guesses: usize, machine: Machine, chance: &dyn Fn(usize) -> f64) -> f64 
         all *= chance(guess);
         tokens += all;
     }
-    tokens / (machine(Pass::Draft, guesses + 1) + machine(Pass::Step, guesses + 1))
+    tokens / (machine(Pass::Draft, 8) + machine(Pass::Step, guesses + 1))
 }
 
 #[test]
@@ -264,12 +264,12 @@ fn the_likeliest_guesses_of_several_texts_come_first() {
         let company = Company { rows: 2, room, launch: false };
         let mut all = paces();
         let mut candidates: Vec<Candidate<'_>> =
-            all.iter_mut().map(|pace| Candidate { pace, least: 0, most: 7 }).collect();
+            all.iter_mut().map(|pace| Candidate { pace, least: 0, most: 7, rows: 8 }).collect();
         let chosen = choose(&mut candidates, company, &mut times).guesses;
         assert_eq!(chosen, {
             let mut again = paces();
             let mut candidates: Vec<Candidate<'_>> =
-                again.iter_mut().map(|pace| Candidate { pace, least: 0, most: 7 }).collect();
+                again.iter_mut().map(|pace| Candidate { pace, least: 0, most: 7, rows: 8 }).collect();
             choose(&mut candidates, company, &mut times).guesses
         });
         // All there are, one by one.
@@ -278,7 +278,7 @@ fn the_likeliest_guesses_of_several_texts_come_first() {
             let (mut tokens, mut draft) = (5.0, 0);
             for (guesses, chances) in guesses.iter().zip(&known).filter(|(guesses, _)| **guesses > 0) {
                 tokens += chances[..*guesses].iter().sum::<f64>();
-                draft += guesses + 1;
+                draft += 8;
             }
             let step = machine(Pass::Step, 5 + guesses.iter().sum::<usize>());
             tokens / (step + if draft > 0 { machine(Pass::Draft, draft) } else { 0.0 })
@@ -288,7 +288,7 @@ fn the_likeliest_guesses_of_several_texts_come_first() {
             all.filter(|guesses| guesses.iter().sum::<usize>() <= room).map(|g| rate(&g)).fold(0.0, f64::max);
         println!("{chosen:?}: {} of {best}", rate(&chosen));
         assert!(chosen.iter().sum::<usize>() <= room);
-        // What was before stays unless it is 3 % slower; the draft's own rows are not part of a guess's price.
+        // What was before stays unless it is 3 % slower; the draft's pass is not part of a guess's price.
         assert!(rate(&chosen) >= best * 0.95, "{chosen:?}: {} of {best}", rate(&chosen));
     }
 }
@@ -301,8 +301,11 @@ fn the_least_is_kept_as_far_as_there_is_room() {
         (0..50).for_each(|_| pace.round(1, 0, 1));
     }
     let mut fit = |least: [usize; 3], room| {
-        let mut candidates: Vec<Candidate<'_>> =
-            paces.iter_mut().zip(least).map(|(pace, least)| Candidate { pace, least, most: 7 }).collect();
+        let mut candidates: Vec<Candidate<'_>> = paces
+            .iter_mut()
+            .zip(least)
+            .map(|(pace, least)| Candidate { pace, least, most: 7, rows: 8 })
+            .collect();
         choose(&mut candidates, Company { rows: 0, room, launch: false }, &mut times).guesses
     };
     assert_eq!(fit([7, 7, 7], 64), [7, 7, 7]);

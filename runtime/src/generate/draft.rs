@@ -6,13 +6,14 @@
 //! of the right text. Every token is thus the model's own, and because neither a row's numbers nor the
 //! sampler's random numbers depend on the company of the row, it is the same token as without a draft.
 //!
-//! On a GPU a step of as many rows as its kernel has takes little longer than one of one row, and one of a row
-//! more twice as long: so the sequences that decode share these rows. How many guesses each has of its share, the
-//! module `adapt` says.
+//! On a GPU a step of as many rows as its kernel has takes little longer than one of one row, and one of a
+//! row more twice as long: so the sequences that decode share these rows. How many guesses each has of its
+//! share, the module `adapt` says.
 //!
-//! The draft's context follows the text step by step, but for texts that have no guesses for long: those whose
-//! request says so, and on a GPU those that are decoded many steps at a time. Before such a text has guesses again
-//! it is read again from where the draft's context ends, as a prompt is, which changes nothing of it.
+//! The draft's context follows the text step by step, but for texts that have no guesses for long: those
+//! whose request says so, and on a GPU those that are decoded many steps at a time. Before such a text has
+//! guesses again it is read again from where the draft's context ends, as a prompt is, which changes nothing
+//! of it.
 
 use super::adapt::{Candidate, Company, Pass, choose};
 use super::{Active, Generator, Request};
@@ -114,8 +115,8 @@ pub(super) enum Choice {
     Nothing,
     /// No guesses.
     Plain,
-    /// A block of so many rows, of whose guesses so many are wanted.
-    Block { rows: usize, wanted: usize },
+    /// So many guesses; `whole` unless the text's end left no room for more.
+    Guesses { wanted: usize, whole: bool },
 }
 
 /// Guesses of a sequence.
@@ -123,14 +124,14 @@ pub(super) enum Choice {
 pub(super) struct Guesses {
     /// The tokens behind the last one.
     pub tokens: Vec<u32>,
-    /// Whether the step has a row for every guess of the block.
+    /// Whether the step has a row for every guess that would be verified elsewhere, too.
     pub whole: bool,
     /// Whether there could have been guesses.
     pub plain: bool,
 }
 
 impl Generator {
-    /// Rows of a block, or 0 if nothing is guessed.
+    /// One more than the guesses that a round verifies at most, or 0 if nothing is guessed.
     pub(super) fn block(&self) -> usize {
         match self.engine.draft_block() {
             Some(most) if self.draft_rows >= 2 => most.min(self.draft_rows),
@@ -138,13 +139,20 @@ impl Generator {
         }
     }
 
+    /// Rows of a block at a position: as many as it was trained with, however few of its guesses are wanted.
+    /// They see each other, and those of a shorter block are worth less.
+    fn draft_rows_at(&self, position: usize) -> usize {
+        let context = self.engine.plan().limits.context;
+        self.engine.draft_block().unwrap_or(0).min(context.saturating_sub(position))
+    }
+
     /// Whether a sequence has one token that was not processed, the last one.
     pub(super) fn decodes(&self, active: &[Option<Active>], sequence: usize) -> bool {
         active[sequence].as_ref().is_some_and(|a| a.tokens.len() == self.history[sequence].len() + 1)
     }
 
-    /// Chooses how many tokens are guessed for each sequence in the next step. What is to have guesses but the
-    /// draft does not know is left to be read again first.
+    /// Chooses how many tokens are guessed for each sequence in the next step. What is to have guesses but
+    /// the draft does not know is left to be read again first.
     pub(super) fn choose(
         &mut self,
         active: &mut [Option<Active>],
@@ -159,7 +167,7 @@ impl Generator {
         let limits = self.engine.plan().limits;
         let order: Vec<usize> = (0..active.len()).map(|at| (turn + at) % active.len()).collect();
         let decodes: Vec<usize> = order.into_iter().filter(|at| self.decodes(active, *at)).collect();
-        // Those that may have guesses, with the most of a block.
+        // Those that may have guesses, how many at most, and as far as their texts go.
         let mut able = Vec::new();
         for &sequence in &decodes {
             let Some(current) = &active[sequence] else { continue };
@@ -172,9 +180,9 @@ impl Generator {
             // A row of the step gives a token at most, and needs a position.
             let position = self.history[sequence].len();
             let left = request.max_tokens - (current.tokens.len() - current.prompt);
-            let rows = (most + 1).min(limits.context - position);
-            if rows >= 2 && left >= 2 {
-                able.push((sequence, rows, left - 1));
+            let most = most.min(limits.context - position - 1);
+            if most >= 1 && left >= 2 {
+                able.push((sequence, most, left - 1));
             }
         }
         // Guesses beyond what the weights are read once for cost as much as tokens that are not guessed:
@@ -187,26 +195,26 @@ impl Generator {
         if share < 2 || able.is_empty() {
             return choice;
         }
-        able.iter_mut().for_each(|(_, rows, _)| *rows = share.min(*rows));
+        able.iter_mut().for_each(|(_, most, _)| *most = (*most).min(share - 1));
         // Every sequence has a row for its last token; the rest of the step is for guesses.
         let room = limits.max_rows.min(self.engine.max_logit_rows()).saturating_sub(decodes.len());
         let launch = self.launches(active, requests);
         let company = Company { rows: others, room, launch };
-        let most = |rows: usize, left: usize| (rows - 1).min(left);
+        let rows = self.draft_rows_at(0);
         let mut paces: Vec<Option<&mut Active>> = active.iter_mut().map(Option::as_mut).collect();
         let mut candidates: Vec<Candidate<'_>> = able
             .iter()
-            .filter_map(|&(sequence, rows, left)| {
-                let most = most(rows, left);
+            .filter_map(|&(sequence, most, left)| {
+                let most = most.min(left);
                 let pace = &mut paces[sequence].take()?.pace;
-                Some(Candidate { pace, least: self.draft_min.min(most), most })
+                Some(Candidate { pace, least: self.draft_min.min(most), most, rows })
             })
             .collect();
         if room == 0 {
             return choice;
         }
         let chosen = choose(&mut candidates, company, &mut self.times);
-        for (&(sequence, rows, left), guesses) in able.iter().zip(chosen.guesses) {
+        for (&(sequence, most, left), guesses) in able.iter().zip(chosen.guesses) {
             let known = self.engine.draft_length(sequence);
             choice[sequence] = match guesses {
                 // A step by itself, to see what it takes.
@@ -217,9 +225,7 @@ impl Generator {
                     self.history[sequence].truncate(known);
                     Choice::Nothing
                 }
-                // Where the text or the step ends the block is as long as elsewhere.
-                wanted if wanted == most(rows, left) => Choice::Block { rows, wanted },
-                wanted => Choice::Block { rows: wanted + 1, wanted },
+                wanted => Choice::Guesses { wanted, whole: wanted < left || left >= most },
             };
         }
         choice
@@ -234,17 +240,17 @@ impl Generator {
         let mut guesses = vec![Guesses::default(); active.len()];
         let mut blocks = Vec::new();
         for (sequence, choice) in choice.iter().enumerate() {
-            let (Choice::Block { rows, wanted }, Some(current)) = (*choice, &active[sequence]) else {
+            let (Choice::Guesses { wanted, whole }, Some(current)) = (*choice, &active[sequence]) else {
                 guesses[sequence].plain = *choice == Choice::Plain;
                 continue;
             };
             let position = self.history[sequence].len();
-            guesses[sequence].whole = wanted + 1 == rows;
+            guesses[sequence].whole = whole;
             blocks.push(BlockInput {
                 token: current.tokens[position],
                 position: position as u32,
                 sequence: sequence as u32,
-                rows,
+                rows: self.draft_rows_at(position),
                 wanted,
             });
         }
