@@ -459,7 +459,12 @@ pub(super) struct CostModel {
     launch: f64,
     /// Rows that one run of the stages has.
     pass_rows: usize,
+    /// Seconds of passes of few rows, which are asked for again and again.
+    table: Vec<[f64; 3]>,
 }
+
+/// Rows of [`CostModel::table`].
+const TABLE: usize = 128;
 
 impl CostModel {
     /// Of a plan: `pass_rows` and `memory_rate` as the engine has them.
@@ -467,10 +472,10 @@ impl CostModel {
         let workers = plan.target.workers.max(1) as f64;
         let draft = plan.draft.as_ref().map(|draft| draft.block_pass.costs.clone()).unwrap_or_default();
         let costs = CostModel { step: plan.costs.clone(), draft, ..Default::default() };
-        match pass_rows {
+        let mut costs = match pass_rows {
             // A GPU streams weights at three quarters of its memory's rate, and multiplies beside that.
             Some(pass_rows) => CostModel {
-                bytes_per_second: memory_rate.unwrap_or(2e12) * 0.75,
+                bytes_per_second: memory_rate.filter(|rate| *rate > 0.0).unwrap_or(2e12) * 0.75,
                 macs_per_second: f64::INFINITY,
                 crossing: 2e-6,
                 launch: 2e-5,
@@ -485,11 +490,21 @@ impl CostModel {
                 pass_rows: usize::MAX,
                 ..costs
             },
-        }
+        };
+        let passes = [Pass::Draft, Pass::Step, Pass::Launch];
+        costs.table = (0..TABLE).map(|rows| passes.map(|pass| costs.count(pass, rows))).collect();
+        costs
     }
 
     /// Seconds of a pass; never zero.
     fn seconds(&self, pass: Pass, rows: usize) -> f64 {
+        match self.table.get(rows) {
+            Some(row) => row[pass as usize],
+            None => self.count(pass, rows),
+        }
+    }
+
+    fn count(&self, pass: Pass, rows: usize) -> f64 {
         let costs = if pass == Pass::Draft { &self.draft } else { &self.step };
         let run = |rows: usize| -> f64 {
             let stage = |cost: &StageCost| {
