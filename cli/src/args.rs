@@ -4,6 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use std::path::PathBuf;
 use tilec_ir::abi::KvType;
+use tilec_ir::resident::is_step_rows;
 use tilec_ir::spec::{Activations, Device, WeightFormat};
 use tilec_runtime::sampling::SamplingParams;
 
@@ -104,6 +105,9 @@ pub struct TargetArgs {
     /// Tokens that one step takes at most
     #[arg(long, value_name = "N", value_parser = count(1024))]
     pub max_rows: Option<u64>,
+    /// Rows for which a GPU reads the weights once: 8, 16 or 32 [default: 8, or as many as a draft's block needs]
+    #[arg(long, visible_alias = "ubatch-size", value_name = "N", value_parser = pass_rows)]
+    pub pass_rows: Option<u64>,
     /// Sequences that have a KV cache at the same time
     #[arg(long, value_name = "N", value_parser = count(1024))]
     pub sequences: Option<u64>,
@@ -125,6 +129,7 @@ impl TargetArgs {
             ("--weights", self.weights.is_some()),
             ("--activations", self.activations.is_some()),
             ("--max-rows", self.max_rows.is_some()),
+            ("--pass-rows", self.pass_rows.is_some()),
             ("--sequences", self.sequences.is_some()),
             ("--draft", self.draft.is_some()),
         ];
@@ -644,6 +649,11 @@ fn fraction(text: &str) -> Result<f32, String> {
 /// Reads a name as model.yaml does, so that both accept the same spellings.
 fn named<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(serde_json::Value::String(text.to_string())).map_err(|error| error.to_string())
+}
+
+fn pass_rows(text: &str) -> Result<u64, String> {
+    let rows = text.parse().ok().filter(|rows| is_step_rows(*rows));
+    rows.map(|rows| rows as u64).ok_or_else(|| "8, 16 or 32 are possible".into())
 }
 
 fn device(text: &str) -> Result<Device, String> {

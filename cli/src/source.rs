@@ -190,6 +190,9 @@ impl Model {
         if let Some(rows) = args.max_rows {
             limits.rows = size(rows);
         }
+        if let Some(rows) = args.pass_rows {
+            limits.pass_rows = Some(size(rows));
+        }
         if let Some(sequences) = args.sequences {
             limits.sequences = size(sequences);
         }

@@ -5,7 +5,7 @@ mod models;
 
 use models::{llama, qwen3};
 use serde_json::{Value, json};
-use tilec_codegen::compile::{BUDGET, DraftInput, Input, graphs};
+use tilec_codegen::compile::{DraftInput, Input, budget, graphs};
 use tilec_codegen::emit::cuda::emit;
 use tilec_codegen::frontends;
 use tilec_codegen::nvrtc::{Arch, Budget, CudaText, Nvrtc, Options};
@@ -154,10 +154,10 @@ fn pair(name: &str, target: &Value, draft: &Value, stored: Format, context: usiz
     spec.draft = Some(Draft { dflash });
     let (graph, draft) = graphs(&input, &spec).unwrap();
     let draft = draft.unwrap();
-    assert_eq!(draft.rows, 8, "as many as a launch has");
+    let sizes = resident::Sizes { context, step_rows: draft.rows.next_multiple_of(8) };
     let mut packer = Packer::new(resident::WEIGHT_ALIGN);
     [&graph, &draft.inject, &draft.block].map(|graph| {
-        let program = resident::resident_with(&fuse::fuse(graph).unwrap(), context, &mut packer);
+        let program = resident::resident_with(&fuse::fuse(graph).unwrap(), sizes, &mut packer);
         program.unwrap_or_else(|error| panic!("{name}: {error}"))
     })
 }
@@ -225,14 +225,15 @@ fn the_tuned_kernel_keeps_within_its_registers() {
     // Two layers have the kernel of sixteen: layers are a loop.
     let llama = example("llama-3.2-1b", 2);
     // MiMo-V2-Flash but for its experts. Keys of 192 columns leave too few registers for what lives through
-    // a stage, as the step's number: it is put away in front of the loops and fetched behind them.
-    let spilled = Budget { registers: 168, stack: 64, spills: 840 };
+    // a stage, as the step's number: it is put away in front of the loops and fetched behind them. (What NVRTC makes of a
+    // text depends a little on what its process has compiled before: 840 bytes alone, 888 behind the other tests.)
+    let spilled = Budget { registers: 168, stack: 96, spills: 920 };
     // So do rows of 12,288 columns.
     let long_rows = Budget { registers: 168, stack: 192, spills: 840 };
     let [tapped, inject, block] =
         pair("qwen3-8b", &example("qwen3-8b", 36), &qwen3_8b_draft(), Format::BF16, 4096);
     for (name, program, format, budget) in [
-        ("llama-3.2-1b", program("llama", &llama, Format::BF16, 4096), Format::BF16, BUDGET),
+        ("llama-3.2-1b", program("llama", &llama, Format::BF16, 4096), Format::BF16, budget(8)),
         ("mimo", program("mimo", &flash_mimo(), Format::BF16, 4096), Format::BF16, spilled),
         ("mimo", program("mimo", &flash_mimo(), Format::FP8_BLOCK, 4096), Format::FP8_BLOCK, spilled),
         ("qwen3-8b with taps", tapped, Format::BF16, long_rows),
@@ -261,11 +262,11 @@ fn far_offsets_are_no_literals_in_addresses() {
 fn a_context_with_more_parts_than_counters_is_refused() {
     // All of MiMo's.
     emit(&program("mimo", &flash_mimo(), Format::FP8_BLOCK, 262_144), Arch::Sm90a).unwrap();
-    let program = program("llama", &odd_llama(), Format::BF16, 1 << 22);
+    let program = program("llama", &odd_llama(), Format::BF16, 1 << 24);
     let error = emit(&program, Arch::Sm90a).unwrap_err().to_string();
     assert_eq!(
         error,
-        "2 KV heads over 4194304 positions: more parts than the kernel counts; lower limits.context"
+        "2 KV heads over 16777216 positions: more parts than the kernel counts; lower limits.context"
     );
 }
 
@@ -377,7 +378,36 @@ fn sizes_without_a_kernel_are_named() {
     let mut config = qwen3_moe();
     config["hidden_size"] = 8200.into();
     let error = emit(&program("qwen3", &config, Format::BF16, 200), Arch::Sm90a).unwrap_err().to_string();
-    assert!(error.contains("experts with rows of 8200 columns"), "{error}");
+    assert!(
+        error.contains("rows of 8200 columns; a kernel with 8 rows a step keeps at most 8192"),
+        "{error}"
+    );
+}
+
+#[test]
+fn wide_kernels_keep_within_their_registers() {
+    let nvrtc = Nvrtc::find().unwrap();
+    let llama = fused("llama-3.2-1b", &example("llama-3.2-1b", 16), Format::BF16);
+    let mixture = fused("gpt-oss-20b", &example("gpt-oss-20b", 24), Format::BF16);
+    for (fused, step_rows) in [(&llama, 16), (&llama, 32), (&mixture, 16)] {
+        let sizes = resident::Sizes { context: 4096, step_rows };
+        let program = resident::resident(fused, sizes).unwrap();
+        let text = emit(&program, Arch::Sm90a).unwrap().text;
+        let text = CudaText { name: "kernel.cu", text: &text };
+        let cubin = nvrtc.compile(&text, Arch::Sm90a, &Options::default()).unwrap();
+        cubin.check(&[(KERNEL, budget(step_rows))]).unwrap_or_else(|over| panic!("{step_rows} rows: {over}"));
+    }
+    let sizes = |step_rows| resident::Sizes { context: 4096, step_rows };
+    let error = resident::resident(&llama, sizes(24)).unwrap_err().to_string();
+    assert!(error.contains("8, 16 or 32 rows, not 24"), "{error}");
+    let mut config = qwen3_moe();
+    config["hidden_size"] = 2056.into();
+    let program = resident::resident(&fused("qwen3", &config, Format::BF16), sizes(32)).unwrap();
+    let error = emit(&program, Arch::Sm90a).unwrap_err().to_string();
+    assert!(
+        error.contains("32 rows a step keeps at most 2048") && error.contains("lower limits.pass_rows"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -11,9 +11,13 @@ pub const KERNEL: &str = "tilec_resident";
 /// Bytes of a slot of the ring; a sixteenth more where weights are MXFP4, whose blocks are longer.
 pub const SLOT_BYTES: usize = 16 << 10;
 
-/// Rows that a step of the kernel has at most: the columns of one tensor-core tile. The runtime
-/// runs longer steps as several.
-pub const STEP_ROWS: usize = 8;
+/// Rows of a slice of a step: the columns of one tensor-core tile. A kernel's step has one, two or four slices
+/// ([`ResidentProgram::step_rows`](crate::resident::ResidentProgram::step_rows)); the runtime runs longer steps as
+/// several.
+pub const SLICE_ROWS: usize = 8;
+
+/// Rows that a step of any kernel has at most, and that what host and kernel share has room for.
+pub const LAUNCH_ROWS: usize = 32;
 
 /// Output features that one tile of streamed weights makes: the rows of an octet.
 pub const OCTET: usize = 8;
@@ -26,8 +30,11 @@ pub const OCTET_BLOCK: usize = 512;
 pub const STOP_TOKENS: usize = 8;
 
 /// Bytes of the synchronization memory: the counters that SMs meet at. Zeroed before every launch. Enough
-/// for 8 KV heads over half a million positions.
-pub const SYNC_BYTES: usize = 128 << 10;
+/// for 32 rows and 8 KV heads over half a million positions.
+pub const SYNC_BYTES: usize = 512 << 10;
+
+/// Bytes of it in front of attention's counters.
+pub const SYNC_HEAD: usize = 256 + 3 * LAUNCH_ROWS * 8;
 
 /// Words of the record that a stuck wait leaves: see [`StallRecord`].
 pub const STALL_WORDS: usize = 8;
@@ -66,7 +73,7 @@ pub struct LaunchArgs {
     pub page_table: u64,
     /// Mapped host memory: `u32 [`[`STALL_WORDS`]`]`, zero until a wait gives up.
     pub stall: u64,
-    /// Mapped host memory: `u32 [steps][`[`STEP_ROWS`]`]`, the tokens that were chosen, plus one;
+    /// Mapped host memory: `u32 [steps][`[`LAUNCH_ROWS`]`]`, the tokens that were chosen, plus one;
     /// zero until they are there. Null with `steps` of 1 if nobody wants them.
     pub chosen: u64,
     /// Mapped host memory: one `u32`; the launch ends after the step in which it turns non-zero.
@@ -86,7 +93,7 @@ pub struct LaunchArgs {
     pub choices: u64,
     /// Nanoseconds after which a wait gives up.
     pub patience_ns: u64,
-    /// Rows, 1 to [`STEP_ROWS`].
+    /// Rows, from 1 to those of the kernel's step.
     pub rows: u32,
     /// Rows whose logits are wanted, 0 to `rows`.
     pub logit_rows: u32,

@@ -5,8 +5,9 @@
 
 use crate::abi::{ABI_VERSION, KvLayout};
 use crate::cost::StageCost;
-use crate::launch::{LAUNCH_VERSION, STEP_ROWS};
+use crate::launch::{LAUNCH_ROWS, LAUNCH_VERSION};
 use crate::pack::Packing;
+use crate::resident::is_step_rows;
 use crate::spec::Shard;
 use crate::stages::{Buffer, BufferElem};
 use crate::tensor::TensorInfo;
@@ -84,6 +85,9 @@ pub struct ResidentPlan {
     pub threads: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
+    /// Rows of a launch, at most: 8, 16 or 32. Older interfaces do not say.
+    #[serde(default)]
+    pub step_rows: usize,
 }
 
 /// A program beside the model's own, for the same workers: its memory is its own but for the weights and
@@ -337,6 +341,12 @@ impl Plan {
                         resident.launch_version
                     ));
                 }
+                if !is_step_rows(resident.step_rows) {
+                    return Err(format!(
+                        "resident.step_rows is {}, not 8, 16 or {LAUNCH_ROWS}",
+                        resident.step_rows
+                    ));
+                }
                 bounded("resident.threads", resident.threads as usize, 1024)?;
                 bounded("resident.shared_bytes", resident.shared_bytes as usize, 1 << 20)
             }
@@ -378,7 +388,8 @@ impl Plan {
         }
         let resident = self.resident.is_some();
         // A block is never cut: its rows see each other.
-        let max = if resident { self.limits.max_rows.min(STEP_ROWS) } else { self.limits.max_rows };
+        let launch = draft.block_pass.resident.map_or(usize::MAX, |kernel| kernel.step_rows);
+        let max = self.limits.max_rows.min(launch);
         if !(2..=max).contains(&draft.block) {
             return Err(format!("draft.block is {}, not 2 to {max} rows", draft.block));
         }

@@ -9,7 +9,7 @@ use crate::abi::KvLayout;
 use crate::cost::StageCost;
 use crate::format::{Code, Format};
 use crate::graph::{ActivationFn, RopeSpec, Scoring};
-use crate::launch::{OCTET, STEP_ROWS};
+use crate::launch::{LAUNCH_ROWS, OCTET, SLICE_ROWS};
 use crate::octet::{octet_block_bytes, octet_blocks};
 use crate::pack::{FP8_COLUMNS, Packing};
 use crate::stages::{Buffer, BufferElem, BufferId, Layer, Routing, Slot};
@@ -22,8 +22,19 @@ pub const CHUNK: usize = 128;
 /// Chunks whose parts are added up first.
 pub const SPAN: usize = 8;
 
-/// Columns of a row that a kernel keeps in registers. Longer rows are multiplied in parts.
+/// Columns of a slice's rows that a kernel keeps in registers.
 pub const PART_COLUMNS: usize = 8192;
+
+/// Columns of a row that a kernel keeps in registers, if its step has so many rows. Longer rows are multiplied in
+/// parts.
+pub const fn part_columns(step_rows: usize) -> usize {
+    PART_COLUMNS / (step_rows / SLICE_ROWS)
+}
+
+/// Whether a kernel's step may have so many rows: whole slices, a power of two of them.
+pub const fn is_step_rows(rows: usize) -> bool {
+    rows.is_multiple_of(SLICE_ROWS) && (rows / SLICE_ROWS).is_power_of_two() && rows <= LAUNCH_ROWS
+}
 
 /// Bytes that are enough for a copy at the full rate.
 const SHORT_TILE: usize = 8192;
@@ -144,8 +155,8 @@ pub struct Gemm {
     /// Whether the layer's residual stream is complete behind it, and goes to [`ResidentProgram::taps`] as
     /// well where the layer has a tap.
     pub tap: bool,
-    /// Where the sums of the first parts of rows beyond [`PART_COLUMNS`] wait for the others, f32: eight
-    /// rows of every operand's octets.
+    /// Where the sums of the first parts of rows beyond [`part_columns`] wait for the others, f32: the
+    /// step's rows of every operand's octets.
     pub partial: Option<BufferId>,
 }
 
@@ -418,7 +429,9 @@ pub struct ResidentProgram {
     pub vocab: usize,
     /// Positions of a sequence.
     pub context: usize,
-    /// The arena's buffers, for [`STEP_ROWS`] rows each.
+    /// Rows of a step, at most: 8, 16 or 32.
+    pub step_rows: usize,
+    /// The arena's buffers, for `step_rows` rows each.
     pub buffers: Vec<Buffer>,
     /// The KV cache.
     pub kv: KvLayout,
@@ -506,6 +519,10 @@ impl ResidentProgram {
     pub fn verify(&self) -> Result<(), Defect> {
         let mut written = vec![false; self.buffers.len()];
         let mut chosen = None; // the layer whose experts were chosen last
+        if !is_step_rows(self.step_rows) {
+            let what = format!("a step has 8, 16 or {LAUNCH_ROWS} rows, not {}", self.step_rows);
+            return Err(Defect { stage: self.name.clone(), what });
+        }
         self.verify_taps()?;
         for (name, layer, stage) in self.sequence() {
             let fail = |what: String| Err(Defect { stage: name.clone(), what });
@@ -582,7 +599,7 @@ impl ResidentProgram {
                         return fail(what);
                     }
                     let partial = gemm.partial.map(|id| self.buffer(id));
-                    if partial.is_some() != (gemm.k > PART_COLUMNS)
+                    if partial.is_some() != (gemm.k > part_columns(self.step_rows))
                         || partial.is_some_and(|buffer| {
                             buffer.elem != BufferElem::F32
                                 || buffer.cols < gemm.tiles() * OCTET * gemm.operands
@@ -1008,7 +1025,7 @@ impl ResidentProgram {
 
 impl fmt::Display for ResidentProgram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "resident {:?} rows={STEP_ROWS} {{", self.name)?;
+        writeln!(f, "resident {:?} rows={} {{", self.name, self.step_rows)?;
         let kv = &self.kv;
         writeln!(
             f,

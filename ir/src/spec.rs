@@ -6,6 +6,8 @@
 
 use crate::abi::KvType;
 use crate::format::Format;
+use crate::launch::LAUNCH_ROWS;
+use crate::resident::is_step_rows;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{Deserializer, Error as _, Unexpected, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
@@ -489,11 +491,17 @@ pub struct Limits {
     #[serde(deserialize_with = "count::<_, 1024>")]
     #[schemars(range(min = 1, max = 1024))]
     pub rows: usize,
+    /// Rows for which a GPU reads the weights once: 8, 16 or 32, a token of any sequence each. Longer steps are
+    /// several passes. More of them make a kernel larger, which costs a step of few rows a little. By default 8, or as
+    /// many as a draft's block needs.
+    #[serde(deserialize_with = "pass_rows", skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 8, max = 32))]
+    pub pass_rows: Option<usize>,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { sequences: 4, context: None, rows: 64 }
+        Limits { sequences: 4, context: None, rows: 64, pass_rows: None }
     }
 }
 
@@ -560,6 +568,14 @@ fn some_count<'de, D: Deserializer<'de>, const MAX: usize>(
     deserializer: D,
 ) -> Result<Option<usize>, D::Error> {
     Ok(Option::<Count<MAX>>::deserialize(deserializer)?.map(|count| count.0))
+}
+
+fn pass_rows<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
+    match Option::<Count<LAUNCH_ROWS>>::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(Count(rows)) if is_step_rows(rows) => Ok(Some(rows)),
+        Some(Count(rows)) => Err(D::Error::custom(format!("{rows} rows a pass: 8, 16 or 32 are possible"))),
+    }
 }
 
 /// Why there is no usable spec.
@@ -669,7 +685,7 @@ mod tests {
         assert_eq!(spec.precision.kv_type(), KvType::F16);
         assert_eq!(spec.precision.activations, Activations::Auto);
         assert_eq!(spec.target, Target::default());
-        assert_eq!(spec.limits, Limits { sequences: 4, context: None, rows: 64 });
+        assert_eq!(spec.limits, Limits { sequences: 4, context: None, rows: 64, pass_rows: None });
     }
 
     #[test]
@@ -702,7 +718,7 @@ mod tests {
                 only_rank: None
             }
         );
-        assert_eq!(spec.limits, Limits { sequences: 2, context: Some(512), rows: 16 });
+        assert_eq!(spec.limits, Limits { sequences: 2, context: Some(512), rows: 16, pass_rows: None });
         let cuda = parse("model: {checkpoint: x}\ntarget: {device: cuda, gpus: 8}").unwrap().target;
         assert_eq!((cuda.device, cuda.arch.as_str(), cuda.gpus), (Device::Cuda, "sm_90a", Some(8)));
         assert_eq!(cuda.shard(), None);
@@ -744,6 +760,8 @@ mod tests {
             (&format!("{model}target: {{device: cuda, threads: 2}}"), &["line 2", "target.threads"]),
             (&format!("{model}limits:\n  rows: 0"), &["line 3", "from 1 to 1024"]),
             (&format!("{model}limits:\n  rows: 100000"), &["line 3", "from 1 to 1024"]),
+            (&format!("{model}limits:\n  pass_rows: 33"), &["line 3", "from 1 to 32"]),
+            (&format!("{model}limits:\n  pass_rows: 24"), &["24 rows", "8, 16 or 32"]),
             (&format!("{model}limits:\n  context: -5"), &["line 3"]),
             (&format!("{model}limits:\n  sequences: many"), &["line 3"]),
             (&format!("{model}speculation: {{dflash: {{}}}}"), &["line 2", "draft: {dflash"]),

@@ -50,7 +50,7 @@ constexpr u32 QUERIES = 8;  // of a pass
 constexpr u32 SUMMED = 64;  // columns whose sums are in shared memory at a time
 constexpr float LOG2_E = 1.44269504f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
-static_assert(WARP_POSITIONS == 16 && QUERIES == CONSUMERS && QUERIES == STEP_ROWS, "a warp's share of a product; a warp prepares a query");
+static_assert(WARP_POSITIONS == 16 && QUERIES == CONSUMERS, "a warp's share of a product; a warp prepares a query");
 
 // What decides how units are dealt out, by which bits do not change: what a unit's keys and values cost an SM, what a
 // pass costs it, and adding up what lies in memory. Measured on an H200 by what a step takes: Llama-3.2-1B, 1 row, 512
@@ -217,7 +217,7 @@ template <class A> __device__ __forceinline__ u32 last_seen(const Block& b, u32 
 // A run, and a unit and a pass in it. Units are ordered by run, KV head, group and chunk.
 template <class A> struct Place {
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
-  u32 runs;          // a bit a row: a run begins there, or the rows end
+  u32 runs;          // a bit a row: a run begins there
   u32 unit;
   u32 row, rows;     // the run
   u32 from, chunks;  // that its rows see
@@ -237,15 +237,17 @@ template <class A> struct Place {
   // The run that begins in a row, with so many passes together; no rows behind the last.
   __device__ __forceinline__ void enter(const Consumer& b, u32 first, u32 together) {
     row = first;
-    rows = __ffs(runs >> row >> 1);
-    if (rows == 0) return;
+    rows = 0;
+    if (first >= b.args.rows) return;
+    const u32 others = runs >> row >> 1;
+    rows = others != 0 ? __ffs(others) : b.args.rows - row;
     from = first_chunk<A>(b, b.shared.position[row]);
     chunks = b.shared.position[row + rows - 1] / CHUNK - from + 1;
     groups = (passes() + together - 1) / together;
   }
   __device__ __forceinline__ static u32 find_runs(const Consumer& b) {
-    const u32 row = lane_id(), rows = b.args.rows;
-    return __ballot_sync(~0u, row == rows || (row < rows && b.shared.first_row[row] == row));
+    const u32 row = lane_id();
+    return __ballot_sync(~0u, row < b.args.rows && b.shared.first_row[row] == row);
   }
   // The first pass of the unit of this number; there is one.
   __device__ __forceinline__ void seek(const Consumer& b, u32 target, u32 together) {
@@ -289,33 +291,39 @@ struct Deal {
   u32 units, each;
 };
 
-// What costs least. A lane has a row, which stands for the run that begins there, and 1, 2, 4 or 8 passes together.
+// What costs least, with 1, 2, 4 or 8 passes together. A lane has a row, which stands for the run that begins there.
 template <class A> __device__ __forceinline__ Deal deal(const Consumer& b, u32 runs) {
-  const u32 row = lane_id() % STEP_ROWS, power = lane_id() / STEP_ROWS, together = 1u << power;
-  u32 units = 0, longest = 0;  // share of a span; and whether a run has several
-  Place<A> run = {};
-  run.runs = runs;
-  run.enter(b, row, together);
-  if (runs >> row & 1 && run.rows > 0) {
-    units = run.chunks * run.groups * A::KV_HEADS;
-    longest = least(run.chunks, SPAN) + (run.spans() > 1 ? 16 : 0);
-  }
+  const u32 row = lane_id();
+  Deal best = {};
+  u32 least_cost = ~0u;
+#pragma unroll 1
+  for (u32 together = 1; together <= 8; together *= 2) {
+    u32 units = 0, longest = 0;  // share of a span; and whether a run has several
+    if (runs >> row & 1) {
+      Place<A> run = {};
+      run.runs = runs;
+      run.enter(b, row, together);
+      units = run.chunks * run.groups * A::KV_HEADS;
+      longest = least(run.chunks, SPAN) + (run.spans() > 1 ? 16 : 0);
+    }
+    longest = warp_max(longest);
 #pragma unroll
-  for (u32 x = 1; x < STEP_ROWS; x *= 2) {
-    units += __shfl_xor_sync(~0u, units, x);
-    longest = max(longest, __shfl_xor_sync(~0u, longest, x));
+    for (u32 x = 1; x < LANES; x *= 2) units += __shfl_xor_sync(~0u, units, x);
+    const u32 each = (units + gridDim.x - 1) / gridDim.x, share = longest % 16;
+    const u32 unit_cost = LOAD_COST + PASS_COST * together;
+    const u32 spread = each * unit_cost + (longest > 1 ? JOIN_COST : 0);
+    const u32 whole = (each <= share ? share : (each + SPAN - 1) / SPAN * SPAN) * unit_cost + (longest > 16 ? JOIN_COST : 0);
+    // Sums stay in registers where a unit has one pass.
+    if (together == 1) {
+      best = {1, true, units, each};
+      least_cost = whole;
+    }
+    if (spread < least_cost) {
+      best = {together, false, units, each};
+      least_cost = spread;
+    }
   }
-  const u32 each = (units + gridDim.x - 1) / gridDim.x, share = longest % 16;
-  const u32 unit_cost = LOAD_COST + PASS_COST * together;
-  const u32 spread = each * unit_cost + (longest > 1 ? JOIN_COST : 0);
-  const u32 whole = (each <= share ? share : (each + SPAN - 1) / SPAN * SPAN) * unit_cost + (longest > 16 ? JOIN_COST : 0);
-  // Sums stay in registers where a unit has one pass.
-  u32 best = spread * 8 + power * 2 + 1;
-  if (power == 0) best = least(best, whole * 8);
-  best = least(best, __shfl_xor_sync(~0u, best, STEP_ROWS));
-  best = least(best, __shfl_xor_sync(~0u, best, 2 * STEP_ROWS));
-  const u32 chosen = best / 2 % 4;
-  return {1u << chosen, best % 2 == 0, __shfl_sync(~0u, units, chosen * STEP_ROWS), __shfl_sync(~0u, each, chosen * STEP_ROWS)};
+  return best;
 }
 
 // An SM's units.
@@ -484,27 +492,31 @@ template <class A> struct Fresh {
     const u32 end = least(start + CHUNK, first + at.rows);
     count = new_unit && from < end ? end - from : 0;
     // The last warps, since the first have queries.
-    const u32 own = CONSUMERS - 1 - warp;
-    if (own < count) {
-      const float* raw = A::input(b) + (u64)(at.row + (from - first) + own) * QKV + A::HEADS * A::QK;
-      key.load(raw + at.kv_head * A::QK, A::k_gain(b), A::rope(b), from + own);
+    if (CONSUMERS - 1 - warp < count) load_row(b, at, CONSUMERS - 1 - warp);
+  }
+  // Key and value of row `own` of those in the chunk.
+  __device__ __forceinline__ void load_row(const Consumer& b, const Place<A>& at, u32 own) {
+    const float* raw = A::input(b) + (u64)(at.row + (from - b.shared.position[at.row]) + own) * QKV + A::HEADS * A::QK;
+    key.load(raw + at.kv_head * A::QK, A::k_gain(b), A::rope(b), from + own);
 #pragma unroll
-      for (u32 i = 0; i < V_EACH; ++i) {
-        const u32 d = lane_id() + i * LANES;
-        value[i] = A::V % LANES == 0 || d < A::V ? raw[A::KV_HEADS * A::QK + at.kv_head * A::V + d] : 0.f;
-      }
+    for (u32 i = 0; i < V_EACH; ++i) {
+      const u32 d = lane_id() + i * LANES;
+      value[i] = A::V % LANES == 0 || d < A::V ? raw[A::KV_HEADS * A::QK + at.kv_head * A::V + d] : 0.f;
     }
   }
 
   // Norms, rotates and rounds, into shared memory and the cache.
   __device__ __forceinline__ void prepare(Consumer& b, AttentionSpace<A>& space, u32 cache, const Place<A>& at, u32 together) {
-    const u32 warp = anew(warp_id()), own = CONSUMERS - 1 - warp;
+    const u32 warp = anew(warp_id());
     sink = next_sink;
-    // The same instructions for both.
+    // The same instructions for queries and keys. There are more rows than warps in the chunk of a long run only: those
+    // behind the first ones are not asked for ahead.
 #pragma unroll 1
-    for (u32 kind = queries ? 0 : 1; kind < 2; ++kind) {
-      if (kind == 1) {
+    for (u32 kind = queries ? 0 : 1; kind <= SLICES; ++kind) {
+      const u32 own = kind * CONSUMERS - 1 - warp;
+      if (kind > 0) {
         if (own >= count) break;
+        if (SLICES > 1 && kind > 1) load_row(b, at, own);
         query = key;
       }
       query.turn(kind == 0 ? A::Q_NORM : A::K_NORM);
@@ -572,15 +584,17 @@ template <class A> __device__ __forceinline__ void leave(const Consumer& b, u32 
 
 // A part of a span that an SM leaves in memory, of a run, a KV head and a group: how many chunks, or all (0).
 template <class A> struct Brought {
-  static_assert(A::HEADS / A::KV_HEADS < 128 && A::KV_HEADS <= 256 && A::MAX_CHUNKS <= 1024 * SPAN, "bits of a word");
+  // Groups of a run, KV heads and spans share what a row and a count of chunks leave.
+  static constexpr u32 GROUPS = (A::HEADS / A::KV_HEADS * STEP_ROWS + QUERIES - 1) / QUERIES, SPANS = (A::MAX_CHUNKS + SPAN - 1) / SPAN;
+  static_assert((u64)LAUNCH_ROWS * 16 * GROUPS * A::KV_HEADS * SPANS < 1ull << 32, "a word has all of it");
   u32 bits;
-  __device__ __forceinline__ u32 row() const { return bits % 8; }
-  __device__ __forceinline__ u32 chunks() const { return bits / 8 % 16; }
-  __device__ __forceinline__ u32 group() const { return bits / 128 % 128; }
-  __device__ __forceinline__ u32 kv_head() const { return bits / 16384 % 256; }
-  __device__ __forceinline__ u32 span() const { return bits >> 22; }
+  __device__ __forceinline__ u32 row() const { return bits % LAUNCH_ROWS; }
+  __device__ __forceinline__ u32 chunks() const { return bits / LAUNCH_ROWS % 16; }
+  __device__ __forceinline__ u32 group() const { return bits / (LAUNCH_ROWS * 16) % GROUPS; }
+  __device__ __forceinline__ u32 kv_head() const { return bits / (LAUNCH_ROWS * 16 * GROUPS) % A::KV_HEADS; }
+  __device__ __forceinline__ u32 span() const { return bits / (LAUNCH_ROWS * 16 * GROUPS * A::KV_HEADS); }
   __device__ __forceinline__ static u32 of(const Place<A>& at, u32 chunks) {
-    return at.row | chunks << 3 | at.group << 7 | at.kv_head << 14 | at.chunk / SPAN << 22;
+    return at.row | chunks * LAUNCH_ROWS | LAUNCH_ROWS * 16 * (at.group + GROUPS * (at.kv_head + A::KV_HEADS * (at.chunk / SPAN)));
   }
 };
 
@@ -658,7 +672,7 @@ template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 ru
 // crossing lies between.
 template <class A> __device__ __forceinline__ void join(Consumer& b, u32 runs, Brought<A> own, u32 count, u32 together) {
   constexpr u32 COUNTERS = Parts<A>::SPANS + 1, LEVELS = A::MAX_CHUNKS > SPAN ? 2 : 1;
-  constexpr u32 ROW_GROUPS = (A::HEADS / A::KV_HEADS + QUERIES - 1) / QUERIES;
+  constexpr u32 ROW_GROUPS = (A::HEADS / A::KV_HEADS + QUERIES - 1) / QUERIES;  // groups of a run are no more than its rows'
   const u32 warp = anew(warp_id());
   u32* counters = nullptr;
   u32 share = 0, spans = 0;

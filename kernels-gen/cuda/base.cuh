@@ -9,7 +9,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr u32 LANES = 32;
-constexpr u32 STEP_ROWS = 8;      // rows of a step: one tensor-core tile of 8 x 8 results
+constexpr u32 SLICE_ROWS = 8;     // rows of a slice of the step: one tensor-core tile of 8 x 8 results
+constexpr u32 LAUNCH_ROWS = 32;   // rows that what host and kernel share has room for
 constexpr u32 OCTET = 8;          // output features of a tile
 constexpr u32 OCTET_BLOCK = 512;  // bytes of 8 features x 64 bytes of columns: 16 bytes a lane
 
@@ -55,19 +56,6 @@ struct LaunchArgs {
   u32 zero;
   u32 routing;
   u32 routing_seed;
-};
-
-// The synchronization memory behind LaunchArgs::sync, zeroed before a launch. Each word that SMs
-// contend for has a 128-byte line of its own.
-struct Sync {
-  u32 arrived;                // SMs that finished a stage, summed over all stages of the launch
-  u32 stalled;                // somebody gave up waiting and writes the record
-  u32 pad0[30];
-  u32 halted;                 // SM 0 says that this step is the last
-  u32 rounds;                 // of choices by chance that rows have asked for in this launch
-  u32 pad1[30];
-  u64 best[3][STEP_ROWS];     // per row the largest logit so far as an ordered key; three steps in turn
-  u32 splits[1];              // per (row, kv head): chunks of the context that are finished; as many as fit
 };
 
 __device__ __forceinline__ u32 lane_id() { return threadIdx.x % LANES; }

@@ -12,7 +12,24 @@
 // stage is written, and starts the next stage when all SMs have. The stream of weights does not stop
 // at a crossing: the loader goes on until the ring is full.
 //
-// The generated text defines SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory.
+// The generated text defines STEP_ROWS, SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory.
+
+// Rows of a step, at most, in slices of 8.
+constexpr u32 SLICES = STEP_ROWS / SLICE_ROWS;
+static_assert(STEP_ROWS <= LAUNCH_ROWS && (SLICES == 1 || SLICES == 2 || SLICES == 4), "a lane a row; products of whole pairs of slices");
+
+// The synchronization memory behind LaunchArgs::sync, zeroed before a launch. Each word that SMs
+// contend for has a 128-byte line of its own.
+struct Sync {
+  u32 arrived;                // SMs that finished a stage, summed over all stages of the launch
+  u32 stalled;                // somebody gave up waiting and writes the record
+  u32 pad0[30];
+  u32 halted;                 // SM 0 says that this step is the last
+  u32 rounds;                 // of choices by chance that rows have asked for in this launch
+  u32 pad1[30];
+  u64 best[3][STEP_ROWS];     // per row the largest logit so far as an ordered key; three steps in turn
+  u32 splits[1];              // per (row, kv head): chunks of the context that are finished; as many as fit
+};
 
 constexpr u32 CONSUMERS = 8;
 constexpr u32 LOADER = 8;
@@ -34,8 +51,8 @@ constexpr u32 FULL_ARRIVALS = 1;      // the loader's announcement; the bytes ar
 constexpr u32 FULL_ARRIVALS = LANES;  // every lane's last cp.async
 #endif
 
-// A warp's sums of an octet: a pair of neighbouring features of a row a lane.
-typedef float2 WarpSums[LANES];
+// A warp's sums of an octet: of each slice a pair of neighbouring features of a row a lane.
+typedef float2 WarpSums[SLICES][LANES];
 
 struct Shared {
   u64 full[RING_SLOTS];         // weights are in the slot
@@ -61,7 +78,7 @@ struct Shared {
   u32 steps;                    // steps of this launch, lowered by control when it ends early
   alignas(16) u32 dealt[2][16]; // attention: an SM's units without and with a window, see `own_units`
   u32 last_splits[2];           // attention: items of which this SM brought the last, a bit each
-  alignas(8) float row_sums[2][CONSUMERS][STEP_ROWS];
+  alignas(8) float row_sums[2][CONSUMERS][SLICE_ROWS];
   float row_scale[STEP_ROWS];   // that the sums of a row's products are multiplied by
 };
 
@@ -264,8 +281,6 @@ struct Control : Block {
   u32 sum_parities = 0;    // a bit a buffer
   u32 routes_parity = 0;
   u32 crossings = 0;       // of this launch
-  float best = 0;          // the largest logit that this lane has seen in this step, of its row
-  u32 best_id = ~0u;       // and its token; none yet
 
   // Nanoseconds at which this SM began to wait for a stage, could start it, and had its part written.
   __device__ __forceinline__ u64* trace_row() const {

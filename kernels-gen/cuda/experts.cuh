@@ -31,7 +31,7 @@ enum Scoring : u32 { SOFTMAX, CHOSEN_SOFTMAX, SIGMOID };
 constexpr u32 EXPERT_WORDS = (MAX_EXPERTS + 31) / 32;
 constexpr u32 MAX_CHOSEN = STEP_ROWS * MAX_SLOTS < MAX_EXPERTS ? STEP_ROWS * MAX_SLOTS : MAX_EXPERTS;
 constexpr u32 NO_SLOT = 255;
-static_assert(EXPERT_WORDS <= LANES && STEP_ROWS == CONSUMERS, "a lane a word; a warp a row");
+static_assert(EXPERT_WORDS <= LANES && SLICE_ROWS == CONSUMERS, "a lane a word; a warp a row of a slice");
 
 // The choice of a layer, in shared memory behind `Shared`.
 struct Routes {
@@ -58,12 +58,13 @@ struct Chosen {
 
 template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   constexpr u32 ROUND = CONSUMER_THREADS * 4, ROUNDS = (R::K + ROUND - 1) / ROUND;
-  // Every thread's part of a row's product with an expert; behind the experts' the squares, if nobody prepared them.
-  typedef float Parts[STEP_ROWS][CONSUMER_THREADS];
+  // Every thread's part of the product of a slice's rows with an expert; behind the experts' the squares, if nobody
+  // prepared them.
+  typedef float Parts[SLICE_ROWS][CONSUMER_THREADS];
   constexpr u32 OWN = R::NORM && !R::PREPARED, FIT = (SCRATCH_BYTES - SCALE_BYTES) / sizeof(Parts) - OWN;
   // Experts of an SM at a time.
   constexpr u32 EACH = least(least((R::EXPERTS + 127) / 128, FIT), least(4, 24 / ROUNDS > 0 ? 24 / ROUNDS : 1));
-  static_assert(EACH > 0 && STEP_ROWS == CONSUMERS, "a warp a row");
+  static_assert(EACH > 0 && SLICE_ROWS == CONSUMERS, "a warp a row");
   const u32 thread = anew(threadIdx.x), warp = thread / LANES, lane = thread % LANES, column = thread * 4;
   Parts* const parts = reinterpret_cast<Parts*>(b.scratch);
   float4 w[EACH][ROUNDS];
@@ -89,15 +90,17 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   load_weights(b.first_tile());
   b.wait_inputs();
   Squares<R> squares = {};
-  if constexpr (R::PREPARED) {
-    if (warp < b.args.rows && b.first_tile() < R::EXPERTS) squares.load(b, warp);
-  }
+  // The experts that begin with `first`, of the slice that begins with row `start`.
 #pragma unroll 1
-  for (u32 first = b.first_tile(); first < R::EXPERTS; first += EACH * gridDim.x) {
+  for (u32 first = b.first_tile(), start = 0; first < R::EXPERTS;) {
+    const u32 own = start + warp;
+    if constexpr (R::PREPARED) {
+      if (own < b.args.rows) squares.load(b, own);
+    }
     // Row by row: loads of several rows at once would wait together, but their text costs more than that.
 #pragma unroll 1
-    for (u32 row = 0; row < b.args.rows; ++row) {
-      const float* x = R::input(b) + row * R::K + column;
+    for (u32 row = 0; row < least(b.args.rows - start, SLICE_ROWS); ++row) {
+      const float* x = R::input(b) + (start + row) * R::K + column;
       float4 v[ROUNDS];
 #pragma unroll
       for (u32 i = 0; i < ROUNDS; ++i) {
@@ -118,7 +121,7 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       if constexpr (OWN != 0) parts[EACH][row][thread] = square;
     }
     consumers_sync();
-    if (warp < b.args.rows) {
+    if (own < b.args.rows) {
       float scale = 1.f;
       if constexpr (R::PREPARED) scale = squares.normalizer();
       else if constexpr (R::NORM) scale = 1.f / sqrtf(whole(parts[EACH]) / (float)R::K + R::EPS);
@@ -126,13 +129,17 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       for (u32 e = 0; e < EACH && first + e * gridDim.x < R::EXPERTS; ++e) {
         const u32 expert = first + e * gridDim.x;
         const float dot = whole(parts[e]);
-        if (lane == 0) R::out(b)[warp * R::STRIDE + expert] = dot * scale + (R::bias(b) ? R::bias(b)[expert] : 0.f);
+        if (lane == 0) R::out(b)[own * R::STRIDE + expert] = dot * scale + (R::bias(b) ? R::bias(b)[expert] : 0.f);
       }
     }
-    if (first + EACH * gridDim.x < R::EXPERTS) {
-      load_weights(first + EACH * gridDim.x);
-      consumers_sync();  // the sums were read
+    start += SLICE_ROWS;
+    if (start >= b.args.rows) {
+      start = 0;
+      first += EACH * gridDim.x;
+      if (first >= R::EXPERTS) break;
+      load_weights(first);
     }
+    consumers_sync();  // the sums were read
   }
   b.pass_tiles(R::EXPERTS);
   b.finish_stage();
@@ -221,36 +228,42 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
 template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
   constexpr u32 WORDS = (R::EXPERTS + LANES - 1) / LANES;
   Routes& routes = routes_of(b);
-  const u32 row = anew(warp_id()), lane = anew(lane_id());
-  if (row < b.args.rows) choose_row<R>(b, routes, row);
-  else if (lane < WORDS) routes.chosen[row][lane] = 0;
-  consumers_sync();
-  u32 all = 0, own = 0;
-  if (lane < WORDS) {
-#pragma unroll
-    for (u32 r = 0; r < STEP_ROWS; ++r) all |= routes.chosen[r][lane];
-    own = routes.chosen[row][lane];
-  }
-  // Experts, and slots of the row, in the words before; then with this one.
-  u32 number = __popc(all), slot = __popc(own);
-#pragma unroll
-  for (u32 n = 1; n < LANES; n *= 2) {
-    const u32 more = __shfl_up_sync(~0u, number, n), more_slots = __shfl_up_sync(~0u, slot, n);
-    if (lane >= n) { number += more; slot += more_slots; }
-  }
-  if (row == 0 && lane == LANES - 1) {
-    routes.count = number;
-    routes.total += number;
-  }
-  number -= __popc(all);
-  slot -= __popc(own);
+  const u32 warp = anew(warp_id()), lane = anew(lane_id());
 #pragma unroll 1
-  for (; all; all &= all - 1, ++number) {
-    const u32 bit = all & (0u - all);
-    if (row == 0) routes.expert[number] = (u16)(lane * LANES + __ffs(bit) - 1);
-    routes.slot[row][number] = (u8)(own & bit ? slot++ : NO_SLOT);
+  for (u32 row = warp; row < STEP_ROWS; row += SLICE_ROWS) {
+    if (row < b.args.rows) choose_row<R>(b, routes, row);
+    else if (lane < WORDS) routes.chosen[row][lane] = 0;
   }
-  __syncwarp();
+  consumers_sync();
+  u32 all = 0;
+  if (lane < WORDS) {
+#pragma unroll 8
+    for (u32 row = 0; row < STEP_ROWS; ++row) all |= routes.chosen[row][lane];
+  }
+#pragma unroll 1
+  for (u32 row = warp; row < STEP_ROWS; row += SLICE_ROWS) {
+    const u32 own = lane < WORDS ? routes.chosen[row][lane] : 0;
+    // Experts, and slots of the row, in the words before; then with this one.
+    u32 number = __popc(all), slot = __popc(own);
+#pragma unroll
+    for (u32 n = 1; n < LANES; n *= 2) {
+      const u32 more = __shfl_up_sync(~0u, number, n), more_slots = __shfl_up_sync(~0u, slot, n);
+      if (lane >= n) { number += more; slot += more_slots; }
+    }
+    if (row == 0 && lane == LANES - 1) {
+      routes.count = number;
+      routes.total += number;
+    }
+    number -= __popc(all);
+    slot -= __popc(own);
+#pragma unroll 1
+    for (u32 left = all; left; left &= left - 1, ++number) {
+      const u32 bit = left & (0u - left);
+      if (row == 0) routes.expert[number] = (u16)(lane * LANES + __ffs(bit) - 1);
+      routes.slot[row][number] = (u8)(own & bit ? slot++ : NO_SLOT);
+    }
+    __syncwarp();  // together again
+  }
   if (lane == 0) barrier_arrive(&routes.routed);  // for the loader and control
   consumers_sync();                               // for the consumers
 }
@@ -318,10 +331,11 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
     }
     b.pass_tiles(tiles);
   } else {
-    const u32 row = anew(lane_id()) / 4;
     auto load = [&](Activations<S>& a, u32 number) {
-      const u32 slot = routes.slot[row][number];
-      load_rows<S>(b, a, row < b.args.rows && slot != NO_SLOT, row * S::SLOTS + slot);
+      load_rows<S>(b, a, [&](u32 row) {
+        const u32 slot = routes.slot[row][number];
+        return Source{row < b.args.rows && slot != NO_SLOT, row * S::SLOTS + slot};
+      });
     };
     u32 group = 0;
     // A group has an expert as a whole, so that its rows are fetched while the others multiply.
@@ -358,31 +372,43 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
 template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   const Routes& routes = routes_of(b);
   if (S::FIRST) b.wait_routes(&routes_of(b).routed);
-  const u32 lane = anew(lane_id()), row = lane / 4;
+  const u32 lane = anew(lane_id()), rows = b.args.rows;
   const u32 count = routes.count;
-  auto chosen_by = [&](u32 number) {
+  auto row_of = [&](u32 slice) { return slice * SLICE_ROWS + lane / 4; };
+  auto chosen_by = [&](u32 row, u32 number) {
     const u32 slot = routes.slot[row][number];
-    const bool active = row < b.args.rows && slot != NO_SLOT;
+    const bool active = row < rows && slot != NO_SLOT;
     return Chosen{routes.expert[number], active ? slot : NO_SLOT, active ? routes.weight[row][slot] : 0.f};
   };
   auto tile = [&](u32 number, u32 tile) {
     const u32 feature = tile * OCTET + 2 * (lane % 4);
-    const Chosen chosen = chosen_by(number);
-    typename S::Carry carry = {};
-    if (chosen.slot != NO_SLOT) S::before(b, row, feature, chosen, carry);
+    Chosen chosen[SLICES];
+    typename S::Carry carry[SLICES] = {};
     // Behind its last expert a row is complete, whether it has chosen that one or not.
     const bool last = S::PREPARES && number + 1 == count;
-    float2 gain = {}, whole = {};
+    float2 gain = {}, whole[SLICES] = {}, v[SLICES][S::OPERANDS];
+    each_slice(rows, [&](u32 slice) {
+      const u32 row = row_of(slice);
+      chosen[slice] = chosen_by(row, number);
+      if (chosen[slice].slot != NO_SLOT) S::before(b, row, feature, chosen[slice], carry[slice]);
+      if constexpr (S::PREPARES) {
+        if (last && row < rows) whole[slice] = *S::sum(b, row, feature);
+      }
+    });
     if constexpr (S::PREPARES) {
       if (last) gain = gain_ahead<S>(b, feature);
-      if (last && row < b.args.rows) whole = *S::sum(b, row, feature);
     }
-    float2 v[S::OPERANDS];
-    add_sums<S>(b, lane, v);
-    if (chosen.slot != NO_SLOT) S::finish(b, row, feature, chosen, v, carry);
-    if constexpr (S::PREPARES) {
-      if (last) prepare<S>(b, row < b.args.rows, row, feature, chosen.slot != NO_SLOT ? v[0] : whole, gain);
-    }
+    b.wait_sums();
+    each_slice(rows, [&](u32 slice) { add_sums<S>(b, slice, lane, v[slice]); });
+    b.pass_sums(Sums<S>::BUFFERS);
+    each_slice(rows, [&](u32 slice) {
+      const u32 row = row_of(slice);
+      const bool own = chosen[slice].slot != NO_SLOT;
+      if (own) S::finish(b, row, feature, chosen[slice], v[slice], carry[slice]);
+      if constexpr (S::PREPARES) {
+        if (last) prepare<S>(b, row < rows, row, feature, own ? v[slice][0] : whole[slice], gain);
+      }
+    });
   };
   bool own = !b.second;
   if constexpr (S::FIRST) {
@@ -398,41 +424,52 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
       const u32 first = b.second;
       for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
         auto feature = [&](u32 i) { return (t * S::TILE_OCTETS + first + 2 * i) * OCTET + 2 * (lane % 4); };
-        auto there = [&](u32 i) { return row < b.args.rows && first + 2 * i < S::TILE_OCTETS && feature(i) < S::COLS; };
-        float2 sum[EACH];
-#pragma unroll
-        for (u32 i = 0; i < EACH; ++i) {
-          if (there(i)) sum[i] = *S::sum(b, row, feature(i));
-        }
-#pragma unroll 1
-        for (u32 number = 0; number < count; ++number) {
-          const Chosen chosen = chosen_by(number);
-          b.wait_sums();
-          const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
+        auto there = [&](u32 row, u32 i) { return row < rows && first + 2 * i < S::TILE_OCTETS && feature(i) < S::COLS; };
+        float2 sum[SLICES][EACH];
+        each_slice(rows, [&](u32 slice) {
+          const u32 row = row_of(slice);
 #pragma unroll
           for (u32 i = 0; i < EACH; ++i) {
-            if (!there(i) || chosen.slot == NO_SLOT) continue;
-            float2 v = sums[(first + 2 * i) * Team<S>::WARPS][lane];
-#pragma unroll
-            for (u32 w = 1; w < Team<S>::WARPS; ++w) {
-              const float2 more = sums[(first + 2 * i) * Team<S>::WARPS + w][lane];
-              v.x += more.x;
-              v.y += more.y;
-            }
-            S::add_bias(b, feature(i), chosen, v);
-            sum[i].x = fmaf(chosen.weight, v.x, sum[i].x);
-            sum[i].y = fmaf(chosen.weight, v.y, sum[i].y);
+            if (there(row, i)) sum[slice][i] = *S::sum(b, row, feature(i));
           }
+        });
+#pragma unroll 1
+        for (u32 number = 0; number < count; ++number) {
+          Chosen own[SLICES];
+          each_slice(rows, [&](u32 slice) { own[slice] = chosen_by(row_of(slice), number); });
+          b.wait_sums();
+          const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
+          each_slice(rows, [&](u32 slice) {
+            const u32 row = row_of(slice);
+            const Chosen& chosen = own[slice];
+#pragma unroll
+            for (u32 i = 0; i < EACH; ++i) {
+              if (!there(row, i) || chosen.slot == NO_SLOT) continue;
+              float2 v = sums[(first + 2 * i) * Team<S>::WARPS][slice][lane];
+#pragma unroll
+              for (u32 w = 1; w < Team<S>::WARPS; ++w) {
+                const float2 more = sums[(first + 2 * i) * Team<S>::WARPS + w][slice][lane];
+                v.x += more.x;
+                v.y += more.y;
+              }
+              S::add_bias(b, feature(i), chosen, v);
+              sum[slice][i].x = fmaf(chosen.weight, v.x, sum[slice][i].x);
+              sum[slice][i].y = fmaf(chosen.weight, v.y, sum[slice][i].y);
+            }
+          });
           b.pass_sums(Sums<S>::BUFFERS);
         }
+        each_slice(rows, [&](u32 slice) {
+          const u32 row = row_of(slice);
 #pragma unroll
-        for (u32 i = 0; i < EACH; ++i) {
-          if (there(i)) S::store(b, row, feature(i), sum[i]);
-          if constexpr (S::PREPARES) {
-            const float2 gain = there(i) ? gain_ahead<S>(b, feature(i)) : make_float2(0, 0);
-            prepare<S>(b, there(i), row, feature(i), sum[i], gain);
+          for (u32 i = 0; i < EACH; ++i) {
+            if (there(row, i)) S::store(b, row, feature(i), sum[slice][i]);
+            if constexpr (S::PREPARES) {
+              const float2 gain = there(row, i) ? gain_ahead<S>(b, feature(i)) : make_float2(0, 0);
+              prepare<S>(b, there(row, i), row, feature(i), sum[slice][i], gain);
+            }
           }
-        }
+        });
       }
     } else {
       // Features stay with one of the warps, for all experts.

@@ -11,13 +11,15 @@
 // Rows too long for the registers are multiplied in parts: all tiles with the first part of the columns, then
 // all with the next. Control keeps the sums in between.
 //
-// A tensor-core product has 16 rows and a step has 8. A lane's 16 bytes of a row, the pairs p0 to p3,
-// go in as they lie: p0 and p2 as the upper 8 rows, p1 and p3 as the lower 8. Its 16 bytes of weights
-// w0 to w3 go in twice: a product with (w0, w2) has the wanted sums in its upper half, one with
-// (w1, w3) in its lower half, and the other halves are never looked at. No register is moved.
+// A tensor-core product has 16 rows, a slice of the step 8. A lane's 16 bytes of a row are the pairs p0 to p3, its
+// 16 bytes of weights w0 to w3; an even product is one with (w0, w2), an odd one with (w1, w3). Two slices, p and q,
+// make an even product of (p0, q0, p2, q2) and an odd one of (p1, q1, p3, q3), whose upper halves are p's sums and
+// whose lower halves are q's. One slice alone goes into both products as it lies: p0 and p2 as the upper 8 rows,
+// p1 and p3 as the lower 8; the upper half of the even product and the lower half of the odd one are wanted, and
+// nobody looks at the others. So 16 rows take no more products than 8, and no register is moved.
 //
 // The order of every sum is fixed by the shape alone: block i of a slot goes to chain i % 2, each
-// chain has an upper and a lower sum, these are added in order, then the warps' in order, then the parts'. A
+// chain has an even and an odd sum, these are added in order, then the warps' in order, then the parts'. A
 // row's bits depend on no other row.
 //
 // Block FP8 and MXFP4 are widened to bfloat16 in registers, which loses nothing: a lane then has 16 (32) columns
@@ -36,7 +38,7 @@
 //   NORM, gain(b), EPS   whether x is normed first, or was prepared for that; its gains
 //   LOGITS               whether its rows are those whose logits are wanted
 //   input(block)         x, [rows][K]; prepared, K is padded to PREPARED_BLOCK
-//   partial(block)       of rows in parts: [TILES][OPERANDS][LANES] float2, sums of the parts before
+//   partial(block)       of rows in parts: [TILES][OPERANDS][SLICES][LANES] float2, sums of the parts before
 //   Carry, before(), finish()  the epilogue: what to load ahead, and what to do with a pair of results
 //   PREPARES             whether it prepares its results for a norm (prepared.cuh)
 
@@ -54,8 +56,8 @@ template <class S> __device__ __forceinline__ u32 tiles(const Block& b) { return
 
 // Who multiplies a tile.
 template <class S> struct Team {
-  // Registers of a row's columns that a lane keeps, if an octet is shared by so many warps.
-  __device__ static constexpr u32 registers(u32 warps) { return (S::BLOCKS + warps - 1) / warps * (S::Weights::LANE_COLUMNS / 2); }
+  // Registers of the rows' columns that a lane keeps, if an octet is shared by so many warps.
+  __device__ static constexpr u32 registers(u32 warps) { return (S::BLOCKS + warps - 1) / warps * (S::Weights::LANE_COLUMNS / 2) * SLICES; }
   __device__ static constexpr u32 idle(u32 warps) { return (warps - S::BLOCKS % warps) % warps; }
   static constexpr u32 HALF = CONSUMERS / 2;
   static constexpr u32 HALF_SLOTS = (S::BLOCKS + SLOT_BYTES / S::Weights::BLOCK_BYTES / HALF * HALF - 1) / (SLOT_BYTES / S::Weights::BLOCK_BYTES / HALF * HALF);
@@ -91,7 +93,7 @@ template <class S> struct Slots {
   static constexpr u32 PIECE_BYTES = S::TILE_OCTETS > 1 ? OCTET_BYTES : BLOCKS * S::Weights::BLOCK_BYTES;
   static constexpr u32 PIECE = PIECE_BYTES < OCTET_BYTES ? PIECE_BYTES : OCTET_BYTES;
   // Parts of the columns, and slots of an octet in each but perhaps the last.
-  static constexpr u32 FIT = KEPT_REGISTERS / (S::Weights::LANE_COLUMNS / 2) / WARP_BLOCKS, ALLOWED = FIT > 0 ? FIT : 1;
+  static constexpr u32 FIT = KEPT_REGISTERS / (S::Weights::LANE_COLUMNS / 2 * SLICES) / WARP_BLOCKS, ALLOWED = FIT > 0 ? FIT : 1;
   static constexpr u32 PARTS = (COUNT + ALLOWED - 1) / ALLOWED;
   static constexpr u32 PART = (COUNT + PARTS - 1) / PARTS;
   __device__ __forceinline__ static u32 in_part(u32 part) {
@@ -140,15 +142,21 @@ template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* w
   return true;
 }
 
-// The activations of a warp's columns, as the tensor cores take them. Lane 4r + q holds row r and the
+// The activations of a warp's columns, as the tensor cores take them. Lane 4r + q holds row r of each slice and the
 // columns 8q to 8q + 7 (16q to 16q + 15, 32q to 32q + 31) of each of its blocks: the piece of a weight block
 // that it loads as well.
 template <class S> struct Activations {
   static constexpr u32 ROUNDS = (S::BLOCKS + Team<S>::WARPS - 1) / Team<S>::WARPS;
   static constexpr u32 COUNT = Slots<S>::PARTS == 1 ? ROUNDS : Slots<S>::PART * Slots<S>::WARP_BLOCKS;
   static constexpr u32 SETS = S::Weights::LANE_COLUMNS / 8;
-  u32 pair[COUNT][SETS][4];
-  float scale;  // of a row without a norm: the products are multiplied by it
+  u32 pair[COUNT][SETS][SLICES][4];
+  float scale[SLICES];  // of a row without a norm: the products are multiplied by it
+};
+
+// Which row of the input is one of the products; zeros if there is none.
+struct Source {
+  bool there;
+  u32 row;
 };
 
 __device__ __forceinline__ float largest(float m, float4 v) {
@@ -169,9 +177,9 @@ __device__ __forceinline__ float row_scale(F16, float amax) {
   return __uint_as_float(exponent - (7u << 23));
 }
 
-// Rows that lie in the half type of the products, or in float32 without a norm: row `lane / 4` of the products is
-// row `source` of the input, or zeros if it is not active; of a part of its columns. The whole team.
-template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activations<S>& a, bool active, u32 source, u32 part = 0) {
+// Rows of a slice that lie in the half type of the products, or in float32 without a norm: this lane's row, or zeros if
+// it is not there; of a part of its columns. The whole team.
+template <class S> __device__ __forceinline__ void load_slice(Consumer& b, Activations<S>& a, u32 slice, Source source, u32 part) {
   using W = typename S::Weights::Act;
   constexpr u32 WARPS = Team<S>::WARPS, COUNT = Activations<S>::COUNT;
   constexpr u32 BLOCK = S::Weights::BLOCK_COLUMNS, STRIDE = BLOCK * WARPS, QUADS = S::Weights::LANE_COLUMNS / 4;
@@ -181,25 +189,26 @@ template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activa
   const u32 column = warp * BLOCK + quarter * S::Weights::LANE_COLUMNS;  // of a round's first block
   // Whether there are the columns 4h and on of round i.
   auto inside = [&](u32 i, u32 h) {
-    return active && ((Slots<S>::PARTS == 1 && (i + 1) * WARPS <= S::K / BLOCK) || column + i * STRIDE + h * 4 < S::K);
+    return source.there && ((Slots<S>::PARTS == 1 && (i + 1) * WARPS <= S::K / BLOCK) || column + i * STRIDE + h * 4 < S::K);
   };
-  a.scale = 1.f;
+  a.scale[slice] = 1.f;
   if constexpr (S::HALF_INPUT) {
     // Prepared rows have the pieces of a block set by set.
     constexpr u32 ROW = S::PREPARED ? padded(S::K) : S::K, SET = S::PREPARED ? 32 : 8;
-    const u16* x = S::input(b) + (u64)source * ROW + (S::PREPARED ? warp * BLOCK + quarter * 8 : column);
+    const u16* x = S::input(b) + (u64)source.row * ROW + (S::PREPARED ? warp * BLOCK + quarter * 8 : column);
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (u32 set = 0; set < Activations<S>::SETS; ++set) {
         uint4 v = make_uint4(0, 0, 0, 0);
         if (inside(first + i, set * 2)) v = load4(reinterpret_cast<const u32*>(x + (first + i) * STRIDE + set * SET));
-        a.pair[i][set][0] = v.x; a.pair[i][set][1] = v.y; a.pair[i][set][2] = v.z; a.pair[i][set][3] = v.w;
+        u32(&pair)[4] = a.pair[i][set][slice];
+        pair[0] = v.x; pair[1] = v.y; pair[2] = v.z; pair[3] = v.w;
       }
     }
   } else {
     static_assert(!S::NORM && Slots<S>::PARTS == 1);
-    const float* x = S::input(b) + (u64)source * S::K + column;
+    const float* x = S::input(b) + (u64)source.row * S::K + column;
     if constexpr (S::ROW_SCALE) {
       float amax = 0.f;
 #pragma unroll 2
@@ -212,46 +221,52 @@ template <class S> __device__ __forceinline__ void load_rows(Consumer& b, Activa
       // The row over its 4 lanes, then over the team's warps.
       amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1)); amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
       const u32 own = anew(warp_id()), team = own - warp;
-      if (quarter == 0) b.shared.row_sums[0][own][row] = amax;
+      if (quarter == 0) b.shared.row_sums[slice % 2][own][row] = amax;
       Team<S>::meet();
 #pragma unroll
-      for (u32 w = 0; w < WARPS; ++w) amax = fmaxf(amax, b.shared.row_sums[0][team + w][row]);
-      a.scale = row_scale(W(), amax);
+      for (u32 w = 0; w < WARPS; ++w) amax = fmaxf(amax, b.shared.row_sums[slice % 2][team + w][row]);
+      a.scale[slice] = row_scale(W(), amax);
     }
-    const float to_half = 1.f / a.scale;  // a power of two: exact
+    const float to_half = 1.f / a.scale[slice];  // a power of two: exact
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (u32 h = 0; h < QUADS; ++h) {
         float4 v = make_float4(0, 0, 0, 0);
         if (inside(i, h)) v = scaled(load4(x + i * STRIDE + h * 4), to_half);
-        a.pair[i][h / 2][h % 2 * 2] = W::pack(v.x, v.y);
-        a.pair[i][h / 2][h % 2 * 2 + 1] = W::pack(v.z, v.w);
+        a.pair[i][h / 2][slice][h % 2 * 2] = W::pack(v.x, v.y);
+        a.pair[i][h / 2][slice][h % 2 * 2 + 1] = W::pack(v.z, v.w);
       }
     }
   }
 }
 
-// Rows in float32, which may be normed. As the products want them, a lane would read pieces of 16 bytes
+// All slices; `source(row)` says what each row is.
+template <class S, class F> __device__ __forceinline__ void load_rows(Consumer& b, Activations<S>& a, F source, u32 part = 0) {
+#pragma unroll
+  for (u32 slice = 0; slice < SLICES; ++slice) load_slice<S>(b, a, slice, source(slice * SLICE_ROWS + anew(lane_id()) / 4), part);
+}
+
+// Rows of a slice in float32, which may be normed. As the products want them, a lane would read pieces of 16 bytes
 // all over the row, every team the same ones; so each row is read once, by a warp, as it lies, and handed out
 // as halves through shared memory, as many columns at a time as fit. Halves of a normed row have its gains, and
 // the products are multiplied by what normalizes it, which is known when all of the row has been seen. All
 // consumers.
-template <class S> __device__ __forceinline__ void share_rows(Consumer& b, Activations<S>& a, bool active, u32 source, u32 part) {
-  static_assert(CONSUMERS == STEP_ROWS, "a warp a row");
+template <class S> __device__ __forceinline__ void share_slice(Consumer& b, Activations<S>& a, u32 slice, Source source, u32 part) {
+  static_assert(CONSUMERS == SLICE_ROWS, "a warp a row");
   using W = typename S::Weights::Act;
   constexpr u32 LANE_COLUMNS = S::Weights::LANE_COLUMNS, BLOCK = S::Weights::BLOCK_COLUMNS, STRIDE = BLOCK * Team<S>::WARPS;
   constexpr u32 COUNT = Activations<S>::COUNT, ALL = (S::K + LANES * 4 - 1) / (LANES * 4);
   // A row's bytes in shared memory, beside its halves: rows begin in other banks.
   constexpr u32 PAD = LANE_COLUMNS == 8 ? 64 : 16;
-  constexpr u32 FIT = ((SCRATCH_BYTES - SCALE_BYTES) / STEP_ROWS - PAD) / 2 / STRIDE;
+  constexpr u32 FIT = ((SCRATCH_BYTES - SCALE_BYTES) / SLICE_ROWS - PAD) / 2 / STRIDE;
   constexpr u32 TURN = least(COUNT, FIT);  // rounds of the products at a time
   constexpr u32 ROW_BYTES = TURN * STRIDE * 2 + PAD, LOADS = TURN * STRIDE / (LANES * 4);
   static_assert(FIT > 0 && STRIDE % (LANES * 4) == 0 && (TURN * STRIDE * 2) % 128 == 0);
   // Whether the row is read once more, in front: of parts none sees all of it; and halves need its largest value.
   constexpr bool TWICE = (S::NORM && Slots<S>::PARTS > 1) || S::ROW_SCALE;
   const u32 lane = anew(lane_id()), own = anew(warp_id());
-  const float* x = S::input(b) + (u64)source * S::K;
+  const float* x = S::input(b) + (u64)source.row * S::K;
   const float* gain = S::gain(b);
   float sum = 0.f, amax = 0.f;
   auto look = [&](u32 column) {
@@ -265,7 +280,7 @@ template <class S> __device__ __forceinline__ void share_rows(Consumer& b, Activ
     }
     return v;
   };
-  if (TWICE && active) {
+  if (TWICE && source.there) {
 #pragma unroll 4
     for (u32 i = 0; i < ALL; ++i) amax = largest(amax, look((i * LANES + lane) * 4));
 #pragma unroll
@@ -278,7 +293,7 @@ template <class S> __device__ __forceinline__ void share_rows(Consumer& b, Activ
   for (u32 turn = 0; turn < COUNT; turn += TURN) {
     if (turn > 0) consumers_sync();  // the halves of the turn before were read
     // Of rows that are not there nobody looks at the products.
-    if (active) {
+    if (source.there) {
       u8* to = b.scratch + own * ROW_BYTES + lane * 8;
       const u32 column = ((part * COUNT + turn) * (STRIDE / (LANES * 4)) * LANES + lane) * 4;
 #pragma unroll 8
@@ -295,7 +310,7 @@ template <class S> __device__ __forceinline__ void share_rows(Consumer& b, Activ
 #pragma unroll
       for (u32 set = 0; set < Activations<S>::SETS; ++set) {
         const uint4 v = *reinterpret_cast<const uint4*>(from + (i * STRIDE + set * 8) * 2);
-        u32(&pair)[4] = a.pair[turn + i][set];
+        u32(&pair)[4] = a.pair[turn + i][set][slice];
         pair[0] = v.x; pair[1] = v.y; pair[2] = v.z; pair[3] = v.w;
       }
     }
@@ -305,17 +320,22 @@ template <class S> __device__ __forceinline__ void share_rows(Consumer& b, Activ
 #pragma unroll
     for (u32 n = LANES / 2; n > 0; n /= 2) total += __shfl_xor_sync(~0u, total, n);
   }
-  if (lane == 0) b.shared.row_scale[own] = S::NORM ? scale / sqrtf(total / (float)S::K + S::EPS) : scale;
+  if (lane == 0) b.shared.row_scale[slice * SLICE_ROWS + own] = S::NORM ? scale / sqrtf(total / (float)S::K + S::EPS) : scale;
   consumers_sync();  // behind this, sums of tiles come to where the halves were
-  a.scale = b.shared.row_scale[lane / 4];
+  a.scale[slice] = b.shared.row_scale[slice * SLICE_ROWS + lane / 4];
 }
 
 template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a, u32 part = 0) {
-  const u32 row = S::HALF_INPUT ? anew(lane_id()) / 4 : anew(warp_id());
-  const bool active = row < (S::LOGITS ? b.args.logit_rows : b.args.rows);
-  const u32 source = S::LOGITS ? b.shared.logit_row[row] : row;
-  if constexpr (S::HALF_INPUT) load_rows<S>(b, a, active, source, part);
-  else share_rows<S>(b, a, active, source, part);
+  auto source = [&](u32 row) {
+    const bool there = row < (S::LOGITS ? b.args.logit_rows : b.args.rows);
+    return Source{there, S::LOGITS ? b.shared.logit_row[row] : row};
+  };
+  if constexpr (S::HALF_INPUT) {
+    load_rows<S>(b, a, source, part);
+  } else {
+#pragma unroll
+    for (u32 slice = 0; slice < SLICES; ++slice) share_slice<S>(b, a, slice, source(slice * SLICE_ROWS + anew(warp_id())), part);
+  }
   if constexpr (S::PREPARED) {
     if (part == 0) scale_rows<S>(b);
   }
@@ -328,15 +348,42 @@ __device__ __forceinline__ float4 octet_columns(const u8* octets, u32 blocks, u3
   return make_float4(Bf16::low(pairs[0]), Bf16::high(pairs[0]), Bf16::low(pairs[1]), Bf16::high(pairs[1]));
 }
 
+// Sums of even and odd products (see above), of two slices each, or of one.
+struct Chain {
+  static constexpr u32 PRODUCTS = (SLICES + 1) / 2;
+  float even[PRODUCTS][4] = {}, odd[PRODUCTS][4] = {};
+
+  // Adds the products of a piece of weights and of the same columns of all rows.
+  template <class W> __device__ __forceinline__ void add(W type, const u32 (&x)[SLICES][4], u32 w0, u32 w1, u32 w2, u32 w3) {
+    if constexpr (SLICES == 1) {
+      mma(type, even[0], x[0], w0, w2);
+      mma(type, odd[0], x[0], w1, w3);
+    } else {
+#pragma unroll
+      for (u32 n = 0; n < PRODUCTS; ++n) {
+        const u32(&p)[4] = x[2 * n], (&q)[4] = x[2 * n + 1];
+        const u32 evens[4] = {p[0], q[0], p[2], q[2]}, odds[4] = {p[1], q[1], p[3], q[3]};
+        mma(type, even[n], evens, w0, w2);
+        mma(type, odd[n], odds, w1, w3);
+      }
+    }
+  }
+  __device__ __forceinline__ float2 total(u32 slice) const {
+    const u32 half = slice % 2 * 2, other = SLICES == 1 ? 2 : half;
+    return make_float2(even[slice / 2][half] + odd[slice / 2][other], even[slice / 2][half + 1] + odd[slice / 2][other + 1]);
+  }
+};
+
 constexpr u32 CHAINS = 2;
 
-// The chains of a warp, in order: of each the upper half of one product and the lower of the other.
-__device__ __forceinline__ float2 chains_total(const float (&upper)[CHAINS][4], const float (&lower)[CHAINS][4]) {
-  float2 total = make_float2(upper[0][0] + lower[0][2], upper[0][1] + lower[0][3]);
+// The chains of a warp, in order.
+__device__ __forceinline__ float2 chains_total(const Chain (&chain)[CHAINS], u32 slice) {
+  float2 total = chain[0].total(slice);
 #pragma unroll
   for (u32 i = 1; i < CHAINS; ++i) {
-    total.x += upper[i][0] + lower[i][2];
-    total.y += upper[i][1] + lower[i][3];
+    const float2 more = chain[i].total(slice);
+    total.x += more.x;
+    total.y += more.y;
   }
   return total;
 }
@@ -372,55 +419,59 @@ template <class S> __device__ __forceinline__ void fetch_scales(const Consumer& 
   copy_group();
 }
 
-// Products of one block of E4m3 and the activations, as in `chains_total`.
-__device__ __forceinline__ float2 multiply_codes(const u32 (&x)[2][4], const uint4& w) {
-  float upper[4] = {}, lower[4] = {};
-  mma(Bf16(), upper, x[0], E4m3::pair<0>(w.x), E4m3::pair<0>(w.y));
-  mma(Bf16(), lower, x[0], E4m3::pair<1>(w.x), E4m3::pair<1>(w.y));
-  mma(Bf16(), upper, x[1], E4m3::pair<0>(w.z), E4m3::pair<0>(w.w));
-  mma(Bf16(), lower, x[1], E4m3::pair<1>(w.z), E4m3::pair<1>(w.w));
-  return make_float2(upper[0] + lower[2], upper[1] + lower[3]);
+// Products of one block of E4m3 and the activations.
+__device__ __forceinline__ Chain multiply_codes(const u32 (&x)[2][SLICES][4], const uint4& w) {
+  Chain chain;
+  chain.add(Bf16(), x[0], E4m3::pair<0>(w.x), E4m3::pair<1>(w.x), E4m3::pair<0>(w.y), E4m3::pair<1>(w.y));
+  chain.add(Bf16(), x[1], E4m3::pair<0>(w.z), E4m3::pair<1>(w.z), E4m3::pair<0>(w.w), E4m3::pair<1>(w.w));
+  return chain;
 }
 
 // Products of a block of two octets of MXFP4 and the activations. Here the weights are the 16 rows of a product and
 // the activations its columns: widening is what MXFP4 costs most, but on this chip a tensor-core product holds the
 // other instructions up, and this way there are half as many. A lane has feature g = lane / 4 of both octets and the
-// rows 2t and 2t + 1, t = lane % 4. The sums of a word go to the chains (word % 2) * 2 and the next.
+// rows 2t and 2t + 1 of each slice, t = lane % 4. The sums of a word go to the chains (word % 2) * 2 and the next.
 constexpr u32 PAIR_CHAINS = 4;
-__device__ __forceinline__ void multiply_pair(float (&d)[PAIR_CHAINS][4], const u32 (&x)[4][4], const uint4& w, const uint4& v, u32 w_factor, u32 v_factor) {
+typedef float PairSums[SLICES][PAIR_CHAINS][4];
+__device__ __forceinline__ void multiply_pair(PairSums& d, const u32 (&x)[4][SLICES][4], const uint4& w, const uint4& v, u32 w_factor, u32 v_factor) {
   const u32 first[4] = {w.x, w.y, w.z, w.w}, second[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (u32 set = 0; set < 4; ++set) {
     const u32 front[4] = {Mxfp4::pair<0>(first[set], w_factor), Mxfp4::pair<0>(second[set], v_factor),
                           Mxfp4::pair<1>(first[set], w_factor), Mxfp4::pair<1>(second[set], v_factor)};
-    mma(Bf16(), d[set % 2 * 2], front, x[set][0], x[set][1]);
+#pragma unroll
+    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d[slice][set % 2 * 2], front, x[set][slice][0], x[set][slice][1]);
     const u32 back[4] = {Mxfp4::pair<2>(first[set], w_factor), Mxfp4::pair<2>(second[set], v_factor),
                          Mxfp4::pair<3>(first[set], w_factor), Mxfp4::pair<3>(second[set], v_factor)};
-    mma(Bf16(), d[set % 2 * 2 + 1], back, x[set][2], x[set][3]);
+#pragma unroll
+    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d[slice][set % 2 * 2 + 1], back, x[set][slice][2], x[set][slice][3]);
   }
 }
 
 // The sums of such a product to where those of other products lie: of rows and pairs of features.
-__device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, const float (&d)[PAIR_CHAINS][4], u32 lane) {
-  float total[4];
-#pragma unroll
-  for (u32 i = 0; i < 4; ++i) total[i] = ((d[0][i] + d[1][i]) + (d[2][i] + d[3][i])) * Mxfp4::UNIT;
+__device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, const PairSums& sums, u32 lane) {
   const u32 at = lane % 4 * (2 * OCTET) + lane / 4;  // row 2t, feature g
-  float* const to = reinterpret_cast<float*>(&first);
-  float* const also = reinterpret_cast<float*>(&second);
-  to[at] = total[0];
-  to[at + OCTET] = total[1];
-  also[at] = total[2];
-  also[at + OCTET] = total[3];
+#pragma unroll
+  for (u32 slice = 0; slice < SLICES; ++slice) {
+    const float(&d)[PAIR_CHAINS][4] = sums[slice];
+    float total[4];
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) total[i] = ((d[0][i] + d[1][i]) + (d[2][i] + d[3][i])) * Mxfp4::UNIT;
+    float* const to = reinterpret_cast<float*>(&first[slice]);
+    float* const also = reinterpret_cast<float*>(&second[slice]);
+    to[at] = total[0];
+    to[at + OCTET] = total[1];
+    also[at] = total[2];
+    also[at + OCTET] = total[3];
+  }
 }
 
 // Products of one block of MXFP4 and the activations, onto the sums of a chain.
-__device__ __forceinline__ void multiply_codes(float (&upper)[4], float (&lower)[4], const u32 (&x)[4][4], const uint4& w, u32 factor) {
+__device__ __forceinline__ void multiply_codes(Chain& chain, const u32 (&x)[4][SLICES][4], const uint4& w, u32 factor) {
   const u32 words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
   for (u32 set = 0; set < 4; ++set) {
-    mma(Bf16(), upper, x[set], Mxfp4::pair<0>(words[set], factor), Mxfp4::pair<2>(words[set], factor));
-    mma(Bf16(), lower, x[set], Mxfp4::pair<1>(words[set], factor), Mxfp4::pair<3>(words[set], factor));
+    chain.add(Bf16(), x[set], Mxfp4::pair<0>(words[set], factor), Mxfp4::pair<1>(words[set], factor), Mxfp4::pair<2>(words[set], factor), Mxfp4::pair<3>(words[set], factor));
   }
 }
 
@@ -447,8 +498,8 @@ template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b,
   static_assert(S::OPERANDS * COUNT < RING_SLOTS && Slots<S>::PARTS == 1, "a tile is in the ring as a whole");
   static_assert(OCTETS == S::OPERANDS && OCTETS <= 2);
   const u32 warp = T::warp(), lane = anew(lane_id());
-  float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of an octet
-  float pair[PAIR_CHAINS][4] = {};                     // of two
+  Chain chain[CHAINS];  // of an octet
+  PairSums pair = {};   // of two
   b.wait_sums();
 #pragma unroll
   for (u32 s = 0; s < COUNT; ++s) {
@@ -468,7 +519,7 @@ template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b,
         read[octet] |= w[octet].read();
       }
       if constexpr (OCTETS == 2) multiply_pair(pair, a.pair[block], w[0].codes, w[1].codes, w[0].factor(), w[1].factor());
-      else multiply_codes(upper[i % CHAINS], lower[i % CHAINS], a.pair[block], w[0].codes, w[0].factor());
+      else multiply_codes(chain[i % CHAINS], a.pair[block], w[0].codes, w[0].factor());
     }
 #pragma unroll
     for (u32 octet = 0; octet < OCTETS; ++octet) b.release_slot(octet * COUNT + s, read[octet], T::TEAMS);
@@ -478,8 +529,11 @@ template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b,
   if constexpr (OCTETS == 2) {
     store_pair(sums[0], sums[T::WARPS], pair, lane);
   } else {
-    const float2 total = chains_total(upper, lower);
-    sums[0][lane] = make_float2(total.x * Mxfp4::UNIT, total.y * Mxfp4::UNIT);
+#pragma unroll
+    for (u32 slice = 0; slice < SLICES; ++slice) {
+      const float2 total = chains_total(chain, slice);
+      sums[0][slice][lane] = make_float2(total.x * Mxfp4::UNIT, total.y * Mxfp4::UNIT);
+    }
   }
   b.pass_sums(Sums<S>::BUFFERS);
 }
@@ -496,7 +550,7 @@ template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer&
   u32 read = 0;
 #pragma unroll 1
   for (u32 octet = 0; octet < S::TILE_OCTETS; octet += 2) {
-    float pair[PAIR_CHAINS][4] = {};
+    PairSums pair = {};
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
       const bool there = (i + 1) * T::WARPS <= S::BLOCKS || i * T::WARPS + warp < S::BLOCKS;
@@ -531,8 +585,8 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
       copy_wait<SCALES_AHEAD - 1>();
       __syncwarp();  // the other lanes' as well
     }
-    float upper[CHAINS][4] = {}, lower[CHAINS][4] = {};  // of halves
-    float2 total = make_float2(0.f, 0.f);                // of FP8
+    Chain chain[CHAINS];         // of halves
+    float2 total[SLICES] = {};   // of FP8
 #pragma unroll
     for (u32 s = 0; s < PART; ++s) {
       if (Slots<S>::COUNT % PART != 0 && s >= in_part) break;
@@ -556,12 +610,15 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
         const u32 block = s * WARP_BLOCKS + i;
         if (block >= Activations<S>::COUNT) continue;
         if constexpr (SCALED) {
-          const float2 products = multiply_codes(a.pair[block], w[i]);
-          total.x = fmaf(factor[i], products.x, total.x);
-          total.y = fmaf(factor[i], products.y, total.y);
+          const Chain products = multiply_codes(a.pair[block], w[i]);
+#pragma unroll
+          for (u32 slice = 0; slice < SLICES; ++slice) {
+            const float2 of = products.total(slice);
+            total[slice].x = fmaf(factor[i], of.x, total[slice].x);
+            total[slice].y = fmaf(factor[i], of.y, total[slice].y);
+          }
         } else {
-          mma(W(), upper[i % CHAINS], a.pair[block][0], w[i].x, w[i].z);
-          mma(W(), lower[i % CHAINS], a.pair[block][0], w[i].y, w[i].w);
+          chain[i % CHAINS].add(W(), a.pair[block][0], w[i].x, w[i].y, w[i].z, w[i].w);
         }
       }
       u32 read = 0;
@@ -569,10 +626,13 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
       for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x;
       b.release_slot(read, T::TEAMS);
     }
-    if constexpr (!SCALED) total = chains_total(upper, lower);
-    // That of a norm is control's to multiply by.
-    if constexpr (S::ROW_SCALE && !S::NORM) { total.x *= a.scale; total.y *= a.scale; }
-    sums[n * T::WARPS + warp][lane] = total;
+#pragma unroll
+    for (u32 slice = 0; slice < SLICES; ++slice) {
+      if constexpr (!SCALED) total[slice] = chains_total(chain, slice);
+      // That of a norm is control's to multiply by.
+      if constexpr (S::ROW_SCALE && !S::NORM) { total[slice].x *= a.scale[slice]; total[slice].y *= a.scale[slice]; }
+      sums[n * T::WARPS + warp][slice][lane] = total[slice];
+    }
     if constexpr (SCALED) {
       __syncwarp();  // all lanes have read the octet's scales
       fetch_scales<S>(b, octet + SCALES_AHEAD);
@@ -640,27 +700,26 @@ __device__ __forceinline__ void load_bias(float2& to, const u8* vector, u32 star
   if (at + 1 < cols) to.y = bias[at + 1];
 }
 
-// A tile's sums by all warps of its teams. Lane 4r + q has row r and the features 2q and 2q + 1 of the octet.
-template <class S> __device__ __forceinline__ void add_sums(Control& b, u32 lane, float2 (&v)[S::OPERANDS]) {
+// A tile's sums of a slice by all warps of its teams, which are there. Lane 4r + q has row r and the features 2q and
+// 2q + 1 of the octet.
+template <class S> __device__ __forceinline__ void add_sums(const Control& b, u32 slice, u32 lane, float2 (&v)[S::OPERANDS]) {
   constexpr u32 WARPS = Team<S>::WARPS;
-  b.wait_sums();
   const WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS * WARPS);
 #pragma unroll
   for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-    v[operand] = sums[operand * WARPS][lane];
+    v[operand] = sums[operand * WARPS][slice][lane];
 #pragma unroll
     for (u32 w = 1; w < WARPS; ++w) {
-      const float2 more = sums[operand * WARPS + w][lane];
+      const float2 more = sums[operand * WARPS + w][slice][lane];
       v[operand].x += more.x;
       v[operand].y += more.y;
     }
   }
   if constexpr (S::NORM) {
-    const float scale = b.shared.row_scale[lane / 4];
+    const float scale = b.shared.row_scale[slice * SLICE_ROWS + lane / 4];
 #pragma unroll
     for (u32 operand = 0; operand < S::OPERANDS; ++operand) { v[operand].x *= scale; v[operand].y *= scale; }
   }
-  b.pass_sums(Sums<S>::BUFFERS);
 }
 
 // A tile that is the other warp's.
@@ -669,50 +728,108 @@ template <class S> __device__ __forceinline__ void pass_tile(Control& b) {
   b.pass_sums(Sums<S>::BUFFERS);
 }
 
+// Work for each slice that has rows, of `rows`.
+template <class F> __device__ __forceinline__ void each_slice(u32 rows, F work) {
+#pragma unroll
+  for (u32 slice = 0; slice < SLICES; ++slice) {
+    if (slice == 0 || slice * SLICE_ROWS < rows) work(slice);
+  }
+}
+
+// The largest logit that a lane has seen of a row, the lowest token among equals; ~0 for none.
+struct Best {
+  float logit = 0.f;
+  u32 token = ~0u;
+  __device__ __forceinline__ void offer(u32 other, float its) {
+    if (token == ~0u || its > logit) { logit = its; token = other; }
+  }
+};
+
+// Before the head's crossing: this SM's best of each row joins the others'.
+__device__ __forceinline__ void offer_best(Control& b, u32 rows, const Best (&best)[SLICES]) {
+  each_slice(rows, [&](u32 slice) {
+    u64 key = best[slice].token == ~0u ? 0 : (u64)ordered(best[slice].logit) << 32 | (u32)~best[slice].token;
+#pragma unroll
+    for (u32 x = 1; x <= 2; x *= 2) {
+      const u64 other = __shfl_xor_sync(~0u, key, x);
+      key = other > key ? other : key;
+    }
+    if (lane_id() % 4 == 0 && key != 0) max_relaxed(&b.sync().best[b.step % 3][slice * SLICE_ROWS + lane_id() / 4], key);
+  });
+  if (lane_id() == 0 && blockIdx.x == 0 && !b.second && load_host(b.args.halt) != 0) b.sync().halted = 1;
+}
+
 // Adds up the warps' sums of each tile and runs the epilogue on them; control and the second take turns.
 template <class S> __device__ __forceinline__ void finish(Control& b) {
-  const u32 lane = anew(lane_id());
-  const u32 row = lane / 4;
-  const bool active = row < (S::LOGITS ? b.args.logit_rows : b.args.rows);
-  auto sum_of = [&](u32 tile, u32 operand) { return S::partial(b) + ((u64)tile * S::OPERANDS + operand) * LANES + lane; };
+  Best best[SLICES];
+  const u32 lane = anew(lane_id()), rows = S::LOGITS ? b.args.logit_rows : b.args.rows;
+  auto row_of = [&](u32 slice) { return slice * SLICE_ROWS + lane / 4; };
+  auto sum_of = [&](u32 tile, u32 slice, u32 operand) {
+    return S::partial(b) + (((u64)tile * S::OPERANDS + operand) * SLICES + slice) * LANES + lane;
+  };
   // Sums of all parts but the last, which is an epilogue's. A lane reads again what it wrote itself.
 #pragma unroll 1
   for (u32 part = 0; part + 1 < Slots<S>::PARTS; ++part) {
     bool own = !b.second;
     for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x, own = !own) {
       if (!own) { pass_tile<S>(b); continue; }
-      float2 old[S::OPERANDS] = {}, v[S::OPERANDS];
+      float2 old[SLICES][S::OPERANDS] = {};
       if (part > 0) {
+        each_slice(rows, [&](u32 slice) {
 #pragma unroll
-        for (u32 operand = 0; operand < S::OPERANDS; ++operand) old[operand] = *sum_of(tile, operand);
+          for (u32 operand = 0; operand < S::OPERANDS; ++operand) old[slice][operand] = *sum_of(tile, slice, operand);
+        });
       }
-      add_sums<S>(b, lane, v);
+      b.wait_sums();
+      each_slice(rows, [&](u32 slice) {
+        float2 v[S::OPERANDS];
+        add_sums<S>(b, slice, lane, v);
 #pragma unroll
-      for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
-        *sum_of(tile, operand) = make_float2(old[operand].x + v[operand].x, old[operand].y + v[operand].y);
-      }
+        for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+          *sum_of(tile, slice, operand) = make_float2(old[slice][operand].x + v[operand].x, old[slice][operand].y + v[operand].y);
+        }
+      });
+      b.pass_sums(Sums<S>::BUFFERS);
     }
   }
   bool own = !b.second;
   for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x, own = !own) {
     if (!own) { pass_tile<S>(b); continue; }
     const u32 feature = tile * OCTET + 2 * (lane % 4);
-    typename S::Carry carry = {};
+    typename S::Carry carry[SLICES] = {};
     float2 gain = {};
-    if (active) S::before(b, row, feature, carry);
+    each_slice(rows, [&](u32 slice) {
+      if (row_of(slice) < rows) S::before(b, row_of(slice), feature, carry[slice]);
+    });
     if constexpr (S::PREPARES) gain = gain_ahead<S>(b, feature);
-    float2 old[S::OPERANDS] = {}, v[S::OPERANDS];
+    float2 old[SLICES][S::OPERANDS] = {}, v[SLICES][S::OPERANDS];
     if constexpr (Slots<S>::PARTS > 1) {
+      each_slice(rows, [&](u32 slice) {
 #pragma unroll
-      for (u32 operand = 0; operand < S::OPERANDS; ++operand) old[operand] = *sum_of(tile, operand);
+        for (u32 operand = 0; operand < S::OPERANDS; ++operand) old[slice][operand] = *sum_of(tile, slice, operand);
+      });
     }
-    add_sums<S>(b, lane, v);
-    if constexpr (Slots<S>::PARTS > 1) {
+    b.wait_sums();
+    each_slice(rows, [&](u32 slice) { add_sums<S>(b, slice, lane, v[slice]); });
+    b.pass_sums(Sums<S>::BUFFERS);
+    each_slice(rows, [&](u32 slice) {
+      const u32 row = row_of(slice);
+      const bool active = row < rows;
+      if constexpr (Slots<S>::PARTS > 1) {
 #pragma unroll
-      for (u32 operand = 0; operand < S::OPERANDS; ++operand) { v[operand].x += old[operand].x; v[operand].y += old[operand].y; }
-    }
-    if (active) S::finish(b, row, feature, v, carry);
-    if constexpr (S::PREPARES) prepare<S>(b, active, row, feature, v[0], gain);
+        for (u32 operand = 0; operand < S::OPERANDS; ++operand) {
+          v[slice][operand].x += old[slice][operand].x;
+          v[slice][operand].y += old[slice][operand].y;
+        }
+      }
+      if (active) S::finish(b, row, feature, v[slice], carry[slice]);
+      if constexpr (S::LOGITS) {
+        if (active && feature < S::COLS) best[slice].offer(feature, v[slice][0].x);
+        if (active && feature + 1 < S::COLS) best[slice].offer(feature + 1, v[slice][0].y);
+      }
+      if constexpr (S::PREPARES) prepare<S>(b, active, row, feature, v[slice][0], gain);
+    });
   }
   b.pass_tiles(tiles<S>(b));
+  if constexpr (S::LOGITS) offer_best(b, rows, best);
 }

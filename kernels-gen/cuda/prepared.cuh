@@ -69,14 +69,15 @@ template <class S> struct Squares {
   }
 };
 
-// What normalizes the rows, a warp each, for control. It reads them behind a tile's sums: every consumer arrives
-// there behind this.
+// What normalizes the rows, a warp each of a slice, for control. It reads them behind a tile's sums: every consumer
+// arrives there behind this.
 template <class S> __device__ __forceinline__ void scale_rows(Consumer& b) {
-  static_assert(CONSUMERS == STEP_ROWS, "a warp a row");
-  const u32 own = anew(warp_id());
-  if (own >= (S::LOGITS ? b.args.logit_rows : b.args.rows)) return;
-  Squares<S> squares;
-  squares.load(b, S::LOGITS ? b.shared.logit_row[own] : own);
-  const float normalizer = squares.normalizer();
-  if (lane_id() == 0) b.shared.row_scale[own] = normalizer;
+  static_assert(CONSUMERS == SLICE_ROWS, "a warp a row");
+#pragma unroll 1
+  for (u32 row = anew(warp_id()); row < (S::LOGITS ? b.args.logit_rows : b.args.rows); row += SLICE_ROWS) {
+    Squares<S> squares;
+    squares.load(b, S::LOGITS ? b.shared.logit_row[row] : row);
+    const float normalizer = squares.normalizer();
+    if (lane_id() == 0) b.shared.row_scale[row] = normalizer;
+  }
 }

@@ -44,23 +44,6 @@ template <class E> __device__ __forceinline__ void embed(Consumer& b) {
   b.finish_stage();
 }
 
-// The largest logit of each row, the lowest token among equals.
-__device__ __forceinline__ void offer(Control& b, u32 token, float logit) {
-  if (b.best_id == ~0u || logit > b.best) { b.best = logit; b.best_id = token; }
-}
-
-// Before the head's crossing: this SM's best of each row joins the others'.
-__device__ __forceinline__ void offer_best(Control& b) {
-  u64 key = b.best_id == ~0u ? 0 : (u64)ordered(b.best) << 32 | (u32)~b.best_id;
-  for (u32 x = 1; x <= 2; x *= 2) {
-    const u64 other = __shfl_xor_sync(~0u, key, x);
-    key = other > key ? other : key;
-  }
-  if (lane_id() % 4 == 0 && key != 0) max_relaxed(&b.sync().best[b.step % 3][lane_id() / 4], key);
-  if (lane_id() == 0 && blockIdx.x == 0 && !b.second && load_host(b.args.halt) != 0) b.sync().halted = 1;
-  b.best_id = ~0u;
-}
-
 // From here on no number is a token: sample.cuh says so where there is nothing to choose from.
 constexpr u32 NO_TOKEN = 0xfffffff0u;
 
@@ -77,7 +60,7 @@ __device__ __forceinline__ void choose(Control& b) {
     stop = token >= NO_TOKEN;  // the next step would read who knows what for it
     for (u32 i = 0; i < b.args.stop_count; ++i) stop |= token == b.args.stop_tokens[i];
     if (blockIdx.x == 0) {
-      if (b.args.chosen) store_host(b.args.chosen + b.step * STEP_ROWS + row, token + 1);
+      if (b.args.chosen) store_host(b.args.chosen + b.step * LAUNCH_ROWS + row, token + 1);
       // Two steps on, this cell is used again; until then every SM has passed more crossings.
       b.sync().best[(b.step + 2) % 3][row] = 0;
     }

@@ -52,9 +52,7 @@ pub const BLOCK_THREADS: u32 = 384;
 /// Consumer warps.
 pub const CONSUMERS: usize = 8;
 
-pub use tilec_ir::launch::SLOT_BYTES;
-/// Columns of a row that the consumers' registers hold. Longer rows are multiplied in parts.
-pub use tilec_ir::resident::PART_COLUMNS;
+pub use tilec_ir::launch::{SLICE_ROWS, SLOT_BYTES};
 
 /// Slots beyond which a deeper ring brought nothing.
 const MAX_SLOTS: usize = 14;
@@ -78,6 +76,8 @@ pub struct SharedLayout {
 /// Sizes that decide the use of shared memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SharedNeeds {
+    /// Slices of a step's rows, eight each.
+    pub slices: usize,
     /// Columns of the longest row in float32 that a product reads.
     pub row_columns: usize,
     /// Octets of the largest tile: 2 with gated pairs.
@@ -104,7 +104,8 @@ impl SharedNeeds {
     pub const fn attention(&self) -> usize {
         let (queries, summed) = (8, 64);
         let steps = self.qk.div_ceil(32);
-        2 * queries * (steps * 64 + 8) + 2 * 8 * (self.qk + self.v) + 4 * CONSUMERS * queries * summed + 64
+        let own = 2 * self.slices * SLICE_ROWS * (self.qk + self.v);
+        2 * queries * (steps * 64 + 8) + own + 4 * CONSUMERS * queries * summed + 64
     }
 
     /// Bytes of the choice of experts: counts, a bit for every expert of each row, numbers of those that any
@@ -113,20 +114,20 @@ impl SharedNeeds {
         if self.experts == 0 {
             return 0;
         }
-        const ROWS: usize = 8;
-        let chosen = self.experts.min(ROWS * self.top_k);
+        let rows = self.slices * SLICE_ROWS;
+        let chosen = self.experts.min(rows * self.top_k);
         let bytes = 16
-            + ROWS * self.experts.div_ceil(32) * 4
+            + rows * self.experts.div_ceil(32) * 4
             + 2 * chosen
-            + ROWS * chosen
+            + rows * chosen
             + 4
-            + ROWS * self.top_k * 4;
+            + rows * self.top_k * 4;
         bytes.next_multiple_of(128)
     }
 
     /// Bytes of the buffers in which consumers leave a tile's sums: at least two, so that they can go on.
     pub const fn sums(&self) -> usize {
-        2 * self.operands * CONSUMERS * 256
+        2 * self.operands * self.slices * CONSUMERS * 256
     }
 
     /// Bytes of the rows of a product's input on their way to the consumers, so many columns at a time.
@@ -135,7 +136,7 @@ impl SharedNeeds {
         8 * (2 * if row_columns < columns { row_columns } else { columns } + 64)
     }
 
-    /// Bytes of a router's sums, a part of every consumer thread's; a few at a time.
+    /// Bytes of a router's sums of a slice's rows, a part of every consumer thread's; a few at a time.
     pub const fn scored(&self) -> usize {
         let most = if self.scores < 4 { self.scores } else { 4 };
         most * 8 * CONSUMERS * 32 * 4
@@ -154,7 +155,7 @@ impl SharedNeeds {
 
     /// The layout within `available` bytes, or `None` if too little is left for a ring.
     pub fn layout(&self, available: usize) -> Option<SharedLayout> {
-        let fixed = 2048 + self.routes();
+        let fixed = 2048 + (self.slices - 1) * 256 + self.routes();
         let columns = if available >= 128 << 10 { 2048 } else { 1024 };
         let work =
             self.attention().max(self.sums()).max(self.rows(columns)).max(self.scored()).max(SAMPLE_BYTES);
@@ -232,7 +233,8 @@ mod tests {
 
     #[test]
     fn a_block_of_hopper_holds_a_deep_ring() {
-        let needs = SharedNeeds { operands: 2, scaled: false, qk: 128, v: 128, ..SharedNeeds::default() };
+        let needs =
+            SharedNeeds { slices: 1, operands: 2, scaled: false, qk: 128, v: 128, ..SharedNeeds::default() };
         let layout = needs.layout(227 << 10).unwrap();
         assert!(layout.slots >= 10, "{layout:?}");
         assert!(layout.bytes() <= 227 << 10);

@@ -8,8 +8,8 @@ extern "C" uint32_t simulator_threads() { return BLOCK_THREADS; }
 // As in machine.cpp.
 struct Launch {
   uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing, tap_offset;
-  uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
-  uint32_t sampled, sampling[8][8];
+  uint32_t tokens[32], positions[32], sequences[32], logit_index[32];
+  uint32_t sampled, sampling[32][8];
 };
 
 extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices) {

@@ -318,8 +318,8 @@ uint8_t* poisoned(size_t bytes) {
 // Words of launch.bin, then the page table.
 struct Launch {
   uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing, tap_offset;
-  uint32_t tokens[8], positions[8], sequences[8], logit_index[8];
-  uint32_t sampled, sampling[8][8];
+  uint32_t tokens[32], positions[32], sequences[32], logit_index[32];
+  uint32_t sampled, sampling[32][8];
 };
 
 extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices);
@@ -337,7 +337,7 @@ int main(int, char** argv) {
   uint8_t* arena = poisoned(launch.arena_bytes);
   uint8_t* sync = poisoned(launch.sync_bytes);
   memset(sync, 0, launch.sync_bytes);
-  const size_t logit_bytes = size_t(8) * launch.vocab * 4;
+  const size_t logit_bytes = size_t(32) * launch.vocab * 4;
   uint8_t* logits = poisoned(logit_bytes);
   std::vector<uint32_t> mail(1024);  // the record of a stall, a word that halts, from 40 on experts, from 64 on the tokens
   uint8_t* choices = poisoned(32 * 24192);  // of as many rows as there may ever be
@@ -348,5 +348,5 @@ int main(int, char** argv) {
   store(folder + "sync.bin", sync, launch.sync_bytes);
   store(folder + "logits.bin", logits, logit_bytes);
   store(folder + "experts.bin", mail.data() + 40, 4);
-  store(folder + "chosen.bin", mail.data() + 64, size_t(8) * launch.steps * 4);
+  store(folder + "chosen.bin", mail.data() + 64, size_t(32) * launch.steps * 4);
 }

@@ -731,8 +731,12 @@ fn a_pair_has_kernels_for_a_gpu() {
         compiled.write(&path).unwrap();
         let plan = Plan::load(&path).unwrap();
         let draft = plan.draft.as_ref().unwrap();
-        // The full draft was trained with 16 rows.
-        assert_eq!((draft.block, draft.input, plan.buffers[draft.taps_buffer].rows), (8, None, 16));
+        // The full draft was trained with 16 rows, and the kernels have as many.
+        let rows = if pair == "full" { 16 } else { 8 };
+        assert_eq!((draft.block, draft.input, plan.buffers[draft.taps_buffer].rows), (rows, None, 16));
+        for kernel in [plan.resident, draft.inject.resident, draft.block_pass.resident] {
+            assert_eq!(kernel.unwrap().step_rows, rows);
+        }
         let embeddings = plan.packing.items.iter().filter(|item| {
             serde_json::to_string(&item.content).unwrap().contains("model.embed_tokens.weight")
         });
@@ -741,13 +745,13 @@ fn a_pair_has_kernels_for_a_gpu() {
             assert!(path.join(&program.code.file).is_file() && program.resident.is_some());
         }
         let mut bad = plan.clone();
-        bad.draft.as_mut().unwrap().block = 9;
-        assert!(bad.verify().unwrap_err().contains("not 2 to 8 rows"));
+        bad.draft.as_mut().unwrap().block = rows + 1;
+        assert!(bad.verify().unwrap_err().contains(&format!("not 2 to {rows} rows")));
         let mut bad = plan.clone();
         bad.draft.as_mut().unwrap().inject.resident = None;
         assert!(bad.verify().unwrap_err().contains("its kernel do not fit"));
         // Asked for, a longer block is an error, not a shorter one.
-        spec.limits.rows = 64;
+        (spec.limits.rows, spec.limits.pass_rows) = (64, Some(8));
         spec.draft.as_mut().unwrap().dflash.block = Some(12);
         let error = compile(&fixture.input(), &spec, &host).unwrap_err().to_string();
         let said = if pair == "full" { "has 8 rows at a time" } else { "was trained with 8" };

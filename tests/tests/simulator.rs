@@ -27,7 +27,7 @@ use tilec_ir::convert::{dequantize, quantize};
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{Row, WeightSource};
 use tilec_ir::graph::{EXPERT, Graph};
-use tilec_ir::launch::{SAMPLE_WORDS, STEP_ROWS, SYNC_BYTES, SampleRow};
+use tilec_ir::launch::{LAUNCH_ROWS, SAMPLE_WORDS, SYNC_BYTES, SampleRow};
 use tilec_ir::resident::{Attention, Kind, ResidentProgram};
 use tilec_ir::spec::{Activations, ModelSpec, Shard, WeightFormat};
 use tilec_ir::stages::Slot;
@@ -139,7 +139,7 @@ fn brains(bytes: &[u8]) -> Vec<f64> {
 fn sampling_words(rows: &[SampleRow]) -> Vec<u32> {
     let mut words = vec![u32::from(!rows.is_empty())];
     words.extend(rows.iter().flat_map(SampleRow::words));
-    words.resize(1 + STEP_ROWS * SAMPLE_WORDS, 0);
+    words.resize(1 + LAUNCH_ROWS * SAMPLE_WORDS, 0);
     words
 }
 
@@ -148,8 +148,13 @@ fn row(token: u32, position: usize, sequence: usize) -> Row {
 }
 
 impl Simulation {
-    fn new(config: &Value, weights: Format, experts: Option<Format>, context: usize) -> Simulation {
-        Simulation::share(config, weights, experts, context, None)
+    fn new(
+        config: &Value,
+        weights: Format,
+        experts: Option<Format>,
+        sizes: impl Into<resident::Sizes>,
+    ) -> Simulation {
+        Simulation::share(config, weights, experts, sizes, None)
     }
 
     /// The same of what one rank of several has of the model.
@@ -157,7 +162,7 @@ impl Simulation {
         config: &Value,
         weights: Format,
         experts: Option<Format>,
-        context: usize,
+        sizes: impl Into<resident::Sizes>,
         rank: Option<Shard>,
     ) -> Simulation {
         let tensors = frontends::synthetic_tensors(config, Format::BF16).unwrap();
@@ -171,7 +176,7 @@ impl Simulation {
         if let Some(rank) = rank {
             graph = shard::shard(&graph, rank).unwrap();
         }
-        let program = resident::resident(&fuse::fuse(&graph).unwrap(), context).unwrap();
+        let program = resident::resident(&fuse::fuse(&graph).unwrap(), sizes).unwrap();
         let checkpoint = Checkpoint::synthetic(config.clone(), 7, tensors);
         Simulation::of(program, graph, checkpoint)
     }
@@ -288,9 +293,9 @@ impl Simulation {
         seed: u64,
         sampling: &[SampleRow],
     ) -> Outcome {
-        assert!(rows.len() <= STEP_ROWS);
+        assert!(rows.len() <= self.program.step_rows);
         let buffers = self.program.buffers.iter();
-        let arena = buffers.map(|buffer| buffer.offset + STEP_ROWS * buffer.cols * 4).max().unwrap();
+        let arena = buffers.map(|buffer| buffer.offset + buffer.rows * buffer.cols * 4).max().unwrap();
         let pages = self.pages();
         let mut launch: Vec<u32> = [
             arena,
@@ -309,7 +314,7 @@ impl Simulation {
         .to_vec();
         let mut column = |value: &dyn Fn(usize, &Row) -> u32| {
             let mut all: Vec<u32> = rows.iter().enumerate().map(|(at, row)| value(at, row)).collect();
-            all.resize(STEP_ROWS, 0);
+            all.resize(LAUNCH_ROWS, 0);
             launch.extend(all);
         };
         column(&|_, row| row.token);
@@ -331,7 +336,7 @@ impl Simulation {
         let mut logits = floats(&read("logits.bin"));
         logits.truncate(wanted.len() * self.program.vocab);
         let chosen = words(&read("chosen.bin"));
-        let chosen = chosen.chunks(STEP_ROWS).flat_map(|step| step[..wanted.len()].to_vec());
+        let chosen = chosen.chunks(LAUNCH_ROWS).flat_map(|step| step[..wanted.len()].to_vec());
         let chosen = chosen.map(|word| word - 1).collect();
         let experts = words(&read("experts.bin"))[0];
         Outcome { logits, chosen, arena: read("arena.bin"), sync: read("sync.bin"), experts }

@@ -1,7 +1,7 @@
 //! A plan for a GPU: one resident kernel, through NVRTC.
 
 use super::{CompileError, Compiled, Input, Level, graphs, level_files, limits, plan_file, sha256, verified};
-use crate::emit::cuda::{CudaText, emit};
+use crate::emit::cuda::{CudaError, CudaText, emit};
 use crate::frontends;
 use crate::nvrtc::{self, Arch, Budget, Cubin, CubinCache, Nvrtc, Options};
 use crate::passes::packer::Packer;
@@ -9,7 +9,7 @@ use crate::passes::{fuse, resident};
 use std::path::Path;
 use tilec_ir::abi::ABI_VERSION;
 use tilec_ir::graph::Graph;
-use tilec_ir::launch::{KERNEL, LAUNCH_VERSION};
+use tilec_ir::launch::{KERNEL, LAUNCH_VERSION, SLICE_ROWS};
 use tilec_ir::plan::{DraftPlan, PLAN_VERSION, Plan, PlanTarget, ProgramPlan, ResidentPlan};
 use tilec_ir::resident::ResidentProgram;
 use tilec_ir::spec::{Activations, ModelSpec};
@@ -21,8 +21,10 @@ const CUBIN: &str = "kernel.cubin";
 
 /// What a kernel may use of each thread: 168 registers when it starts (its roles then share them out), and as much
 /// memory as what lives from stage to stage may take (the stage's number, the layer): it is put away in front of a
-/// stage and fetched behind it.
-pub const BUDGET: Budget = Budget { registers: 168, stack: 64, spills: 1000 };
+/// stage and fetched behind it; somewhat more if a step has more than eight rows.
+pub const fn budget(step_rows: usize) -> Budget {
+    Budget { registers: 168, stack: if step_rows > SLICE_ROWS { 128 } else { 64 }, spills: 1000 }
+}
 
 /// Names of the draft's machine code.
 const INJECT_CUBIN: &str = "draft-inject.cubin";
@@ -42,18 +44,21 @@ pub(super) fn compile(
     spec.precision.activations = Activations::F32;
     let (graph, draft) = graphs(input, &spec)?;
     let limits = limits(input, &spec)?;
-    let mut compiler = Compiler {
-        context: limits.context,
-        arch: Arch::parse(&spec.target.arch)?,
-        packer: Packer::new(resident::WEIGHT_ALIGN),
-        texts: [Level::Graph, Level::Fused, Level::Resident, Level::Cuda].map(|level| (level, String::new())),
+    let graphs: Vec<&Graph> =
+        [&graph].into_iter().chain(draft.iter().flat_map(|draft| [&draft.inject, &draft.block])).collect();
+    let arch = Arch::parse(&spec.target.arch)?;
+    let mut choices = super::pass_rows(&spec, draft.as_ref()).into_iter().peekable();
+    let (compiler, programs) = loop {
+        let step_rows = choices.next().unwrap_or(SLICE_ROWS);
+        let mut compiler = Compiler::new(resident::Sizes { context: limits.context, step_rows }, arch);
+        // All programs read one set of packed weights: a draft's embedding and head are its target's.
+        let programs: Result<Vec<_>, _> = graphs.iter().map(|graph| compiler.program(graph)).collect();
+        match programs {
+            // Nobody has asked for so many rows.
+            Err(CompileError::Cuda(CudaError::Columns { .. })) if choices.peek().is_some() => {}
+            programs => break (compiler, programs?),
+        }
     };
-    // All programs read one set of packed weights: a draft's embedding and head are its target's.
-    let mut programs = vec![compiler.program(&graph)?];
-    if let Some(draft) = &draft {
-        programs.push(compiler.program(&draft.inject)?);
-        programs.push(compiler.program(&draft.block)?);
-    }
     let mut kernels = assemble(input.name, programs, compiler.arch, cubins)?;
     let of_draft = kernels.split_off(1);
     let model = kernels.remove(0);
@@ -119,8 +124,8 @@ pub(super) fn compile(
     Ok(Compiled { plan, texts, object: model.cubin.bytes.clone(), objects })
 }
 
-/// Adds a buffer that does not belong to a step's [`STEP_ROWS`](tilec_ir::launch::STEP_ROWS) rows but to
-/// those of all its launches, behind all others; its number.
+/// Adds a buffer that does not belong to the rows of a launch but to those of all launches of a step, behind all
+/// others; its number.
 fn apart(buffers: &mut Vec<Buffer>, name: &str, cols: usize, rows: usize) -> usize {
     let end = buffers.iter().map(|buffer| buffer.offset + buffer.bytes()).max().unwrap_or(0);
     let offset = end.next_multiple_of(256);
@@ -130,7 +135,7 @@ fn apart(buffers: &mut Vec<Buffer>, name: &str, cols: usize, rows: usize) -> usi
 
 /// Compiles the programs of a plan, one behind the other.
 struct Compiler {
-    context: usize,
+    sizes: resident::Sizes,
     arch: Arch,
     packer: Packer,
     /// Text of each level, of all programs.
@@ -145,10 +150,16 @@ struct Kernel {
 }
 
 impl Compiler {
+    fn new(sizes: resident::Sizes, arch: Arch) -> Compiler {
+        let levels = [Level::Graph, Level::Fused, Level::Resident, Level::Cuda];
+        let texts = levels.map(|level| (level, String::new()));
+        Compiler { sizes, arch, packer: Packer::new(resident::WEIGHT_ALIGN), texts }
+    }
+
     /// The program of a graph, and the text of its kernel.
     fn program(&mut self, graph: &Graph) -> Result<(ResidentProgram, CudaText), CompileError> {
         let fused = fuse::fuse(graph)?;
-        let program = resident::resident_with(&fused, self.context, &mut self.packer)?;
+        let program = resident::resident_with(&fused, self.sizes, &mut self.packer)?;
         let kernel = emit(&program, self.arch)?;
         let texts = [graph.to_string(), fused.to_string(), program.to_string(), kernel.text.clone()];
         for ((_, all), text) in self.texts.iter_mut().zip(texts) {
@@ -173,6 +184,7 @@ impl Kernel {
                 launch_version: LAUNCH_VERSION,
                 threads: BLOCK_THREADS,
                 shared_bytes: self.shared_bytes,
+                step_rows: self.program.step_rows,
             }),
         }
     }
@@ -188,7 +200,9 @@ fn assemble(
     let made: Vec<Result<Cubin, CompileError>> = std::thread::scope(|scope| {
         let started: Vec<_> = programs
             .iter()
-            .map(|(_, kernel)| scope.spawn(|| assemble_one(name, kernel, arch, cubins)))
+            .map(|(program, kernel)| {
+                scope.spawn(|| assemble_one(name, kernel, budget(program.step_rows), arch, cubins))
+            })
             .collect();
         started
             .into_iter()
@@ -205,6 +219,7 @@ fn assemble(
 fn assemble_one(
     name: &str,
     kernel: &CudaText,
+    budget: Budget,
     arch: Arch,
     cubins: Option<&Path>,
 ) -> Result<Cubin, CompileError> {
@@ -217,7 +232,7 @@ fn assemble_one(
         None => nvrtc.compile(&text, arch, &options)?,
     };
     // A kernel that spills is right, and slow. The tests hold every family's kernel to this budget.
-    if let Err(over) = cubin.check(&[(KERNEL, BUDGET)]) {
+    if let Err(over) = cubin.check(&[(KERNEL, budget)]) {
         tracing::warn!("{over}");
     }
     Ok(cubin)

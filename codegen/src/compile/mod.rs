@@ -4,7 +4,7 @@
 mod cpu;
 mod cuda;
 
-pub use cuda::BUDGET;
+pub use cuda::budget;
 
 use crate::emit::cuda::CudaError;
 use crate::frontends::{self, Dflash, DraftTarget};
@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tilec_ir::graph::{Graph, GraphError, RopeSpec, verify};
-use tilec_ir::launch::STEP_ROWS;
+use tilec_ir::launch::{LAUNCH_ROWS, SLICE_ROWS};
 use tilec_ir::plan::{MANIFEST, Plan, PlanError, PlanFile, PlanLimits, WeightsFrom};
 use tilec_ir::spec::{Device, ModelSpec, Precision, SpecError};
 use tilec_ir::tensor::TensorInfo;
@@ -294,7 +294,7 @@ fn block_rows(draft: &Dflash, asked: Option<usize>, spec: &ModelSpec) -> Result<
     // The rows of a block see each other, so that a launch has all of them.
     let launch = match spec.target.device {
         Device::Cpu => usize::MAX,
-        Device::Cuda => STEP_ROWS,
+        Device::Cuda => spec.limits.pass_rows.unwrap_or(LAUNCH_ROWS),
     };
     let limits = [
         (draft.block, format!("the draft was trained with {}", draft.block)),
@@ -312,6 +312,18 @@ fn block_rows(draft: &Dflash, asked: Option<usize>, spec: &ModelSpec) -> Result<
         block => {
             Err(CompileError::Block { block, what: "a block has at least 2 rows: raise limits.rows".into() })
         }
+    }
+}
+
+/// Rows that a GPU's kernel may have at a time, the best choice first: as many as asked for; or as few as have room
+/// for a block, but 16 where more than 8 sequences are decoded, if that is possible.
+fn pass_rows(spec: &ModelSpec, draft: Option<&DraftGraphs>) -> Vec<usize> {
+    let block = draft.map_or(1, |draft| draft.rows);
+    let least = SLICE_ROWS * block.div_ceil(SLICE_ROWS).next_power_of_two();
+    match spec.limits.pass_rows {
+        Some(rows) => vec![rows],
+        None if spec.limits.sequences > SLICE_ROWS && least == SLICE_ROWS => vec![2 * SLICE_ROWS, least],
+        None => vec![least],
     }
 }
 

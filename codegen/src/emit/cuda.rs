@@ -5,12 +5,12 @@ use std::fmt::Write as _;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::graph::{ActivationFn, Scoring};
-use tilec_ir::launch::{KERNEL, SYNC_BYTES};
+use tilec_ir::launch::{KERNEL, SLICE_ROWS, SYNC_BYTES, SYNC_HEAD};
 use tilec_ir::octet::octet_blocks;
 use tilec_ir::pack::FP8_COLUMNS;
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Context, Epilogue, Experts, Gemm, Kind, Norm, PART_COLUMNS, PREPARED_BLOCK,
-    Prepared, Reader, Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps,
+    Attention, Bias, CHUNK, Context, Epilogue, Experts, Gemm, Kind, Norm, PREPARED_BLOCK, Prepared, Reader,
+    Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps, part_columns,
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
@@ -35,15 +35,20 @@ pub struct CudaText {
 /// Why a program has no kernel.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CudaError {
-    /// An expert's row is too long.
+    /// An expert's row, or one that is multiplied with MXFP4, is too long.
     #[error(
-        "stage {stage} has experts with rows of {k} columns; the kernel keeps at most {PART_COLUMNS} in registers"
+        "stage {stage} has rows of {k} columns; a kernel with {rows} rows a step keeps at most {most} of experts and of MXFP4 in registers{}",
+        if *rows > SLICE_ROWS { "; lower limits.pass_rows" } else { "" }
     )]
     Columns {
         /// The stage.
         stage: String,
         /// Columns of its input.
         k: usize,
+        /// Rows of the kernel's step.
+        rows: usize,
+        /// Columns that it keeps.
+        most: usize,
     },
     /// Shared memory is too small.
     #[error(
@@ -94,15 +99,15 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
         }
         _ => 0,
     });
-    let counters = tilec_ir::launch::STEP_ROWS * stages.max().unwrap_or(0) * (program.max_spans() + 1);
-    if counters > (SYNC_BYTES - 512) / 4 {
+    let counters = program.step_rows * stages.max().unwrap_or(0) * (program.max_spans() + 1);
+    if counters > (SYNC_BYTES - SYNC_HEAD) / 4 {
         return Err(CudaError::Counters { kv_heads: program.kv.kv_heads, context: program.context });
     }
-    for (name, _, stage) in program.sequence() {
-        if let Kind::Experts(Experts { gemm, .. }) = &stage.kind
-            && gemm.k > PART_COLUMNS
-        {
-            return Err(CudaError::Columns { stage: name, k: gemm.k });
+    let (rows, most) = (program.step_rows, part_columns(program.step_rows));
+    for (stage, _, Stage { kind, .. }) in program.sequence() {
+        let whole = |gemm: &&Gemm| matches!(kind, Kind::Experts(_)) || gemm.format == Format::MXFP4;
+        if let Some(k) = kind.gemm().filter(whole).map(|gemm| gemm.k).filter(|k| *k > most) {
+            return Err(CudaError::Columns { stage, k, rows, most });
         }
     }
     // A verified program has readers.
@@ -172,6 +177,7 @@ const NO_WINDOW: u32 = 0x7fff_ffff;
 
 fn needs(program: &ResidentProgram) -> SharedNeeds {
     let mut needs = SharedNeeds {
+        slices: program.step_rows / SLICE_ROWS,
         operands: 1,
         scaled: false,
         qk: program.kv.qk_dim,
@@ -249,6 +255,7 @@ impl<'p> Writer<'p> {
         self.header(&PTX);
         self.header(&FORMATS);
         line!(self, "\n// Sizes of this kernel.");
+        line!(self, "constexpr u32 STEP_ROWS = {};  // rows of a step, at most", program.step_rows);
         line!(self, "constexpr u32 SLOT_BYTES = {};", shared.slot);
         line!(self, "constexpr u32 RING_SLOTS = {};", shared.slots);
         line!(self, "constexpr u32 FIXED_BYTES = {};", shared.fixed);
@@ -653,8 +660,8 @@ impl<'p> Writer<'p> {
             }
             Epilogue::Logits => {
                 body.push(format!("float* to = b.args.logits + (u64)row * {cols} + feature;"));
-                body.push("to[0] = v[0].x; offer(b, feature, v[0].x);".into());
-                let second = "to[1] = v[0].y; offer(b, feature + 1, v[0].y);";
+                body.push("to[0] = v[0].x;".into());
+                let second = "to[1] = v[0].y;";
                 body.push(if cols.is_multiple_of(8) {
                     second.into()
                 } else {
@@ -838,9 +845,6 @@ impl<'p> Writer<'p> {
         let open = "if (n > 0) b.open_stage();  // the first with the step";
         self.role("void control_step(Control& b)", open, "", "b.cross();", |name, kind| match kind {
             Kind::Embed { .. } | Kind::Taps { .. } | Kind::Context(_) => String::new(),
-            Kind::Gemm(gemm) if gemm.epilogue == Epilogue::Logits => {
-                format!("finish<{name}>(b); offer_best(b);")
-            }
             Kind::Gemm(_) => format!("finish<{name}>(b);"),
             Kind::Scores(scores) => format!("b.pass_tiles({});", scores.experts),
             Kind::Experts(_) => format!("finish_experts<{name}>(b);"),

@@ -6,11 +6,11 @@ use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::format::{Code, Format};
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
 use tilec_ir::graph::Router;
-use tilec_ir::launch::{OCTET, STEP_ROWS};
+use tilec_ir::launch::{OCTET, SLICE_ROWS};
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, PART_COLUMNS,
-    Replaced, ResidentProgram, Rope, Route, SPAN, Scores, Stage, Taps,
+    Attention, Bias, CHUNK, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, Replaced,
+    ResidentProgram, Rope, Route, SPAN, Scores, Stage, Taps, part_columns,
 };
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
 
@@ -50,12 +50,28 @@ pub const fn expert_format(format: Format) -> Format {
     }
 }
 
-/// Makes the resident program of a model with at most `context` positions.
+/// Sizes that a program is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Positions of a sequence, at most.
+    pub context: usize,
+    /// Rows of a step, at most: 8, 16 or 32.
+    pub step_rows: usize,
+}
+
+impl From<usize> for Sizes {
+    /// So many positions, and eight rows.
+    fn from(context: usize) -> Sizes {
+        Sizes { context, step_rows: SLICE_ROWS }
+    }
+}
+
+/// Makes the resident program of a model.
 ///
 /// # Errors
 /// An operator that no stage can run, or sizes that do not fit the tensor cores.
-pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileError> {
-    resident_with(fused, context, &mut Packer::new(WEIGHT_ALIGN))
+pub fn resident(fused: &Fused, sizes: impl Into<Sizes>) -> Result<ResidentProgram, TileError> {
+    resident_with(fused, sizes, &mut Packer::new(WEIGHT_ALIGN))
 }
 
 /// As [`resident`], with weights packed behind those of other programs in `packer`, aligned to
@@ -65,9 +81,10 @@ pub fn resident(fused: &Fused, context: usize) -> Result<ResidentProgram, TileEr
 /// As [`resident`].
 pub fn resident_with(
     fused: &Fused,
-    context: usize,
+    sizes: impl Into<Sizes>,
     packer: &mut Packer,
 ) -> Result<ResidentProgram, TileError> {
+    let Sizes { context, step_rows } = sizes.into();
     let kv = kv_layout(fused)?;
     let whole = |what: String| TileError { op: fused.name.clone(), what };
     if kv.kv_type == KvType::F32 {
@@ -84,6 +101,7 @@ pub fn resident_with(
     let mut lowering = Lowering {
         fused,
         context,
+        step_rows,
         kv,
         buffers: Vec::new(),
         of_value: HashMap::new(),
@@ -97,6 +115,7 @@ pub fn resident_with(
         name: fused.name.clone(),
         vocab: 0,
         context,
+        step_rows,
         buffers: Vec::new(),
         kv,
         packing: Packing::default(),
@@ -217,6 +236,7 @@ pub(super) struct HeadChain {
 pub(super) struct Lowering<'a> {
     pub(super) fused: &'a Fused,
     context: usize,
+    step_rows: usize,
     pub(super) kv: KvLayout,
     pub(super) buffers: Vec<Buffer>,
     of_value: HashMap<ValueId, BufferId>,
@@ -777,7 +797,7 @@ impl Lowering<'_> {
     /// Room for the sums of a product's first parts, if its rows of `k` columns are longer than one.
     pub(super) fn partial(&mut self, k: usize, cols: usize, operands: usize) -> Option<BufferId> {
         let cols = cols.next_multiple_of(OCTET) * operands;
-        (k > PART_COLUMNS).then(|| self.buffer("partial", BufferElem::F32, cols))
+        (k > part_columns(self.step_rows)).then(|| self.buffer("partial", BufferElem::F32, cols))
     }
 
     /// The buffer of this name and shape. Every stage waits for all of the one before, and no stage
@@ -789,7 +809,7 @@ impl Lowering<'_> {
         }
         let end = self.buffers.last().map_or(0, |last| last.offset + last.bytes());
         let offset = end.next_multiple_of(WEIGHT_ALIGN as usize);
-        self.buffers.push(Buffer { name: name.to_string(), elem, cols, rows: STEP_ROWS, offset });
+        self.buffers.push(Buffer { name: name.to_string(), elem, cols, rows: self.step_rows, offset });
         BufferId(self.buffers.len() as u32 - 1)
     }
 

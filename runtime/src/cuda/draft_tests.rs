@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tilec_ir::abi::{KvLayout, KvType};
-use tilec_ir::launch::{LaunchArgs, STEP_ROWS};
+use tilec_ir::launch::{LaunchArgs, SLICE_ROWS};
 use tilec_ir::plan::{DraftPlan, Plan, PlanFile, ProgramPlan, WeightsFrom};
 use tilec_ir::stages::{Buffer, BufferElem};
 
@@ -85,7 +85,7 @@ fn kernels(runs: &Arc<Mutex<Vec<u32>>>) -> (FakeKernel, [FakeKernel; 2]) {
     });
     // SAFETY: as above; rows have pages.
     let inject: FakeKernel = Arc::new(|args| unsafe {
-        assert!((1..=STEP_ROWS as u32).contains(&args.rows) && args.logit_rows == 0 && args.trace == 0);
+        assert!((1..=SLICE_ROWS as u32).contains(&args.rows) && args.logit_rows == 0 && args.trace == 0);
         for row in columns(args) {
             // The number of the taps' row stands in place of the token.
             let [token, position] = *(args.taps as *const [f32; 2]).add(row.token as usize);

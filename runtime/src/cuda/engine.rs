@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::launch::{
-    BROKEN_LOGITS, LaunchArgs, NO_LOGITS, SAMPLE_ROW_BYTES, SAMPLE_WORDS, STALL_WORDS, STEP_ROWS,
-    STOP_TOKENS, SYNC_BYTES, SampleRow, StallRecord, TRACE_FIELDS,
+    BROKEN_LOGITS, LAUNCH_ROWS, LaunchArgs, NO_LOGITS, SAMPLE_ROW_BYTES, SAMPLE_WORDS, SLICE_ROWS,
+    STALL_WORDS, STOP_TOKENS, SYNC_BYTES, SampleRow, StallRecord, TRACE_FIELDS,
 };
 use tilec_ir::plan::Plan;
 
@@ -42,15 +42,15 @@ const FILL_PATIENCE: Duration = Duration::from_secs(30);
 
 // The inputs of a pass, in words: four columns of rows, then the number of the pass, from 1.
 const TOKENS: usize = 0;
-const POSITIONS: usize = STEP_ROWS;
-const SEQUENCES: usize = 2 * STEP_ROWS;
-const LOGIT_INDEX: usize = 3 * STEP_ROWS;
-const PASS_NUMBER: usize = 4 * STEP_ROWS;
+const POSITIONS: usize = LAUNCH_ROWS;
+const SEQUENCES: usize = 2 * LAUNCH_ROWS;
+const LOGIT_INDEX: usize = 3 * LAUNCH_ROWS;
+const PASS_NUMBER: usize = 4 * LAUNCH_ROWS;
 /// How the tokens of wanted rows are chosen: [`SampleRow`]s.
-const SAMPLING: usize = 6 * STEP_ROWS;
+const SAMPLING: usize = 6 * LAUNCH_ROWS;
 /// Words from one pass to the next.
-const PASS_WORDS: usize = 128;
-const _: () = assert!(SAMPLING + STEP_ROWS * SAMPLE_WORDS <= PASS_WORDS && SAMPLING.is_multiple_of(2));
+const PASS_WORDS: usize = 512;
+const _: () = assert!(SAMPLING + LAUNCH_ROWS * SAMPLE_WORDS <= PASS_WORDS && SAMPLING.is_multiple_of(2));
 
 // What host and kernel tell each other while it runs, in words, each on a cache line of its own: the
 // record of a wait that gave up, the word that ends a launch, and the number of the last pass that is
@@ -94,7 +94,7 @@ pub struct CudaEngine {
     table_host: HostMemory,
     logits_host: HostMemory,
     trace_host: Option<HostMemory>,
-    /// `u32 [DECODE_STEPS or passes][STEP_ROWS]`, the tokens of a launch's steps, or of passes, plus one.
+    /// `u32 [DECODE_STEPS or passes][LAUNCH_ROWS]`, the tokens of a launch's steps, or of passes, plus one.
     chosen: HostMemory,
     mail: HostMemory,
     /// [`PageTable::version`] of the table on the device.
@@ -165,8 +165,8 @@ impl CudaEngine {
         let logits_bytes = row_bytes.and_then(|bytes| bytes.checked_mul(logit_rows));
         let logits_bytes = logits_bytes.ok_or(CudaError::Overflow { what: "logits", lower: ROWS })?;
         // Of two passes of blocks one behind the other at least one is more than half full.
-        let passes = plan.limits.max_rows.div_ceil(STEP_ROWS / 2) + 1;
-        let inject_passes = plan.limits.max_rows.div_ceil(STEP_ROWS);
+        let passes = plan.limits.max_rows.div_ceil(narrowest(plan) / 2) + 1;
+        let inject_passes = plan.limits.max_rows.div_ceil(narrowest(plan));
         let inputs_bytes = (passes + inject_passes) * PASS_WORDS * WORD;
         let table_bytes = plan.limits.sequences.checked_mul(plan.limits.pages_per_sequence(&plan.kv));
         let table_bytes = table_bytes.and_then(|entries| entries.checked_mul(WORD));
@@ -197,8 +197,8 @@ impl CudaEngine {
             arena,
             draft,
             sync: sized("counters", ROWS, Some(SYNC_BYTES))?,
-            choices: sized("sums of choices", ROWS, Some(STEP_ROWS * SAMPLE_ROW_BYTES))?,
-            logits: sized("logits", ROWS, row_bytes.and_then(|bytes| bytes.checked_mul(STEP_ROWS)))?,
+            choices: sized("sums of choices", ROWS, Some(LAUNCH_ROWS * SAMPLE_ROW_BYTES))?,
+            logits: sized("logits", ROWS, row_bytes.and_then(|bytes| bytes.checked_mul(LAUNCH_ROWS)))?,
             inputs: sized("rows", ROWS, Some(inputs_bytes))?,
             inject_pass: passes,
             table: sized("page table", KV_LIMITS, Some(table_bytes))?,
@@ -207,7 +207,7 @@ impl CudaEngine {
             table_host: device.allocate_host(table_bytes)?,
             logits_host: device.allocate_host(logits_bytes)?,
             trace_host: trace_bytes.map(|bytes| device.allocate_host(bytes)).transpose()?,
-            chosen: device.allocate_host(DECODE_STEPS.max(passes) * STEP_ROWS * WORD)?,
+            chosen: device.allocate_host(DECODE_STEPS.max(passes) * LAUNCH_ROWS * WORD)?,
             mail: device.allocate_host((INJECT_MAIL + MAIL_WORDS) * WORD)?,
             table_version: 0,
             pages,
@@ -332,7 +332,7 @@ impl CudaEngine {
         result.map_err(|trouble| self.fail(&plan.stages, trouble))
     }
 
-    /// Runs a step that was checked and has its pages, in passes of [`STEP_ROWS`] rows; returns the
+    /// Runs a step that was checked and has its pages, in passes of as many rows as its kernel has; returns the
     /// logits `[logit_rows][vocab]`.
     ///
     /// # Errors
@@ -344,7 +344,7 @@ impl CudaEngine {
         rows: &[RowInput],
         logit_rows: &[u32],
     ) -> Result<&[f32], StepError> {
-        let passes = split(rows.len(), logit_rows);
+        let passes = split(rows.len(), logit_rows, step_rows(plan, Program::Model));
         self.run(Program::Model, plan, pages, (rows, logit_rows, &passes), Wanted::Logits)?;
         Ok(self.logits(plan, logit_rows.len()))
     }
@@ -363,7 +363,7 @@ impl CudaEngine {
         logit_rows: &[u32],
         sampling: &[SampleRow],
     ) -> Result<Vec<u32>, StepError> {
-        let passes = split(rows.len(), logit_rows);
+        let passes = split(rows.len(), logit_rows, step_rows(plan, Program::Model));
         self.run(Program::Model, plan, pages, (rows, logit_rows, &passes), Wanted::Tokens(sampling))?;
         self.chosen_tokens(plan, &passes)
     }
@@ -388,7 +388,7 @@ impl CudaEngine {
             return Err(StepError::NoDraft);
         };
         self.settle(plan)?;
-        let passes = split(rows.len(), &[]);
+        let passes = split(rows.len(), &[], step_rows(plan, Program::Inject));
         self.write_passes(self.inject_pass, &rows, &[], &passes);
         let queued = self.queue_passes(Program::Inject, plan, pages, &passes, Wanted::Logits);
         queued.map_err(|error| self.fail(&draft.inject.stages, Trouble::Failed(error)))?;
@@ -418,7 +418,7 @@ impl CudaEngine {
         rows: &[RowInput],
         logit_rows: &[u32],
     ) -> Result<&[f32], StepError> {
-        let passes = split_blocks(rows, logit_rows);
+        let passes = split_blocks(rows, logit_rows, step_rows(plan, Program::Block));
         self.run(Program::Block, plan, pages, (rows, logit_rows, &passes), Wanted::Logits)?;
         Ok(self.logits(plan, logit_rows.len()))
     }
@@ -434,7 +434,7 @@ impl CudaEngine {
         rows: &[RowInput],
         logit_rows: &[u32],
     ) -> Result<Vec<u32>, StepError> {
-        let passes = split_blocks(rows, logit_rows);
+        let passes = split_blocks(rows, logit_rows, step_rows(plan, Program::Block));
         self.run(Program::Block, plan, pages, (rows, logit_rows, &passes), Wanted::Tokens(&[]))?;
         self.chosen_tokens(plan, &passes)
     }
@@ -448,7 +448,7 @@ impl CudaEngine {
 
     /// Tokens that the last run's passes have chosen.
     fn chosen_tokens(&mut self, plan: &Plan, passes: &[Pass]) -> Result<Vec<u32>, StepError> {
-        let words = self.chosen.words().chunks_exact(STEP_ROWS).zip(passes);
+        let words = self.chosen.words().chunks_exact(LAUNCH_ROWS).zip(passes);
         let words = words.flat_map(|(words, (_, wanted))| &words[..wanted.len()]);
         // 0 wraps around to what is no token.
         let tokens: Vec<u32> = words.map(|word| word.load(Ordering::Acquire).wrapping_sub(1)).collect();
@@ -489,7 +489,7 @@ impl CudaEngine {
                 self.write_sampling(number, &sampling[wanted.clone()]);
             }
         }
-        for word in &self.chosen.words()[..passes.len() * STEP_ROWS] {
+        for word in &self.chosen.words()[..passes.len() * LAUNCH_ROWS] {
             word.store(0, Ordering::Relaxed);
         }
         let queued = self.queue_passes(program, plan, pages, passes, wanted);
@@ -519,7 +519,7 @@ impl CudaEngine {
                 args.taps += rows.start as u64 * self.tap_bytes;
             }
             if let Wanted::Tokens(sampling) = output {
-                args.chosen = self.chosen.address() + (number * STEP_ROWS * WORD) as u64;
+                args.chosen = self.chosen.address() + (number * LAUNCH_ROWS * WORD) as u64;
                 args.sampling = if sampling.is_empty() { 0 } else { self.sampling_of(number) };
             }
             self.queue_launch(program, &args)?;
@@ -558,7 +558,7 @@ impl CudaEngine {
         self.ready()?;
         self.settle_table(plan, pages)?;
         self.write_rows(0, rows, 0..rows.len() as u32);
-        for word in &self.chosen.words()[..steps * STEP_ROWS] {
+        for word in &self.chosen.words()[..steps * LAUNCH_ROWS] {
             word.store(0, Ordering::Relaxed);
         }
         let mut args = self.args(Program::Model, pages, 0, rows.len(), rows.len());
@@ -634,7 +634,7 @@ impl CudaEngine {
 
     /// Writes how the tokens of a pass are chosen.
     fn write_sampling(&mut self, pass: usize, sampling: &[SampleRow]) {
-        let words = &self.inputs_host.words()[pass * PASS_WORDS + SAMPLING..][..STEP_ROWS * SAMPLE_WORDS];
+        let words = &self.inputs_host.words()[pass * PASS_WORDS + SAMPLING..][..LAUNCH_ROWS * SAMPLE_WORDS];
         for (word, value) in words.iter().zip(sampling.iter().flat_map(SampleRow::words)) {
             word.store(value, Ordering::Relaxed);
         }
@@ -908,21 +908,39 @@ const fn mail_of(program: Program) -> usize {
     }
 }
 
-/// The passes of a step: which rows, and which of the wanted rows of logits, each has.
-fn split(rows: usize, logit_rows: &[u32]) -> Vec<Pass> {
-    let starts = (0..rows).step_by(STEP_ROWS);
-    with_wanted(starts.map(|start| start..rows.min(start + STEP_ROWS)), logit_rows)
+/// Rows that a program's kernel has at a time.
+fn step_rows(plan: &Plan, program: Program) -> usize {
+    let draft = plan.draft.as_ref();
+    let kernel = match program {
+        Program::Model => plan.resident,
+        Program::Inject => draft.and_then(|draft| draft.inject.resident),
+        Program::Block => draft.and_then(|draft| draft.block_pass.resident),
+    };
+    kernel.map_or(SLICE_ROWS, |kernel| kernel.step_rows)
+}
+
+/// Rows that every kernel of a plan has at a time.
+fn narrowest(plan: &Plan) -> usize {
+    let programs = [Program::Model, Program::Inject, Program::Block];
+    let programs = &programs[..if plan.draft.is_some() { 3 } else { 1 }];
+    programs.iter().map(|program| step_rows(plan, *program)).min().unwrap_or(SLICE_ROWS)
+}
+
+/// The passes of a step, of at most `most` rows: which rows, and which of the wanted rows of logits, each has.
+fn split(rows: usize, logit_rows: &[u32], most: usize) -> Vec<Pass> {
+    let starts = (0..rows).step_by(most);
+    with_wanted(starts.map(|start| start..rows.min(start + most)), logit_rows)
 }
 
 /// The passes of blocks, which are not cut: their rows see each other. As many of them as fit to a pass.
-fn split_blocks(rows: &[RowInput], logit_rows: &[u32]) -> Vec<Pass> {
+fn split_blocks(rows: &[RowInput], logit_rows: &[u32], most: usize) -> Vec<Pass> {
     let mut passes: Vec<Range<usize>> = Vec::new();
     let mut end = 0;
     for block in rows.chunk_by(|a, b| a.sequence == b.sequence) {
         let start = end;
         end += block.len();
         match passes.last_mut() {
-            Some(last) if end - last.start <= STEP_ROWS => last.end = end,
+            Some(last) if end - last.start <= most => last.end = end,
             _ => passes.push(start..end),
         }
     }
@@ -962,8 +980,8 @@ impl Told {
         on_token: &mut dyn FnMut(usize, usize, u32) -> ControlFlow<()>,
     ) {
         while self.steps < steps && !self.ended {
-            let words = &chosen[self.steps * STEP_ROWS..][..rows];
-            let mut tokens = [0; STEP_ROWS];
+            let words = &chosen[self.steps * LAUNCH_ROWS..][..rows];
+            let mut tokens = [0; LAUNCH_ROWS];
             for (token, word) in tokens.iter_mut().zip(words) {
                 match word.load(Ordering::Acquire) {
                     0 => return,

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tilec_ir::abi::KvLayout;
 use tilec_ir::launch::{
-    LAUNCH_VERSION, LaunchArgs, STALL_WORDS, STEP_ROWS, SYNC_BYTES, SampleRow, TRACE_FIELDS,
+    LAUNCH_ROWS, LAUNCH_VERSION, LaunchArgs, SLICE_ROWS, STALL_WORDS, SYNC_BYTES, SampleRow, TRACE_FIELDS,
 };
 use tilec_ir::plan::{Plan, ResidentPlan};
 
@@ -244,8 +244,12 @@ pub fn cuda_plan() -> Plan {
     let mut plan = toy_plan(1);
     plan.target.device = "cuda".into();
     plan.target.arch = "sm_90a".into();
-    plan.resident =
-        Some(ResidentPlan { launch_version: LAUNCH_VERSION, threads: 288, shared_bytes: 1 << 16 });
+    plan.resident = Some(ResidentPlan {
+        launch_version: LAUNCH_VERSION,
+        threads: 288,
+        shared_bytes: 1 << 16,
+        step_rows: SLICE_ROWS,
+    });
     plan.limits.sequences = 3;
     plan.limits.max_rows = 20;
     plan.buffers[0].rows = 20;
@@ -288,7 +292,7 @@ pub fn toy_kernel(layout: KvLayout) -> FakeKernel {
     // SAFETY: the engine keeps the arguments valid.
     Arc::new(move |args| unsafe {
         let rows = args.rows as usize;
-        assert!((1..=STEP_ROWS).contains(&rows) && args.logit_rows <= args.rows && args.steps >= 1);
+        assert!((1..=LAUNCH_ROWS).contains(&rows) && args.logit_rows <= args.rows && args.steps >= 1);
         let column = |address: u64| std::slice::from_raw_parts(address as *const u32, rows).to_vec();
         let (mut tokens, mut positions) = (column(args.tokens), column(args.positions));
         let (sequences, wanted) = (column(args.sequences), column(args.logit_index));
@@ -334,7 +338,7 @@ pub fn toy_kernel(layout: KvLayout) -> FakeKernel {
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 for (row, token) in chosen.iter().enumerate() {
-                    let word = (args.chosen as *const AtomicU32).add(step * STEP_ROWS + row);
+                    let word = (args.chosen as *const AtomicU32).add(step * LAUNCH_ROWS + row);
                     (*word).store(token + 1, Ordering::Release);
                 }
             }

@@ -24,8 +24,5 @@ pub use error::CudaError;
 pub(crate) use device::{Device, Gpu};
 pub(crate) use engine::CudaEngine;
 
-/// Rows that [`crate::engine::Engine::decode`] takes at most.
-pub(crate) const DECODE_ROWS: usize = tilec_ir::launch::STEP_ROWS;
-
 /// Steps of a launch at most: what the memory for the chosen tokens is made for.
 pub(crate) const DECODE_STEPS: usize = 1024;

@@ -7,6 +7,7 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use tilec_ir::launch::LAUNCH_ROWS;
 
 fn rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
     (start..).zip(tokens).map(|(position, token)| RowInput { token: *token, position, sequence }).collect()
@@ -66,6 +67,27 @@ fn long_steps_run_in_passes_and_give_what_the_processor_gives() {
 }
 
 #[test]
+fn wide_kernels_have_more_rows_a_pass() {
+    let mut plan = cuda_plan();
+    plan.resident.as_mut().unwrap().step_rows = 16;
+    let (mut engine, seen) = fake_engine_on(plan.clone(), toy_kernel(plan.kv), &EngineOptions::default());
+    assert_eq!((engine.pass_rows(), engine.max_decode_rows()), (Some(16), 16));
+    let mut all = rows(0, 0, &[3; 18]);
+    all.extend(rows(1, 0, &[4, 5]));
+    let wide = engine.step(&all, &[0, 15, 16, 19]).unwrap().to_vec();
+    let shape: Vec<_> =
+        seen.launches.lock().unwrap().iter().map(|args| (args.rows, args.logit_rows)).collect();
+    assert_eq!(shape, [(16, 2), (4, 2)]);
+    let (mut narrow, _) = fake_engine(&EngineOptions::default());
+    assert_eq!(narrow.step(&all, &[0, 15, 16, 19]).unwrap(), wide);
+    for damaged in [0, 4, 24, 64] {
+        plan.resident.as_mut().unwrap().step_rows = damaged;
+        let error = plan.verify().unwrap_err();
+        assert!(error.contains(&format!("resident.step_rows is {damaged}")), "{error}");
+    }
+}
+
+#[test]
 fn the_arguments_lead_to_what_the_kernel_needs() {
     let options = EngineOptions { patience: Duration::from_millis(700), ..Default::default() };
     let (mut engine, seen) = fake_engine(&options);
@@ -87,7 +109,7 @@ fn the_arguments_lead_to_what_the_kernel_needs() {
     // Every pass has inputs of its own: they are queued together.
     assert_eq!(
         (launches[1].tokens - launches[0].tokens, launches[2].tokens - launches[1].tokens),
-        (512, 512)
+        (2048, 2048)
     );
 }
 
@@ -161,7 +183,7 @@ fn sampling_parameters_are_checked_and_broken_logits_are_told_of() {
                 let token = if step + 1 == args.steps as usize { word } else { 5 };
                 // SAFETY: the engine keeps the words.
                 unsafe {
-                    let at = (args.chosen as *const std::sync::atomic::AtomicU32).add(step * 8);
+                    let at = (args.chosen as *const std::sync::atomic::AtomicU32).add(step * LAUNCH_ROWS);
                     (*at).store(token + 1, Ordering::Release);
                 }
             }

@@ -448,12 +448,12 @@ impl Engine {
     /// Rows that a step has for the price of one, where reading the weights is all that it costs; `None` on
     /// a processor, where every row costs.
     pub fn pass_rows(&self) -> Option<usize> {
-        self.is_resident().then_some(cuda::DECODE_ROWS)
+        self.plan.resident.map(|kernel| kernel.step_rows)
     }
 
     /// Rows that [`Engine::decode`] takes.
     pub fn max_decode_rows(&self) -> usize {
-        cuda::DECODE_ROWS.min(self.plan.limits.max_rows)
+        self.pass_rows().unwrap_or(1).min(self.plan.limits.max_rows)
     }
 
     /// Decodes up to `steps` tokens of each row's sequence in one launch, greedily: the largest logit,

@@ -3,9 +3,9 @@
 
 use super::{Simulation, brains, floats, llama, mimo, qwen3, row, words};
 use serde_json::{Value, json};
+use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::Row;
-use tilec_ir::launch::STEP_ROWS;
 use tilec_ir::pack::PackContent;
 use tilec_ir::stages::Slot;
 
@@ -18,15 +18,18 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
     let outcome = simulation.launch(rows, 1, blocks, seed);
     let counters = words(&outcome.sync);
     // The counts of parts lie behind the three cells of the best logits; a crossing's count stays.
-    assert!(counters[112..].iter().all(|count| *count == 0), "counts are left for the next stage");
+    assert!(
+        counters[64 + 6 * program.step_rows..].iter().all(|count| *count == 0),
+        "counts are left for the next stage"
+    );
     let buffer = |id| {
         let buffer = program.buffer(id);
         (&outcome.arena[buffer.offset..], buffer.cols)
     };
     let (qkv, cols) = buffer(attention.input);
-    let qkv: Vec<f64> = floats(&qkv[..STEP_ROWS * cols * 4]).into_iter().map(f64::from).collect();
+    let qkv: Vec<f64> = floats(&qkv[..program.step_rows * cols * 4]).into_iter().map(f64::from).collect();
     let (out, out_cols) = buffer(attention.output);
-    let out = brains(&out[..STEP_ROWS * out_cols * 2]);
+    let out = brains(&out[..program.step_rows * out_cols * 2]);
     let cache = brains(&simulation.cache());
     let layer = program.layers.last().unwrap();
     let sinks = simulation.sinks();
@@ -94,7 +97,11 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
 
 /// A model whose cache is random.
 fn random_cache(config: &Value) -> Simulation {
-    let simulation = Simulation::new(config, Format::BF16, None, 3072);
+    wide_cache(config, 8)
+}
+
+fn wide_cache(config: &Value, step_rows: usize) -> Simulation {
+    let simulation = Simulation::new(config, Format::BF16, None, Sizes { context: 3072, step_rows });
     if !simulation.sinks().is_empty() {
         // Among the scores, below all of them, and so far above that their weights vanish.
         simulation.set_sinks(&[0.5, 3.0, -7.0, f32::NEG_INFINITY, 300.0, 6.5]);
@@ -166,7 +173,11 @@ fn check_bits(simulation: &Simulation, places: &[(usize, usize)], blocks: &[usiz
     let out = simulation.program.buffer(simulation.last_attention().output);
     let attended = |rows: &[Row], blocks: usize, seed: u64| {
         let outcome = simulation.launch(rows, 1, blocks, seed);
-        assert!(words(&outcome.sync)[112..].iter().all(|count| *count == 0), "{places:?}, {blocks} blocks");
+        let counters = 64 + 6 * simulation.program.step_rows;
+        assert!(
+            words(&outcome.sync)[counters..].iter().all(|count| *count == 0),
+            "{places:?}, {blocks} blocks"
+        );
         outcome.arena[out.offset..][..rows.len() * out.cols * 2].to_vec()
     };
     check_attention(simulation, &rows, blocks[0], 1);
@@ -201,6 +212,25 @@ fn passes_of_one_run_are_shared_out() {
     check_bits(&simulation, &run(252, 8), &[20, 3]);
     check_bits(&simulation, &run(1021, 8), &[4, 40]);
     check_bits(&simulation, &[run(1300, 5), vec![(40, 3), (300, 4), (301, 4)]].concat(), &[40, 5]);
+}
+
+/// Long runs have more rows of their own in a chunk than there are warps.
+#[test]
+fn runs_of_sixteen_and_thirty_two_rows() {
+    let mut config = qwen3(1 << 20);
+    (config["num_attention_heads"], config["head_dim"]) = (4.into(), 32.into());
+    (config["intermediate_size"], config["use_sliding_window"]) = (16.into(), false.into());
+    let run = |first: usize, count: usize, sequence| (first..first + count).map(move |p| (p, sequence));
+    for step_rows in [16, 32] {
+        let simulation = wide_cache(&config, step_rows);
+        check_bits(&simulation, &run(200, step_rows, 2).collect::<Vec<_>>(), &[1, 7, 30]);
+        // Over the end of a chunk, and of a span.
+        check_bits(&simulation, &run(245, step_rows, 3).collect::<Vec<_>>(), &[20, 3]);
+        check_bits(&simulation, &run(1015, step_rows, 3).collect::<Vec<_>>(), &[4, 40]);
+        let own = step_rows - 5;
+        let rows: Vec<_> = run(1300, 3, 1).chain(run(1100, own, 2)).chain([(40, 3), (300, 4)]).collect();
+        check_bits(&simulation, &rows, &[40, 5]);
+    }
 }
 
 /// Contexts of 1, 3, 8, 9 and 20 chunks, alone and together.

@@ -13,7 +13,6 @@ use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{Interpreter, Row};
 use tilec_ir::graph::{Graph, Op};
-use tilec_ir::launch::STEP_ROWS;
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::resident::ResidentProgram;
 use tilec_ir::spec::{Activations, DflashSpec, Draft, ModelSpec, WeightFormat};
@@ -123,9 +122,10 @@ impl Pair {
     fn step(&self, rows: &[Row]) -> Vec<f32> {
         assert!(rows.len() <= ROWS);
         let mut logits = Vec::new();
-        for (number, rows) in rows.chunks(STEP_ROWS).enumerate() {
+        let most = self.target.program.step_rows;
+        for (number, rows) in rows.chunks(most).enumerate() {
             let all: Vec<usize> = (0..rows.len()).collect();
-            let at = number * STEP_ROWS * self.tap_cols;
+            let at = number * most * self.tap_cols;
             let seed = self.seed();
             logits.extend(self.target.launch_at(rows, &all, 1, [2 + seed as usize % 3, 0, at], seed).logits);
         }
@@ -135,7 +135,7 @@ impl Pair {
 
     /// Adds rows of the last step to the draft's context.
     fn inject(&self, rows: &[Row], chosen: &[usize]) {
-        for chosen in chosen.chunks(STEP_ROWS) {
+        for chosen in chosen.chunks(self.inject.program.step_rows) {
             let rows: Vec<Row> =
                 chosen.iter().map(|number| Row { token: *number as u32, ..rows[*number] }).collect();
             let seed = self.seed();
@@ -195,10 +195,10 @@ fn check_random_context(pair: &Pair, lengths: &[usize], bound: f64) {
         (state >> 40) as f32 / (1 << 23) as f32 - 1.0
     };
     for (sequence, length) in lengths.iter().enumerate() {
-        for first in (0..*length).step_by(STEP_ROWS) {
-            let rows: Vec<Row> = (first..*length.min(&(first + STEP_ROWS)))
-                .map(|position| row(0, position, sequence))
-                .collect();
+        let most = pair.inject.program.step_rows;
+        for first in (0..*length).step_by(most) {
+            let rows: Vec<Row> =
+                (first..*length.min(&(first + most))).map(|position| row(0, position, sequence)).collect();
             // Rows of the taps in another order than those of the launch.
             let taps: Vec<f32> = (0..rows.len() * pair.tap_cols).map(|_| random()).collect();
             let reversed: Vec<f32> = taps.chunks(pair.tap_cols).rev().flatten().copied().collect();

@@ -59,7 +59,7 @@ extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
         b.choose_by_chance();
         if (lane_id() < rows) {
           if (blockIdx.x == 0) {
-            store_host(args.chosen + b.step * STEP_ROWS + lane_id(), ~(u32)load_relaxed(&b.sync().best[b.step % 3][lane_id()]) + 1);
+            store_host(args.chosen + b.step * LAUNCH_ROWS + lane_id(), ~(u32)load_relaxed(&b.sync().best[b.step % 3][lane_id()]) + 1);
             b.sync().best[(b.step + 2) % 3][lane_id()] = 0;
           }
           ++shared.position[lane_id()];
@@ -72,8 +72,7 @@ extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
 "#;
 
 /// Sizes that the headers ask for.
-const SIZES: &str =
-    "constexpr u32 SLOT_BYTES = 16384, RING_SLOTS = 4, STAGES = 1, SCRATCH_BYTES = 15616, SCALE_BYTES = 0;";
+const SIZES: &str = "constexpr u32 STEP_ROWS = 8, SLOT_BYTES = 16384, RING_SLOTS = 4, STAGES = 1, SCRATCH_BYTES = 15616, SCALE_BYTES = 0;";
 
 /// The choice alone, of logits of any kind.
 struct Chooser(tempfile::TempDir);
@@ -105,9 +104,9 @@ impl Chooser {
         let sizes = [256, 1024, 1, rows.len(), rows.len(), run.steps, vocab, 1, shared_bytes, 0, 0];
         let mut launch: Vec<u32> = sizes.map(|size| size as u32).to_vec();
         let positions: Vec<u32> = rows.iter().map(|(_, position)| *position).collect();
-        launch.extend([0; STEP_ROWS]);
+        launch.extend([0; LAUNCH_ROWS]);
         launch.extend(&positions);
-        launch.resize(sizes.len() + 4 * STEP_ROWS, 0);
+        launch.resize(sizes.len() + 4 * LAUNCH_ROWS, 0);
         launch.extend(sampling_words(&rows.iter().map(|(row, _)| *row).collect::<Vec<_>>()));
         let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
         std::fs::write(self.0.path().join("launch.bin"), bytes).unwrap();
@@ -117,7 +116,7 @@ impl Chooser {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let chosen = words(&std::fs::read(self.0.path().join("chosen.bin")).unwrap());
         let tokens = |step: &[u32]| step[..rows.len()].iter().map(|word| word.wrapping_sub(1)).collect();
-        chosen.chunks(STEP_ROWS).map(tokens).collect()
+        chosen.chunks(LAUNCH_ROWS).map(tokens).collect()
     }
 
     /// Wants the host's tokens of all rows and steps; those of the first step.
@@ -201,7 +200,7 @@ fn kernels_choose_the_very_tokens_of_the_host() {
     for (vocab, rounds) in [(1, 2), (7, 3), (256, 4), (1001, 12), (5003, 16), (70_001, 2)] {
         for round in 0..rounds {
             let blocks = numbers.pick(&[1, 3, 4, 7, 11]);
-            let count = numbers.pick(&[1, 1, 2, 3, 5, STEP_ROWS]);
+            let count = numbers.pick(&[1, 1, 2, 3, 5, 8]);
             let mut logits = Vec::new();
             let mut rows = Vec::new();
             for row in 0..count as u32 {
@@ -261,10 +260,9 @@ fn kernels_count_what_is_far_away() {
     let mut far = 0;
     for (round, blocks) in (0..).zip([3, 9, 24]) {
         // 16 to 17 powers of two.
-        let mut logits: Vec<f32> =
-            (0..vocab * STEP_ROWS).map(|_| -11.8 + 0.6 * numbers.next() as f32).collect();
+        let mut logits: Vec<f32> = (0..vocab * 8).map(|_| -11.8 + 0.6 * numbers.next() as f32).collect();
         let mut rows = Vec::new();
-        for row in 0..STEP_ROWS {
+        for row in 0..8 {
             logits[row * vocab + numbers.below(vocab)] = 0.0;
             let cut = SamplingParams {
                 top_k: 20_000 + numbers.below(50_000) as u32,

@@ -5,13 +5,26 @@ use super::{
     Simulation, Weights, deviation, gpt_oss, llama, long, mimo_fused, qwen3_moe, row, short_experts,
 };
 use serde_json::Value;
+use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{Interpreter, Row};
 use tilec_ir::spec::Shard;
 
 /// Six rows of one sequence and two of another.
 fn first_rows() -> Vec<Row> {
-    (0..6).map(|n| row(n * 7 % 24, n as usize, 0)).chain([row(3, 0, 1), row(9, 1, 1)]).collect()
+    wide_rows(8)
+}
+
+/// Three quarters of so many rows of one sequence, the others of another.
+fn wide_rows(count: usize) -> Vec<Row> {
+    let first = count * 3 / 4;
+    let one = (0..first).map(|n| row(n as u32 * 7 % 24, n, 0));
+    one.chain((0..count - first).map(|n| row((3 + n as u32 * 6) % 24, n, 1))).collect()
+}
+
+/// Sizes of a small kernel with so many rows a step.
+fn sizes(step_rows: usize) -> Sizes {
+    Sizes { context: 256, step_rows }
 }
 
 /// One step of rows, in two orders; `seeds` are those of further orders that have to give the same bits, in the cache
@@ -48,19 +61,34 @@ fn check_long(config: &Value, weights: Format, experts: Option<Format>, bound: f
 
 /// Two steps, each in `seeds` further orders; rows alone; three steps of one launch.
 fn check_steps(config: &Value, weights: Format, experts: Option<Format>, seeds: usize, bound: f64) {
-    let simulation = Simulation::new(config, weights, experts, 256);
+    check_wide_steps(config, weights, experts, 8, seeds, bound);
+}
+
+/// The same with a kernel of so many rows a step, which steps fill but for one.
+fn check_wide_steps(
+    config: &Value,
+    weights: Format,
+    experts: Option<Format>,
+    step_rows: usize,
+    seeds: usize,
+    bound: f64,
+) {
+    let simulation = Simulation::new(config, weights, experts, sizes(step_rows));
     let vocab = simulation.program.vocab;
     let weights = Weights(&simulation);
     let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
-    let second: Vec<Row> = (6..9)
-        .map(|n| row(n * 7 % 24, n as usize, 0))
-        .chain((2..6).map(|n| row(n * 5 % 24, n as usize, 1)))
+    let first = wide_rows(step_rows);
+    let (one, other) = (step_rows * 3 / 4, step_rows / 4);
+    let more = step_rows / 2;
+    let second: Vec<Row> = (one..one + more - 1)
+        .map(|n| row(n as u32 * 7 % 24, n, 0))
+        .chain((other..other + more).map(|n| row(n as u32 * 5 % 24, n, 1)))
         .collect();
-    for (number, rows) in [first_rows(), second].into_iter().enumerate() {
+    for (number, rows) in [first, second].into_iter().enumerate() {
         check_step(&simulation, &mut interpreter, &rows, [number, seeds], bound);
     }
     // The second sequence's rows alone.
-    let ends: Vec<Row> = [row(1, 9, 0), row(2, 6, 1)].into();
+    let ends: Vec<Row> = [row(1, one + more - 1, 0), row(2, other + more, 1)].into();
     let before = simulation.cache();
     let both = simulation.launch(&ends, 1, 4, 20);
     simulation.write_cache(&before);
@@ -93,6 +121,79 @@ fn llama_in_f16() {
 #[test]
 fn llama_in_fp8() {
     check_steps(&llama(), Format::FP8_BLOCK, None, 1, 0.03);
+}
+
+/// The same rows by kernels of 8, 16 and 32 rows a step have the same bits, beside other rows as well. (Where rows are
+/// multiplied in parts, these are others, and so are the bits.)
+fn check_widths(config: &Value, weights: Format, experts: Option<Format>) {
+    let rows = first_rows();
+    let narrow = Simulation::new(config, weights, experts, sizes(8)).launch(&rows, 1, 3, 1);
+    for step_rows in [16, 32] {
+        let wide = Simulation::new(config, weights, experts, sizes(step_rows));
+        let before = wide.cache();
+        let alone = wide.launch(&rows, 1, 4, 2);
+        assert!(alone.logits == narrow.logits, "{step_rows} rows a step have other bits");
+        wide.write_cache(&before);
+        // Another sequence's rows in front.
+        let others = step_rows - rows.len();
+        let all: Vec<Row> =
+            (0..others).map(|n| row(n as u32 * 3 % 24, n, 2)).chain(rows.iter().copied()).collect();
+        let company = wide.launch(&all, 1, 5, 3);
+        assert!(
+            company.logits[others * wide.program.vocab..] == narrow.logits,
+            "{step_rows}: company changes bits"
+        );
+    }
+}
+
+#[test]
+fn width_changes_no_bit_of_llama() {
+    for weights in [Format::BF16, Format::F16, Format::FP8_BLOCK] {
+        check_widths(&llama(), weights, None);
+    }
+}
+
+#[test]
+fn width_changes_no_bit_of_a_mixture() {
+    check_widths(&qwen3_moe(), Format::BF16, Some(Format::MXFP4));
+    check_widths(&gpt_oss(), Format::F16, Some(Format::F16));
+}
+
+#[test]
+fn sixteen_rows_of_llama() {
+    check_wide_steps(&llama(), Format::BF16, None, 16, 2, 0.03);
+    check_wide_steps(&llama(), Format::F16, None, 16, 0, 0.01);
+}
+
+#[test]
+fn thirty_two_rows_of_llama() {
+    check_wide_steps(&llama(), Format::BF16, None, 32, 1, 0.03);
+    check_wide_steps(&llama(), Format::FP8_BLOCK, None, 32, 0, 0.03);
+}
+
+#[test]
+fn sixteen_rows_of_gpt_oss() {
+    check_wide_steps(&gpt_oss(), Format::F16, Some(Format::F16), 16, 1, 0.01);
+}
+
+#[test]
+fn sixteen_rows_of_qwen3_moe() {
+    check_wide_steps(&qwen3_moe(), Format::BF16, Some(Format::MXFP4), 16, 1, 0.03);
+}
+
+#[test]
+fn thirty_two_rows_of_mimo() {
+    check_wide_steps(&mimo_fused(), Format::FP8_BLOCK, Some(Format::MXFP4), 32, 1, 0.03);
+}
+
+#[test]
+fn wide_steps_of_long_rows() {
+    for (weights, step_rows) in [(Format::BF16, 16), (Format::FP8_BLOCK, 16), (Format::BF16, 32)] {
+        let simulation = Simulation::new(&long(40, 4168), weights, None, sizes(step_rows));
+        let weights = Weights(&simulation);
+        let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+        check_step(&simulation, &mut interpreter, &wide_rows(step_rows), [0, 1], 0.03);
+    }
 }
 
 #[test]

@@ -13,7 +13,6 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 use tilec_ir::cost::StageCost;
-use tilec_ir::launch::STEP_ROWS;
 use tilec_ir::plan::{Plan, PlanLimits};
 use tilec_runtime::cuda::{Ceiling, DeviceInfo, RandomRouting};
 use tilec_runtime::engine::{Engine, RowInput};
@@ -246,21 +245,21 @@ impl Test {
     /// Launches' worth of steps in one measurement: each reads the weights once.
     fn passes(&self, plan: &Plan) -> usize {
         match self {
-            Test::Decode { rows, steps, .. } => steps * rows.div_ceil(STEP_ROWS),
-            Test::Block { rows, .. } => BLOCK_STEPS * rows.div_ceil(STEP_ROWS),
+            Test::Decode { rows, steps, .. } => steps * rows.div_ceil(pass_rows(plan)),
+            Test::Block { rows, .. } => BLOCK_STEPS * rows.div_ceil(pass_rows(plan)),
             Test::Prompt { tokens } => {
                 let most = plan.limits.max_rows.max(1);
-                (0..*tokens).step_by(most).map(|at| most.min(tokens - at).div_ceil(STEP_ROWS)).sum()
+                (0..*tokens).step_by(most).map(|at| most.min(tokens - at).div_ceil(pass_rows(plan))).sum()
             }
             Test::Rounds { forced, tokens, .. } => (*tokens as f64 / forced.accept).ceil() as usize,
         }
     }
 
     /// Bytes that must be read and written, and those that the kernel moves: it reads the weights once
-    /// for every [`STEP_ROWS`] rows; of experts those of `distinct` ones each time, or as many as are to be
+    /// for every pass; of experts those of `distinct` ones each time, or as many as are to be
     /// expected.
     fn bytes(&self, plan: &Plan, distinct: Option<f64>) -> (f64, f64) {
-        let passes = |rows: usize| rows.div_ceil(STEP_ROWS);
+        let passes = |rows: usize| rows.div_ceil(pass_rows(plan));
         match self {
             Test::Decode { rows, start, steps, .. } => {
                 // Steps that are equally long apart are at their mean position on average.
@@ -340,6 +339,11 @@ pub fn expert_layers(plan: &Plan) -> usize {
 }
 
 /// Measures once: seconds of a step, of a round, or of the prompt; and what rounds were made of.
+/// Rows for which the plan's kernel reads the weights once.
+fn pass_rows(plan: &Plan) -> usize {
+    plan.resident.map_or(1, |kernel| kernel.step_rows)
+}
+
 fn measure(engine: &mut Engine, test: &Test, sampling: &SamplingParams) -> Result<(f64, Option<Rounds>)> {
     let vocab = engine.plan().vocab;
     match *test {
@@ -534,7 +538,7 @@ impl Report<'_> {
         format!(
             "{}, {} parameters, {} packed, {}\n{}\n{}\n\
              ms: median of {} repeats, of a step, of a round, or of the whole prompt (pp). GB: what the kernel moves; it \
-             reads the weights once for every {STEP_ROWS} rows. floor: the weights once, each context and the \
+             reads the weights once for every {} rows. floor: the weights once, each context and the \
              activations, at the read ceiling. experts: those of a layer whose weights a pass reads.\n\
              read ceiling {:.0} GB/s, median {:.0} GB/s of {} passes over {}\n\
              GPU memory: weights {}, KV cache {}, activations and tables {}\n{}",
@@ -545,6 +549,7 @@ impl Report<'_> {
             self.chosen(),
             table.markdown(),
             self.lines.first().map_or(0, |line| line.seconds.len()),
+            pass_rows(self.plan),
             best / 1e9,
             self.ceiling.median() / 1e9,
             self.ceiling.passes.len(),
@@ -686,7 +691,12 @@ pub mod tests {
                 cost("head", 1, 5000, 0, 20),
             ],
             code: PlanFile { file: "kernel.cubin".into(), sha256: String::new() },
-            resident: Some(ResidentPlan { launch_version: LAUNCH_VERSION, threads: 384, shared_bytes: 0 }),
+            resident: Some(ResidentPlan {
+                launch_version: LAUNCH_VERSION,
+                threads: 384,
+                shared_bytes: 0,
+                step_rows: 8,
+            }),
             shard: None,
             draft: None,
             texts: Vec::new(),

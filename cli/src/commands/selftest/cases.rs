@@ -18,8 +18,8 @@ pub const CONTEXT: usize = 384;
 /// Rows that a step of a case can have, so that a whole prompt is one step.
 pub const ROWS: usize = 320;
 
-/// Sequences of a case: as many as a pass has rows.
-pub const SEQUENCES: usize = tilec_ir::launch::STEP_ROWS;
+/// Sequences of a case: two slices of a pass.
+pub const SEQUENCES: usize = 2 * tilec_ir::launch::SLICE_ROWS;
 
 /// Deviation of the scores of attention. At 1 many positions weigh the same, and the average of their
 /// values all but vanishes behind the residual.
@@ -44,6 +44,9 @@ pub const SHARES: std::ops::Range<usize> = EXPERTS.end..EXPERTS.end + 3;
 
 /// The cases with a draft.
 pub const DRAFTS: std::ops::Range<usize> = SHARES.end..SHARES.end + 8;
+
+/// Rows of a pass, in turn.
+const PASS_ROWS: [usize; 3] = [8, 16, 32];
 
 /// Folder of a case's draft, in that of its checkpoint.
 pub const DRAFT_FOLDER: &str = "dflash";
@@ -121,6 +124,8 @@ pub struct Case {
     pub fp8: bool,
     /// Whether its experts are converted to FP4.
     pub fp4_experts: bool,
+    /// Rows of a pass: 8, 16 or 32.
+    pub pass_rows: usize,
     /// Elements of its KV cache.
     pub kv: KvType,
     /// Decoder layers.
@@ -257,6 +262,7 @@ impl Case {
         if let Some(window) = window {
             name.push_str(&format!(" w{window}+{first_window}"));
         }
+        name.push_str(&format!(" r{}", PASS_ROWS[number % 3]));
         let draft = drafts.then(|| {
             let mut random = Random::new(seed, 20_000 + number as u64);
             let (draft, what) = DraftCase::new(&mut random, hidden, layers, vocab);
@@ -270,6 +276,7 @@ impl Case {
             stored,
             fp8,
             fp4_experts,
+            pass_rows: PASS_ROWS[number % 3],
             kv,
             layers,
             vocab,
@@ -334,6 +341,7 @@ impl Case {
             stored: Format::BF16,
             fp8,
             fp4_experts: false,
+            pass_rows: PASS_ROWS[number % 3],
             kv,
             layers: 2,
             vocab,
@@ -417,6 +425,7 @@ impl Case {
             stored: Format::BF16,
             fp8: kind == 2,
             fp4_experts: kind == 1,
+            pass_rows: PASS_ROWS[number % 3],
             kv,
             layers,
             vocab,
@@ -480,7 +489,12 @@ impl Case {
         if let Some(Shard { rank, ranks }) = self.shard {
             (spec.target.gpus, spec.target.only_rank) = (Some(ranks), Some(rank));
         }
-        spec.limits = spec::Limits { sequences: SEQUENCES, context: Some(CONTEXT), rows: ROWS };
+        spec.limits = spec::Limits {
+            sequences: SEQUENCES,
+            context: Some(CONTEXT),
+            rows: ROWS,
+            pass_rows: Some(self.pass_rows),
+        };
         spec
     }
 

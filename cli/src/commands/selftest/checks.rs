@@ -12,7 +12,8 @@ pub(super) const DECODED: usize = 24;
 
 /// Positions of the sequences that share a step, the row of that step included: chunks of attention end
 /// at 128.
-pub(super) const LENGTHS: [usize; SEQUENCES] = [1, 127, 128, 129, 300, 2, 257, 64];
+pub(super) const LENGTHS: [usize; SEQUENCES] =
+    [1, 127, 128, 129, 300, 2, 257, 64, 33, 5, 140, 1, 128, 255, 90, 17];
 
 /// Name of the check against the reference.
 pub const PROMPT: &str = "prompt against the interpreter";
@@ -394,7 +395,7 @@ impl Bench<'_> {
         // Rows of a prompt that end inside of a pass move the others to a later one: sequence 5 begins
         // anew, with more and more rows.
         let others = [4, 0, 3, 2, 1, 7, 6];
-        for before in [2, 7, 13] {
+        for before in [2, 7, 9, 13, 25] {
             let tokens = self.tokens(5);
             let mut step = sequence_rows(5, 0, &tokens[..before]);
             step.extend(others.iter().map(|sequence| last[*sequence]));
@@ -482,10 +483,15 @@ impl Bench<'_> {
         Ok(chosen)
     }
 
+    /// Sequences that a launch decodes.
+    fn together(&self) -> usize {
+        self.case.pass_rows.min(SEQUENCES)
+    }
+
     fn decode(&mut self) -> Checked {
         let last = self.last_rows();
         let mut rows = 0;
-        for picked in [vec![0], vec![4], vec![3, 1, 6], (0..SEQUENCES).collect()] {
+        for picked in [vec![0], vec![4], vec![3, 1, 6], (0..self.together()).collect()] {
             let step: Vec<RowInput> = picked.iter().map(|sequence| last[*sequence]).collect();
             rows += DECODED * step.len();
             let check = |bench: &mut Self| -> Result<(), Stop> {
@@ -503,7 +509,8 @@ impl Bench<'_> {
         let last = self.last_rows();
         let mut random = Random::new(self.case.seed, SAMPLING_STREAM);
         let mut rows = 0;
-        let groups: [&[usize]; 4] = [&[2], &[5, 0, 7], &[1, 6], &[0, 1, 2, 3, 4, 5, 6, 7]];
+        let all: Vec<usize> = (0..self.together()).collect();
+        let groups: [&[usize]; 4] = [&[2], &[5, 0, 7], &[1, 6], &all];
         for picked in groups {
             let step: Vec<RowInput> = picked.iter().map(|sequence| last[*sequence]).collect();
             let sampling: Vec<SamplingParams> =
@@ -565,7 +572,8 @@ impl Bench<'_> {
 
     /// All sequences decode, then a step's logits tell whether keys, values and all else are the same.
     fn repeats(&mut self, repeats: usize) -> Checked {
-        let step = self.last_rows();
+        let mut step = self.last_rows();
+        step.truncate(self.together());
         let mut rows = 0;
         let mut first: Option<(Vec<Vec<u32>>, Vec<f32>)> = None;
         for repeat in 0..repeats {

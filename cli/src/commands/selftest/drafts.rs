@@ -11,7 +11,6 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tilec_ir::graph::Op;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
-use tilec_ir::launch::STEP_ROWS;
 use tilec_runtime::engine::BlockInput;
 use tilec_runtime::sampling::SamplingParams;
 
@@ -286,10 +285,10 @@ impl Bench<'_> {
             bench.machine.poison()?;
             let mut blocks = Vec::new();
             for (number, sequence) in TOGETHER.into_iter().enumerate() {
-                let length = LENGTHS[sequence].min(CONTEXT - STEP_ROWS);
+                let length = LENGTHS[sequence].min(CONTEXT - bench.prepared.draft_rows);
                 let tokens = bench.case.tokens(100 + sequence as u64, length + 1);
                 bench.feed_draft(sequence as u32, &tokens[..length], &[31])?;
-                let rows = [2, 8, 3, 5][number];
+                let rows = [2, bench.prepared.draft_rows, 3, 5][number].min(bench.prepared.draft_rows);
                 blocks.push(BlockInput {
                     token: tokens[length],
                     position: length as u32,
@@ -337,7 +336,7 @@ impl Bench<'_> {
             bench.machine.poison()?;
             bench.feed_draft(0, before, &[before.len().max(1)])?;
             let first = sequence_rows(0, before.len() as u32, &[*last]);
-            let steps = bench.stepwise(&first, &[params], DECODED + STEP_ROWS)?;
+            let steps = bench.stepwise(&first, &[params], DECODED + bench.prepared.draft_rows)?;
             let wanted: Vec<u32> = steps.into_iter().flatten().collect();
 
             bench.machine.poison()?;

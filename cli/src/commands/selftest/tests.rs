@@ -280,6 +280,7 @@ struct FakeDraft<'a> {
     inject: Interpreter<'a>,
     block: Interpreter<'a>,
     mask: u32,
+    block_rows: usize,
     /// Taps of the last step, and its rows.
     taps: Vec<f32>,
     rows: Vec<RowInput>,
@@ -337,7 +338,7 @@ impl Machine for Fake<'_> {
                 Fault::Company if rows.iter().any(|other| other.sequence != rows[row].sequence) => {
                     bit(logits)
                 }
-                Fault::Place if row == 7 && rows.len() == 8 => bit(logits),
+                Fault::Place if row == 7 && [8, 16].contains(&rows.len()) => bit(logits),
                 Fault::Poison if self.poisoned => bit(logits),
                 Fault::Race if self.steps > 892 => bit(logits),
                 _ => {}
@@ -406,7 +407,7 @@ impl Machine for Fake<'_> {
             let row = draft.rows[*number as usize];
             chosen.push(Row { token: 0, position: row.position as usize, sequence: row.sequence });
             let next = self.fault == Fault::Tap
-                || self.fault == Fault::Commit && rows.len() == 2 && draft.rows.len() == 8;
+                || self.fault == Fault::Commit && rows.len() == 2 && draft.rows.len() == draft.block_rows;
             let from = (*number as usize + usize::from(next)).min(draft.rows.len() - 1);
             taps.extend(&draft.taps[from * cols..][..cols]);
         }
@@ -446,6 +447,7 @@ fn failed_checks(case: &Case, model: &Model, prepared: &Prepared, fault: Fault) 
         inject: Interpreter::new(&draft.inject, inject).unwrap(),
         block: Interpreter::new(&draft.block, block).unwrap(),
         mask: draft.draft.mask_token,
+        block_rows: draft.rows,
         taps: Vec::new(),
         rows: Vec::new(),
     });
