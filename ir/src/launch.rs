@@ -109,8 +109,8 @@ pub struct LaunchArgs {
     pub stop_count: u32,
     /// The launch ends after the step in which any row chose one of these.
     pub stop_tokens: [u32; STOP_TOKENS],
-    /// Bytes of weights that an SM has on their way at the same time, about: enough for the bandwidth, and
-    /// no more, since all other accesses queue up behind them.
+    /// Bytes of weights that an SM has on their way at the same time ahead of its consumers, about: enough for the
+    /// bandwidth, and no more, since all other accesses queue up behind them.
     pub in_flight: u32,
     /// 0, which the compiler cannot know: what is combined with it makes one access wait for another.
     pub zero: u32,

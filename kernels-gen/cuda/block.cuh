@@ -44,6 +44,8 @@ constexpr u32 OTHER_REGISTERS = 72;
 static_assert(CONSUMER_REGISTERS * CONSUMER_THREADS + OTHER_REGISTERS * 128 <= 168 * BLOCK_THREADS);
 constexpr u32 KEPT_REGISTERS = 128;  // of a consumer, for activations
 constexpr u32 SUM_BUFFERS = 8;       // that a stage has at most
+constexpr u32 AHEAD_BYTES = 256 << 10;  // that an SM brings into L2 behind what its ring holds
+constexpr u32 AHEAD_CYCLES = 1600;      // from one piece of them to the next, twice what memory takes for it
 
 #if __CUDA_ARCH__ >= 900
 constexpr u32 FULL_ARRIVALS = 1;      // the loader's announcement; the bytes are counted beside it
@@ -136,6 +138,13 @@ struct Loader : Block {
   u32 oldest_parity = 0;
   u32 in_flight = 0;  // copies that may still be on their way
   u32 routes_parity = 0;
+  // This SM's weights of the stage, tiles of so many bytes that are gridDim.x tiles apart: how many of their bytes have
+  // gone to the ring, and how many were asked for, there or in L2.
+  const u8* tape = nullptr;
+  u32 tile_bytes = 1;
+  u32 position = 0, asked = 0, end = 0;
+  u32 asked_at = 0;   // when that was, in cycles
+  bool fast = false;  // whether consumers are faster than memory: weights are not codes that have to be widened
 
   __device__ __forceinline__ void next_stage() {
     if (lane_id() == 0) ++shared.loader_stage;
@@ -158,7 +167,42 @@ struct Loader : Block {
     }
     return true;
   }
-  __device__ __forceinline__ bool wait_empty() { return wait_unless_ended(&shared.empty[slot], parity, LOADER_SLOT); }
+
+  // Begins a stage whose tiles lie from `from` on: `tiles` of them are this SM's. Without any, nothing is asked for
+  // ahead.
+  __device__ __forceinline__ void begin_tape(bool halves, const u8* from, u32 bytes, u32 tiles) {
+    fast = halves;
+    tape = from;
+    tile_bytes = bytes;
+    position = asked = 0;
+    end = tiles * bytes;
+  }
+  // Whether the consumers have come to the stage that is streamed. Control may go on at any time: this says
+  // only what is best for now.
+  __device__ __forceinline__ bool here() const { return __any_sync(~0u, *(volatile u32*)&shared.stage == number); }
+  // Brings what comes next into L2, at half of the memory's rate. False if there is nothing more to be asked for.
+  __device__ __forceinline__ bool look_ahead() {
+    if (asked < position) asked = position;
+    if (asked >= end || asked >= position + AHEAD_BYTES) return false;
+    const u32 now = __shfl_sync(~0u, cycles(), 0);
+    if (now - asked_at < AHEAD_CYCLES) return true;
+    asked_at = now;
+    const u32 tile = asked / tile_bytes, at = asked % tile_bytes, bytes = least(tile_bytes - at, SLOT_BYTES);
+    if (lane_id() == 0) prefetch_bulk(tape + (u64)tile * gridDim.x * tile_bytes + at, bytes);
+    asked += bytes;
+    return true;
+  }
+  // While the ring is full because the consumers are in an earlier stage, memory has nothing to do.
+  __device__ __forceinline__ bool wait_empty() {
+    shared.waiting[anew(warp_id())] = LOADER_SLOT;
+    bool ahead = position < end;
+#pragma unroll 1
+    while (!__all_sync(~0u, ahead ? barrier_test(&shared.empty[slot], parity) : barrier_try(&shared.empty[slot], parity))) {
+      if (!more()) return false;
+      ahead = ahead && !here() && look_ahead();
+    }
+    return true;
+  }
   // The consumers have chosen the layer's experts.
   __device__ __forceinline__ bool wait_routes(u64* routed) {
     const bool there = wait_unless_ended(routed, routes_parity, LOADER_ROUTES);
@@ -169,14 +213,18 @@ struct Loader : Block {
   // Streams one piece of at most SLOT_BYTES; `usual` bytes is what the stage's pieces have.
   __device__ __forceinline__ bool piece(const u8* from, u32 bytes, u32 usual) {
     if (!wait_empty()) return false;
-    // What is on its way delays every other access of the chip; more than this adds no bandwidth.
-    const u32 wanted = (args.in_flight + usual / 2) / usual, most = wanted == 0 ? 1 : least(wanted, RING_SLOTS);
+    // What is on its way delays every other access of the chip: sums, rows, the crossing itself. So it is as little as the
+    // memory's rate needs, or a little more for codes. But consumers that have come to the stage, and are faster than
+    // memory, wait for nothing else: there, three times as much keeps memory busy.
+    const u32 wanted = !fast ? args.in_flight * 3 / 2 : here() ? args.in_flight * 3 : args.in_flight;
+    const u32 most = least(max((wanted + usual - 1) / usual, 1u), RING_SLOTS);
 #pragma unroll 1
     for (; in_flight >= most; --in_flight) {
       barrier_wait(*this, &shared.full[oldest], oldest_parity, CONSUMER_WEIGHTS);
       if (++oldest == RING_SLOTS) { oldest = 0; oldest_parity ^= 1; }
     }
     ++in_flight;
+    position += bytes;
 #if __CUDA_ARCH__ >= 900
     if (lane_id() == 0) {
       barrier_arrive_expect(&shared.full[slot], bytes);

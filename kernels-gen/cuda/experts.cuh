@@ -292,6 +292,7 @@ template <class S, class Work> __device__ __forceinline__ bool second_tiles(cons
 
 template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, const u8* weights) {
   const Routes& routes = routes_of(b);
+  b.begin_tape(S::Weights::LANE_COLUMNS == 8, nullptr, 1, 0);
   if (S::FIRST && !b.wait_routes(&routes_of(b).routed)) return false;
   const u32 count = routes.count;
   auto tile = [&](u32 number, u32 tile) {

@@ -100,6 +100,13 @@ __device__ __forceinline__ uint4 load4(const u32* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
+// A clock of the SM.
+__device__ __forceinline__ u32 cycles() {
+  u32 now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+  return now;
+}
+
 // Brings a line into L2.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -188,6 +195,14 @@ __device__ __forceinline__ void barrier_arrive(u64* b) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
 
+// Whether the phase of this parity is over; `barrier_try` may wait for it for a while.
+__device__ __forceinline__ bool barrier_test(u64* b, u32 parity) {
+  u32 done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
+  return done != 0;
+}
+
 #if __CUDA_ARCH__ >= 900
 // `count` arrivals.
 __device__ __forceinline__ void barrier_arrive(u64* b, u32 count) {
@@ -198,6 +213,10 @@ __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) {
   asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
   return done != 0;
+}
+// Brings `bytes` (a multiple of 16) into L2.
+__device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 // One thread announces `bytes` of a copy and arrives.
 __device__ __forceinline__ void barrier_arrive_expect(u64* b, u32 bytes) {
@@ -223,12 +242,9 @@ __device__ __forceinline__ void copy_piece(void* to, const void* from) {
 __device__ __forceinline__ void copy_arrive(u64* b) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(b)) : "memory");
 }
-__device__ __forceinline__ bool barrier_try(u64* b, u32 parity) {
-  u32 done;
-  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done) : "r"(shared_address(b)), "r"(parity) : "memory");
-  return done != 0;
-}
+__device__ __forceinline__ bool barrier_try(u64* b, u32 parity) { return barrier_test(b, parity); }
+// No such instruction: weights come when they are copied.
+__device__ __forceinline__ void prefetch_bulk(const void*, u32) {}
 #endif
 
 // Four bytes into shared memory, by the lane that asks; a group of them is what was asked for since the last.

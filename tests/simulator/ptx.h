@@ -8,6 +8,7 @@ template <u32 THREADS> __device__ __forceinline__ void block_barrier(u32 number)
 __device__ __forceinline__ u32 anew(u32 v) { return v; }
 __device__ __forceinline__ u64 far(u64 offset) { return offset; }
 __device__ __forceinline__ u64 global_timer() { return machine::time(); }
+__device__ __forceinline__ u32 cycles() { return (u32)machine::time(); }
 
 __device__ __forceinline__ void add_release(u32* p, u32 n) { machine::yield(); *p += n; }
 __device__ __forceinline__ u32 load_acquire(const u32* p) { machine::yield(); return *(const volatile u32*)p; }
@@ -102,6 +103,12 @@ __device__ __forceinline__ void barrier_arrive(u64* b, u32 count) {
   for (u32 i = 0; i < count; ++i) barrier_arrive(b);
 }
 __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) { return machine::barrier_try((uint64_t*)b, parity); }
+__device__ __forceinline__ bool barrier_test(u64* b, u32 parity) { return barrier_try(b, parity); }
+// Changes nothing, but it has to be there.
+__device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
+  const volatile u8* at = (const volatile u8*)from;
+  if (bytes == 0 || bytes % 16 != 0 || (size_t)from % 16 != 0 || at[0] + at[bytes - 1] > 510) __builtin_trap();
+}
 __device__ __forceinline__ void barrier_expect(u64* b, u32 bytes) { machine::barrier_expect((uint64_t*)b, bytes); }
 __device__ __forceinline__ void barrier_arrive_expect(u64* b, u32 bytes) {
   machine::barrier_expect((uint64_t*)b, bytes);
