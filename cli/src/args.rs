@@ -437,7 +437,7 @@ pub struct BenchArgs {
     /// Repeats that are counted [default: 5, on a GPU 9]
     #[arg(short, long, value_name = "N", value_parser = count(10_000))]
     pub repeats: Option<u64>,
-    /// On a GPU: sequences in a step [default: 1,8]
+    /// On a GPU: sequences in a step [default: 1,8, and as many as a pass has rows]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = count(1024))]
     pub rows: Vec<u64>,
     /// On a GPU: positions in each sequence's KV cache [default: 512,4096]

@@ -19,7 +19,7 @@ use tilec_runtime::engine::{Engine, RowInput};
 use tilec_runtime::memory::Breakdown;
 use tilec_runtime::sampling::SamplingParams;
 
-/// Sequences in a step, where the command line does not say.
+/// Sequences in a step, where the command line does not say; and as many as a pass has rows.
 const ROWS: [usize; 2] = [1, 8];
 
 /// Positions of each.
@@ -30,7 +30,7 @@ const BLOCK_STEPS: usize = 16;
 
 /// Measures the ceiling of the GPU's memory, then the model.
 pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
-    let mut cases = Cases::of(args, &plan.limits)?;
+    let mut cases = Cases::of(args, &plan.limits, pass_rows(plan))?;
     let repeats = args.repeats.unwrap_or(9) as usize;
     let draft = plan.draft.as_ref().filter(|_| !args.draft.no_draft);
     if let Some(forced) = Forced::new(args, draft.map(|draft| draft.block))? {
@@ -116,7 +116,7 @@ struct Cases {
 
 impl Cases {
     /// Those that the command line asks for, or the defaults that the limits allow.
-    fn of(args: &BenchArgs, limits: &PlanLimits) -> Result<Cases> {
+    fn of(args: &BenchArgs, limits: &PlanLimits, pass_rows: usize) -> Result<Cases> {
         let (prompt, steps) = (args.prompt_tokens as usize, args.generated_tokens as usize);
         if prompt + steps == 0 && args.block.is_none() {
             bail!("nothing to measure: give -p, -n or --block a number above 0");
@@ -137,7 +137,8 @@ impl Cases {
             );
         }
         if rows.is_empty() {
-            rows = ROWS.map(|rows| rows.min(limits.sequences)).into();
+            rows =
+                ROWS.into_iter().chain([pass_rows.max(8)]).map(|rows| rows.min(limits.sequences)).collect();
             rows.dedup();
         }
         if contexts.is_empty() {
@@ -712,7 +713,7 @@ pub mod tests {
     }
 
     fn cases(options: &str) -> Result<Vec<Test>, String> {
-        let cases = Cases::of(&args(options), &toy_plan().limits);
+        let cases = Cases::of(&args(options), &toy_plan().limits, 8);
         cases.map(|cases| cases.tests).map_err(|error| error.to_string())
     }
 
@@ -723,10 +724,13 @@ pub mod tests {
         assert_eq!(cases("").unwrap(), expected);
         let mut limits = toy_plan().limits;
         (limits.sequences, limits.context) = (4, 600);
-        let tests = Cases::of(&args("-p 0"), &limits).unwrap().tests;
+        let tests = Cases::of(&args("-p 0"), &limits, 16).unwrap().tests;
         assert_eq!(tests, [decode(1, 512, 448), decode(4, 512, 448)]);
+        limits.sequences = 40;
+        let tests = Cases::of(&args("-p 0"), &limits, 16).unwrap().tests;
+        assert_eq!(tests, [1, 8, 16].map(|rows| decode(rows, 512, 448)));
         (limits.sequences, limits.context) = (1, 200);
-        assert_eq!(Cases::of(&args("-p 0"), &limits).unwrap().tests, [decode(1, 100, 36)]);
+        assert_eq!(Cases::of(&args("-p 0"), &limits, 16).unwrap().tests, [decode(1, 100, 36)]);
     }
 
     #[test]
@@ -777,7 +781,7 @@ pub mod tests {
 
     #[test]
     fn rounds_are_measured_where_steps_are() {
-        let mut cases = Cases::of(&args("-n 64"), &toy_plan().limits).unwrap();
+        let mut cases = Cases::of(&args("-n 64"), &toy_plan().limits, 8).unwrap();
         let forced = Forced::new(&args("--accept 3.5"), Some(8)).unwrap().unwrap();
         assert_eq!(forced, Forced { block: 8, accept: 3.5 });
         cases.add_rounds(&args("-n 64"), &toy_plan().limits, forced);
