@@ -180,9 +180,10 @@ impl Report<'_> {
             )?;
         }
         let limits = &plan.limits;
+        let pass = plan.resident.map_or(String::new(), |kernel| format!(" ({} a pass)", kernel.step_rows));
         writeln!(
             out,
-            "  limits   {} rows in a step, {} sequences of {} positions\n",
+            "  limits   {} rows in a step{pass}, {} sequences of {} positions\n",
             limits.max_rows, limits.sequences, limits.context
         )?;
 
