@@ -5,7 +5,7 @@ mod models;
 
 use models::{llama, qwen3};
 use serde_json::{Value, json};
-use tilec_codegen::compile::{DraftInput, Input, budget, graphs};
+use tilec_codegen::compile::{DraftInput, Host, Input, budget, compile, graphs};
 use tilec_codegen::emit::cuda::emit;
 use tilec_codegen::frontends;
 use tilec_codegen::nvrtc::{Arch, Budget, CudaText, Nvrtc, Options};
@@ -408,6 +408,37 @@ fn wide_kernels_keep_within_their_registers() {
         error.contains("32 rows a step keeps at most 2048") && error.contains("lower limits.pass_rows"),
         "{error}"
     );
+}
+
+#[test]
+fn plans_for_many_sequences_have_wide_kernels_where_rows_fit() {
+    let plan = |hidden: usize, sequences: usize, pass_rows: Option<usize>| {
+        let mut config = qwen3_moe();
+        (config["hidden_size"], config["num_hidden_layers"]) = (hidden.into(), 1.into());
+        let tensors = frontends::synthetic_tensors(&config, Format::BF16).unwrap();
+        let weights = WeightsFrom::Synthetic { seed: 1, config: Value::Null, tensors: Default::default() };
+        let input = Input {
+            name: "qwen3",
+            config: &config,
+            tensors: &tensors,
+            weights,
+            tokenizer: None,
+            draft: None,
+        };
+        let mut spec = ModelSpec::for_checkpoint("unused");
+        spec.precision.experts = Some(WeightFormat::Converted(Format::MXFP4));
+        (spec.target.device, spec.target.arch) = (Device::Cuda, "sm_90a".into());
+        (spec.limits.sequences, spec.limits.context, spec.limits.pass_rows) =
+            (sequences, Some(64), pass_rows);
+        let compiled = compile(&input, &spec, &Host { threads: 1, cubins: None });
+        compiled.map(|compiled| compiled.plan.resident.unwrap().step_rows).map_err(|error| error.to_string())
+    };
+    assert_eq!(plan(64, 8, None), Ok(8));
+    assert_eq!(plan(64, 9, None), Ok(16));
+    // Rows of experts are not multiplied in parts: what nobody asked for is left, what somebody did is an error.
+    assert_eq!(plan(4104, 9, None), Ok(8));
+    let error = plan(4104, 9, Some(16)).unwrap_err();
+    assert!(error.contains("rows of 4104 columns") && error.contains("lower limits.pass_rows"), "{error}");
 }
 
 #[test]

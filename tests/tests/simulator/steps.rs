@@ -8,6 +8,7 @@ use serde_json::Value;
 use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{Interpreter, Row};
+use tilec_ir::resident::Kind;
 use tilec_ir::spec::Shard;
 
 /// Six rows of one sequence and two of another.
@@ -194,6 +195,20 @@ fn wide_steps_of_long_rows() {
         let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
         check_step(&simulation, &mut interpreter, &wide_rows(step_rows), [0, 1], 0.03);
     }
+}
+
+/// Several octets a tile: their sums over all experts stay in control's registers, of two slices.
+#[test]
+fn wide_steps_of_short_experts() {
+    let simulation = Simulation::new(&short_experts(), Format::BF16, Some(Format::MXFP4), sizes(16));
+    let octets = simulation.program.bodies.iter().flatten().filter_map(|stage| match &stage.kind {
+        Kind::Experts(experts) => Some(experts.tile_octets()),
+        _ => None,
+    });
+    assert!(octets.max().unwrap() > 1, "no tile has several octets");
+    let weights = Weights(&simulation);
+    let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+    check_step(&simulation, &mut interpreter, &wide_rows(16), [0, 1], 0.03);
 }
 
 #[test]
