@@ -140,6 +140,18 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
             cost.macs_per_row = weights.map(|(part, w)| (part.cols * w.operands * w.layout.k) as u64).sum();
         }
         StageAnchor::Route { .. } => cost.anchor = "route".into(),
+        StageAnchor::DynamicConv { input, .. } => {
+            cost.anchor = "dynamic_conv".into();
+            cost.macs_per_row = 2 * program.buffer(*input).cols as u64;
+        }
+        StageAnchor::TopK { .. } => cost.anchor = "top_k".into(),
+        StageAnchor::PairScores { k, tables, .. } => {
+            cost.anchor = "pair_scores".into();
+            // A row reads its own candidates' rows and those of the row before.
+            let rows = tables.iter().map(|(_, layout)| layout.format.stored_bytes(*k, layout.k) as u64);
+            cost.activation_bytes_per_row += rows.sum::<u64>();
+            cost.macs_per_row = (k * k * tables[0].1.k) as u64;
+        }
         StageAnchor::Experts { experts, top_k, .. } => {
             let weights = stage.parts.iter().filter_map(|part| part.weights.map(|weights| (part, weights)));
             let format = weights.clone().map(|(_, weights)| weights.layout.format.to_string()).next();

@@ -53,6 +53,33 @@ pub enum Anchor {
         /// Whether a row also sees the rows of its sequence behind it in the step.
         bidirectional: bool,
     },
+    /// A convolution of the first input over two rows, with a kernel of the row's own in the second; see
+    /// [`crate::graph::Op::DynamicConv`].
+    DynamicConv {
+        /// The kernel's base, `[2, 2, cols]`.
+        weight: String,
+        /// Which half of the kernels.
+        side: usize,
+        /// Columns that share a value of a row's own kernel.
+        group: usize,
+    },
+    /// The tokens of the largest logits; see [`crate::graph::Op::TopK`].
+    TopK {
+        /// How many.
+        k: usize,
+        /// Multiplied into every logit.
+        factor: f32,
+        /// Bound of the logits' magnitudes.
+        softcap: Option<f32>,
+    },
+    /// Scores of pairs of candidates (input 0) by the rows' projections (input 1); see
+    /// [`crate::graph::Op::PairScores`].
+    PairScores {
+        /// `[vocab, rank]`, of the token before.
+        predecessor: String,
+        /// `[vocab, rank]`, of the candidate.
+        successor: String,
+    },
     /// From the input, a router's scores, to the experts of each row and their weights.
     Route(Router),
     /// The input times the transposed weights of each part, `[experts, out, in]`, of the experts that
@@ -75,6 +102,9 @@ impl Anchor {
             Anchor::Rows => "rows",
             Anchor::Gemm => "gemm",
             Anchor::Attention { .. } => "attention",
+            Anchor::DynamicConv { .. } => "dynamic_conv",
+            Anchor::TopK { .. } => "top_k",
+            Anchor::PairScores { .. } => "pair_scores",
             Anchor::Route(_) => "route",
             Anchor::Experts { .. } => "experts",
         }
@@ -363,6 +393,18 @@ impl fmt::Display for Fused {
                     if *bidirectional {
                         write!(f, " bidirectional")?;
                     }
+                }
+                Anchor::DynamicConv { weight, side, group } => {
+                    write!(f, " weight={weight:?} side={side} group={group}")?;
+                }
+                Anchor::TopK { k, factor, softcap } => {
+                    write!(f, " k={k} factor={factor}")?;
+                    if let Some(softcap) = softcap {
+                        write!(f, " softcap={softcap}")?;
+                    }
+                }
+                Anchor::PairScores { predecessor, successor } => {
+                    write!(f, " predecessor={predecessor:?} successor={successor:?}")?;
                 }
                 Anchor::Route(router) => write!(f, " {router}")?,
                 Anchor::Experts { top_k, per_slot } => {

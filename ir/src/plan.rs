@@ -5,6 +5,7 @@
 
 use crate::abi::{ABI_VERSION, KvLayout};
 use crate::cost::StageCost;
+use crate::graph::MAX_CANDIDATES;
 use crate::launch::{LAUNCH_ROWS, LAUNCH_VERSION};
 use crate::pack::Packing;
 use crate::resident::is_step_rows;
@@ -142,6 +143,18 @@ pub struct DraftPlan {
     pub block_pass: ProgramPlan,
     /// Number of `block_pass`'s buffer with the logits, `f32 [logit rows][vocab]`.
     pub logits: usize,
+    /// What chooses among the largest logits, if the draft has that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<SelectorPlan>,
+}
+
+/// Where `block_pass` leaves what guesses are chosen by: see [`crate::graph::Op::PairScores`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SelectorPlan {
+    /// Number of the buffer with the candidates, `routes [logit rows][k]`: tokens, and their logits.
+    pub candidates: usize,
+    /// Number of the buffer with the scores of pairs, `f32 [logit rows][k][k]`.
+    pub scores: usize,
 }
 
 /// What the names of a draft's tensors begin with, beside those of its target.
@@ -413,9 +426,23 @@ impl Plan {
             (Some(_), None) if resident => {}
             _ => return Err("draft.input does not fit the model's taps".into()),
         }
-        match draft.block_pass.buffers.get(draft.logits) {
-            Some(logits) if logits.cols == self.vocab && !logits.quantized() => Ok(()),
-            _ => Err("there is no buffer of the draft's logits".into()),
+        let buffers = &draft.block_pass.buffers;
+        let logits = match buffers.get(draft.logits) {
+            Some(logits) if logits.cols == self.vocab && logits.elem == BufferElem::F32 => logits,
+            _ => return Err("there is no buffer of the draft's logits".into()),
+        };
+        let Some(selector) = draft.selector else { return Ok(()) };
+        match (buffers.get(selector.candidates), buffers.get(selector.scores)) {
+            (Some(candidates), Some(scores))
+                if candidates.elem == BufferElem::Routes
+                    && scores.elem == BufferElem::F32
+                    && candidates.cols <= MAX_CANDIDATES
+                    && scores.cols == candidates.cols * candidates.cols
+                    && (candidates.rows, scores.rows) == (logits.rows, logits.rows) =>
+            {
+                Ok(())
+            }
+            _ => Err("draft.selector names no buffers of candidates and of their pairs' scores".into()),
         }
     }
 }

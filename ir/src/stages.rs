@@ -153,6 +153,43 @@ pub enum StageAnchor {
         /// Whether a row also sees the rows of its sequence behind it in the step.
         bidirectional: bool,
     },
+    /// A convolution over two rows; see [`crate::graph::Op::DynamicConv`].
+    DynamicConv {
+        /// What is convolved, f32.
+        input: BufferId,
+        /// The rows' own kernels, f32.
+        kernel: BufferId,
+        /// f32 `[2][2][cols]`.
+        base: Slot,
+        /// Which half of the kernels.
+        side: usize,
+        /// Columns that share a value of a row's own kernel.
+        group: usize,
+    },
+    /// The tokens of the largest logits; see [`crate::graph::Op::TopK`].
+    TopK {
+        /// The logits, f32.
+        input: BufferId,
+        /// Logits of a row.
+        vocab: usize,
+        /// How many tokens.
+        k: usize,
+        /// Multiplied into every logit.
+        factor: f32,
+        /// Bound of the logits' magnitudes.
+        softcap: Option<f32>,
+    },
+    /// Scores of pairs of candidates; see [`crate::graph::Op::PairScores`].
+    PairScores {
+        /// The candidates.
+        candidates: BufferId,
+        /// Candidates of a row.
+        k: usize,
+        /// The rows' projections, f32.
+        hidden: BufferId,
+        /// Panels of the table of tokens before, and of the table of candidates.
+        tables: [(Slot, PanelLayout); 2],
+    },
     /// From a router's scores to the experts of each row; see [`crate::graph::Router`].
     Route {
         /// The scores, f32.
@@ -366,10 +403,12 @@ impl Stage {
             StageAnchor::Embed { .. } | StageAnchor::Rows { .. } if self.rows == Dim::LogitRows => {
                 Items::LogitRows
             }
+            StageAnchor::TopK { .. } | StageAnchor::PairScores { .. } => Items::LogitRows,
             StageAnchor::Embed { .. }
             | StageAnchor::Input
             | StageAnchor::Taps { .. }
             | StageAnchor::Rows { .. }
+            | StageAnchor::DynamicConv { .. }
             | StageAnchor::Route { .. } => Items::Rows,
             StageAnchor::Gemm { .. } | StageAnchor::Experts { .. } => Items::Tiles,
             StageAnchor::Attention { kv_heads, .. } => Items::HeadRows { kv_heads },
@@ -385,7 +424,13 @@ impl Stage {
             }
             StageAnchor::Rows { input, .. } => vec![(Place::Buffer(*input), Extent::Whole)],
             StageAnchor::Gemm { input } => vec![(Place::Buffer(*input), Extent::Whole)],
-            StageAnchor::Route { input, .. } => vec![(Place::Buffer(*input), Extent::Whole)],
+            StageAnchor::Route { input, .. } | StageAnchor::TopK { input, .. } => {
+                vec![(Place::Buffer(*input), Extent::Whole)]
+            }
+            StageAnchor::DynamicConv { input: one, kernel: other, .. }
+            | StageAnchor::PairScores { candidates: one, hidden: other, .. } => {
+                vec![(Place::Buffer(*one), Extent::Whole), (Place::Buffer(*other), Extent::Whole)]
+            }
             StageAnchor::Experts { input, routes, .. } => {
                 vec![(Place::Buffer(*input), Extent::Whole), (Place::Buffer(*routes), Extent::Whole)]
             }
@@ -465,6 +510,8 @@ pub struct StageProgram {
     pub logits: Option<BufferId>,
     /// Where the taps are, for a model that has a draft.
     pub taps: Option<BufferId>,
+    /// Where the candidates of a draft that has a selector are, and the scores of their pairs.
+    pub pairs: Option<(BufferId, BufferId)>,
     /// What the runtime hands over before the step.
     pub input: Option<BufferId>,
     /// Layout of the KV cache.
@@ -609,6 +656,20 @@ impl StageProgram {
                         "attention of {} heads={heads}{own} scale={scale}{window}{both}{sinks}",
                         buffer(input)
                     )
+                }
+                StageAnchor::DynamicConv { input, kernel, base, side, group } => {
+                    let (input, kernel) = (buffer(input), buffer(kernel));
+                    format!("dynamic_conv of {input} by {base} and {kernel} side={side} group={group}")
+                }
+                StageAnchor::TopK { input, vocab, k, factor, softcap } => {
+                    let softcap = softcap.map_or(String::new(), |softcap| format!(" softcap={softcap}"));
+                    format!("top_k {k} of {vocab} of {} factor={factor}{softcap}", buffer(input))
+                }
+                StageAnchor::PairScores { candidates, k, hidden, tables } => {
+                    let [(before, layout), (behind, _)] = tables;
+                    let (candidates, hidden) = (buffer(candidates), buffer(hidden));
+                    let rank = layout.k;
+                    format!("pair_scores {k}x{k} of {candidates} by {hidden} rank={rank} {before} {behind}")
                 }
                 StageAnchor::Route { input, experts, routing, correction } => {
                     let Routing { scoring, renormalize, top_k, factor } = *routing;

@@ -344,7 +344,10 @@ fn data(stages: &StageProgram, sequence: &[StageAt<'_>], ran: &[Vec<Ran>]) -> Re
     }
     let unread = last_write.iter().filter(|(key, _)| !reads_since.contains_key(key)).find(
         |((place, _), _)| match place {
-            Place::Buffer(id) => ![stages.logits, stages.taps].contains(&Some(*id)),
+            Place::Buffer(id) => {
+                let results = [stages.logits, stages.taps, stages.pairs.map(|(_, scores)| scores)];
+                !results.contains(&Some(*id))
+            }
             Place::Cache => false,
         },
     );

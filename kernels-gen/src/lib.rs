@@ -3,6 +3,7 @@
 //! emits the code.
 
 pub mod attention;
+pub mod conv;
 pub mod cuda;
 pub mod error;
 pub mod experts;
@@ -11,6 +12,7 @@ pub mod gemm;
 pub mod llvm;
 pub mod pieces;
 pub mod rows;
+pub mod selector;
 pub mod target;
 
 pub use error::KernelError;

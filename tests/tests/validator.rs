@@ -241,9 +241,15 @@ fn merge(stage: &mut Stage, kept: BufferId, lost: BufferId) {
         StageAnchor::Rows { input, .. }
         | StageAnchor::Gemm { input }
         | StageAnchor::Route { input, .. }
+        | StageAnchor::TopK { input, .. }
         | StageAnchor::Experts { input, .. }
         | StageAnchor::Attention { input, .. } => {
             swap(input);
+        }
+        StageAnchor::DynamicConv { input: one, kernel: other, .. }
+        | StageAnchor::PairScores { candidates: one, hidden: other, .. } => {
+            swap(one);
+            swap(other);
         }
         StageAnchor::Taps { inputs } => inputs.iter_mut().for_each(swap),
         StageAnchor::Embed { .. } | StageAnchor::Input => {}

@@ -8,7 +8,7 @@ use tilec_ir::abi::ABI_VERSION;
 use tilec_ir::cost::costs;
 use tilec_ir::graph::Graph;
 use tilec_ir::pack::PACK_ALIGN;
-use tilec_ir::plan::{DraftPlan, PLAN_VERSION, Plan, PlanTarget, ProgramPlan};
+use tilec_ir::plan::{DraftPlan, PLAN_VERSION, Plan, PlanTarget, ProgramPlan, SelectorPlan};
 use tilec_ir::spec::{ModelSpec, Target as TargetSpec};
 use tilec_ir::stages::{BufferId, StageProgram};
 use tilec_ir::validate::validate;
@@ -52,6 +52,10 @@ pub(super) fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Re
                 kv: block.kv,
                 input: Some(number(inject.input)),
                 logits: number(block.logits),
+                selector: block.pairs.map(|(candidates, scores)| SelectorPlan {
+                    candidates: candidates.0 as usize,
+                    scores: scores.0 as usize,
+                }),
                 inject: program_plan(&inject, &inject_native, INJECT_OBJECT),
                 block_pass: program_plan(&block, &block_native, BLOCK_OBJECT),
             };

@@ -43,6 +43,9 @@ pub(super) fn compile(
     let mut spec = spec.clone();
     spec.precision.activations = Activations::F32;
     let (graph, draft) = graphs(input, &spec)?;
+    if draft.as_ref().is_some_and(|draft| draft.draft.second.is_some()) {
+        return Err(CompileError::DraftOnGpu);
+    }
     let limits = limits(input, &spec)?;
     let graphs: Vec<&Graph> =
         [&graph].into_iter().chain(draft.iter().flat_map(|draft| [&draft.inject, &draft.block])).collect();
@@ -79,6 +82,7 @@ pub(super) fn compile(
                 kv: block.program.kv,
                 input: None,
                 logits: block_logits,
+                selector: None,
                 inject: inject.plan(inject.program.buffers.clone(), INJECT_CUBIN),
                 block_pass: block.plan(block_buffers, BLOCK_CUBIN),
             };

@@ -192,6 +192,22 @@ pub enum CompileError {
     /// A rank that is none.
     #[error("{0}")]
     Rank(String),
+    /// The draft's config or tensors are not those of a draft for this model.
+    #[error(
+        "the draft {draft}: {source}; take config.json and weights as they were published together, for this model"
+    )]
+    Draft {
+        /// Its folder, or what it is instead.
+        draft: String,
+        /// What is wrong with it.
+        source: frontends::FrontendError,
+    },
+    /// A draft that only the processor runs.
+    #[error(
+        "the draft is of DFlash's second version (convolutions and a candidate selector), which GPUs do not run yet: \
+         use --no-draft, a draft of the first version, or target.device cpu"
+    )]
+    DraftOnGpu,
     /// A draft beside a shard.
     #[error(
         "a draft cannot be shared out among GPUs yet: use --no-draft, or remove `draft` or target.only_rank"
@@ -248,14 +264,19 @@ pub fn graphs(input: &Input<'_>, spec: &ModelSpec) -> Result<(Graph, Option<Draf
         (Some(asked), Some(input_draft)) => {
             let facts = frontends::facts(input.config)?;
             let target = DraftTarget { vocab: facts.vocab, hidden: facts.hidden, layers: facts.layers };
-            let mut draft = Dflash::parse(input_draft.config, target)?;
+            let place = match &input_draft.weights {
+                WeightsFrom::Checkpoint { path } => path.display().to_string(),
+                WeightsFrom::Synthetic { .. } => "with made-up weights".to_string(),
+            };
+            let wrong = |source| CompileError::Draft { draft: place.clone(), source };
+            let mut draft = Dflash::parse(input_draft.config, target).map_err(wrong)?;
             if let Some(theta) = asked.dflash.context_rope_theta {
                 draft.context_rope = Some(RopeSpec { theta: theta as f64, ..draft.rope.clone() });
             }
             let rows = block_rows(&draft, asked.dflash.block, spec)?;
-            draft.tap(&mut graph)?;
-            let mut inject = draft.inject(input_draft.tensors)?;
-            let mut block = draft.block(input_draft.tensors, &graph)?;
+            draft.tap(&mut graph).map_err(wrong)?;
+            let mut inject = draft.inject(input_draft.tensors).map_err(wrong)?;
+            let mut block = draft.block(input_draft.tensors, &graph).map_err(wrong)?;
             // A draft has no experts, and the context none of the target's matrices.
             let of_block = Precision { experts: None, ..spec.precision };
             let of_inject = Precision { embedding: None, head: None, ..of_block };

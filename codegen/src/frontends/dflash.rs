@@ -1,4 +1,4 @@
-//! DFlash drafts (arXiv 2602.06036, first version): a few Qwen3-like layers that fill a block of masks in
+//! DFlash drafts (arXiv 2602.06036): a few Qwen3-like layers that fill a block of masks in
 //! one pass. They have no embedding and no head: those are the target's.
 //!
 //! What the draft knows of the text before the block, it takes from the target: the residual streams
@@ -7,10 +7,11 @@
 //! graphs on one set of caches. [`Dflash::inject`] fills them from the taps of rows that are committed.
 //! [`Dflash::block`] runs the rows of a block, `[last token, mask, mask, ...]`, over them; row `j` guesses
 //! the token at its own position. The block's own keys and values lie where the features of the committed
-//! rows will overwrite them.
+//! rows will overwrite them. What the second version adds is in [`super::dflash2`].
 
 use super::FrontendError;
 use super::config::Config;
+use super::dflash2::{self, Dflash2};
 use super::rope;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +21,7 @@ use tilec_ir::plan::DRAFT_PREFIX;
 use tilec_ir::spec::MAX_BLOCK;
 use tilec_ir::tensor::TensorInfo;
 
-/// Name of the architecture, in `architectures`.
+/// Name of the first version's architecture, in `architectures`.
 const ARCHITECTURE: &str = "DFlashDraftModel";
 
 /// Most taps that a config may name.
@@ -29,12 +30,7 @@ const MAX_TAPS: usize = 64;
 /// Settings of later versions and of relatives, which change what is computed: section, key, and the value
 /// that changes nothing.
 const UNSUPPORTED: &[(&str, Option<f64>)] = &[
-    ("conv_kernel_size", None),
-    ("conv_group_size", None),
-    ("selector_rank", None),
-    ("selector_top_k", None),
-    ("output_multiplier", Some(1.0)),
-    ("final_logit_softcapping", None),
+    ("input_embedding_scale", Some(1.0)),
     ("projector_type", None),
     ("markov_rank", None),
     ("markov_head_type", None),
@@ -42,6 +38,16 @@ const UNSUPPORTED: &[(&str, Option<f64>)] = &[
     ("gru_hidden_dim", None),
     ("shift_label", None),
     ("sample_from_anchor", None),
+];
+
+/// Settings that only the second version has, and what changes nothing.
+const OF_SECOND: [(&str, Option<f64>); 6] = [
+    (dflash2::KEYS[0], None),
+    (dflash2::KEYS[1], None),
+    (dflash2::KEYS[2], None),
+    (dflash2::KEYS[3], None),
+    ("output_multiplier", Some(1.0)),
+    ("final_logit_softcapping", None),
 ];
 
 /// What a draft has to know of its target.
@@ -99,6 +105,10 @@ pub struct Dflash {
     pub mask_token: u32,
     /// Layers of the target, in the order in which `fc` takes their residual streams.
     pub taps: Vec<usize>,
+    /// Token ids.
+    pub vocab: usize,
+    /// What the second version has beyond that.
+    pub second: Option<Dflash2>,
 }
 
 /// The taps of a draft of `draft_layers` layers whose config names none: evenly from the second layer to
@@ -117,20 +127,32 @@ impl Dflash {
     /// Reads the config of a draft for a model like `target`.
     ///
     /// # Errors
-    /// When the config is not one of a DFlash draft of the first version, a value cannot be, or the draft
+    /// When the config is not one of a DFlash draft, a value cannot be, or the draft
     /// was made for another target.
     pub fn parse(config: &Value, target: DraftTarget) -> Result<Dflash, FrontendError> {
         let config = Config::new(config)?;
         let own = config.section("dflash_config")?;
         // Keys of the section, else of the whole config.
         let place = |key: &str| own.filter(|own| own.has(key)).unwrap_or(config);
-        if let Some(names) = config.strings("architectures")?
-            && !names.is_empty()
-            && !names.contains(&ARCHITECTURE)
-        {
-            let what =
-                format!("{} is no DFlash draft of the first version ({ARCHITECTURE})", names.join(", "));
-            return Err(config.error("architectures", what));
+        let names = config.strings("architectures")?.unwrap_or_default();
+        let second = match &names[..] {
+            [] => dflash2::KEYS.iter().any(|key| place(key).has(key)),
+            names if names.contains(&dflash2::ARCHITECTURE) => true,
+            names if names.contains(&ARCHITECTURE) => false,
+            names => {
+                let what = format!(
+                    "{} is no DFlash draft ({ARCHITECTURE} or {})",
+                    names.join(", "),
+                    dflash2::ARCHITECTURE
+                );
+                return Err(config.error("architectures", what));
+            }
+        };
+        for (key, harmless) in OF_SECOND.iter().filter(|_| !second) {
+            if place(key).changes(key, *harmless) {
+                let what = format!("is of {}, but architectures names {ARCHITECTURE}", dflash2::ARCHITECTURE);
+                return Err(place(key).error(key, what));
+            }
         }
         for (key, harmless) in UNSUPPORTED {
             if place(key).changes(key, *harmless) {
@@ -235,6 +257,8 @@ impl Dflash {
             block,
             mask_token,
             taps,
+            vocab: target.vocab,
+            second: second.then(|| Dflash2::parse(&place, target.hidden, target.vocab)).transpose()?,
         })
     }
 
@@ -273,6 +297,9 @@ impl Dflash {
             add("mlp.down_proj.weight", vec![hidden, self.intermediate]);
         }
         tensors.push(("norm.weight".to_string(), vec![hidden]));
+        if let Some(second) = &self.second {
+            tensors.extend(second.tensors(hidden, self.layers.len(), self.vocab));
+        }
         tensors
     }
 
@@ -346,7 +373,8 @@ impl Dflash {
         let rows = builder.graph.add("select", None, Op::SelectRows, &[x])?;
         let normed = builder.norm(None, "norm", "norm.weight", rows)?;
         let head = builder.graph.add("head", None, Op::Linear { weight: shared.head }, &[normed])?;
-        builder.graph.add("logits", None, Op::Logits, &[head])?;
+        let logits = builder.graph.add("logits", None, Op::Logits, &[head])?;
+        builder.selector(logits, normed)?;
         Ok(builder.graph)
     }
 
@@ -367,7 +395,7 @@ impl Dflash {
                 let (name, expected, found) = (shown(name), shape.clone(), found.shape.clone());
                 return Err(FrontendError::TensorShape { name, expected, found });
             }
-            if shape.len() == 1 && found.format.scale.is_some() {
+            if shape.len() != 2 && found.format.scale.is_some() {
                 let (name, found) = (shown(name), found.format.to_string());
                 return Err(FrontendError::TensorFormat { name, found });
             }
@@ -483,8 +511,8 @@ impl Shared {
 }
 
 /// Adds a draft's operators to a graph.
-struct Builder<'d> {
-    draft: &'d Dflash,
+pub(super) struct Builder<'d> {
+    pub(super) draft: &'d Dflash,
     graph: Graph,
     tensors: &'d BTreeMap<String, TensorInfo>,
     shapes: BTreeMap<String, Vec<usize>>,
@@ -506,7 +534,7 @@ impl<'d> Builder<'d> {
     }
 
     /// Declares a tensor of the draft, by its name in the draft's checkpoint; returns its name in the graph.
-    fn weight(&mut self, name: &str) -> Result<String, FrontendError> {
+    pub(super) fn weight(&mut self, name: &str) -> Result<String, FrontendError> {
         let stored = self.tensors[name].format;
         let weight = Weight::whole(self.shapes[name].clone(), stored);
         let name = format!("{DRAFT_PREFIX}{name}");
@@ -514,7 +542,7 @@ impl<'d> Builder<'d> {
         Ok(name)
     }
 
-    fn add(
+    pub(super) fn add(
         &mut self,
         layer: Option<usize>,
         name: &str,
@@ -536,7 +564,7 @@ impl<'d> Builder<'d> {
         self.add(layer, name, Op::RmsNorm { weight, eps: self.draft.eps }, &[x])
     }
 
-    fn linear(
+    pub(super) fn linear(
         &mut self,
         layer: Option<usize>,
         name: &str,
@@ -579,6 +607,7 @@ impl<'d> Builder<'d> {
         let (draft, own) = (self.draft, Some(layer));
         let module = format!("layers.{layer}");
         let normed = self.norm(own, "attn_norm", &format!("{module}.input_layernorm.weight"), x)?;
+        let (normed, around) = self.convolve(layer, 0, normed)?;
         let q = self.rotated(layer, "q", normed)?;
         let kv = self.keys_and_values(layer, normed)?;
         let DraftAttention { window, bidirectional } = draft.layers[layer];
@@ -596,12 +625,15 @@ impl<'d> Builder<'d> {
         };
         let mixed = self.add(own, "attn", attention, &[q, kv])?;
         let o = self.linear(own, "o", &format!("{module}.self_attn.o_proj"), draft.attention_bias, mixed)?;
+        let o = self.convolved(around, o)?;
         let x = self.add(own, "attn_res", Op::Add, &[x, o])?;
         let normed = self.norm(own, "ffn_norm", &format!("{module}.post_attention_layernorm.weight"), x)?;
+        let (normed, around) = self.convolve(layer, 1, normed)?;
         let gate = self.linear(own, "gate", &format!("{module}.mlp.gate_proj"), false, normed)?;
         let up = self.linear(own, "up", &format!("{module}.mlp.up_proj"), false, normed)?;
         let act = self.add(own, "act", Op::Gated { activation: ActivationFn::Silu }, &[gate, up])?;
         let down = self.linear(own, "down", &format!("{module}.mlp.down_proj"), false, act)?;
+        let down = self.convolved(around, down)?;
         self.add(own, "ffn_res", Op::Add, &[x, down])
     }
 }
@@ -729,8 +761,13 @@ mod tests {
             (json!({"layer_types": ["full_attention"]}), ["layer_types", "1 entries for 2"]),
             (json!({"layer_types": ["sliding_attention", "full_attention"]}), ["layer_types", "no window"]),
             (json!({"dflash_config": {"use_swa": true}}), ["use_swa", "no window"]),
-            (json!({"architectures": ["DFlash2DraftModel"]}), ["architectures", "first version"]),
-            (json!({"dflash_config": {"selector_rank": 256}}), ["selector_rank", "not supported yet"]),
+            (json!({"architectures": ["DSparkDraftModel"]}), ["architectures", "no DFlash draft"]),
+            (json!({"dflash_config": {"markov_rank": 256}}), ["markov_rank", "not supported yet"]),
+            (
+                json!({"dflash_config": {"selector_rank": 256}}),
+                ["selector_rank", "architectures names DFlashDraft"],
+            ),
+            (json!({"dflash_config": {"output_multiplier": 0.5}}), ["output_multiplier", "is of DFlash2"]),
             (json!({"draft_vocab_size": 50}), ["draft_vocab_size", "not supported yet"]),
             (json!({"partial_rotary_factor": 0.1}), ["partial_rotary_factor", "no whole pairs"]),
         ];

@@ -6,6 +6,7 @@
 mod config;
 mod decoder;
 mod dflash;
+mod dflash2;
 mod gpt_oss;
 mod llama;
 mod mimo_v2;
@@ -17,6 +18,7 @@ mod tests;
 
 pub use decoder::{Decoder, ExpertTensors, Experts, FeedForward, LayerAttention, Published};
 pub use dflash::{Dflash, DraftAttention, DraftTarget, default_taps};
+pub use dflash2::Dflash2;
 
 use config::Config;
 use serde_json::Value;
@@ -202,7 +204,7 @@ pub fn synthetic_draft_tensors(
     let facts = facts(target)?;
     let target = DraftTarget { vocab: facts.vocab, hidden: facts.hidden, layers: facts.layers };
     let tensors = Dflash::parse(config, target)?.tensors().into_iter().map(|(name, shape)| {
-        let format = if shape.len() == 1 { Format::F32 } else { format };
+        let format = if shape.len() == 2 { format } else { Format::F32 };
         (name, TensorInfo { shape, format })
     });
     Ok(tensors.collect())

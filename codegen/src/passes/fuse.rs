@@ -173,6 +173,16 @@ fn one_to_one(graph: &Graph) -> Result<Fused, GraphError> {
                 continue;
             }
             Op::Scale { factor } => part.pieces.push(Piece::Scale(*factor)),
+            Op::DynamicConv { weight, side, group } => {
+                op.anchor = Anchor::DynamicConv { weight: weight.clone(), side: *side, group: *group };
+            }
+            Op::TopK { k, factor, softcap } => {
+                op.anchor = Anchor::TopK { k: *k, factor: *factor, softcap: *softcap };
+            }
+            Op::PairScores { predecessor, successor } => {
+                let (predecessor, successor) = (predecessor.clone(), successor.clone());
+                op.anchor = Anchor::PairScores { predecessor, successor };
+            }
             Op::Route(router) => op.anchor = Anchor::Route(router.clone()),
             Op::ExpertLinear { weight, per_slot } => {
                 let top_k = graph.node(operands[1]).ty.cols;
@@ -398,7 +408,8 @@ fn gated_pair(fused: &mut Fused) -> bool {
     false
 }
 
-/// An addition whose second operand a GEMM makes for it alone becomes the end of that GEMM's chain.
+/// An addition whose second operand a GEMM (or experts, or a convolution) makes for it alone becomes the end of
+/// that one's chain.
 fn residual(fused: &mut Fused) -> bool {
     let links = fused.links();
     for user in 0..fused.ops.len() {
@@ -411,9 +422,9 @@ fn residual(fused: &mut Fused) -> bool {
             let target = &fused.ops[producer];
             let rows = target.anchor == Anchor::Gemm
                 || target.parts[part].pieces.contains(&Piece::Combine) && target.anchor.has_weights();
-            let plain = rows
+            let conv = matches!(target.anchor, Anchor::DynamicConv { .. });
+            let plain = (rows && target.parts[part].weights.len() == 1 || conv)
                 && target.parts.len() == 1
-                && target.parts[part].weights.len() == 1
                 && !target.parts[part].pieces.contains(&Piece::Quantize);
             if !plain || made == added || links.uses(made) != 1 {
                 continue;

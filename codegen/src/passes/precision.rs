@@ -76,7 +76,8 @@ enum Role {
     Embedding,
     Attention,
     Experts,
-    /// Always read as stored and with f32 activations: what it rounds decides who works.
+    /// Always read as stored and with f32 activations: what it rounds decides who works, or which
+    /// candidate of a draft is guessed.
     Router,
     Head,
     /// Whatever no other key names.
@@ -147,9 +148,10 @@ fn roles(graph: &Graph) -> BTreeMap<String, BTreeSet<Role>> {
             Op::Embed { .. } => Role::Embedding,
             Op::Linear { .. } => linear_role(graph, id),
             Op::ExpertLinear { .. } => Role::Experts,
+            Op::PairScores { .. } => Role::Router,
             _ => continue,
         };
-        if let Some(weight) = graph.node(id).op.weight() {
+        for weight in graph.node(id).op.weights() {
             roles.entry(weight.to_string()).or_default().insert(role);
         }
     }
@@ -157,7 +159,7 @@ fn roles(graph: &Graph) -> BTreeMap<String, BTreeSet<Role>> {
 }
 
 /// Attention's are the linear layers that make its operands or take its result, a router is one that
-/// makes scores for routes, the head is the one that makes the logits.
+/// makes scores for routes or projections for pairs, the head is the one that makes the logits.
 fn linear_role(graph: &Graph, linear: NodeId) -> Role {
     let takes_attention = |id: &NodeId| matches!(graph.node(*id).op, Op::Attention { .. });
     if graph.operands(linear).iter().any(takes_attention) {
@@ -169,7 +171,7 @@ fn linear_role(graph: &Graph, linear: NodeId) -> Role {
             match graph.node(user).op {
                 Op::KvWrite { .. } | Op::Attention { .. } => return Role::Attention,
                 Op::Logits => return Role::Head,
-                Op::Route(_) => return Role::Router,
+                Op::Route(_) | Op::PairScores { .. } => return Role::Router,
                 Op::Scale { .. } | Op::Bias { .. } | Op::RmsNorm { .. } | Op::Rope { .. } => {
                     values.push(user)
                 }

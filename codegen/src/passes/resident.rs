@@ -285,6 +285,9 @@ impl Lowering<'_> {
                 None
             }
             Anchor::Attention { .. } => Some(self.attention(op, input()?, offsets)?),
+            Anchor::DynamicConv { .. } | Anchor::TopK { .. } | Anchor::PairScores { .. } => {
+                return Err(error(op, "has no stage on a GPU yet"));
+            }
         };
         Ok(kind.map(|kind| Stage { name: layerless(&op.name).to_string(), kind }).into_iter().collect())
     }

@@ -145,7 +145,12 @@ impl Sharding<'_> {
         let mut op = node.op.clone();
         let (inputs, held): (Vec<NodeId>, Held) = match &mut op {
             Op::AllReduce { .. } => return Err(refuse("is the sum of a graph that is shared out already")),
-            Op::Taps | Op::Input { .. } | Op::Replace { .. } => {
+            Op::Taps
+            | Op::Input { .. }
+            | Op::Replace { .. }
+            | Op::DynamicConv { .. }
+            | Op::TopK { .. }
+            | Op::PairScores { .. } => {
                 return Err(refuse("belongs to a draft, and drafts are not shared out yet"));
             }
             Op::Embed { weight } => {

@@ -71,6 +71,7 @@ pub fn tile_with(
         buffers: Vec::new(),
         logits: None,
         taps: None,
+        pairs: None,
         input: None,
         kv,
         packing: Packing::default(),
@@ -124,6 +125,12 @@ pub fn tile_with(
         op.writes().first().map(|value| tiler.buffers.of(*value))
     };
     (program.taps, program.input) = (stored_by(&Anchor::Taps), stored_by(&Anchor::Input));
+    program.pairs = fused.ops.iter().find_map(|op| match (&op.anchor, &op.inputs[..], &op.writes()[..]) {
+        (Anchor::PairScores { .. }, [candidates, ..], [scores]) => {
+            Some((tiler.buffers.of(*candidates), tiler.buffers.of(*scores)))
+        }
+        _ => None,
+    });
     program.vocab = logits.map_or(0, |logits| fused.value(logits).ty.cols);
     program.logits = logits.map(|logits| tiler.buffers.of(logits));
     program.buffers = tiler.buffers.all;
@@ -174,6 +181,17 @@ impl Buffers {
         for (index, op) in fused.ops.iter().enumerate() {
             for value in op.reads() {
                 last_use.insert(value, index);
+            }
+        }
+        // What is read behind the step stays, also if a stage of it has read it.
+        for op in &fused.ops {
+            let logits = op.parts.iter().filter_map(|part| match part.pieces.last() {
+                Some(Piece::Logits(value)) => Some(*value),
+                _ => None,
+            });
+            let candidates = op.inputs.first().filter(|_| matches!(op.anchor, Anchor::PairScores { .. }));
+            for value in logits.chain(candidates.copied()) {
+                last_use.insert(value, usize::MAX);
             }
         }
         Buffers { all: Vec::new(), of_value: HashMap::new(), last_use, free: Vec::new(), max_rows, end: 0 }
@@ -287,6 +305,29 @@ impl Tiler<'_> {
             }
             Anchor::Rows => StageAnchor::Rows { input: input()?, select },
             Anchor::Gemm => StageAnchor::Gemm { input: input()? },
+            Anchor::DynamicConv { weight, side, group } => {
+                let [input, kernel] = self.pair(op)?;
+                let len = fused.weights[weight].shape.iter().product();
+                let base = self.vector(weight, len, offsets);
+                StageAnchor::DynamicConv { input, kernel, base, side: *side, group: *group }
+            }
+            Anchor::TopK { k, factor, softcap } => StageAnchor::TopK {
+                input: input()?,
+                vocab: fused.value(op.inputs[0]).ty.cols,
+                k: *k,
+                factor: *factor,
+                softcap: *softcap,
+            },
+            Anchor::PairScores { predecessor, successor } => {
+                let [candidates, hidden] = self.pair(op)?;
+                let mut table = |weight: &String| {
+                    let rows = fused.weights[weight].shape[0];
+                    let (content, layout) = self.panels(op, std::slice::from_ref(weight), rows)?;
+                    Ok((self.packer.fixed(content), layout))
+                };
+                let tables = [table(predecessor)?, table(successor)?];
+                StageAnchor::PairScores { candidates, k: fused.value(op.inputs[0]).ty.cols, hidden, tables }
+            }
             Anchor::Route(Router { scoring, renormalize, top_k, factor, correction }) => {
                 let input = input()?;
                 let experts = fused.value(op.inputs[0]).ty.cols;
@@ -331,6 +372,14 @@ impl Tiler<'_> {
         Ok(Stage { name, rows, anchor, parts, sources, waits: Vec::new() })
     }
 
+    /// The buffers of an operator's two inputs.
+    fn pair(&self, op: &FusedOp) -> Result<[BufferId; 2], TileError> {
+        match op.inputs[..] {
+            [one, other] => Ok([self.buffers.of(one), self.buffers.of(other)]),
+            _ => Err(error(op, format!("reads {} values, a stage reads two", op.inputs.len()))),
+        }
+    }
+
     /// Refuses chains that no kernel of the anchor can run.
     fn check_pieces(&self, op: &FusedOp, parts: &[StagePart], select: bool) -> Result<(), TileError> {
         for part in parts {
@@ -356,8 +405,15 @@ impl Tiler<'_> {
                 Anchor::Embed { .. }
                 | Anchor::Attention { .. }
                 | Anchor::Route(_)
+                | Anchor::TopK { .. }
+                | Anchor::PairScores { .. }
                 | Anchor::Input
                 | Anchor::Taps => chain.is_empty() && matches!(sink, StagePiece::Store(_)),
+                Anchor::DynamicConv { .. } => {
+                    let float = |buffer: &BufferId| !self.buffers.all[buffer.0 as usize].quantized();
+                    matches!(chain, [] | [StagePiece::Residual(_)])
+                        && matches!(sink, StagePiece::Store(buffer) if float(buffer))
+                }
                 Anchor::Rows => {
                     let norm = |piece: &StagePiece| matches!(piece, StagePiece::RmsNorm { group, .. } if *group == part.cols);
                     let stored = match sink {
@@ -464,8 +520,12 @@ impl Tiler<'_> {
             });
         }
         let rows = part.stored().map(|value| fused.value(value).ty.rows);
-        if rows == Some(Dim::LogitRows) && op.anchor != Anchor::Rows && op.anchor != Anchor::Gemm {
-            return Err(error(op, "only rows and gemm stages run on selected rows".into()));
+        let selected = matches!(
+            op.anchor,
+            Anchor::Rows | Anchor::Gemm | Anchor::TopK { .. } | Anchor::PairScores { .. }
+        );
+        if rows == Some(Dim::LogitRows) && !selected {
+            return Err(error(op, format!("no stage of {} runs on selected rows", op.anchor.name())));
         }
         Ok(StagePart { weights, cols: part.cols, tile_cols, pieces })
     }

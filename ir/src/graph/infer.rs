@@ -1,6 +1,6 @@
 //! Shape rules: the type of an operator's result, or why there is none.
 
-use super::{ActivationFn, Cache, Dim, Elem, Graph, Op, Router, Scoring, Type, Weight};
+use super::{ActivationFn, Cache, Dim, Elem, Graph, MAX_CANDIDATES, Op, Router, Scoring, Type, Weight};
 
 /// Type of `op`'s result on operands of these types.
 ///
@@ -13,6 +13,7 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
         Op::Taps => operands.len().max(1),
         Op::KvWrite { .. } | Op::Attention { .. } | Op::Gated { .. } | Op::Add => 2,
         Op::ExpertLinear { .. } | Op::ExpertBias { .. } | Op::Combine => 2,
+        Op::DynamicConv { .. } | Op::PairScores { .. } => 2,
         _ => 1,
     };
     if operands.len() != arity {
@@ -133,6 +134,20 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
             }
             Ok(Type { cols: x.cols / routes.cols, ..x })
         }
+        Op::DynamicConv { weight, side, group } => {
+            let (x, kernel) = (f32_operand(operands, 0)?, f32_operand(operands, 1)?);
+            match self::weight(graph, weight)?.shape[..] {
+                [2, 2, cols] if cols == x.cols => {}
+                ref shape => return Err(format!("{weight:?} of shape {shape:?} is no [2, 2, {}]", x.cols)),
+            }
+            if *side > 1 || *group == 0 || x.cols % group != 0 {
+                return Err(format!("side {side}, groups of {group} of {} columns", x.cols));
+            }
+            if kernel.cols != product(4, x.cols / group)? || (x.rows, kernel.rows) != (Dim::Rows, Dim::Rows) {
+                return Err(format!("kernels {kernel} do not fit {x} in groups of {group}"));
+            }
+            Ok(x)
+        }
         Op::Gated { activation } => {
             if let ActivationFn::Clamped { alpha, limit } = activation
                 && !(alpha.is_finite() && limit.is_finite() && *limit > 0.0)
@@ -159,6 +174,39 @@ pub fn infer(graph: &Graph, op: &Op, operands: &[Type]) -> Result<Type, String> 
             x if x.rows == Dim::LogitRows => Ok(x),
             x => Err(format!("logits are made of selected rows, not of {x}")),
         },
+        Op::TopK { k, factor, softcap } => {
+            let x = f32_operand(operands, 0)?;
+            if *k == 0 || *k > x.cols.min(MAX_CANDIDATES) {
+                return Err(format!(
+                    "{k} of {} columns: take from 1 to {MAX_CANDIDATES}, at most all",
+                    x.cols
+                ));
+            }
+            let positive = |value: f32| value.is_finite() && value > 0.0;
+            if !positive(*factor) || !softcap.is_none_or(positive) {
+                return Err(format!("factor {factor} and softcap {softcap:?} must be above 0"));
+            }
+            match x.rows {
+                Dim::LogitRows => Ok(Type { elem: Elem::Routes, rows: x.rows, cols: *k }),
+                _ => Err(format!("candidates are of logits, not of {x}")),
+            }
+        }
+        Op::PairScores { predecessor, successor } => {
+            let (candidates, h) = (operands[0], f32_operand(operands, 1)?);
+            if candidates.elem != Elem::Routes {
+                return Err(format!("operand 0 must be candidates, not {candidates}"));
+            }
+            for name in [predecessor, successor] {
+                let (_, rank) = matrix(graph, name)?;
+                if rank != h.cols {
+                    return Err(format!("{name} has rows of {rank} for projections {h}"));
+                }
+            }
+            if (h.rows, candidates.rows) != (Dim::LogitRows, Dim::LogitRows) {
+                return Err(format!("pairs are of rows with logits, not of {candidates} and {h}"));
+            }
+            Ok(Type { elem: Elem::F32, rows: h.rows, cols: product(candidates.cols, candidates.cols)? })
+        }
         Op::Taps => {
             let mut cols = 0usize;
             for number in 0..operands.len() {

@@ -248,8 +248,11 @@ impl<'a> Interpreter<'a> {
                 }
             }
             match self.graph.node(id).op {
-                Op::Logits => run.logits = value,
-                Op::Taps => {}
+                Op::Logits => {
+                    run.logits.clone_from(&value);
+                    run.values.insert(id, value);
+                }
+                Op::Taps | Op::PairScores { .. } => {}
                 _ => drop(run.values.insert(id, value)),
             }
             if matches!(self.graph.node(id).op, Op::AllReduce { .. }) {
@@ -361,6 +364,64 @@ impl<'a> Interpreter<'a> {
                         attend(query, history, shape, *heads, *scale, sinks, first..end)
                     })
                     .collect()
+            }
+            Op::DynamicConv { weight, side, group } => {
+                let base = &self.weights[weight.as_str()][side * 2 * cols..][..2 * cols];
+                let groups = cols / group;
+                let mut out = Vec::with_capacity(rows.len() * cols);
+                for row in 0..rows.len() {
+                    let own = &inputs[1][row * 4 * groups + side * 2 * groups..][..2 * groups];
+                    let x = &inputs[0][row * cols..][..cols];
+                    let follows = row > 0 && rows[row - 1].sequence == rows[row].sequence;
+                    let before = follows.then(|| &inputs[0][(row - 1) * cols..][..cols]);
+                    out.extend((0..cols).map(|col| {
+                        let tap = |tap: usize| {
+                            f64::from(base[tap * cols + col]) + f64::from(own[tap * groups + col / group])
+                        };
+                        let before = before.map_or(0.0, |before| tap(1) * f64::from(before[col]));
+                        (tap(0) * f64::from(x[col]) + before) as f32
+                    }));
+                }
+                out
+            }
+            Op::TopK { k, factor, softcap } => {
+                let width = self.graph.node(self.graph.operands(id)[0]).ty.cols;
+                let logits = inputs[0].chunks_exact(width);
+                logits.flat_map(|row| candidates(row, *k, *factor, *softcap)).collect()
+            }
+            Op::PairScores { predecessor, successor } => {
+                let k = self.graph.node(self.graph.operands(id)[0]).ty.cols;
+                let rank = self.graph.weights[predecessor].shape[1];
+                let before = &self.weights[predecessor.as_str()];
+                let behind = &self.weights[successor.as_str()];
+                let mut out = Vec::with_capacity(wanted.len() * k * k);
+                for (number, row) in wanted.iter().enumerate() {
+                    let own = &inputs[0][number * k * 2..][..k * 2];
+                    let h = &inputs[1][number * rank..][..rank];
+                    let last = match row.checked_sub(1) {
+                        Some(last) if rows[last].sequence == rows[*row].sequence => last,
+                        _ => *row,
+                    };
+                    let chosen = number.checked_sub(1).filter(|chosen| wanted[*chosen] == last);
+                    for a in 0..k {
+                        let token = match chosen {
+                            Some(chosen) => inputs[0][(chosen * k + a) * 2] as usize,
+                            None => rows[last].token as usize,
+                        };
+                        let left = &before[token * rank..][..rank];
+                        out.extend(own.chunks_exact(2).map(|candidate| {
+                            let right = &behind[candidate[0] as usize * rank..][..rank];
+                            let terms = left.iter().zip(h).zip(right);
+                            let sum: f64 = terms
+                                .map(|((left, h), right)| {
+                                    f64::from(*left) * f64::from(*h) * f64::from(*right)
+                                })
+                                .sum();
+                            (f64::from(candidate[1]) + sum) as f32
+                        }));
+                    }
+                }
+                out
             }
             Op::Gated { activation } => {
                 let pairs = inputs[0].iter().zip(inputs[1]);
@@ -545,6 +606,27 @@ fn route(scores: &[f32], router: &Router, correction: Option<&[f32]>) -> Vec<f32
     }
     let weight = |weight: &f64| (weight * f64::from(router.factor)) as f32;
     chosen.iter().zip(&weights).flat_map(|(expert, share)| [*expert as f32, weight(share)]).collect()
+}
+
+/// One row's candidates: token (as a number that float32 holds exactly) and logit in turn.
+fn candidates(logits: &[f32], k: usize, factor: f32, softcap: Option<f32>) -> Vec<f32> {
+    let key = |token: usize| match logits[token] {
+        nan if nan.is_nan() => f32::NEG_INFINITY,
+        // The addition makes -0 equal to 0.
+        logit => logit + 0.0,
+    };
+    let mut tokens: Vec<usize> = (0..logits.len()).collect();
+    // A NaN is behind the least of the others.
+    tokens.sort_by(|a, b| {
+        let nan = |token: usize| logits[token].is_nan();
+        nan(*a).cmp(&nan(*b)).then(key(*b).total_cmp(&key(*a))).then(a.cmp(b))
+    });
+    let capped = |logit: f32| {
+        let logit = f64::from(logit) * f64::from(factor);
+        let softcap = softcap.map(f64::from);
+        softcap.map_or(logit, |softcap| softcap * (logit / softcap).tanh()) as f32
+    };
+    tokens[..k].iter().flat_map(|token| [*token as f32, capped(logits[*token])]).collect()
 }
 
 fn stored_as(x: f32, kv_type: KvType) -> f32 {

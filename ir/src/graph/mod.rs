@@ -13,7 +13,7 @@ mod text;
 mod verify;
 
 pub use infer::infer;
-pub use op::{ActivationFn, Op, Router, Scoring};
+pub use op::{ActivationFn, MAX_CANDIDATES, Op, Router, Scoring};
 pub use rope::{RopeScaling, RopeSpec};
 pub use text::{ParseError, parse};
 pub use verify::verify;

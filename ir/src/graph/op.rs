@@ -88,6 +88,9 @@ fn off(flag: &bool) -> bool {
     !flag
 }
 
+/// Most candidates that [`Op::TopK`] keeps of a row.
+pub const MAX_CANDIDATES: usize = 64;
+
 /// An operator. Weights are named as in the checkpoint; matrices are `[out, in]`, as there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
@@ -165,6 +168,19 @@ pub enum Op {
         #[serde(default, skip_serializing_if = "off")]
         bidirectional: bool,
     },
+    /// A convolution over two rows whose kernel is made for each row (DFlash2). With `k` the part of the
+    /// kernel's base and of the row's own (operand 1, `[rows, 2 * 2 * groups]`) that is of this `side`, a row
+    /// of `x` (operand 0) becomes `(base[0] + k[0]) * x + (base[1] + k[1]) * before`, column by column, each
+    /// value of `k` for a group of columns. `before` is the row before it in the step if that is of the same
+    /// sequence, else zero.
+    DynamicConv {
+        /// The kernel's base, `[2 sides, 2 taps, cols]`; tap 0 is the row's own.
+        weight: String,
+        /// 0: in front of what is convolved around, 1: behind it.
+        side: usize,
+        /// Columns that share a value of the row's own kernel; divides the columns.
+        group: usize,
+    },
     /// Gate (operand 0) and up (operand 1) joined.
     Gated {
         /// How.
@@ -203,6 +219,29 @@ pub enum Op {
     Quantize,
     /// Marks the logits: the step's result.
     Logits,
+    /// The `k` tokens of the largest logits of each row, the largest first, of equals the lower token, NaN
+    /// last; each with its logit times `factor`, then `softcap * tanh(logit / softcap)`: `routes[rows, k]`.
+    TopK {
+        /// How many; from 1 to the logits' columns, at most [`MAX_CANDIDATES`].
+        k: usize,
+        /// Multiplied into every logit; above 0, so that it changes no order.
+        factor: f32,
+        /// Bound of the logits' magnitudes; above 0.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        softcap: Option<f32>,
+    },
+    /// What each candidate of a row is worth behind each possible one before it: a result of the step
+    /// beside its logits. Operand 0 is the candidates `routes[logit_rows, k]`, operand 1 the rows'
+    /// projections `h`, `[logit_rows, rank]`. Value `a * k + b` of a row is the logit of its candidate `b`
+    /// plus `<P[p] * h, S[b]>`, with `p` candidate `a` of the row before it in its sequence. Where that row's
+    /// logits are not wanted, its token is known, and `p` is this for every `a`; a row without one before
+    /// it goes by its own token.
+    PairScores {
+        /// `P`, `[vocab, rank]`.
+        predecessor: String,
+        /// `S`, `[vocab, rank]`.
+        successor: String,
+    },
     /// The operands side by side, a result of the step beside its logits: what a draft reads of its
     /// target. `[rows, sum of columns]`.
     Taps,
@@ -222,6 +261,7 @@ impl Op {
             Op::Rope { .. } => "rope",
             Op::KvWrite { .. } => "kv_write",
             Op::Attention { .. } => "attention",
+            Op::DynamicConv { .. } => "dynamic_conv",
             Op::Gated { .. } => "gated",
             Op::Route(_) => "route",
             Op::ExpertLinear { .. } => "expert_linear",
@@ -232,23 +272,30 @@ impl Op {
             Op::SelectRows => "select_rows",
             Op::Quantize => "quantize",
             Op::Logits => "logits",
+            Op::TopK { .. } => "top_k",
+            Op::PairScores { .. } => "pair_scores",
             Op::Taps => "taps",
         }
     }
 
-    /// The weight that it reads, if any.
-    pub fn weight(&self) -> Option<&str> {
-        match self {
+    /// The weights that it reads.
+    pub fn weights(&self) -> impl Iterator<Item = &str> {
+        let (one, other) = match self {
             Op::Embed { weight }
             | Op::RmsNorm { weight, .. }
             | Op::Linear { weight }
             | Op::Bias { weight }
             | Op::Replace { weight, .. }
+            | Op::DynamicConv { weight, .. }
             | Op::ExpertLinear { weight, .. }
-            | Op::ExpertBias { weight } => Some(weight),
-            Op::Route(router) => router.correction.as_deref(),
-            Op::Attention { sinks, .. } => sinks.as_deref(),
-            _ => None,
-        }
+            | Op::ExpertBias { weight } => (Some(weight.as_str()), None),
+            Op::PairScores { predecessor, successor } => {
+                (Some(predecessor.as_str()), Some(successor.as_str()))
+            }
+            Op::Route(router) => (router.correction.as_deref(), None),
+            Op::Attention { sinks, .. } => (sinks.as_deref(), None),
+            _ => (None, None),
+        };
+        one.into_iter().chain(other)
     }
 }

@@ -13,11 +13,12 @@ use std::collections::{BTreeMap, BTreeSet};
 /// * operands are numbered 0, 1, ... without gaps, and there is no cycle;
 /// * the type of every value is what its operator's shape rule gives;
 /// * names are unique, and every value but the results is used;
-/// * there is one [`Op::Logits`], the end of the graph, and at most one [`Op::Taps`]; a graph whose
-///   results are keys and values in its caches has neither;
+/// * there is one [`Op::Logits`], read by nothing but [`Op::TopK`], and at most one [`Op::Taps`] and one
+///   [`Op::PairScores`]; a graph whose results are keys and values in its caches has none of them;
 /// * each cache has one [`Op::KvWrite`] and one [`Op::Attention`], the latter behind the former; a graph
 ///   without logits has no attention;
-/// * the operators on experts have weights for as many experts as their routes choose from;
+/// * the operators on experts have weights for as many experts as their routes choose from, and scores of
+///   pairs rows for as many tokens as their candidates are chosen from;
 /// * layers do not decrease along an edge, also through operators that belong to no layer;
 /// * every declared weight and rope is used, has sensible numbers, and every used one is declared.
 ///
@@ -70,16 +71,28 @@ fn operands_and_types(graph: &Graph, errors: &mut Vec<GraphError>) {
 }
 
 fn uses(graph: &Graph, errors: &mut Vec<GraphError>) {
-    let (mut logits, mut taps, mut unread_caches) = (0, 0, 0);
+    let (mut logits, mut taps, mut pairs, mut unread_caches) = (0, 0, 0, 0);
     for id in graph.ids() {
         let node = graph.node(id);
         let used = graph.nodes.edges_directed(id, Direction::Outgoing).next().is_some();
         match (&node.op, used) {
-            (Op::Logits, true) => errors.push(graph.error(&node.name, "logits are used again".into())),
-            (Op::Logits, false) => {
+            (Op::Logits, _) => {
+                let chosen = |user: NodeId| matches!(graph.node(user).op, Op::TopK { .. });
+                if !graph.users(id).into_iter().all(|(user, _)| chosen(user)) {
+                    errors.push(graph.error(&node.name, "logits are used again".into()));
+                }
                 logits += 1;
                 if logits > 1 {
                     errors.push(graph.error(&node.name, "is a second set of logits".into()));
+                }
+            }
+            (Op::PairScores { .. }, true) => {
+                errors.push(graph.error(&node.name, "scores of pairs are used again".into()));
+            }
+            (Op::PairScores { .. }, false) => {
+                pairs += 1;
+                if pairs > 1 {
+                    errors.push(graph.error(&node.name, "is a second set of scores of pairs".into()));
                 }
             }
             (Op::Taps, true) => errors.push(graph.error(&node.name, "taps are used again".into())),
@@ -144,24 +157,55 @@ fn caches(graph: &Graph, errors: &mut Vec<GraphError>) {
 fn experts(graph: &Graph, errors: &mut Vec<GraphError>) {
     for id in graph.ids() {
         let node = graph.node(id);
-        let have = match &node.op {
-            Op::ExpertLinear { weight, .. } => expert_matrices(graph, weight).map(|shape| shape.0),
-            Op::ExpertBias { weight } => expert_vectors(graph, weight).map(|shape| shape.0),
+        let rows = |weight: &String| graph.weights.get(weight).map(|weight| weight.shape[0]);
+        let (have, routes) = match &node.op {
+            Op::ExpertLinear { weight, .. } => (expert_matrices(graph, weight).ok().map(|shape| shape.0), 1),
+            Op::ExpertBias { weight } => (expert_vectors(graph, weight).ok().map(|shape| shape.0), 1),
+            Op::PairScores { predecessor, successor } => match (rows(predecessor), rows(successor)) {
+                (Some(one), Some(other)) if one != other => {
+                    let what = format!("has {one} and {other} tokens before and behind");
+                    errors.push(graph.error(&node.name, what));
+                    continue;
+                }
+                (have, _) => (have, 0),
+            },
             _ => continue,
         };
-        let Some(routes) = graph.operands(id).get(1).copied() else { continue };
-        let (Ok(have), Some(scores)) = (have, graph.operands(routes).first().copied()) else { continue };
+        let tokens = routes == 0;
+        let Some(routes) = graph.operands(id).get(routes).copied() else { continue };
+        let (Some(have), Some(scores)) = (have, graph.operands(routes).first().copied()) else { continue };
         let chosen_from = graph.node(scores).ty.cols;
-        if matches!(graph.node(routes).op, Op::Route(_)) && have != chosen_from {
-            let what = format!("has weights for {have} experts, its routes choose from {chosen_from}");
+        let read = graph.nodes.node_weights().filter_map(|node| match &node.op {
+            Op::Embed { weight } => graph.weights.get(weight).map(|table| table.shape[0]),
+            _ => None,
+        });
+        if let Some(most) = read.max().filter(|most| tokens && *most > have) {
+            let what = format!("has rows for {have} tokens, rows of the step may have {most}");
             errors.push(graph.error(&node.name, what));
+        }
+        match &graph.node(routes).op {
+            Op::Route(_) if !tokens && have == chosen_from => {}
+            Op::TopK { .. } if tokens && have == chosen_from => {}
+            Op::Route(_) if !tokens => {
+                let what = format!("has weights for {have} experts, its routes choose from {chosen_from}");
+                errors.push(graph.error(&node.name, what));
+            }
+            Op::TopK { .. } if tokens => {
+                let what = format!("has rows for {have} tokens, its candidates are of {chosen_from}");
+                errors.push(graph.error(&node.name, what));
+            }
+            Op::Route(_) | Op::TopK { .. } => {
+                errors
+                    .push(graph.error(&node.name, "takes experts for tokens, or tokens for experts".into()));
+            }
+            _ => {}
         }
     }
 }
 
 fn tables(graph: &Graph, errors: &mut Vec<GraphError>) {
     let ops = || graph.nodes.node_weights().map(|node| &node.op);
-    let weights: BTreeSet<&str> = ops().filter_map(Op::weight).collect();
+    let weights: BTreeSet<&str> = ops().flat_map(Op::weights).collect();
     for (name, weight) in &graph.weights {
         if !weights.contains(name.as_str()) {
             errors.push(graph.error(name, "this weight is never used".into()));

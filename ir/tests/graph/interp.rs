@@ -630,3 +630,101 @@ fn a_graph_may_be_fed_and_tapped() {
     other.exchange_caches(&mut filler).unwrap();
     assert_eq!((other.positions(0), filler.positions(0)), (2, 0));
 }
+
+/// A DFlash2 draft's operators, by hand: rows of two sequences in one step.
+#[test]
+fn convolutions_candidates_and_pairs() {
+    let format = tilec_ir::format::Format::F32;
+    let weight = |shape: &[usize]| tilec_ir::graph::Weight::whole(shape.to_vec(), format);
+    let mut graph = Graph::new("selector");
+    for (name, shape) in [
+        ("e", &[4, 2][..]),
+        ("base", &[2, 2, 2]),
+        ("k", &[4, 2]),
+        ("head", &[4, 2]),
+        ("p", &[4, 1]),
+        ("s", &[4, 1]),
+    ] {
+        graph.declare_weight(name, weight(shape)).unwrap();
+    }
+    graph.declare_weight("h", weight(&[1, 2])).unwrap();
+    let x = graph.add("x", None, Op::Embed { weight: "e".into() }, &[]).unwrap();
+    // One group of two columns: kernels of 2 sides by 2 taps.
+    let own = graph.add("own", None, Op::Linear { weight: "k".into() }, &[x]).unwrap();
+    let conv = |graph: &mut Graph, name: &str, side, x| {
+        let op = Op::DynamicConv { weight: "base".into(), side, group: 2 };
+        graph.add(name, None, op, &[x, own]).unwrap()
+    };
+    let pre = conv(&mut graph, "pre", 0, x);
+    let post = conv(&mut graph, "post", 1, pre);
+    let rows = graph.add("rows", None, Op::SelectRows, &[post]).unwrap();
+    let head = graph.add("head", None, Op::Linear { weight: "head".into() }, &[rows]).unwrap();
+    let logits = graph.add("logits", None, Op::Logits, &[head]).unwrap();
+    let top = Op::TopK { k: 2, factor: 0.5, softcap: Some(4.0) };
+    let top = graph.add("top", None, top, &[logits]).unwrap();
+    let h = graph.add("h", None, Op::Linear { weight: "h".into() }, &[rows]).unwrap();
+    let op = Op::PairScores { predecessor: "p".into(), successor: "s".into() };
+    graph.add("pairs", None, op, &[top, h]).unwrap();
+    tilec_ir::graph::verify(&graph).unwrap();
+    let weights = std::collections::BTreeMap::from(
+        [
+            ("e", vec![1.0, 2.0, 3.0, 5.0, -1.0, 1.0, 2.0, 0.0]),
+            ("base", vec![1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 10.0, 20.0]),
+            // Own kernels: the first column to tap 1 of side 0, the second to tap 0 of side 1.
+            ("k", vec![0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]),
+            ("head", vec![1.0, 0.0, 0.0, 1.0, 0.0, 1.0, f32::NAN, 0.0]),
+            ("p", vec![1.0, 2.0, 3.0, 4.0]),
+            ("s", vec![5.0, 7.0, 11.0, 13.0]),
+            ("h", vec![1.0, 0.0]),
+        ]
+        .map(|(name, values)| (name.to_string(), values)),
+    );
+    let mut interpreter = Interpreter::new(&graph, &weights).unwrap();
+    let row = |token, position, sequence| Row { token, position, sequence };
+    let rows = [row(0, 0, 0), row(1, 1, 0), row(2, 2, 0), row(3, 0, 1), row(0, 1, 1)];
+    let mut seen = std::collections::BTreeMap::new();
+    interpreter
+        .step_observed(&rows, &[1, 2, 4], &mut |node, values| {
+            seen.insert(node.name.clone(), values.to_vec());
+        })
+        .unwrap();
+    // x + own[0] * before, nothing before the first row of either sequence.
+    assert_eq!(seen["pre"], [1.0, 2.0, 6.0, 11.0, -4.0, -4.0, 2.0, 0.0, 3.0, 2.0]);
+    // ([1, 2] + own[1]) * pre + [10, 20] * before.
+    let post = [3.0, 8.0, 46.0, 117.0, 52.0, 208.0, 2.0, 0.0, 29.0, 8.0];
+    assert_eq!(seen["post"], post);
+    // NaN comes last, and of equals the lower token first.
+    let capped = |logit: f32| (4.0 * (f64::from(logit) * 0.5 / 4.0).tanh()) as f32;
+    let top =
+        [1.0, capped(117.0), 2.0, capped(117.0), 1.0, capped(208.0), 2.0, capped(208.0), 0.0, capped(29.0)];
+    assert_eq!(seen["top"][..10], top);
+    assert_eq!(seen["top"][10..], [1.0, capped(8.0)]);
+    // Behind token 0, which is known; behind candidates 1 and 2; behind token 3, which is known.
+    let pair = |top: usize, p: f32, h: f32, s: f32| seen["top"][top * 2 + 1] + p * h * s;
+    let expected = [
+        [pair(0, 1.0, 46.0, 7.0), pair(1, 1.0, 46.0, 11.0)],
+        [pair(0, 1.0, 46.0, 7.0), pair(1, 1.0, 46.0, 11.0)],
+        [pair(2, 2.0, 52.0, 7.0), pair(3, 2.0, 52.0, 11.0)],
+        [pair(2, 3.0, 52.0, 7.0), pair(3, 3.0, 52.0, 11.0)],
+        [pair(4, 4.0, 29.0, 5.0), pair(5, 4.0, 29.0, 7.0)],
+        [pair(4, 4.0, 29.0, 5.0), pair(5, 4.0, 29.0, 7.0)],
+    ];
+    assert_eq!(seen["pairs"], expected.concat());
+    let text = graph.to_string();
+    assert_eq!(tilec_ir::graph::parse(&text).unwrap().to_string(), text);
+    // What does not fit: groups that do not divide, more candidates than tokens, tables of other tokens.
+    let refused = |op, operands: &[_]| graph.clone().add("bad", None, op, operands).unwrap_err().to_string();
+    let error = refused(Op::DynamicConv { weight: "base".into(), side: 0, group: 3 }, &[x, own]);
+    assert!(error.contains("groups of 3 of 2 columns"), "{error}");
+    let error = refused(Op::TopK { k: 5, factor: 1.0, softcap: None }, &[logits]);
+    assert!(error.contains("5 of 4 columns"), "{error}");
+    let error = refused(Op::TopK { k: 2, factor: 0.0, softcap: None }, &[logits]);
+    assert!(error.contains("must be above 0"), "{error}");
+    let mut short = graph.clone();
+    short.weights.get_mut("p").unwrap().shape = vec![3, 1];
+    let errors = tilec_ir::graph::verify(&short).unwrap_err();
+    assert!(errors.iter().any(|error| error.to_string().contains("3 and 4 tokens")), "{errors:?}");
+    short.weights.get_mut("s").unwrap().shape = vec![3, 1];
+    let errors = tilec_ir::graph::verify(&short).unwrap_err();
+    assert!(errors.iter().any(|error| error.to_string().contains("its candidates are of 4")), "{errors:?}");
+}

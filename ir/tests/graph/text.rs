@@ -219,6 +219,7 @@ fn build(name: String, weights: Vec<(String, Format, Format)>, rope: RopeSpec, d
     let vector = Weight::whole([8], Format::F32);
     graph.declare_weight("v", vector).unwrap();
     graph.declare_weight("experts.{}.w", Weight::whole([8, 8, 8], Format::MXFP4)).unwrap();
+    graph.declare_weight("sides", Weight::whole([2, 2, 8], Format::BF16)).unwrap();
     let view = Some(View { tensor: "all biases".into(), start: 1, block: 1, stride: 2 });
     let slice = Some(Slice { start: vec![0, 8], of: vec![8, 24] });
     graph
@@ -274,6 +275,18 @@ fn build(name: String, weights: Vec<(String, Format, Format)>, rope: RopeSpec, d
                 (Op::Gated { activation }, vec![one, two])
             }
             17 => (Op::AllReduce { ranks: b % 9 }, vec![one]),
+            18 => {
+                let op = Op::DynamicConv { weight: "sides".into(), side: b % 3, group: b % 9 };
+                (op, vec![one, two])
+            }
+            19 => {
+                let softcap = (b % 2 == 0).then_some(number.abs());
+                (Op::TopK { k: b % 70, factor: number, softcap }, vec![one])
+            }
+            20 => {
+                let op = Op::PairScores { predecessor: weight, successor: "w".into() };
+                (op, vec![one, two])
+            }
             _ => (Op::Logits, vec![one]),
         };
         ids.extend(graph.add(name, layer, op, &operands));
@@ -286,7 +299,7 @@ fn graphs() -> impl Strategy<Value = Graph> {
     let weights = proptest::collection::vec((name(), format(), format()), 0..4);
     let rope = (positive_f64(), scaling()).prop_map(|(theta, scaling)| RopeSpec { dims: 4, theta, scaling });
     let layer = proptest::option::of(0usize..3);
-    let draft = (0usize..19, any::<usize>(), 0usize..1000, finite_f32(), name(), layer);
+    let draft = (0usize..22, any::<usize>(), 0usize..1000, finite_f32(), name(), layer);
     (name(), weights, rope, proptest::collection::vec(draft, 0..40))
         .prop_map(|(name, weights, rope, drafts)| build(name, weights, rope, drafts))
 }

@@ -11,7 +11,7 @@ use tilec_ir::graph::Scoring;
 use Param::{I64, Ptr};
 
 /// Key of an expert that is chosen already, below all others.
-const CHOSEN: i64 = i32::MIN as i64;
+pub(super) const CHOSEN: i64 = i32::MIN as i64;
 
 impl<'a, 'ctx> Kernels<'a, 'ctx> {
     /// The experts of rows and their weights; see the [module](super) for arguments.
@@ -173,7 +173,7 @@ impl<'ctx> Body<'_, 'ctx> {
     }
 
     /// Whole numbers in the order of these floats, -0 with +0; NaN is the least, above [`CHOSEN`].
-    fn order_key(&self, x: VectorValue<'ctx>) -> VectorValue<'ctx> {
+    pub(crate) fn order_key(&self, x: VectorValue<'ctx>) -> VectorValue<'ctx> {
         let bits = self.as_int(self.fadd(x, self.cf(0.0)));
         let flip = self.and(self.sar(bits, 31), self.ci(0x7fff_ffff));
         // Exclusive or: a negative float's magnitude bits turn over.

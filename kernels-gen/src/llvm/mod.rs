@@ -28,6 +28,9 @@
 //! | [`route`](Kernels::route) | `ptr scores, i64 rows, ptr correction, ptr experts, ptr weights, ptr scratch` |
 //! | [`expert_lists`](Kernels::expert_lists) | `ptr experts, ptr weights, i64 rows, ptr lists` |
 //! | [`add_slots`](Kernels::add_slots) | `ptr tile, i64 tile_stride, ptr row_list, ptr weights, i64 slots, i64 cols, ptr dst, i64 dst_stride` |
+//! | [`dynamic_conv`](Kernels::dynamic_conv) | `ptr x, i64 row_start, i64 row_end, ptr sequences, ptr own, ptr base, ptr added, ptr dst` |
+//! | [`top_k`](Kernels::top_k) | `ptr logits, i64 rows, ptr tokens, ptr values, ptr scratch` |
+//! | [`pair_scores`](Kernels::pair_scores) | `ptr before, ptr behind, ptr hidden, ptr logits, ptr dst` |
 //! | [`attention`](Kernels::attention) | `ptr q, i64 q_stride, ptr positions, ptr sequences, ptr page_table, i64 pages_per_sequence, ptr kv_layer, i64 kv_head, i64 row_start, i64 row_end, ptr sinks, ptr out, i64 out_stride, ptr scratch, ptr ends` |
 //!
 //! * `gemm`: `panels` is the first of `panel_count` adjacent panels. `activations` is the base of
@@ -57,6 +60,15 @@
 //! * `expert_lists`: sorts the slots of `rows` rows of routes by expert, those of one expert by row, into
 //!   `lists`, as [`ExpertLists`](crate::experts::ExpertLists) lays them out.
 //! * `add_slots`: `dst[row_list[i]] = fma(tile[i], weights[i], dst[row_list[i]])`, slots ascending.
+//! * `dynamic_conv`: `x`, `sequences` (`u32`), `own`, `added` and `dst` are whole buffers, indexed by the
+//!   absolute rows `row_start..row_end`; of `x` the row before them is read as well if it is of the same
+//!   sequence. `own` is f32 `[rows][4][groups]` from the first value of the side, of which 2 `groups` are
+//!   read, `base` f32 `[2][cols]`. `added` is read if the descriptor says so, else null; it may be `dst`.
+//! * `top_k`: `tokens` (`u32 [rows][k]`) and `values` (f32, the same shape) are written, the largest first.
+//!   `scratch` has [`TopK::scratch_bytes`](crate::selector::TopK::scratch_bytes).
+//! * `pair_scores`: `before` and `behind` are f32 `[k]` rows of [`PairScores::stride`](crate::selector::PairScores::stride)
+//!   elements, of which those of `before` are changed; `hidden` is f32 `[rank]`, `logits` f32 `[k]`. `dst`
+//!   `[k][k]` becomes `logits[b] + <before[a] * hidden, behind[b]>`.
 //! * `attention`: `q` (f32, turned already), `positions`, `sequences` and `out` are whole buffers,
 //!   indexed by the absolute rows `row_start..row_end`. Query head `h` reads `q[row][h * qk_dim ..]`
 //!   and writes `out[row][h * v_dim ..]`, for the `group` heads `h` of `kv_head`. `sinks` is
@@ -77,12 +89,14 @@
 
 mod attention;
 mod body;
+mod conv;
 mod dot;
 mod experts;
 mod gemm;
 mod math;
 mod pieces;
 mod rows;
+mod selector;
 
 pub use body::{Body, Param};
 

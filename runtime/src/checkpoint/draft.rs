@@ -17,6 +17,8 @@ const ALIASES: &[(&str, &str)] = &[
     ("encoder.fc.", "fc."),
     ("encoder.output_norm_enc.", "hidden_norm."),
     ("midlayer.", "layers.0."),
+    ("candidate_selector.predecessor_codebook.weight", "candidate_selector.predecessor_codebook"),
+    ("candidate_selector.successor_codebook.weight", "candidate_selector.successor_codebook"),
 ];
 
 /// A vector beside the weights: the embedding of a mask, which the target's table has not.

@@ -53,6 +53,7 @@ fn draft_plan() -> Plan {
         input: None,
         block_pass: program("block", vec![f32s("logits", VOCAB, 0)]),
         logits: 0,
+        selector: None,
     });
     plan.verify().unwrap();
     plan

@@ -2,6 +2,7 @@
 //! they meet at counters.
 
 use super::error::{EngineError, StepError};
+use super::proposal::Pairs;
 use super::team::{Panicked, Team};
 use super::{EngineOptions, PROFILE_FIELDS, RowInput, Weights};
 use crate::kv::{KvMemory, PageTable};
@@ -306,6 +307,28 @@ impl CpuEngine {
         let Some(draft) = &mut self.draft else { return Err(StepError::NoDraft) };
         run.run(&mut draft.block, &mut draft.kv, logit_rows, None, &draft_plan.block_pass.stages)?;
         Ok(draft.block.floats(&draft_plan.block_pass.buffers[draft_plan.logits], logit_rows.len()))
+    }
+
+    /// What the last pass of blocks said of its `guesses` guesses: the logits `[guesses][vocab]`, and
+    /// candidates if the draft chooses among them.
+    ///
+    /// # Errors
+    /// [`StepError`] if there is no draft.
+    pub fn proposals(
+        &self,
+        draft_plan: &DraftPlan,
+        guesses: usize,
+    ) -> Result<(&[f32], Option<Pairs<'_>>), StepError> {
+        let block = &self.draft.as_ref().ok_or(StepError::NoDraft)?.block;
+        let buffers = &draft_plan.block_pass.buffers;
+        let pairs = draft_plan.selector.map(|selector| {
+            let candidates = &buffers[selector.candidates];
+            let k = candidates.cols;
+            let tokens = &block.arena.as_slice()[candidates.offset..][..guesses * k * 4];
+            let scores = block.floats(&buffers[selector.scores], guesses);
+            Pairs { k, tokens: bytemuck::cast_slice(tokens), scores }
+        });
+        Ok((block.floats(&buffers[draft_plan.logits], guesses), pairs))
     }
 
     /// Times of the last step, in ticks of the processor's time-stamp counter.

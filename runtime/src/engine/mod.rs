@@ -8,11 +8,13 @@
 
 mod cpu;
 mod error;
+mod proposal;
 mod team;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use error::{EngineError, StepError};
+pub use proposal::Proposal;
 
 use crate::checkpoint::Checkpoint;
 use crate::conversion::Conversion;
@@ -381,26 +383,62 @@ impl Engine {
         }
     }
 
-    /// As [`Engine::draft`], but gives only the guesses themselves: the token of the largest logit, the
-    /// lowest id among equals. `None` for what a broken draft says: logits that are no numbers, where they
-    /// are looked at.
+    /// As [`Engine::draft`], but gives only the guesses themselves: the most likely token behind the guess
+    /// before it, by a draft that has a selector, else the token of the largest logit; of equals the one with
+    /// the larger logit or the lower id. `None` for what a broken draft says, and behind that: logits that are
+    /// no numbers, where they are looked at.
     ///
     /// # Errors
     /// As [`Engine::draft`].
     pub fn guess(&mut self, blocks: &[BlockInput]) -> Result<Vec<Option<u32>>, StepError> {
-        let (rows, logit_rows) = self.begin_blocks(blocks)?;
-        match (&mut self.back, &self.plan.draft) {
-            (Back::Cpu(back), Some(draft)) => {
-                let logits = back.block(draft, &self.pages, &rows, &logit_rows)?;
-                let best = |row: &[f32]| crate::sampling::argmax(row, 0).ok();
-                Ok(logits.chunks_exact(self.plan.vocab).map(best).collect())
-            }
-            (Back::Cuda(back), Some(_)) => {
-                let tokens = back.guess(&self.plan, &self.pages, &rows, &logit_rows)?;
-                Ok(tokens.into_iter().map(Some).collect())
-            }
-            (_, None) => Err(StepError::NoDraft),
+        if !self.is_resident() {
+            return self.guess_by(blocks, &mut |_, _, proposal| proposal.best());
         }
+        let (rows, logit_rows) = self.begin_blocks(blocks)?;
+        let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
+        let tokens = back.guess(&self.plan, &self.pages, &rows, &logit_rows)?;
+        Ok(tokens.into_iter().map(Some).collect())
+    }
+
+    /// As [`Engine::guess`], with guesses that `choose(block, guess, proposal)` chooses, by their places in what
+    /// the draft says of them: block by block, and in a block from the first on. Where it chooses nothing, the
+    /// block has no guesses from there on.
+    ///
+    /// # Errors
+    /// As [`Engine::draft`].
+    pub fn guess_by(
+        &mut self,
+        blocks: &[BlockInput],
+        choose: &mut dyn FnMut(usize, usize, Proposal<'_>) -> Option<usize>,
+    ) -> Result<Vec<Option<u32>>, StepError> {
+        let (rows, logit_rows) = self.begin_blocks(blocks)?;
+        let (logits, pairs) = match (&mut self.back, &self.plan.draft) {
+            (Back::Cpu(back), Some(draft)) => {
+                back.block(draft, &self.pages, &rows, &logit_rows)?;
+                back.proposals(draft, logit_rows.len())?
+            }
+            (Back::Cuda(back), Some(_)) => (back.block(&self.plan, &self.pages, &rows, &logit_rows)?, None),
+            (_, None) => return Err(StepError::NoDraft),
+        };
+        let vocab = self.plan.vocab;
+        let mut tokens = Vec::with_capacity(logit_rows.len());
+        for (block, input) in blocks.iter().enumerate() {
+            // The place of the guess before; any, behind the token that is known.
+            let mut before = Some(0);
+            for guess in 0..input.wanted {
+                let number = tokens.len();
+                let proposal = |before| match pairs {
+                    Some(pairs) => pairs.behind(number, before),
+                    None => Proposal::Logits(&logits[number * vocab..][..vocab]),
+                };
+                let token = before.map(proposal).and_then(|proposal| {
+                    before = choose(block, guess, proposal).filter(|place| *place < proposal.scores().len());
+                    before.map(|place| proposal.token(place))
+                });
+                tokens.push(token);
+            }
+        }
+        Ok(tokens)
     }
 
     /// The rows of blocks and which of them are wanted, checked, with pages.

@@ -1,6 +1,7 @@
 //! The LLVM backend: one entry function that every worker calls once a step, with the schedule as
 //! straight code, a loop over the layers, and a function for each stage.
 
+mod draft;
 mod experts;
 mod scalar;
 mod stage;
@@ -19,11 +20,13 @@ use tilec_ir::format::PANEL;
 use tilec_ir::schedule::{Instr, Schedule, Share};
 use tilec_ir::stages::{Stage, StageAnchor, StagePiece, StageProgram};
 use tilec_kernels_gen::attention::Attention;
+use tilec_kernels_gen::conv::DynamicConv;
 use tilec_kernels_gen::experts::{ExpertLists, Route};
 use tilec_kernels_gen::gemm::{Activations, Gemm};
 use tilec_kernels_gen::llvm::{Kernels, machine, optimize};
 use tilec_kernels_gen::pieces::{Glu, HeadNorm, KvWrite, Rope, Scale};
 use tilec_kernels_gen::rows::{Embed, Quantize, RmsNorm};
+use tilec_kernels_gen::selector::{PairScores, TopK};
 use tilec_kernels_gen::{KernelError, Target};
 
 /// Spins between two looks at whether another worker has given up, and two yields of the processor:
@@ -181,7 +184,16 @@ fn scratch(program: &StageProgram) -> Scratch {
                 scratch.tile = scratch.tile.max(rows * group * layout.v_dim * 4);
                 scratch.kernel = scratch.kernel.max(attention.scratch_bytes());
             }
+            StageAnchor::TopK { vocab, k, factor, softcap, .. } => {
+                let top = TopK { vocab: *vocab, k: *k, factor: *factor, softcap: *softcap };
+                scratch.kernel = scratch.kernel.max(top.scratch_bytes());
+            }
+            StageAnchor::PairScores { k, tables, .. } => {
+                let pairs = PairScores { k: *k, rank: tables[0].1.k };
+                scratch.kernel = scratch.kernel.max(2 * pairs.gathered_bytes());
+            }
             StageAnchor::Embed { .. }
+            | StageAnchor::DynamicConv { .. }
             | StageAnchor::Input
             | StageAnchor::Taps { .. }
             | StageAnchor::Rows { .. } => {}
@@ -267,6 +279,9 @@ impl<'ctx> Emitter<'_, 'ctx> {
         scale(Scale);
         route(Route);
         expert_lists(ExpertLists);
+        dynamic_conv(DynamicConv);
+        top_k(TopK);
+        pair_scores(PairScores);
     }
 
     /// Copies quantized rows by index from one buffer to another of the same columns.

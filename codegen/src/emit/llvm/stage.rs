@@ -88,6 +88,9 @@ pub fn emit<'e, 'a, 'ctx>(
         StageAnchor::Taps { .. } => stage_emitter.taps(shares.len())?,
         StageAnchor::Rows { .. } => stage_emitter.on_rows(shares.len())?,
         StageAnchor::Attention { .. } => stage_emitter.attention(shares.len())?,
+        StageAnchor::DynamicConv { .. } => stage_emitter.dynamic_conv(shares.len())?,
+        StageAnchor::TopK { .. } => stage_emitter.top_k(shares.len())?,
+        StageAnchor::PairScores { .. } => stage_emitter.pair_scores(shares.len())?,
         StageAnchor::Route { .. } => stage_emitter.route(shares.len())?,
         StageAnchor::Experts { .. } => stage_emitter.experts(shares)?,
     }
