@@ -189,6 +189,36 @@ pub struct GuessArgs {
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..64),
           conflicts_with = "no_draft", help_heading = "Draft")]
     pub draft_min: u64,
+    /// How guesses are chosen, by vLLM's names
+    #[arg(
+        long,
+        value_name = "METHOD",
+        value_enum,
+        default_value_t,
+        conflicts_with = "no_draft",
+        help_heading = "Draft"
+    )]
+    pub draft_sample_method: DraftSampleMethod,
+}
+
+/// How a plan's draft chooses its guesses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DraftSampleMethod {
+    /// The most likely token: the text is the same as without a draft
+    #[default]
+    Greedy,
+    /// Drawn at the request's temperature and verified by rejection sampling: more guesses are right, and tokens come
+    /// with the model's probabilities, but other ones than without a draft
+    Probabilistic,
+}
+
+impl From<DraftSampleMethod> for tilec_runtime::generate::DraftSampleMethod {
+    fn from(method: DraftSampleMethod) -> Self {
+        match method {
+            DraftSampleMethod::Greedy => Self::Greedy,
+            DraftSampleMethod::Probabilistic => Self::Probabilistic,
+        }
+    }
 }
 
 /// A level of the compiler.

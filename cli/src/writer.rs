@@ -64,6 +64,7 @@ impl Writer {
         let mut generator = Generator::new(engine, Some(Arc::clone(&text.tokenizer)));
         generator.set_draft_rows(draft.rows());
         generator.set_draft_min(guess.draft_min as usize);
+        generator.set_draft_sample_method(guess.draft_sample_method.into());
         Ok(Writer { generator, limit: DraftLimit::default(), text })
     }
 

@@ -577,6 +577,18 @@ fn a_draft_changes_no_token() {
         assert!(draft["acceptance"].as_f64().unwrap() > 1.5, "{draft}");
         assert!(draft["histogram"].as_array().unwrap().len() <= rows, "{draft}");
     }
+    // Nothing is drawn at temperature 0. At others what is drawn is verified.
+    let drawing = ["--draft-min", "7", "--draft-sample-method", "probabilistic"];
+    assert_eq!(run(&drawing)["tokens"], plain["tokens"]);
+    let warm = ["--temperature", "1", "--seed", "6", "-n", "200"];
+    let acceptance = |more: &[&str]| {
+        let args = ["run", model, "-p", "def fibonacci(n):", "--json"];
+        let found: Value = serde_json::from_str(&bench.ok(&[&args[..], &warm, more].concat())).unwrap();
+        found["draft"]["acceptance"].as_f64().unwrap()
+    };
+    let (drawn, likeliest) = (acceptance(&drawing), acceptance(&drawing[..2]));
+    println!("{drawn} tokens a round drawn, {likeliest} with the likeliest guesses");
+    assert!(drawn > 1.5, "{drawn}");
     let error = bench.fails(&["run", model, "-p", "x", "--draft-max", "8"]);
     assert!(error.contains("--draft-max 8") && error.contains("at most 7"), "{error}");
     let error = bench.fails(&["run", model, "-p", "x", "--draft-min", "8"]);

@@ -25,14 +25,14 @@ mod stats;
 mod tests;
 
 pub use adapt::{DraftLimit, FixedTimes, Pass};
-pub use draft::DraftStats;
+pub use draft::{DraftSampleMethod, DraftStats};
 pub use score::{ScoreError, score};
 pub use stats::{RequestStats, StepTime};
 
 use self::adapt::{CostModel, Pace, PassTimes};
 use self::draft::{Choice, Guesses};
 use crate::engine::{Engine, RowInput, StepError};
-use crate::sampling::{Sampler, SamplingError, SamplingParams};
+use crate::sampling::{Drawn, Sampler, SamplingError, SamplingParams};
 use crate::stream::{EmptyStop, StopStrings, StreamDecoder};
 use crate::tokenizer::Tokenizer;
 use std::cmp::Reverse;
@@ -179,6 +179,8 @@ pub struct Generator {
     draft_rows: usize,
     /// See [`Generator::set_draft_min`].
     draft_min: usize,
+    /// See [`Generator::set_draft_sample_method`].
+    draft_sample_method: DraftSampleMethod,
     /// What steps and guesses take.
     times: PassTimes,
 }
@@ -210,6 +212,7 @@ impl Generator {
         Generator {
             times,
             draft_min: 0,
+            draft_sample_method: DraftSampleMethod::default(),
             engine,
             tokenizer,
             history: vec![Vec::new(); sequences],
@@ -238,6 +241,12 @@ impl Generator {
     /// the number. Texts do not depend on it. May be changed between runs.
     pub fn set_draft_min(&mut self, guesses: usize) {
         self.draft_min = guesses;
+    }
+
+    /// How guesses are chosen and verified; [`DraftSampleMethod::Greedy`] unless said otherwise, which leaves
+    /// every text as it is without a draft. May be changed between runs.
+    pub fn set_draft_sample_method(&mut self, method: DraftSampleMethod) {
+        self.draft_sample_method = method;
     }
 
     /// Chooses the number of guesses by these times in place of measured ones, so that it depends on the
@@ -314,7 +323,7 @@ impl Generator {
                 continue;
             }
             let start = Instant::now();
-            let guesses = self.guess(&active, &choice)?;
+            let guesses = self.guess(&mut active, &choice)?;
             let guessed = guesses.iter().any(|guesses| !guesses.tokens.is_empty());
             let mut batch = Batch::default();
             self.fill(&mut batch, &active, turn, &guesses);
@@ -332,6 +341,7 @@ impl Generator {
             let by_kernel = self.block() > 0
                 && !sampling.is_empty()
                 && self.engine.is_resident()
+                && guesses.iter().all(|guesses| guesses.drawn.is_empty())
                 && sampling.iter().all(|sampling| sampling.is_for_kernels());
             let before = Instant::now();
             self.make_pages(&batch, &active);
@@ -727,7 +737,8 @@ impl Active {
             finish = match results {
                 Results::Logits(logits) => {
                     let vocab = logits.len() / (1 + guessed);
-                    self.take(&logits[row * vocab..][..vocab], request, context, news)?
+                    let guess = guesses.tokens.get(row).copied().zip(guesses.drawn.get(row));
+                    self.take(&logits[row * vocab..][..vocab], guess, request, context, news)?
                 }
                 Results::Tokens(tokens) => self.accept(tokens[row], None, request, context, news),
             };
@@ -749,16 +760,21 @@ impl Active {
         Ok((taken, finish))
     }
 
-    /// Chooses the next token; says why the text ends if it does.
+    /// Chooses the next token, which may be a guess that was drawn; says why the text ends if it does.
     fn take(
         &mut self,
         logits: &[f32],
+        guess: Option<(u32, &Drawn)>,
         request: &Request,
         context: usize,
         news: &mut dyn FnMut(Piece<'_>) -> ControlFlow<()>,
     ) -> Result<Option<FinishReason>, GenerateError> {
         let number = self.request;
-        let choice = self.sampler.sample(logits, self.tokens.len() as u64);
+        let position = self.tokens.len() as u64;
+        let choice = match guess {
+            Some((guess, drawn)) => self.sampler.take(logits, position, guess, drawn),
+            None => self.sampler.sample(logits, position),
+        };
         let choice = choice.map_err(|source| GenerateError::Sampling { request: number, source })?;
         Ok(self.accept(choice.token, choice.logprob, request, context, news))
     }

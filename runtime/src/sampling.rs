@@ -16,13 +16,18 @@
 //! or in another batch, as speculation does, gives the same token for the same logits. Probabilities are
 //! integers ([`SampleRow`]), the best token's 2^40; what is less than 2^-40 times as probable as that is
 //! never drawn. So a kernel that chooses tokens chooses the very same ones.
+//!
+//! Where a draft's guesses are drawn as well, [`Sampler::guess`] and [`Sampler::take`] have the same distribution,
+//! but other tokens: see [`Drawn`].
 
 mod draw;
 mod philox;
+mod rejection;
 #[cfg(test)]
 mod tests;
 
-pub use philox::{random_bits, uniform};
+pub use philox::{Stream, random_bits, random_bits_of, uniform, uniform_of};
+pub use rejection::Drawn;
 
 use self::draw::{Scratch, draw};
 use serde::{Deserialize, Serialize};
@@ -256,10 +261,44 @@ impl Sampler {
     /// Chooses the token at `position` (absolute: 0 is the first token of the prompt) from the
     /// `logits` that predict it, one for every token of the vocabulary.
     pub fn sample(&mut self, logits: &[f32], position: u64) -> Result<Choice, SamplingError> {
+        self.sample_or_take(logits, position, None)
+    }
+
+    /// Draws a draft's guess for `position` from what the draft says, at this sampler's temperature: its place
+    /// among `scores`, a number a token, as logits. With temperature 0 the place of the largest. `None` if a score
+    /// is no number, or none is above -infinity.
+    pub fn guess(&mut self, scores: &[f32], position: u64) -> Option<usize> {
+        let best = argmax(scores, position).ok()?;
+        if self.params.is_greedy() {
+            return Some(best as usize);
+        }
+        let (row, best) = (self.params.launch_row(), scores[best as usize]);
+        Some(rejection::draw_guess(scores, best, &row, position, &mut self.scratch))
+    }
+
+    /// As [`Sampler::sample`], where a draft's `guess` for the position was drawn by [`Sampler::guess`] from what
+    /// `drawn` has: takes the guess, or another token in its place, so that tokens come with the model's
+    /// probabilities. With temperature 0 it is the most probable token.
+    pub fn take(
+        &mut self,
+        logits: &[f32],
+        position: u64,
+        guess: u32,
+        drawn: &Drawn,
+    ) -> Result<Choice, SamplingError> {
+        self.sample_or_take(logits, position, Some((guess, drawn)))
+    }
+
+    fn sample_or_take(
+        &mut self,
+        logits: &[f32],
+        position: u64,
+        guess: Option<(u32, &Drawn)>,
+    ) -> Result<Choice, SamplingError> {
         // Scratch moves out while `self` is read.
         let mut adjusted = std::mem::take(&mut self.adjusted);
         let mut scratch = std::mem::take(&mut self.scratch);
-        let choice = self.choose(logits, position, &mut adjusted, &mut scratch);
+        let choice = self.choose(logits, position, guess, &mut adjusted, &mut scratch);
         self.adjusted = adjusted;
         self.scratch = scratch;
         choice
@@ -269,6 +308,7 @@ impl Sampler {
         &self,
         raw: &[f32],
         position: u64,
+        guess: Option<(u32, &Drawn)>,
         adjusted: &mut Vec<f32>,
         scratch: &mut Scratch,
     ) -> Result<Choice, SamplingError> {
@@ -279,10 +319,13 @@ impl Sampler {
             raw
         };
         let best = argmax(logits, position)?;
-        let token = if self.params.is_greedy() {
-            best
-        } else {
-            draw(logits, logits[best as usize], &self.params.launch_row(), position, scratch)
+        let largest = logits[best as usize];
+        let token = match guess {
+            _ if self.params.is_greedy() => best,
+            None => draw(logits, largest, &self.params.launch_row(), position, scratch),
+            Some(guess) => {
+                rejection::verify(logits, largest, &self.params.launch_row(), position, guess, scratch)
+            }
         };
         let logprob = match self.params.logprobs {
             true if self.params.adjusts_logits() => Some(logprob(raw, argmax(raw, position)?, token)),

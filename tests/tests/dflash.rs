@@ -2,6 +2,8 @@
 //! whole loop in float64 with plain PyTorch, without a cache. And the promise that texts are the same with
 //! and without a draft.
 
+#[path = "dflash/rejection.rs"]
+mod rejection;
 #[path = "dflash/second.rs"]
 mod second;
 

@@ -1,5 +1,7 @@
 //! What a draft says of the tokens that come, before one of them is taken.
 
+use crate::sampling::Drawn;
+
 /// What a draft says of one token.
 #[derive(Clone, Copy, Debug)]
 pub enum Proposal<'a> {
@@ -28,6 +30,15 @@ impl Proposal<'_> {
             Proposal::Logits(_) => place as u32,
             Proposal::Candidates { tokens, .. } => tokens[place],
         }
+    }
+
+    /// A copy of it, for [`crate::sampling::Sampler::take`].
+    pub fn drawn(&self) -> Drawn {
+        let tokens = match self {
+            Proposal::Logits(_) => None,
+            Proposal::Candidates { tokens, .. } => Some(tokens.to_vec()),
+        };
+        Drawn { tokens, scores: self.scores().to_vec() }
     }
 
     /// The place of the largest number, the first of equals; `None` if one is no number, or none is above

@@ -18,7 +18,21 @@
 use super::adapt::{Candidate, Company, Pass, choose};
 use super::{Active, Generator, Request};
 use crate::engine::{BlockInput, StepError};
+use crate::sampling::Drawn;
 use std::time::{Duration, Instant};
+
+/// How a draft's guesses are chosen, by vLLM's names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DraftSampleMethod {
+    /// The most likely token. A guess is right if the model would have chosen that token without it: texts are
+    /// the same with a draft and without.
+    #[default]
+    Greedy,
+    /// Drawn from what the draft says at the request's temperature, and verified by rejection sampling (see
+    /// [`crate::sampling::Drawn`]): more guesses are right where the model is free to say many things, and texts
+    /// have the model's probabilities, but other tokens than without a draft. At temperature 0 as [`Self::Greedy`].
+    Probabilistic,
+}
 
 /// What became of guesses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -124,6 +138,8 @@ pub(super) enum Choice {
 pub(super) struct Guesses {
     /// The tokens behind the last one.
     pub tokens: Vec<u32>,
+    /// What each of them was drawn from, where they were drawn; else nothing.
+    pub drawn: Vec<Drawn>,
     /// Whether the step has a row for every guess that would be verified elsewhere, too.
     pub whole: bool,
     /// Whether there could have been guesses.
@@ -234,7 +250,7 @@ impl Generator {
     /// Lets the draft guess what was chosen. One entry a sequence, without tokens where nothing is guessed.
     pub(super) fn guess(
         &mut self,
-        active: &[Option<Active>],
+        active: &mut [Option<Active>],
         choice: &[Choice],
     ) -> Result<Vec<Guesses>, StepError> {
         let mut guesses = vec![Guesses::default(); active.len()];
@@ -261,7 +277,11 @@ impl Generator {
         let most = self.engine.plan().limits.max_rows / longest;
         for blocks in blocks.chunks(most.max(1)) {
             let start = Instant::now();
-            let mut tokens = self.engine.guess(blocks)?.into_iter();
+            let mut tokens = match self.draft_sample_method {
+                DraftSampleMethod::Greedy => self.engine.guess(blocks)?,
+                DraftSampleMethod::Probabilistic => self.draw(blocks, active, &mut guesses)?,
+            }
+            .into_iter();
             self.times.note(Pass::Draft, blocks.iter().map(|block| block.rows).sum(), start.elapsed());
             for block in blocks {
                 let own: Vec<Option<u32>> = tokens.by_ref().take(block.wanted).collect();
@@ -270,6 +290,33 @@ impl Generator {
             }
         }
         Ok(guesses)
+    }
+
+    /// Lets the draft say what it guesses, and draws from that for requests that draw. What each guess was drawn
+    /// from is kept with the guesses.
+    fn draw(
+        &mut self,
+        blocks: &[BlockInput],
+        active: &mut [Option<Active>],
+        guesses: &mut [Guesses],
+    ) -> Result<Vec<Option<u32>>, StepError> {
+        let draws = |current: &Active| !current.sampler.params().is_greedy();
+        let drawing = |block: &BlockInput| active[block.sequence as usize].as_ref().is_some_and(draws);
+        if !blocks.iter().any(drawing) {
+            return self.engine.guess(blocks);
+        }
+        self.engine.guess_by(blocks, &mut |block, guess, proposal| {
+            let BlockInput { sequence, position, .. } = blocks[block];
+            match &mut active[sequence as usize] {
+                Some(current) if draws(current) => {
+                    let position = u64::from(position) + 1 + guess as u64;
+                    let place = current.sampler.guess(proposal.scores(), position)?;
+                    guesses[sequence as usize].drawn.push(proposal.drawn());
+                    Some(place)
+                }
+                _ => proposal.best(),
+            }
+        })
     }
 
     /// Whether the cache has pages for blocks; what idle sequences have there makes room.

@@ -67,12 +67,67 @@ pub(super) fn draw(
     scratch: &mut Scratch,
 ) -> u32 {
     let random = random_bits(parameters.seed, position);
+    let Some((row, total)) = filtered(logits, best, parameters, scratch) else {
+        return by_id(logits, best, parameters, random, scratch);
+    };
+    // The best token has a weight, and every number below the total is somebody's.
+    let below = ((u128::from(random) * u128::from(total)) >> 64) as u64;
+    row.rank(Measure::Weights, below, scratch).map_or(0, |place| place.token)
+}
+
+/// The token that a random number chooses in the order of ids, by temperature and `min_p` alone.
+pub(super) fn by_id(
+    logits: &[f32],
+    best: f32,
+    parameters: &SampleRow,
+    random: u64,
+    scratch: &mut Scratch,
+) -> u32 {
+    let row = Row { logits, best, scale: parameters.scale, reach: parameters.reach };
     let below = |total: u64| ((u128::from(random) * u128::from(total)) >> 64) as u64;
+    row.by_id(below, &mut scratch.sums)
+}
+
+/// The weight of every token that can be drawn, 0 of all others; as for [`draw`].
+pub(super) fn weights(logits: &[f32], best: f32, parameters: &SampleRow, scratch: &mut Scratch) -> Vec<u64> {
+    let of = |row: &Row<'_>| logits.iter().map(|logit| row.weight(*logit)).collect();
+    let Some((row, total)) = filtered(logits, best, parameters, scratch) else {
+        return of(&Row { logits, best, scale: parameters.scale, reach: parameters.reach });
+    };
+    let mut weights: Vec<u64> = of(&row);
+    // The last rank that is left; what has another rank behind it is cut off.
+    if let Some(last) = row.rank(Measure::Weights, total.max(1) - 1, scratch) {
+        let ranked = |token: u32, logit: f32| Ranked { logit, token, weight: 0 };
+        let last = ranked(last.token, logits[last.token as usize]);
+        for ((token, logit), weight) in (0u32..).zip(logits).zip(&mut weights) {
+            if by_rank(&ranked(token, *logit), &last) == Ordering::Greater {
+                *weight = 0;
+            }
+        }
+    }
+    weights
+}
+
+/// The weights of scores by temperature alone; none is NaN, and one is finite.
+pub(super) fn guess_weights(scores: &[f32], parameters: &SampleRow) -> Vec<u64> {
+    let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let row = Row { logits: scores, best, scale: parameters.scale, reach: REACH };
+    scores.iter().map(|score| row.weight(*score)).collect()
+}
+
+/// Where `top_k` or `top_p` cuts ranks off: the row with its ranks in `scratch`, and the weights of those that are
+/// left; `None` if neither does.
+fn filtered<'a>(
+    logits: &'a [f32],
+    best: f32,
+    parameters: &SampleRow,
+    scratch: &mut Scratch,
+) -> Option<(Row<'a>, u64)> {
     let top_k = parameters.top_k as usize;
     let cuts = top_k > 0 && top_k < logits.len();
     let row = Row { logits, best, scale: parameters.scale, reach: parameters.reach };
     if !cuts && parameters.top_p == 0 {
-        return row.by_id(below, &mut scratch.sums);
+        return None;
     }
     // Where shares are asked for, `min_p` comes behind them.
     let min_p = (parameters.top_p != 0 && parameters.reach < REACH).then(|| row.total());
@@ -87,9 +142,7 @@ pub(super) fn draw(
         let wanted = (share.div_ceil(1 << 64) as u64).max(1);
         total = row.rank(Measure::Weights, wanted - 1, scratch).map_or(total, |place| place.sum);
     }
-    total = total.min(min_p.unwrap_or(total));
-    // The best token has a weight, and every number below the total is somebody's.
-    row.rank(Measure::Weights, below(total), scratch).map_or(0, |place| place.token)
+    Some((row, total.min(min_p.unwrap_or(total))))
 }
 
 impl Row<'_> {

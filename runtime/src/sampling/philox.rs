@@ -23,15 +23,38 @@ fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 /// The random bits of one position: the key is the seed, the counter is the position (low half first, the
 /// upper two words 0), and the bits are the first two words of the output, low half first.
 pub fn random_bits(seed: u64, position: u64) -> u64 {
+    random_bits_of(seed, position, Stream::Token)
+}
+
+/// What a random number is for. Those of one position are independent of each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// The token itself, where nothing was guessed that counts.
+    Token = 0,
+    /// A draft's guess.
+    Guess = 1,
+    /// Whether the guess is taken.
+    Coin = 2,
+    /// The token in place of a guess.
+    Residual = 3,
+}
+
+/// As [`random_bits`], for one of several purposes: its number is the counter's third word.
+pub fn random_bits_of(seed: u64, position: u64, stream: Stream) -> u64 {
     let words = |x: u64| [x as u32, (x >> 32) as u32];
     let [low, high] = words(position);
-    let out = philox4x32_10([low, high, 0, 0], words(seed));
+    let out = philox4x32_10([low, high, stream as u32, 0], words(seed));
     u64::from(out[1]) << 32 | u64::from(out[0])
 }
 
 /// The random number of one position, uniform in [0, 1): the upper 53 of its [`random_bits`].
 pub fn uniform(seed: u64, position: u64) -> f64 {
-    (random_bits(seed, position) >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+    uniform_of(seed, position, Stream::Token)
+}
+
+/// As [`uniform`], for one of several purposes.
+pub fn uniform_of(seed: u64, position: u64, stream: Stream) -> f64 {
+    (random_bits_of(seed, position, stream) >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
 }
 
 #[cfg(test)]

@@ -1,3 +1,5 @@
+mod rejection;
+
 use super::*;
 
 fn sampler(params: SamplingParams) -> Sampler {
