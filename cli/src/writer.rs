@@ -138,7 +138,16 @@ impl Writer {
         let draft = &written.draft;
         if let (Some(acceptance), Some(guesses)) = (draft.acceptance(), draft.mean_guesses()) {
             let share = |part: Duration| 100.0 * part.as_secs_f64() / figures.decode.as_secs_f64();
-            let times = (share(draft.draft), share(draft.inject), share(draft.verify));
+            let mut split = format!(
+                "draft {:.0} %, its context {:.0} %, verify {:.0} ",
+                share(draft.draft),
+                share(draft.inject),
+                share(draft.verify)
+            );
+            if !draft.launch.is_zero() {
+                // What their parts take, only the GPU knows.
+                split = format!("whole rounds in launches {:.0} %, {split}", share(draft.launch));
+            }
             let total: u64 = draft.histogram.iter().sum();
             let shares: Vec<String> = (1..)
                 .zip(&draft.histogram)
@@ -147,16 +156,14 @@ impl Writer {
             lines.push_str(&format!(
                 "draft    {acceptance:.2} tokens a round in {} rounds, {} of {} guesses right ({})\n\
                  block    {guesses:.1} guesses on average, {} of {} tokens without any\n\
-                 split    draft {:.0} %, its context {:.0} %, verify {:.0} % of decoding\n",
+                 split    {}% of decoding\n",
                 draft.rounds,
                 draft.right,
                 draft.guesses,
                 shares.join(", "),
                 draft.plain,
                 figures.decoded,
-                times.0,
-                times.1,
-                times.2,
+                split,
             ));
         } else if draft.plain > 0 {
             lines.push_str(&format!("draft    not used: {} tokens without guesses\n", draft.plain));
@@ -266,6 +273,7 @@ pub fn draft_json(draft: &DraftStats) -> Value {
         "draft_s": draft.draft.as_secs_f64(),
         "inject_s": draft.inject.as_secs_f64(),
         "verify_s": draft.verify.as_secs_f64(),
+        "launch_s": draft.launch.as_secs_f64(),
     })
 }
 

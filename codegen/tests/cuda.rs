@@ -6,7 +6,7 @@ mod models;
 use models::{llama, qwen3};
 use serde_json::{Value, json};
 use tilec_codegen::compile::{DraftInput, Host, Input, budget, compile, graphs};
-use tilec_codegen::emit::cuda::emit;
+use tilec_codegen::emit::cuda::{RoundPrograms, emit, emit_round};
 use tilec_codegen::frontends;
 use tilec_codegen::nvrtc::{Arch, Budget, CudaText, Nvrtc, Options};
 use tilec_codegen::passes::packer::Packer;
@@ -210,13 +210,46 @@ fn every_architecture_gets_machine_code() {
         fp4_experts(),
         program("mimo", &flash_mimo(), Format::FP8_BLOCK, 200),
     ] {
-        for arch in [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100a, Arch::Sm120a] {
+        for arch in ARCHITECTURES {
             let text = emit(&program, arch).unwrap().text;
             let options = Options { fast: true, ..Options::default() };
             let cubin = nvrtc.compile(&CudaText { name: "kernel.cu", text: &text }, arch, &options).unwrap();
             cubin.kernel(KERNEL).unwrap();
         }
     }
+}
+
+const ARCHITECTURES: [Arch; 5] = [Arch::Sm80, Arch::Sm89, Arch::Sm90a, Arch::Sm100a, Arch::Sm120a];
+
+/// The kernel of rounds of a pair.
+fn round_text([model, inject, block]: &[ResidentProgram; 3], arch: Arch) -> Option<String> {
+    let programs = RoundPrograms { model, inject, block, mask_token: 7 };
+    emit_round(programs, arch).unwrap().map(|text| text.text)
+}
+
+#[test]
+fn rounds_get_machine_code_and_keep_within_their_registers() {
+    let nvrtc = Nvrtc::find().unwrap();
+    let fast = Options { fast: true, ..Options::default() };
+    let odd = pair("pair", &odd_llama(), &mimo_draft(), Format::FP8_BLOCK, 200);
+    for arch in ARCHITECTURES {
+        let text = round_text(&odd, arch).unwrap();
+        let cubin = nvrtc.compile(&CudaText { name: "kernel.cu", text: &text }, arch, &fast).unwrap();
+        cubin.kernel(KERNEL).unwrap();
+    }
+    let pair = pair("qwen3-8b", &example("qwen3-8b", 36), &qwen3_8b_draft(), Format::BF16, 4096);
+    let text = round_text(&pair, Arch::Sm90a).unwrap();
+    let text = CudaText { name: "kernel.cu", text: &text };
+    let cubin = nvrtc.compile(&text, Arch::Sm90a, &Options::default()).unwrap();
+    // As the widest of its three kernels.
+    let budget = Budget { registers: 168, stack: 192, spills: 1000 };
+    cubin.check(&[(KERNEL, budget)]).unwrap_or_else(|over| panic!("{over}"));
+    // What has steps of other rows, or another number of tokens, is no round.
+    let [model, inject, mut block] = pair;
+    block.step_rows = 8;
+    assert_eq!(round_text(&[model.clone(), inject.clone(), block.clone()], Arch::Sm90a), None);
+    (block.step_rows, block.vocab) = (16, 5);
+    assert_eq!(round_text(&[model, inject, block], Arch::Sm90a), None);
 }
 
 #[test]

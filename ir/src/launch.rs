@@ -3,7 +3,7 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 8;
+pub const LAUNCH_VERSION: u32 = 9;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
@@ -74,7 +74,7 @@ pub struct LaunchArgs {
     /// Mapped host memory: `u32 [`[`STALL_WORDS`]`]`, zero until a wait gives up.
     pub stall: u64,
     /// Mapped host memory: `u32 [steps][`[`LAUNCH_ROWS`]`]`, the tokens that were chosen, plus one;
-    /// zero until they are there. Null with `steps` of 1 if nobody wants them.
+    /// zero until they are there. Null with `steps` of 1 if nobody wants them. Of rounds [`ROUND_WORDS`] each.
     pub chosen: u64,
     /// Mapped host memory: one `u32`; the launch ends after the step in which it turns non-zero.
     pub halt: u64,
@@ -91,6 +91,15 @@ pub struct LaunchArgs {
     /// `[`[`SAMPLE_ROW_BYTES`]`]` for each row of the step, where SMs add up what they find when tokens are
     /// chosen by chance. Nothing need lie there. Aligned to 256 bytes; unused if `sampling` is null.
     pub choices: u64,
+    /// The KV cache of a draft, of the layout of [`LaunchArgs::kv`], for the round's kernel alone, as what follows.
+    pub draft_kv: u64,
+    /// The activation buffers of a draft's block, aligned to 256 bytes.
+    pub block_arena: u64,
+    /// Those of what makes a draft's context, aligned to 256 bytes.
+    pub inject_arena: u64,
+    /// [`RoundSequence`] `[round_sequences]`. The round's kernel takes its rows from there, and reads none of
+    /// `tokens`, `positions`, `sequences` and `logit_index`.
+    pub round: u64,
     /// Nanoseconds after which a wait gives up.
     pub patience_ns: u64,
     /// Rows, from 1 to those of the kernel's step.
@@ -103,7 +112,7 @@ pub struct LaunchArgs {
     pub kv_pages: u32,
     /// Steps to run, at least 1. Each step after the first decodes the tokens that the one before
     /// chose (as `sampling` says, or the largest logit, the lowest id among equals), one position on; more
-    /// than 1 needs `logit_rows == rows`, and pages for all positions.
+    /// than 1 needs `logit_rows == rows`, and pages for all positions. Of the round's kernel, rounds.
     pub steps: u32,
     /// Used entries of `stop_tokens`.
     pub stop_count: u32,
@@ -119,6 +128,80 @@ pub struct LaunchArgs {
     pub routing: u32,
     /// Start of the random numbers of a `routing` that is not the model's.
     pub routing_seed: u32,
+    /// Sequences that take part in rounds.
+    pub round_sequences: u32,
+    /// Rows of all their blocks, at most those of the kernel's step. `rows` and `logit_rows` are those of the
+    /// model's step: the last token and the guesses of each sequence.
+    pub block_rows: u32,
+    /// Guesses of all their blocks that are verified.
+    pub guess_rows: u32,
+    /// For measurements: a thousand times the tokens that a round adds on average, whatever was guessed. 0 takes
+    /// the guesses that are right.
+    pub accept: u32,
+}
+
+/// A sequence of a launch of rounds. In each round a block behind the last token guesses, a step of the model
+/// has a row for that token and for each guess that is verified, and the tokens that it chooses are added up to
+/// the first guess that was not chosen. All rows of the model's step become the draft's context; those of wrong
+/// guesses lie behind its end, where the next block writes over them.
+///
+/// The launch ends behind the round in which a sequence chose a stop token or had all tokens that it may have, or
+/// behind which the next round of a sequence has no room.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RoundSequence {
+    /// The last token, which the model has not processed.
+    pub token: u32,
+    /// Its position, and the length of the draft's context.
+    pub position: u32,
+    /// Row of the page table.
+    pub sequence: u32,
+    /// Guesses that are verified: from 1 to one less than `rows`.
+    pub guesses: u32,
+    /// Rows of a block: from 2 on.
+    pub rows: u32,
+    /// Tokens that may still be added, at least 1.
+    pub left: u32,
+    /// Positions that have pages; the first round fits.
+    pub limit: u32,
+    /// Number of its first row in the model's step: rows of sequences lie side by side, without a gap.
+    pub first_row: u32,
+}
+
+impl RoundSequence {
+    /// As it lies in memory.
+    pub const fn words(&self) -> [u32; ROUND_SEQUENCE_WORDS] {
+        let RoundSequence { token, position, sequence, guesses, rows, left, limit, first_row } = *self;
+        [token, position, sequence, guesses, rows, left, limit, first_row]
+    }
+}
+
+/// Words of a [`RoundSequence`].
+pub const ROUND_SEQUENCE_WORDS: usize = 8;
+
+/// Words of [`LaunchArgs::chosen`] for each round: a [`RoundResult`] of each sequence, then the tokens plus one, from
+/// the sequence's `first_row` on. All are zero until they are there, in any order.
+pub const ROUND_WORDS: usize = 2 * LAUNCH_ROWS;
+
+/// What a round brought a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundResult {
+    /// Tokens that were added, at least 1.
+    pub tokens: usize,
+    /// Guesses that are among them.
+    pub right: usize,
+}
+
+impl RoundResult {
+    /// As a word that is not zero.
+    pub const fn word(&self) -> u32 {
+        self.tokens as u32 | (self.right as u32) << 8
+    }
+
+    /// From a word that is not zero.
+    pub const fn of(word: u32) -> RoundResult {
+        RoundResult { tokens: (word & 0xff) as usize, right: (word >> 8 & 0xff) as usize }
+    }
 }
 
 /// How a row's token is chosen by chance: what sampling parameters come to in numbers, the same for host and
@@ -218,8 +301,9 @@ mod tests {
     #[test]
     fn the_arguments_have_no_holes() {
         // The kernel's structure is written by hand to the same layout.
-        assert_eq!(std::mem::size_of::<LaunchArgs>(), 19 * 8 + 10 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<LaunchArgs>(), 23 * 8 + 14 * 4 + STOP_TOKENS * 4);
         assert_eq!(std::mem::size_of::<SampleRow>(), SAMPLE_WORDS * 4);
+        assert_eq!(std::mem::size_of::<RoundSequence>(), ROUND_SEQUENCE_WORDS * 4);
         assert_eq!(std::mem::size_of::<StallRecord>(), STALL_WORDS * 4);
     }
 }

@@ -146,6 +146,10 @@ pub struct DraftPlan {
     /// What chooses among the largest logits, if the draft has that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selector: Option<SelectorPlan>,
+    /// On CUDA, whole rounds in one kernel, where the three programs fit together: `block_pass`, the model's step
+    /// and `inject` in turn, on the buffers of these. It has none of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub round: Option<ProgramPlan>,
 }
 
 /// Where `block_pass` leaves what guesses are chosen by: see [`crate::graph::Op::PairScores`].
@@ -334,7 +338,10 @@ impl Plan {
             Some(logits) if logits.cols == self.vocab && !logits.quantized() => {}
             _ => return Err("there is no buffer of logits".into()),
         }
-        let draft = self.draft.iter().flat_map(|draft| [&draft.inject.code, &draft.block_pass.code]);
+        let draft = self.draft.iter().flat_map(|draft| {
+            let round = draft.round.iter().map(|round| &round.code);
+            [&draft.inject.code, &draft.block_pass.code].into_iter().chain(round)
+        });
         for file in self.texts.iter().chain([&self.code]).chain(draft) {
             if file.file.is_empty() || file.file.contains(['/', '\\']) || file.file.starts_with('.') {
                 return Err(format!("{:?} is no file of the plan's folder", file.file));
@@ -409,9 +416,19 @@ impl Plan {
         if draft.mask_token as usize >= self.vocab {
             return Err(format!("draft.mask_token {} is not below vocab {}", draft.mask_token, self.vocab));
         }
-        for program in [&draft.inject, &draft.block_pass] {
+        for program in [&draft.inject, &draft.block_pass].into_iter().chain(&draft.round) {
             self.check_program(&program.buffers, program.scratch_bytes, &program.stages)?;
             self.check_kernel(program.resident.as_ref())?;
+        }
+        if let Some(round) = &draft.round {
+            let step_rows = |kernel: Option<ResidentPlan>| kernel.map(|kernel| kernel.step_rows);
+            let programs = [self.resident, draft.inject.resident, draft.block_pass.resident];
+            if !resident || programs.iter().any(|own| step_rows(*own) != step_rows(round.resident)) {
+                return Err("draft.round does not fit the kernels that it stands for".into());
+            }
+            if !round.buffers.is_empty() {
+                return Err("draft.round has buffers, and uses those of others".into());
+            }
         }
         let rows = self.limits.max_rows;
         let taps = self.buffers.get(draft.taps_buffer);

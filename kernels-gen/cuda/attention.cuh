@@ -39,6 +39,7 @@
 //   SINKS, sinks(b)            whether each head has a score that carries no value, and these [HEADS]
 //   ROPE                       leading columns of a head that are rotated, 0 for none
 //   PAGE_TOKENS, V_PAD, MAX_CHUNKS
+//   kv(b)                      the cache: that of the model, or of a draft
 //   q_gain(b), k_gain(b), rope(b) [positions][ROPE/2] cosines then sines, input(b) [rows][(HEADS +
 //   KV_HEADS) * QK + KV_HEADS * V] f32, out(b) [rows][HEADS * V], parts(b)
 
@@ -238,16 +239,16 @@ template <class A> struct Place {
   __device__ __forceinline__ void enter(const Consumer& b, u32 first, u32 together) {
     row = first;
     rows = 0;
-    if (first >= b.args.rows) return;
+    if (first >= b.rows()) return;
     const u32 others = runs >> row >> 1;
-    rows = others != 0 ? __ffs(others) : b.args.rows - row;
+    rows = others != 0 ? __ffs(others) : b.rows() - row;
     from = first_chunk<A>(b, b.shared.position[row]);
     chunks = b.shared.position[row + rows - 1] / CHUNK - from + 1;
     groups = (passes() + together - 1) / together;
   }
   __device__ __forceinline__ static u32 find_runs(const Consumer& b) {
     const u32 row = lane_id();
-    return __ballot_sync(~0u, row < b.args.rows && b.shared.first_row[row] == row);
+    return __ballot_sync(~0u, row < b.rows() && b.shared.first_row[row] == row);
   }
   // The first pass of the unit of this number; there is one.
   __device__ __forceinline__ void seek(const Consumer& b, u32 target, u32 together) {
@@ -383,7 +384,7 @@ template <class A> struct Cached {
     if (p >= first || (A::WINDOWED && p + WARP_POSITIONS + A::window(b) <= first + 1)) return nullptr;
     const LaunchArgs& args = b.args;
     const u32 page = args.page_table[(u64)b.shared.sequence[at.row] * args.pages_per_sequence + p / A::PAGE_TOKENS];
-    return args.kv + (((u64)cache * args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2);
+    return A::kv(b) + (((u64)cache * args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2);
   }
   __device__ __forceinline__ void load_keys(const u8* block, const Place<A>& at) {
     const u32 column = lane_id() % 4 * 8;
@@ -533,7 +534,7 @@ template <class A> struct Fresh {
       }
       const u32 position = from + own, row = position - b.shared.position[at.row];
       const u32 page = b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + position / A::PAGE_TOKENS];
-      u16* keys = reinterpret_cast<u16*>(b.args.kv + (((u64)cache * b.args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
+      u16* keys = reinterpret_cast<u16*>(A::kv(b) + (((u64)cache * b.args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
       u16* values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
       keys += position % A::PAGE_TOKENS * A::QK;
       // One of the groups that need them has the row's first head.

@@ -24,6 +24,18 @@ struct SampleRow {
   u64 seed;
 };
 
+// A sequence that a launch writes with a draft; ir/src/launch.rs says what each field is.
+struct RoundSequence {
+  u32 token;
+  u32 position;
+  u32 sequence;
+  u32 guesses;
+  u32 rows;
+  u32 left;
+  u32 limit;
+  u32 first_row;
+};
+
 // One structure a launch, by value; ir/src/launch.rs says what each field is.
 struct LaunchArgs {
   const u8* weights;
@@ -44,6 +56,10 @@ struct LaunchArgs {
   float* taps;
   const SampleRow* sampling;
   u8* choices;
+  u8* draft_kv;
+  u8* block_arena;
+  u8* inject_arena;
+  const RoundSequence* round;
   u64 patience_ns;
   u32 rows;
   u32 logit_rows;
@@ -56,6 +72,10 @@ struct LaunchArgs {
   u32 zero;
   u32 routing;
   u32 routing_seed;
+  u32 round_sequences;
+  u32 block_rows;
+  u32 guess_rows;
+  u32 accept;
 };
 
 __device__ __forceinline__ u32 lane_id() { return threadIdx.x % LANES; }

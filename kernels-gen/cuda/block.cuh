@@ -13,6 +13,10 @@
 // at a crossing: the loader goes on until the ring is full.
 //
 // The generated text defines STEP_ROWS, SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory.
+//
+// A kernel of rounds with a draft has three kinds of steps in turn (round.cuh): ROUND says so. Its stages are numbered
+// through all three; first_stage(step) and end_stage(step) say which a step has. Where only one kind of steps is, they
+// are all.
 
 // Rows of a step, at most, in slices of 8.
 constexpr u32 SLICES = STEP_ROWS / SLICE_ROWS;
@@ -78,6 +82,9 @@ struct Shared {
   u32 first_row[STEP_ROWS];     // first row of the step that is of the row's sequence
   u32 logit_row[STEP_ROWS];
   u32 steps;                    // steps of this launch, lowered by control when it ends early
+  u32 rows, logit_rows;         // of a step of a round
+  RoundSequence rounds_of[ROUND ? STEP_ROWS / 2 : 1];  // what becomes of the launch's sequences
+  u16 places[2][ROUND ? STEP_ROWS : 1];  // a block's and the model's rows: 256 times the sequence, and which of its rows
   alignas(16) u32 dealt[2][16]; // attention: an SM's units without and with a window, see `own_units`
   u32 last_splits[2];           // attention: items of which this SM brought the last, a bit each
   alignas(8) float row_sums[2][CONSUMERS][SLICE_ROWS];
@@ -95,6 +102,16 @@ struct Block {
   u32 rotation; // first tile of the next stage that belongs to this SM
 
   __device__ __forceinline__ void next_step() { ++step; }
+
+  // Rows of the step, and those whose logits are wanted. Of a round they differ from step to step.
+  __device__ __forceinline__ u32 rows() const {
+    if constexpr (ROUND) return shared.rows;
+    else return args.rows;
+  }
+  __device__ __forceinline__ u32 logit_rows() const {
+    if constexpr (ROUND) return shared.logit_rows;
+    else return args.logit_rows;
+  }
 
   __device__ __forceinline__ Sync& sync() const { return *reinterpret_cast<Sync*>(args.sync); }
   // Buffer of a tile's sums, of so many warps.
@@ -151,7 +168,7 @@ struct Loader : Block {
   }
   __device__ __forceinline__ void next_step() {
     ++step;
-    if (lane_id() == 0) shared.loader_stage = 0;
+    if (lane_id() == 0) shared.loader_stage = first_stage(step);
   }
 
   // Whether there is such a step, as far as control has said. It may lower the number at any time, so
@@ -368,7 +385,7 @@ struct Control : Block {
   // The beginning of a step: its tokens lie in shared memory, or there is no such step.
   __device__ __forceinline__ void open_step() {
     if (lane_id() == 0 && !second) {
-      shared.stage = 0;
+      shared.stage = first_stage(step);
       shared.step = step;
       // There may be no such step: the times of the last one stay.
       if (args.trace && step < *(volatile u32*)&shared.steps) trace_row()[0] = trace_row()[1] = global_timer();
@@ -386,6 +403,7 @@ struct Control : Block {
   // does so in front of a crossing.
   __device__ __forceinline__ void choose_by_chance() {
     u32 round = 0;
+    if (lane_id() == 0) shared.stage = STAGES;  // behind all others, also where steps of another kind follow
     do {
       if (lane_id() == 0) *(volatile u32*)&shared.round = ++round;
       open_stage();

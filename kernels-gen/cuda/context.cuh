@@ -9,7 +9,7 @@ __device__ __forceinline__ void store4(F32, float* to, float4 v) { *reinterpret_
 
 template <class T> __device__ __forceinline__ void take_taps(Consumer& b) {
   constexpr u32 EACH = LANES * 4, PIECES = (T::COLS + EACH - 1) / EACH;
-  for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.args.rows * PIECES; n += gridDim.x * CONSUMERS) {
+  for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.rows() * PIECES; n += gridDim.x * CONSUMERS) {
     const u32 row = n / PIECES, column = n % PIECES * EACH + lane_id() * 4;
     if (column >= T::COLS) continue;
     store4(typename T::Out(), T::out(b) + (u64)row * T::COLS + column, load4(b.args.taps + (u64)b.shared.token[row] * T::COLS + column));
@@ -28,12 +28,12 @@ template <class C> __device__ __forceinline__ void cache_context(Consumer& b) {
   const LaunchArgs& args = b.args;
   const u32 lane = lane_id();
 #pragma unroll 1
-  for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < args.rows * C::LAYERS * C::KV_HEADS; n += gridDim.x * CONSUMERS) {
+  for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.rows() * C::LAYERS * C::KV_HEADS; n += gridDim.x * CONSUMERS) {
     const u32 head = n % C::KV_HEADS, layer = n / C::KV_HEADS % C::LAYERS, row = n / C::KV_HEADS / C::LAYERS;
     const u32 position = b.shared.position[row];
     const float* raw = C::input(b) + ((u64)row * C::LAYERS + layer) * LAYER;
     const u32 page = args.page_table[(u64)b.shared.sequence[row] * args.pages_per_sequence + position / C::PAGE_TOKENS];
-    u16* keys = reinterpret_cast<u16*>(args.kv + (((u64)layer * args.kv_pages + page) * C::KV_HEADS + head) * ((u64)C::PAGE_TOKENS * (C::QK + C::V_PAD) * 2));
+    u16* keys = reinterpret_cast<u16*>(C::kv(b) + (((u64)layer * args.kv_pages + page) * C::KV_HEADS + head) * ((u64)C::PAGE_TOKENS * (C::QK + C::V_PAD) * 2));
     u16* values = keys + C::PAGE_TOKENS * C::QK + position % C::PAGE_TOKENS * C::V_PAD;
     keys += position % C::PAGE_TOKENS * C::QK;
     AttentionHead<C, C::K_NORM> key;

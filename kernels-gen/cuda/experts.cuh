@@ -95,11 +95,11 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   for (u32 first = b.first_tile(), start = 0; first < R::EXPERTS;) {
     const u32 own = start + warp;
     if constexpr (R::PREPARED) {
-      if (own < b.args.rows) squares.load(b, own);
+      if (own < b.rows()) squares.load(b, own);
     }
     // Row by row: loads of several rows at once would wait together, but their text costs more than that.
 #pragma unroll 1
-    for (u32 row = 0; row < least(b.args.rows - start, SLICE_ROWS); ++row) {
+    for (u32 row = 0; row < least(b.rows() - start, SLICE_ROWS); ++row) {
       const float* x = R::input(b) + (start + row) * R::K + column;
       float4 v[ROUNDS];
 #pragma unroll
@@ -121,7 +121,7 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       if constexpr (OWN != 0) parts[EACH][row][thread] = square;
     }
     consumers_sync();
-    if (own < b.args.rows) {
+    if (own < b.rows()) {
       float scale = 1.f;
       if constexpr (R::PREPARED) scale = squares.normalizer();
       else if constexpr (R::NORM) scale = 1.f / sqrtf(whole(parts[EACH]) / (float)R::K + R::EPS);
@@ -133,7 +133,7 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       }
     }
     start += SLICE_ROWS;
-    if (start >= b.args.rows) {
+    if (start >= b.rows()) {
       start = 0;
       first += EACH * gridDim.x;
       if (first >= R::EXPERTS) break;
@@ -231,7 +231,7 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
 #pragma unroll 1
   for (u32 row = warp; row < STEP_ROWS; row += SLICE_ROWS) {
-    if (row < b.args.rows) choose_row<R>(b, routes, row);
+    if (row < b.rows()) choose_row<R>(b, routes, row);
     else if (lane < WORDS) routes.chosen[row][lane] = 0;
   }
   consumers_sync();
@@ -335,7 +335,7 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
     auto load = [&](Activations<S>& a, u32 number) {
       load_rows<S>(b, a, [&](u32 row) {
         const u32 slot = routes.slot[row][number];
-        return Source{row < b.args.rows && slot != NO_SLOT, row * S::SLOTS + slot};
+        return Source{row < b.rows() && slot != NO_SLOT, row * S::SLOTS + slot};
       });
     };
     u32 group = 0;
@@ -373,7 +373,7 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
 template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   const Routes& routes = routes_of(b);
   if (S::FIRST) b.wait_routes(&routes_of(b).routed);
-  const u32 lane = anew(lane_id()), rows = b.args.rows;
+  const u32 lane = anew(lane_id()), rows = b.rows();
   const u32 count = routes.count;
   auto row_of = [&](u32 slice) { return slice * SLICE_ROWS + lane / 4; };
   auto chosen_by = [&](u32 row, u32 number) {

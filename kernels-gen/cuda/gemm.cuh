@@ -52,7 +52,7 @@ __device__ __forceinline__ float clamped_gate(float alpha, float limit, float ga
 }
 
 // Tiles of the stage in this launch: a step whose logits nobody wants has no head.
-template <class S> __device__ __forceinline__ u32 tiles(const Block& b) { return S::LOGITS && b.args.logit_rows == 0 ? 0 : S::TILES; }
+template <class S> __device__ __forceinline__ u32 tiles(const Block& b) { return !ROUND && S::LOGITS && b.args.logit_rows == 0 ? 0 : S::TILES; }
 
 // Who multiplies a tile.
 template <class S> struct Team {
@@ -332,7 +332,7 @@ template <class S> __device__ __forceinline__ void share_slice(Consumer& b, Acti
 
 template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a, u32 part = 0) {
   auto source = [&](u32 row) {
-    const bool there = row < (S::LOGITS ? b.args.logit_rows : b.args.rows);
+    const bool there = row < (S::LOGITS ? b.logit_rows() : b.rows());
     return Source{there, S::LOGITS ? b.shared.logit_row[row] : row};
   };
   if constexpr (S::HALF_INPUT) {
@@ -767,7 +767,7 @@ __device__ __forceinline__ void offer_best(Control& b, u32 rows, const Best (&be
 // Adds up the warps' sums of each tile and runs the epilogue on them; control and the second take turns.
 template <class S> __device__ __forceinline__ void finish(Control& b) {
   Best best[SLICES];
-  const u32 lane = anew(lane_id()), rows = S::LOGITS ? b.args.logit_rows : b.args.rows;
+  const u32 lane = anew(lane_id()), rows = S::LOGITS ? b.logit_rows() : b.rows();
   auto row_of = [&](u32 slice) { return slice * SLICE_ROWS + lane / 4; };
   auto sum_of = [&](u32 tile, u32 slice, u32 operand) {
     return S::partial(b) + (((u64)tile * S::OPERANDS + operand) * SLICES + slice) * LANES + lane;

@@ -74,7 +74,7 @@ template <class S> struct Squares {
 template <class S> __device__ __forceinline__ void scale_rows(Consumer& b) {
   static_assert(CONSUMERS == SLICE_ROWS, "a warp a row");
 #pragma unroll 1
-  for (u32 row = anew(warp_id()); row < (S::LOGITS ? b.args.logit_rows : b.args.rows); row += SLICE_ROWS) {
+  for (u32 row = anew(warp_id()); row < (S::LOGITS ? b.logit_rows() : b.rows()); row += SLICE_ROWS) {
     Squares<S> squares;
     squares.load(b, S::LOGITS ? b.shared.logit_row[row] : row);
     const float normalizer = squares.normalizer();

@@ -7,7 +7,7 @@ template <class E> __device__ __forceinline__ void embed(Consumer& b) {
   constexpr u32 COLUMNS = E::Weights::BLOCK_COLUMNS, EACH = COLUMNS / LANES, OCTET_LANES = OCTET / EACH;
   static_assert(EACH == 1 || EACH == 2);
   const u32 lane = lane_id();
-  for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.args.rows * E::BLOCKS; n += gridDim.x * CONSUMERS) {
+  for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.rows() * E::BLOCKS; n += gridDim.x * CONSUMERS) {
     const u32 row = n / E::BLOCKS, block = n % E::BLOCKS, token = b.shared.token[row];
     const u32 column = block * COLUMNS + lane * EACH;
     const u8* from = E::table(b) + ((u64)(token / OCTET) * E::BLOCKS + block) * OCTET_BLOCK + token % OCTET * 64;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void choose(Control& b) {
 __device__ __forceinline__ void take_rows(Control& b) {
   const u32 row = lane_id();
   if (row < STEP_ROWS) {
-    const bool used = row < b.args.rows;
+    const bool used = row < b.rows();
     b.shared.token[row] = used ? b.args.tokens[row] : 0;
     b.shared.position[row] = used ? b.args.positions[row] : 0;
     b.shared.sequence[row] = used ? b.args.sequences[row] : ~0u;

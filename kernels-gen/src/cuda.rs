@@ -43,6 +43,9 @@ pub const STEP: Header = Header { name: "step.cuh", text: include_str!("../cuda/
 /// The choice of tokens by chance. Behind [`STEP`].
 pub const SAMPLE: Header = Header { name: "sample.cuh", text: include_str!("../cuda/sample.cuh") };
 
+/// Rounds of a draft. Behind [`STEP`] and the constants of its own.
+pub const ROUND: Header = Header { name: "round.cuh", text: include_str!("../cuda/round.cuh") };
+
 /// Bytes of the scratch that [`SAMPLE`] needs at most.
 const SAMPLE_BYTES: usize = 15616;
 
@@ -99,6 +102,23 @@ pub struct SharedNeeds {
 }
 
 impl SharedNeeds {
+    /// What serves both.
+    #[must_use]
+    pub fn both(self, other: SharedNeeds) -> SharedNeeds {
+        SharedNeeds {
+            slices: self.slices.max(other.slices),
+            row_columns: self.row_columns.max(other.row_columns),
+            operands: self.operands.max(other.operands),
+            scaled: self.scaled | other.scaled,
+            mxfp4: self.mxfp4 | other.mxfp4,
+            qk: self.qk.max(other.qk),
+            v: self.v.max(other.v),
+            experts: self.experts.max(other.experts),
+            top_k: self.top_k.max(other.top_k),
+            scores: self.scores.max(other.scores),
+        }
+    }
+
     /// Bytes of attention's work space: queries in two halves, the step's own keys and values, sums of all
     /// warps, so many columns at a time.
     pub const fn attention(&self) -> usize {

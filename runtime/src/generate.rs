@@ -13,12 +13,13 @@
 //!
 //! On an engine with a resident kernel, which chooses tokens as the sampler does, sequences that all decode
 //! do so many steps at a time, and the text streams while the kernel runs. Penalties, biases and
-//! probabilities are the host's work, a step at a time.
+//! probabilities are the host's work, a step at a time. Rounds of a draft go many into a launch as well.
 
 mod adapt;
 #[cfg(test)]
 mod adapt_tests;
 mod draft;
+mod rounds;
 mod score;
 mod stats;
 #[cfg(test)]
@@ -320,6 +321,12 @@ impl Generator {
                 for group in &groups {
                     steps.extend(self.decode(group, requests, &mut active, &mut done, news)?);
                 }
+                continue;
+            }
+            if let Some(launch) = self.rounds_of(&active, requests, &choice) {
+                let start = Instant::now();
+                steps.extend(self.rounds(&launch, requests, &mut active, &mut done, news)?);
+                draft_total.launch += start.elapsed();
                 continue;
             }
             let start = Instant::now();

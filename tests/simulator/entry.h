@@ -10,9 +10,12 @@ struct Launch {
   uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing, tap_offset;
   uint32_t tokens[32], positions[32], sequences[32], logit_index[32];
   uint32_t sampled, sampling[32][8];
+  // Of rounds, where there are sequences.
+  uint32_t round_sequences, round[16][8], block_rows, guess_rows, accept, block_bytes, inject_bytes, halt;
+  uint32_t stop_count, stop_tokens[8];
 };
 
-extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices) {
+extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices, uint8_t* const draft[3]) {
   LaunchArgs args = {};
   args.weights = weights;
   args.kv = kv;
@@ -39,5 +42,15 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.sampling = launch.sampled != 0 ? reinterpret_cast<const SampleRow*>(launch.sampling) : nullptr;
   args.taps = taps + launch.tap_offset;
   args.choices = choices;
+  args.draft_kv = draft[0];
+  args.block_arena = draft[1];
+  args.inject_arena = draft[2];
+  args.round = reinterpret_cast<const RoundSequence*>(launch.round);
+  args.round_sequences = launch.round_sequences;
+  args.block_rows = launch.block_rows;
+  args.guess_rows = launch.guess_rows;
+  args.accept = launch.accept;
+  args.stop_count = launch.stop_count;
+  for (int i = 0; i < 8; ++i) args.stop_tokens[i] = launch.stop_tokens[i];
   *static_cast<LaunchArgs*>(to) = args;
 }

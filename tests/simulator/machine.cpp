@@ -320,11 +320,14 @@ struct Launch {
   uint32_t arena_bytes, sync_bytes, vocab, rows, logit_rows, steps, pages_per_sequence, kv_pages, shared_bytes, routing, tap_offset;
   uint32_t tokens[32], positions[32], sequences[32], logit_index[32];
   uint32_t sampled, sampling[32][8];
+  // Of rounds, where there are sequences.
+  uint32_t round_sequences, round[16][8], block_rows, guess_rows, accept, block_bytes, inject_bytes, halt;
+  uint32_t stop_count, stop_tokens[8];
 };
 
-extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices);
+extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices, uint8_t* const draft[3]);
 
-// Reads weights.bin and launch.bin, reads and writes kv.bin and taps.bin, writes arena.bin, sync.bin, logits.bin,
+// Reads weights.bin and launch.bin, reads and writes kv.bin, draft_kv.bin and taps.bin, writes arena.bin, sync.bin, logits.bin,
 // chosen.bin and experts.bin.
 int main(int, char** argv) {
   const std::string folder = std::string(argv[1]) + "/";
@@ -339,14 +342,18 @@ int main(int, char** argv) {
   memset(sync, 0, launch.sync_bytes);
   const size_t logit_bytes = size_t(32) * launch.vocab * 4;
   uint8_t* logits = poisoned(logit_bytes);
-  std::vector<uint32_t> mail(1024);  // the record of a stall, a word that halts, from 40 on experts, from 64 on the tokens
+  // The record of a stall, a word that halts, from 40 on experts, from 64 on the tokens, or what rounds brought.
+  const size_t chosen = launch.steps * (launch.round_sequences != 0 ? 64 : 32);
+  std::vector<uint32_t> mail(64 + chosen);
+  mail[32] = launch.halt;
+  uint8_t* const draft[3] = {map(folder + "draft_kv.bin"), poisoned(launch.block_bytes), poisoned(launch.inject_bytes)};
   uint8_t* choices = poisoned(32 * 24192);  // of as many rows as there may ever be
   uint64_t args[64];
-  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps), choices);
+  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps), choices, draft);
   machine::run(atoll(argv[3]), args, launch.shared_bytes);
   store(folder + "arena.bin", arena, launch.arena_bytes);
   store(folder + "sync.bin", sync, launch.sync_bytes);
   store(folder + "logits.bin", logits, logit_bytes);
   store(folder + "experts.bin", mail.data() + 40, 4);
-  store(folder + "chosen.bin", mail.data() + 64, size_t(32) * launch.steps * 4);
+  store(folder + "chosen.bin", mail.data() + 64, chosen * 4);
 }

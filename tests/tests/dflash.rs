@@ -747,7 +747,12 @@ fn a_pair_has_kernels_for_a_gpu() {
             serde_json::to_string(&item.content).unwrap().contains("model.embed_tokens.weight")
         });
         assert_eq!(embeddings.count(), 1, "the target's embedding is packed once");
-        for program in [&draft.inject, &draft.block_pass] {
+        // Whole rounds run the stages of the three.
+        let round = draft.round.as_ref().unwrap();
+        let own = [&draft.block_pass.stages, &plan.stages, &draft.inject.stages];
+        assert_eq!(round.stages.len(), own.iter().map(|stages| stages.len()).sum::<usize>());
+        assert!(round.stages[0].starts_with("draft ") && round.resident.unwrap().step_rows == rows);
+        for program in [&draft.inject, &draft.block_pass, round] {
             assert!(path.join(&program.code.file).is_file() && program.resident.is_some());
         }
         let mut bad = plan.clone();
@@ -756,6 +761,9 @@ fn a_pair_has_kernels_for_a_gpu() {
         let mut bad = plan.clone();
         bad.draft.as_mut().unwrap().inject.resident = None;
         assert!(bad.verify().unwrap_err().contains("its kernel do not fit"));
+        let mut bad = plan.clone();
+        bad.draft.as_mut().unwrap().round.as_mut().unwrap().resident.as_mut().unwrap().step_rows = 32;
+        assert!(bad.verify().unwrap_err().contains("draft.round does not fit"));
         // Asked for, a longer block is an error, not a shorter one.
         (spec.limits.rows, spec.limits.pass_rows) = (64, Some(8));
         spec.draft.as_mut().unwrap().dflash.block = Some(12);

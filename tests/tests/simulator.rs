@@ -6,6 +6,8 @@
 mod attention;
 #[path = "simulator/draft.rs"]
 mod draft;
+#[path = "simulator/round.rs"]
+mod round;
 #[path = "simulator/sampling.rs"]
 mod sampling;
 #[path = "simulator/steps.rs"]
@@ -79,8 +81,22 @@ fn build(folder: &Path, text: &str) {
     compile(&[kernel.as_ref(), machine.as_ref()], &folder.join("simulator"));
 }
 
+/// Compiles a kernel's text behind the simulator's own headers.
+fn build_kernel(folder: &Path, text: &str) {
+    let (before, rest) = text.split_once("// ==== ptx.cuh").unwrap();
+    let (_, behind) = rest.split_once("// ==== formats.cuh").unwrap();
+    let formats = "#include \"ptx.h\"\n// ==== formats.cuh";
+    build(folder, &format!("{before}\n{formats}{behind}"));
+}
+
 /// Sequences that have pages.
 const SEQUENCES: usize = 8;
+
+/// Words of a launch in front of the page table; what rounds need is at the end.
+const LAUNCH_WORDS: usize = ROUND_AT + 1 + 16 * 8 + 6 + 9;
+
+/// Where that begins.
+const ROUND_AT: usize = 11 + 4 * LAUNCH_ROWS + 1 + LAUNCH_ROWS * SAMPLE_WORDS;
 
 /// A model as the simulator runs it.
 struct Simulation {
@@ -188,8 +204,9 @@ impl Simulation {
         let packed = pack(&checkpoint, &program.packing, &mut |_, _| ()).unwrap();
         std::fs::write(folder.path().join("weights.bin"), packed.as_slice()).unwrap();
         std::fs::write(folder.path().join("taps.bin"), []).unwrap();
+        std::fs::write(folder.path().join("draft_kv.bin"), []).unwrap();
         let simulation = Simulation { folder, program, graph, checkpoint, shared_bytes: text.shared.bytes() };
-        simulation.build(&text.text);
+        build_kernel(simulation.folder.path(), &text.text);
         // Whoever reads what was never written gets NaN.
         simulation.write_cache(&vec![0xff; simulation.cache_bytes()]);
         simulation
@@ -197,14 +214,6 @@ impl Simulation {
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
-    }
-
-    /// Compiles the kernel's text behind the simulator's own headers.
-    fn build(&self, text: &str) {
-        let (before, rest) = text.split_once("// ==== ptx.cuh").unwrap();
-        let (_, behind) = rest.split_once("// ==== formats.cuh").unwrap();
-        let formats = "#include \"ptx.h\"\n// ==== formats.cuh";
-        build(self.folder.path(), &format!("{before}\n{formats}{behind}"));
     }
 
     /// Attention of the last layer.
@@ -322,6 +331,7 @@ impl Simulation {
         column(&|_, row| row.sequence);
         column(&|at, _| wanted.get(at).map_or(0, |row| *row as u32));
         launch.extend(sampling_words(sampling));
+        launch.resize(LAUNCH_WORDS, 0);
         launch.extend(0..pages as u32);
         let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
         std::fs::write(self.path("launch.bin"), bytes).unwrap();

@@ -58,6 +58,7 @@ pub(super) fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Re
                 }),
                 inject: program_plan(&inject, &inject_native, INJECT_OBJECT),
                 block_pass: program_plan(&block, &block_native, BLOCK_OBJECT),
+                round: None,
             };
             objects.push((INJECT_OBJECT.to_string(), inject_native.object));
             objects.push((BLOCK_OBJECT.to_string(), block_native.object));

@@ -1,7 +1,7 @@
 //! A plan for a GPU: one resident kernel, through NVRTC.
 
 use super::{CompileError, Compiled, Input, Level, graphs, level_files, limits, plan_file, sha256, verified};
-use crate::emit::cuda::{CudaError, CudaText, emit};
+use crate::emit::cuda::{CudaError, CudaText, RoundPrograms, emit, emit_round};
 use crate::frontends;
 use crate::nvrtc::{self, Arch, Budget, Cubin, CubinCache, Nvrtc, Options};
 use crate::passes::packer::Packer;
@@ -29,6 +29,7 @@ pub const fn budget(step_rows: usize) -> Budget {
 /// Names of the draft's machine code.
 const INJECT_CUBIN: &str = "draft-inject.cubin";
 const BLOCK_CUBIN: &str = "draft-block.cubin";
+const ROUND_CUBIN: &str = "draft-round.cubin";
 
 /// Compiles for the architecture that `spec.target.arch` names.
 pub(super) fn compile(
@@ -51,7 +52,7 @@ pub(super) fn compile(
         [&graph].into_iter().chain(draft.iter().flat_map(|draft| [&draft.inject, &draft.block])).collect();
     let arch = Arch::parse(&spec.target.arch)?;
     let mut choices = super::pass_rows(&spec, draft.as_ref()).into_iter().peekable();
-    let (compiler, programs) = loop {
+    let (mut compiler, programs) = loop {
         let step_rows = choices.next().unwrap_or(SLICE_ROWS);
         let mut compiler = Compiler::new(resident::Sizes { context: limits.context, step_rows }, arch);
         // All programs read one set of packed weights: a draft's embedding and head are its target's.
@@ -62,7 +63,22 @@ pub(super) fn compile(
             programs => break (compiler, programs?),
         }
     };
-    let mut kernels = assemble(input.name, programs, compiler.arch, cubins)?;
+    let round = match (&draft, &programs[..]) {
+        (Some(draft), [(model, _), (inject, _), (block, _)]) => {
+            compiler.round(RoundPrograms { model, inject, block, mask_token: draft.draft.mask_token })?
+        }
+        _ => None,
+    };
+    let texts = programs.iter().map(|(program, text)| (text, program.step_rows));
+    let texts: Vec<_> = texts.chain(round.iter().map(|(text, _)| (text, programs[0].0.step_rows))).collect();
+    let mut cubins = assemble(input.name, &texts, compiler.arch, cubins)?.into_iter();
+    let kernels = programs.into_iter().zip(cubins.by_ref()).map(|((program, text), cubin)| Kernel {
+        program,
+        shared_bytes: text.shared.bytes() as u32,
+        cubin,
+    });
+    let mut kernels: Vec<Kernel> = kernels.collect();
+    let round = round.zip(cubins.next());
     let of_draft = kernels.split_off(1);
     let model = kernels.remove(0);
     let mut buffers = model.program.buffers.clone();
@@ -85,7 +101,17 @@ pub(super) fn compile(
                 selector: None,
                 inject: inject.plan(inject.program.buffers.clone(), INJECT_CUBIN),
                 block_pass: block.plan(block_buffers, BLOCK_CUBIN),
+                round: round.as_ref().map(|((text, stages), cubin)| ProgramPlan {
+                    buffers: Vec::new(),
+                    scratch_bytes: 0,
+                    stages: stages.clone(),
+                    // Those of the three.
+                    costs: Vec::new(),
+                    code: plan_file(ROUND_CUBIN, &cubin.bytes),
+                    resident: Some(resident_plan(text.shared.bytes() as u32, model.program.step_rows)),
+                }),
             };
+            objects.extend(round.map(|(_, cubin)| (ROUND_CUBIN.to_string(), cubin.bytes)));
             objects.push((INJECT_CUBIN.to_string(), inject.cubin.bytes.clone()));
             objects.push((BLOCK_CUBIN.to_string(), block.cubin.bytes.clone()));
             Some(plan)
@@ -174,6 +200,24 @@ impl Compiler {
         }
         Ok((program, kernel))
     }
+
+    /// The text of the kernel of rounds, with the names of its stages; none if the programs do not fit together.
+    fn round(
+        &mut self,
+        programs: RoundPrograms<'_>,
+    ) -> Result<Option<(CudaText, Vec<String>)>, CompileError> {
+        let Some(kernel) = emit_round(programs, self.arch)? else { return Ok(None) };
+        if let Some((_, all)) = self.texts.iter_mut().find(|(level, _)| *level == Level::Cuda) {
+            all.push('\n');
+            all.push_str(&kernel.text);
+        }
+        Ok(Some((kernel, programs.stages())))
+    }
+}
+
+/// How a kernel is launched.
+fn resident_plan(shared_bytes: u32, step_rows: usize) -> ResidentPlan {
+    ResidentPlan { launch_version: LAUNCH_VERSION, threads: BLOCK_THREADS, shared_bytes, step_rows }
 }
 
 impl Kernel {
@@ -184,39 +228,31 @@ impl Kernel {
             stages: self.program.sequence().into_iter().map(|(name, _, _)| name).collect(),
             costs: self.program.costs(),
             code: plan_file(file, &self.cubin.bytes),
-            resident: Some(ResidentPlan {
-                launch_version: LAUNCH_VERSION,
-                threads: BLOCK_THREADS,
-                shared_bytes: self.shared_bytes,
-                step_rows: self.program.step_rows,
-            }),
+            resident: Some(resident_plan(self.shared_bytes, self.program.step_rows)),
         }
     }
 }
 
-/// Machine code of all kernels, each by a thread of its own: it takes seconds.
+/// Machine code of all kernels, each by a thread of its own: it takes seconds. A kernel is a text and the rows of
+/// its step.
 fn assemble(
     name: &str,
-    programs: Vec<(ResidentProgram, CudaText)>,
+    kernels: &[(&CudaText, usize)],
     arch: Arch,
     cubins: Option<&Path>,
-) -> Result<Vec<Kernel>, CompileError> {
-    let made: Vec<Result<Cubin, CompileError>> = std::thread::scope(|scope| {
-        let started: Vec<_> = programs
+) -> Result<Vec<Cubin>, CompileError> {
+    std::thread::scope(|scope| {
+        let started: Vec<_> = kernels
             .iter()
-            .map(|(program, kernel)| {
-                scope.spawn(|| assemble_one(name, kernel, budget(program.step_rows), arch, cubins))
+            .map(|(kernel, step_rows)| {
+                scope.spawn(|| assemble_one(name, kernel, budget(*step_rows), arch, cubins))
             })
             .collect();
         started
             .into_iter()
             .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             .collect()
-    });
-    let kernel = |((program, kernel), cubin): ((ResidentProgram, CudaText), Result<Cubin, CompileError>)| {
-        Ok(Kernel { program, shared_bytes: kernel.shared.bytes() as u32, cubin: cubin? })
-    };
-    programs.into_iter().zip(made).map(kernel).collect()
+    })
 }
 
 /// Machine code of a kernel.

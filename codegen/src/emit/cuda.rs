@@ -14,11 +14,17 @@ use tilec_ir::resident::{
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PREPARED, PTX, SAMPLE, STEP,
+    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PREPARED, PTX, ROUND, SAMPLE, STEP,
     SharedLayout, SharedNeeds,
 };
 
 use crate::nvrtc::Arch;
+
+/// A line of the text; `writeln!` to a string cannot fail.
+macro_rules! line {
+    ($out:expr) => { $out.text.push('\n') };
+    ($out:expr, $($arg:tt)*) => {{ let _ = writeln!($out.text, $($arg)*); }};
+}
 
 /// Bytes a second that the floors in comments assume: what one H200 reads.
 const FLOOR_BYTES_PER_SECOND: f64 = 4.59e12;
@@ -83,15 +89,131 @@ const fn shared_available(arch: Arch) -> usize {
     }
 }
 
+/// The programs of a round: a block guesses, a step of the model verifies, and what it leaves becomes the draft's
+/// context. All have steps of as many rows.
+#[derive(Clone, Copy, Debug)]
+pub struct RoundPrograms<'p> {
+    /// The model's step, which leaves taps.
+    pub model: &'p ResidentProgram,
+    /// What makes the draft's context.
+    pub inject: &'p ResidentProgram,
+    /// A block of the draft.
+    pub block: &'p ResidentProgram,
+    /// Token of a row to be guessed.
+    pub mask_token: u32,
+}
+
+impl RoundPrograms<'_> {
+    /// What the names of a round's stages begin with, in the order of its steps.
+    pub const PREFIXES: [&'static str; 3] = ["draft ", "", "inject "];
+
+    /// Names of the stages of a round, in their order.
+    pub fn stages(&self) -> Vec<String> {
+        let programs = [self.block, self.model, self.inject].into_iter().zip(RoundPrograms::PREFIXES);
+        let names = |(program, prefix): (&ResidentProgram, &str)| -> Vec<String> {
+            program.sequence().into_iter().map(|(name, _, _)| format!("{prefix}{name}")).collect()
+        };
+        programs.flat_map(names).collect()
+    }
+}
+
 /// Emits the kernel of a program for an architecture. The same program makes the same text.
 ///
 /// # Errors
 /// [`CudaError`].
 pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError> {
-    let needs = needs(program);
+    emit_parts(&[(program, ["", "b.args.arena", "b.args.kv"])], None, arch)
+}
+
+/// Emits the kernel that runs whole rounds of a draft. `None` where the programs do not fit together into one
+/// kernel: one has steps of other rows, pieces of weights would be cut otherwise than in the model's own kernel (and
+/// so sums have other bits), or shared memory is too small for all.
+///
+/// # Errors
+/// [`CudaError`], as for each program by itself.
+pub fn emit_round(round: RoundPrograms<'_>, arch: Arch) -> Result<Option<CudaText>, CudaError> {
+    let RoundPrograms { model, inject, block, mask_token } = round;
+    let parts = [
+        (block, ["Draft", "b.args.block_arena", "b.args.draft_kv"]),
+        (model, ["", "b.args.arena", "b.args.kv"]),
+        (inject, ["Inject", "b.args.inject_arena", "b.args.draft_kv"]),
+    ];
+    let fits = parts.iter().all(|(program, _)| {
+        program.step_rows == model.step_rows && program.kv.page_tokens == model.kv.page_tokens
+    });
+    if !fits || together(&parts).slot() != needs(model).slot() || block.vocab != model.vocab {
+        return Ok(None);
+    }
+    match emit_parts(&parts, Some(mask_token), arch) {
+        Err(CudaError::Shared { .. }) => Ok(None),
+        text => text.map(Some),
+    }
+}
+
+/// A program of a kernel; what its structures' names begin with, and where its activations and its cache are.
+type NamedProgram<'p> = (&'p ResidentProgram, [&'static str; 3]);
+
+/// Shared memory for all programs of a kernel.
+fn together(parts: &[NamedProgram<'_>]) -> SharedNeeds {
+    parts.iter().map(|(program, _)| needs(program)).reduce(SharedNeeds::both).unwrap_or_default()
+}
+
+/// The kernel of one program, or of those of a round.
+fn emit_parts(
+    programs: &[NamedProgram<'_>],
+    mask_token: Option<u32>,
+    arch: Arch,
+) -> Result<CudaText, CudaError> {
+    let needs = together(programs);
     let available = shared_available(arch);
     let shared =
         needs.layout(available).ok_or(CudaError::Shared { arch: arch.name(), available, heads: needs.qk })?;
+    for (program, _) in programs {
+        check(program)?;
+    }
+    let merged: Vec<_> = programs.iter().map(|(program, _)| merge_windows(program)).collect();
+    let parts = programs.iter().zip(&merged).map(|((program, [prefix, arena, kv]), (merged, windows))| {
+        // A verified program has readers.
+        let readers = program.readers().unwrap_or_default();
+        Part { program: merged, windows, readers, prefix, arena, kv }
+    });
+    let mut out = Writer { text: String::new(), parts: parts.collect(), at: 0, mask_token };
+    out.head(&shared, &needs);
+    out.tables();
+    out.order();
+    out.header(&ATTENTION);
+    out.header(&PREPARED);
+    out.header(&GEMM);
+    if needs.experts > 0 {
+        out.header(&EXPERTS);
+    }
+    let of_context = |stage: &Stage| matches!(stage.kind, Kind::Taps { .. } | Kind::Context(_));
+    if programs.iter().any(|(program, _)| program.before.iter().any(of_context)) {
+        out.header(&CONTEXT);
+    }
+    out.header(&STEP);
+    if out.vocab() > 0 {
+        out.header(&SAMPLE);
+    }
+    if let Some(mask_token) = mask_token {
+        line!(out, "\nconstexpr u32 VOCAB = {}, MASK_TOKEN = {mask_token};", out.vocab());
+        out.header(&ROUND);
+    }
+    for part in 0..out.parts.len() {
+        out.at = part;
+        for (prefix, stages) in out.parts[part].lists() {
+            for stage in stages {
+                out.stage(&prefix, stage);
+            }
+        }
+    }
+    out.roles();
+    out.kernel(needs.experts > 0);
+    Ok(CudaText { text: out.text, shared })
+}
+
+/// Checks what a kernel has no room for.
+fn check(program: &ResidentProgram) -> Result<(), CudaError> {
     // A counter for each span of eight heads of a row that share a KV head, and one for their spans.
     let stages = program.sequence().into_iter().map(|(_, _, stage)| match &stage.kind {
         Kind::Attention(attention) => {
@@ -110,36 +232,7 @@ pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError
             return Err(CudaError::Columns { stage, k, rows, most });
         }
     }
-    // A verified program has readers.
-    let readers = program.readers().unwrap_or_default();
-    let (merged, windows) = merge_windows(program);
-    let program = &merged;
-    let mut out = Writer { text: String::new(), program, windows, readers };
-    out.head(&shared, &needs);
-    out.tables();
-    out.order();
-    out.header(&ATTENTION);
-    out.header(&PREPARED);
-    out.header(&GEMM);
-    if needs.experts > 0 {
-        out.header(&EXPERTS);
-    }
-    let of_context = |stage: &Stage| matches!(stage.kind, Kind::Taps { .. } | Kind::Context(_));
-    if program.before.iter().any(of_context) {
-        out.header(&CONTEXT);
-    }
-    out.header(&STEP);
-    if program.vocab > 0 {
-        out.header(&SAMPLE);
-    }
-    for (prefix, stages) in out.lists() {
-        for stage in stages {
-            out.stage(&prefix, stage);
-        }
-    }
-    out.roles();
-    out.kernel(needs.experts > 0);
-    Ok(CudaText { text: out.text, shared })
+    Ok(())
 }
 
 /// A program whose layers differ only by their windows has one body for them, so that its instructions are
@@ -205,30 +298,60 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
     needs
 }
 
-struct Writer<'p> {
-    text: String,
+/// A program of the kernel's.
+struct Part<'p> {
     program: &'p ResidentProgram,
     /// Windows of the layers, where one body has several.
-    windows: Vec<u32>,
+    windows: &'p [u32],
     /// Who reads what the stages of the step prepare.
     readers: Vec<Reader>,
+    /// What the names of its structures begin with.
+    prefix: &'p str,
+    /// Where its activations are, and its cache.
+    arena: &'p str,
+    kv: &'p str,
 }
 
-/// A line of the text; `writeln!` to a string cannot fail.
-macro_rules! line {
-    ($out:expr) => { $out.text.push('\n') };
-    ($out:expr, $($arg:tt)*) => {{ let _ = writeln!($out.text, $($arg)*); }};
+struct Writer<'p> {
+    text: String,
+    parts: Vec<Part<'p>>,
+    /// The part whose stages are written.
+    at: usize,
+    /// Token of a row to be guessed, of a kernel of rounds.
+    mask_token: Option<u32>,
+}
+
+impl<'p> Part<'p> {
+    /// The lists of stages with the prefix of their names.
+    fn lists(&self) -> Vec<(String, &'p [Stage])> {
+        let (program, prefix) = (self.program, self.prefix);
+        let bodies =
+            program.bodies.iter().enumerate().map(|(n, body)| (format!("{prefix}Layer{n}"), body.as_slice()));
+        let before = [(prefix.to_string(), program.before.as_slice())];
+        let after = [(prefix.to_string(), program.after.as_slice())];
+        before.into_iter().chain(bodies).chain(after).collect()
+    }
+
+    /// Kinds of stages.
+    fn kinds(&self) -> usize {
+        self.lists().iter().map(|(_, stages)| stages.len()).sum()
+    }
 }
 
 impl<'p> Writer<'p> {
-    /// The lists of stages with the prefix of their names.
-    fn lists(&self) -> Vec<(String, &'p [Stage])> {
-        let program = self.program;
-        let bodies =
-            program.bodies.iter().enumerate().map(|(n, body)| (format!("Layer{n}"), body.as_slice()));
-        let before = [(String::new(), program.before.as_slice())];
-        let after = [(String::new(), program.after.as_slice())];
-        before.into_iter().chain(bodies).chain(after).collect()
+    /// The program whose stages are written.
+    fn program(&self) -> &'p ResidentProgram {
+        self.parts[self.at].program
+    }
+
+    /// Columns of the logits; 0 without.
+    fn vocab(&self) -> usize {
+        self.parts.iter().map(|part| part.program.vocab).max().unwrap_or(0)
+    }
+
+    /// Layers of all programs.
+    fn layers(&self) -> usize {
+        self.parts.iter().map(|part| part.program.layers.len()).sum()
     }
 
     fn header(&mut self, header: &Header) {
@@ -237,17 +360,20 @@ impl<'p> Writer<'p> {
     }
 
     fn head(&mut self, shared: &SharedLayout, needs: &SharedNeeds) {
-        let program = self.program;
-        let layers = match program.layers.len() {
+        let layers = match self.layers() {
             0 => String::new(),
             layers => format!(" of {layers} layers"),
         };
-        let bytes: u64 = program.costs().iter().map(|cost| cost.streamed_bytes(1) * cost.runs as u64).sum();
-        line!(self, "// {}: a step{layers} as one resident kernel.", program.name);
+        let costs = self.parts.iter().flat_map(|part| part.program.costs());
+        let bytes: u64 = costs.map(|cost| cost.streamed_bytes(1) * cost.runs as u64).sum();
+        let what = if self.mask_token.is_some() { "rounds with a draft" } else { "a step" };
+        let name = &self.model().name;
+        line!(self, "// {name}: {what}{layers} as one resident kernel.");
         line!(
             self,
-            "// Streams {} of weights a step: {:.1} us at {:.2} TB/s.",
+            "// Streams {} of weights {}: {:.1} us at {:.2} TB/s.",
             size(bytes),
+            if self.mask_token.is_some() { "a round" } else { "a step" },
             micros(bytes),
             FLOOR_BYTES_PER_SECOND / 1e12
         );
@@ -255,7 +381,7 @@ impl<'p> Writer<'p> {
         self.header(&PTX);
         self.header(&FORMATS);
         line!(self, "\n// Sizes of this kernel.");
-        line!(self, "constexpr u32 STEP_ROWS = {};  // rows of a step, at most", program.step_rows);
+        line!(self, "constexpr u32 STEP_ROWS = {};  // rows of a step, at most", self.program().step_rows);
         line!(self, "constexpr u32 SLOT_BYTES = {};", shared.slot);
         line!(self, "constexpr u32 RING_SLOTS = {};", shared.slots);
         line!(self, "constexpr u32 FIXED_BYTES = {};", shared.fixed);
@@ -267,21 +393,38 @@ impl<'p> Writer<'p> {
             let (experts, slots) = (needs.experts, needs.top_k);
             line!(self, "constexpr u32 MAX_EXPERTS = {experts}, MAX_SLOTS = {slots};");
         }
-        line!(self, "constexpr u32 LAYERS = {};", program.layers.len());
-        line!(self, "constexpr u32 STAGES = {};  // of a step", program.sequence().len());
+        line!(self, "constexpr u32 LAYERS = {};", self.layers());
+        let counts: Vec<usize> = self.parts.iter().map(|part| part.program.sequence().len()).collect();
+        let stages: usize = counts.iter().sum();
+        let round = self.mask_token.is_some();
+        let whole = if round { "round" } else { "step" };
+        line!(self, "constexpr u32 STAGES = {stages};  // of a {whole}");
+        line!(self, "constexpr bool ROUND = {round};");
+        let (first, end) = match counts[..] {
+            [block, model, _] => {
+                let model_end = block + model;
+                (
+                    format!("step % 3 == 0 ? 0 : step % 3 == 1 ? {block} : {model_end}"),
+                    format!("step % 3 == 0 ? {block} : step % 3 == 1 ? {model_end} : {stages}"),
+                )
+            }
+            _ => ("0".into(), "STAGES".into()),
+        };
+        line!(self, "__device__ __forceinline__ u32 first_stage(u32 step) {{ return {first}; }}");
+        line!(self, "__device__ __forceinline__ u32 end_stage(u32 step) {{ return {end}; }}");
         self.header(&BLOCK);
+    }
+
+    /// The program that leaves taps, or the only one.
+    fn model(&self) -> &'p ResidentProgram {
+        self.parts.get(1).unwrap_or(&self.parts[0]).program
     }
 
     /// What differs from layer to layer: offsets of weights, caches.
     fn tables(&mut self) {
-        let program = self.program;
-        line!(
-            self,
-            "\n// ==== {} {}\n",
-            program.name,
-            "=".repeat(88_usize.saturating_sub(program.name.len()))
-        );
-        for stage in &program.before {
+        let name = &self.model().name;
+        line!(self, "\n// ==== {name} {}\n", "=".repeat(88_usize.saturating_sub(name.len())));
+        for stage in self.parts.iter().flat_map(|part| &part.program.before) {
             if let Kind::Context(context) = &stage.kind {
                 let slots = context.k_norms.iter().map(|norm| match norm.map(|norm| norm.gain) {
                     Some(Slot::Fixed(at)) => at,
@@ -293,55 +436,75 @@ impl<'p> Writer<'p> {
                 line!(self, "__constant__ u64 KEY_GAIN[{layers}] = {{{}}};", gains.join(", "));
             }
         }
-        if program.layers.is_empty() {
+        if self.layers() == 0 {
             return;
         }
-        let columns = program.layers.iter().map(|layer| layer.offsets.len()).max().unwrap_or(0).max(1);
+        let layers = || self.parts.iter().flat_map(|part| &part.program.layers);
+        let columns = layers().map(|layer| layer.offsets.len()).max().unwrap_or(0).max(1);
         line!(self, "// Byte offsets of each layer's weights, in the order of its stages.");
         line!(self, "__constant__ u64 LAYER_OFFSETS[LAYERS][{columns}] = {{");
-        for layer in &program.layers {
+        for layer in layers() {
             let offsets: Vec<String> = layer.offsets.iter().map(|at| format!("{at:#x}")).collect();
             line!(self, "  {{{}}},", offsets.join(", "));
         }
         line!(self, "}};");
         let list = |values: Vec<u64>| values.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
-        let caches = list(program.layers.iter().map(|layer| layer.cache as u64).collect());
+        let caches = list(layers().map(|layer| layer.cache as u64).collect());
         line!(self, "__constant__ u32 LAYER_CACHE[LAYERS] = {{{caches}}};");
-        if !self.windows.is_empty() {
-            let windows = list(self.windows.iter().map(|window| u64::from(*window)).collect());
+        if self.parts.iter().any(|part| !part.windows.is_empty()) {
+            // Of a program without, nobody asks.
+            let of = |part: &Part<'_>, layer| part.windows.get(layer).copied().unwrap_or(NO_WINDOW);
+            let windows = self
+                .parts
+                .iter()
+                .flat_map(|part| (0..part.program.layers.len()).map(move |layer| u64::from(of(part, layer))));
+            let windows = list(windows.collect());
             line!(self, "__constant__ u32 LAYER_WINDOW[LAYERS] = {{{windows}}};");
         }
-        if let Some(Taps { layers, cols }) = &program.taps {
-            let tap = |layer: usize| layers.iter().position(|tapped| *tapped == layer);
-            let taps =
-                (0..program.layers.len()).map(|layer| tap(layer).map_or(u64::from(NO_TAP), |tap| tap as u64));
-            let taps = list(taps.collect());
+        if let Some(Taps { layers: tapped, cols }) = &self.model().taps {
+            let tap = |layer: usize| tapped.iter().position(|own| *own == layer);
+            let taps = self.parts.iter().flat_map(|part| {
+                let own = std::ptr::eq(part.program, self.model());
+                (0..part.program.layers.len()).map(move |layer| tap(layer).filter(|_| own))
+            });
+            let taps = list(taps.map(|tap| tap.map_or(u64::from(NO_TAP), |tap| tap as u64)).collect());
             line!(self, "// What a draft reads: which tap a layer's residual stream is.");
-            line!(self, "constexpr u32 TAPS = {}, TAP_COLS = {cols}, NO_TAP = {NO_TAP};", layers.len());
+            line!(self, "constexpr u32 TAPS = {}, TAP_COLS = {cols}, NO_TAP = {NO_TAP};", tapped.len());
             line!(self, "__constant__ u32 LAYER_TAP[LAYERS] = {{{taps}}};");
         }
     }
 
     /// The stages of a step. A kind of stage is one structure, whatever the layer.
     fn order(&mut self) {
-        let sequence = self.program.step_order();
+        // Kinds and layers of all programs, one behind the other.
+        let (mut kinds, mut layers) = (0, 0);
+        let mut sequence = Vec::new();
+        for part in &self.parts {
+            let of = |(kind, layer): (usize, Option<usize>)| (kinds + kind, layer.map(|n| layers + n));
+            sequence.extend(part.program.step_order().into_iter().map(of));
+            kinds += part.kinds();
+            layers += part.program.layers.len();
+        }
         let list = |numbers: Vec<usize>| numbers.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
         line!(self, "// The stages of a step, by kind, and their layers.");
         let kinds = list(sequence.iter().map(|(kind, _)| *kind).collect());
         line!(self, "__constant__ u16 STAGE_KIND[STAGES] = {{{kinds}}};");
         let layers = list(sequence.iter().map(|(_, layer)| layer.unwrap_or(0)).collect());
         line!(self, "__constant__ u16 STAGE_LAYER[STAGES] = {{{layers}}};");
-        if self.program.sequence().iter().any(|(_, _, stage)| stage.kind.prepares().is_some()) {
+        let prepares = |part: &Part<'_>| {
+            part.program.sequence().iter().any(|(_, _, stage)| stage.kind.prepares().is_some())
+        };
+        let readers = || self.parts.iter().flat_map(|part| &part.readers);
+        if self.parts.iter().any(prepares) {
             line!(
                 self,
                 "// Of stages that prepare rows: byte offset of the gains, and the order of the pieces."
             );
-            let gains: Vec<String> =
-                self.readers.iter().map(|reader| format!("{:#x}", reader.gain)).collect();
+            let gains: Vec<String> = readers().map(|reader| format!("{:#x}", reader.gain)).collect();
             line!(self, "__constant__ u64 STAGE_GAIN[STAGES] = {{{}}};", gains.join(", "));
         }
         line!(self, "constexpr u32 PREPARED_BLOCK = {PREPARED_BLOCK};");
-        let orders = list(self.readers.iter().map(|reader| reader.order as usize).collect());
+        let orders = list(readers().map(|reader| reader.order as usize).collect());
         line!(self, "__constant__ u8 STAGE_ORDER[STAGES] = {{{orders}}};");
     }
 
@@ -372,7 +535,7 @@ impl<'p> Writer<'p> {
                 line!(self, "}};");
             }
             Kind::Taps { output } => {
-                let cols = self.program.buffer(*output).cols;
+                let cols = self.program().buffer(*output).cols;
                 line!(self, "// {}: {cols} columns of each row.", stage.name);
                 line!(self, "struct {name} {{");
                 let (out_type, elem) = self.out_types(*output);
@@ -438,7 +601,7 @@ impl<'p> Writer<'p> {
         );
         line!(self, "  static constexpr u32 OPERANDS = {}, TILES = {tiles};", gemm.operands);
         line!(self, "  static constexpr u32 TILE_OCTETS = {octets};");
-        let half = self.program.buffer(gemm.input).elem != BufferElem::F32;
+        let half = self.program().buffer(gemm.input).elem != BufferElem::F32;
         let logits = gemm.epilogue == Epilogue::Logits;
         line!(
             self,
@@ -493,7 +656,7 @@ impl<'p> Writer<'p> {
         let bytes = scores.weight_bytes() as u64;
         line!(self, "// {stage}: {experts} x {k} {format}, {}, {:.2} us.", size(bytes), micros(bytes));
         line!(self, "struct {name} {{");
-        let stride = self.program.buffer(scores.output).cols;
+        let stride = self.program().buffer(scores.output).cols;
         line!(self, "  static constexpr u32 K = {k}, EXPERTS = {experts}, STRIDE = {stride};");
         let (norm, prepared) = (scores.norm.is_some(), scores.squares.is_some());
         line!(self, "  static constexpr bool NORM = {norm}, PREPARED = {prepared};");
@@ -536,7 +699,7 @@ impl<'p> Writer<'p> {
             };
             line!(self, "// The choice of {top_k} of {count} experts.");
             line!(self, "struct {routes} {{");
-            let stride = self.program.buffer(*scores).cols;
+            let stride = self.program().buffer(*scores).cols;
             line!(
                 self,
                 "  static constexpr u32 EXPERTS = {count}, SLOTS = {top_k}, STRIDE = {stride}, SCORING = {scoring};"
@@ -569,7 +732,7 @@ impl<'p> Writer<'p> {
 
     /// Leaves a pair of the residual stream for a draft, in the layers with a tap.
     fn tap(&self, gemm: &Gemm, pair: &str) -> Option<String> {
-        (gemm.tap && self.program.taps.is_some()).then(|| {
+        (gemm.tap && self.program().taps.is_some()).then(|| {
             format!(
                 "if (LAYER_TAP[b.layer] != NO_TAP) *reinterpret_cast<float2*>(b.args.taps + ((u64)row * TAPS + \
                  LAYER_TAP[b.layer]) * TAP_COLS + feature) = {pair};"
@@ -632,7 +795,7 @@ impl<'p> Writer<'p> {
             _ => "row".into(),
         };
         let out = format!("{} + {place} * {cols}u + feature", self.buffer(gemm.output));
-        let store = match self.program.buffer(gemm.output).elem {
+        let store = match self.program().buffer(gemm.output).elem {
             BufferElem::Bf16 => format!("*reinterpret_cast<u32*>({out}) = Bf16::pack(v[0].x, v[0].y);"),
             _ => format!("*reinterpret_cast<float2*>({out}) = v[0];"),
         };
@@ -693,7 +856,7 @@ impl<'p> Writer<'p> {
     }
 
     fn attention(&mut self, name: &str, stage: &str, attention: &Attention) {
-        let kv = &self.program.kv;
+        let kv = &self.program().kv;
         line!(
             self,
             "// {stage}: {} query heads over {} KV heads of {} and {} columns; {} B of cache a position.",
@@ -718,11 +881,11 @@ impl<'p> Writer<'p> {
             kv.v_dim
         );
         let window = match attention.window {
-            _ if !self.windows.is_empty() => "LAYER_WINDOW[b.layer]".into(),
+            _ if !self.parts[self.at].windows.is_empty() => "LAYER_WINDOW[b.layer]".into(),
             Some(window) => window.to_string(),
             None => "NO_WINDOW".into(),
         };
-        let windowed = attention.window.is_some() || !self.windows.is_empty();
+        let windowed = attention.window.is_some() || !self.parts[self.at].windows.is_empty();
         let both = attention.bidirectional;
         line!(self, "  static constexpr bool WINDOWED = {windowed}, BOTH_WAYS = {both};");
         self.function("u32", "window", "const Block& b", &format!("return {window};"));
@@ -747,8 +910,9 @@ impl<'p> Writer<'p> {
             "  static constexpr u32 ROPE = {dims}, POSITIONS = {positions}, PAGE_TOKENS = {}, V_PAD = {}, MAX_CHUNKS = {};",
             kv.page_tokens,
             kv.v_pad(),
-            self.program.max_chunks()
+            self.program().max_chunks()
         );
+        self.kv();
         let floats = |slot: Option<Slot>| match slot {
             Some(slot) => format!("return reinterpret_cast<const float*>({});", self.weight(slot)),
             None => "return nullptr;".into(),
@@ -771,9 +935,15 @@ impl<'p> Writer<'p> {
         debug_assert_eq!((CHUNK, SPAN), (128, 8), "attention.cuh says so too");
     }
 
+    /// Where the cache is.
+    fn kv(&mut self) {
+        let body = format!("return {};", self.parts[self.at].kv);
+        self.function("u8*", "kv", "const Block& b", &body);
+    }
+
     /// Types of a buffer's elements: as stages name them, and as they lie in memory.
     fn out_types(&self, buffer: BufferId) -> (&'static str, &'static str) {
-        match self.program.buffer(buffer).elem {
+        match self.program().buffer(buffer).elem {
             BufferElem::Bf16 => ("Bf16", "u16"),
             _ => ("F32", "float"),
         }
@@ -781,7 +951,7 @@ impl<'p> Writer<'p> {
 
     /// Keys and values of all of a draft's layers.
     fn context(&mut self, name: &str, stage: &str, context: &Context) {
-        let kv = &self.program.kv;
+        let kv = &self.program().kv;
         let Context { input, k_norms, kv_heads, rope, value_scale } = context;
         let layers = k_norms.len();
         line!(
@@ -810,6 +980,7 @@ impl<'p> Writer<'p> {
             kv.page_tokens,
             kv.v_pad()
         );
+        self.kv();
         let gain = "return reinterpret_cast<const float*>(b.args.weights + KEY_GAIN[layer]);";
         self.function("const float*", "k_gain", "const Block& b, u32 layer", gain);
         let rope = match rope {
@@ -842,7 +1013,7 @@ impl<'p> Writer<'p> {
             Kind::Taps { .. } => format!("take_taps<{name}>(b);"),
             Kind::Context(_) => format!("cache_context<{name}>(b);"),
         });
-        let open = "if (n > 0) b.open_stage();  // the first with the step";
+        let open = "if (n > first_stage(b.step)) b.open_stage();  // the first with the step";
         self.role("void control_step(Control& b)", open, "", "b.cross();", |name, kind| match kind {
             Kind::Embed { .. } | Kind::Taps { .. } | Kind::Context(_) => String::new(),
             Kind::Gemm(_) => format!("finish<{name}>(b);"),
@@ -854,7 +1025,7 @@ impl<'p> Writer<'p> {
 
     /// The kinds of stages, in the order of their numbers, with the prefix of their names.
     fn kinds(&self) -> Vec<(String, &'p Stage)> {
-        let lists = self.lists().into_iter();
+        let lists = self.parts.iter().flat_map(Part::lists);
         lists.flat_map(|(prefix, stages)| stages.iter().map(move |stage| (prefix.clone(), stage))).collect()
     }
 
@@ -870,7 +1041,7 @@ impl<'p> Writer<'p> {
     ) {
         line!(self, "\n__device__ __forceinline__ {signature} {{");
         line!(self, "#pragma unroll 1");
-        line!(self, "  for (u32 n = 0; n < STAGES; ++n) {{");
+        line!(self, "  for (u32 n = first_stage(b.step); n < end_stage(b.step); ++n) {{");
         line!(self, "    b.number = n;");
         line!(self, "    b.layer = STAGE_LAYER[n];");
         if !front.is_empty() {
@@ -894,7 +1065,12 @@ impl<'p> Writer<'p> {
 
     fn kernel(&mut self, experts: bool) {
         // Behind the stages, if the launch asks for it.
-        let ([begin, sample], sampled) = match self.program.vocab {
+        let round = self.mask_token.is_some();
+        let (steps, take, choose) = match round {
+            true => ("ROUND_STEPS * args.steps", "take_sequences", "choose_round"),
+            false => ("args.steps", "take_rows", "choose"),
+        };
+        let ([begin, sample], sampled) = match self.vocab() {
             0 => ([String::new(), String::new()], ""),
             vocab => (
                 [
@@ -907,7 +1083,13 @@ impl<'p> Writer<'p> {
                          \n      }}"
                     ),
                 ],
-                "\n        if (args.sampling && !b.second) b.choose_by_chance();",
+                match round {
+                    true => {
+                        "\n        if (args.sampling && !b.second && b.step % ROUND_STEPS == MODEL_STEP) \
+                         b.choose_by_chance();"
+                    }
+                    false => "\n        if (args.sampling && !b.second) b.choose_by_chance();",
+                },
             ),
         };
         // What experts add.
@@ -922,9 +1104,8 @@ impl<'p> Writer<'p> {
             false => ("", "", ""),
         };
         let spaces: Vec<String> = self
-            .lists()
+            .kinds()
             .iter()
-            .flat_map(|(prefix, stages)| stages.iter().map(move |stage| (prefix, stage)))
             .filter(|(_, stage)| matches!(stage.kind, Kind::Attention(_)))
             .map(|(prefix, stage)| type_name(prefix, &stage.name))
             .collect();
@@ -953,7 +1134,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       barrier_init(&shared.sums_full[i], CONSUMERS);
       barrier_init(&shared.sums_empty[i], 2);
     }}
-    shared.steps = args.steps;
+    shared.steps = {steps};
     shared.stage = shared.loader_stage = shared.crossings = shared.step = shared.round = shared.rounds = 0;
     for (u32& role : shared.waiting) role = 0;
     for (auto& dealt : shared.dealt) dealt[0] = ~0u;  // of no step
@@ -979,10 +1160,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       b.drain();
     }} else if (warp_id() == CONTROL || warp_id() == SECOND) {{
       Control b(block, warp_id() == SECOND);
-      if (!b.second) take_rows(b);
+      if (!b.second) {take}(b);
       for (b.open_step(); b.step < *(volatile u32*)&shared.steps; b.open_step()) {{
         control_step(b);{sampled}
-        choose(b);
+        {choose}(b);
       }}{report}
       if (!b.second && lane_id() == 0) barrier_arrive(&shared.finished);
     }} else {{
@@ -1005,9 +1186,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
 
     /// The address of a buffer, typed.
     fn buffer(&self, id: BufferId) -> String {
-        let buffer = self.program.buffer(id);
+        let buffer = self.program().buffer(id);
         let elem = if buffer.elem == BufferElem::F32 { "float" } else { "u16" };
-        format!("reinterpret_cast<{elem}*>(b.args.arena + {:#x} /* {} */)", buffer.offset, buffer.name)
+        let arena = self.parts[self.at].arena;
+        format!("reinterpret_cast<{elem}*>({arena} + {:#x} /* {} */)", buffer.offset, buffer.name)
     }
 }
 

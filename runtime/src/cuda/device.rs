@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use tilec_ir::launch::{KERNEL, LaunchArgs};
-use tilec_ir::plan::{Plan, PlanFile, ResidentPlan};
+use tilec_ir::plan::{DraftPlan, Plan, PlanFile, ResidentPlan};
 
 /// Memory of a device; freed when dropped.
 pub struct Memory {
@@ -115,6 +115,8 @@ pub enum Program {
     Inject,
     /// A block of a draft.
     Block,
+    /// Whole rounds of a draft.
+    Round,
 }
 
 /// A device with a plan's kernels. Work is queued and done in order.
@@ -216,12 +218,27 @@ pub trait Device: Send {
     fn abandon(&mut self);
 }
 
+/// Kernels of a draft.
+struct DraftKernels<T> {
+    inject: T,
+    block: T,
+    round: Option<T>,
+}
+
+impl<T> DraftKernels<T> {
+    /// The same of something else.
+    fn try_map<U, E>(&self, of: impl Fn(&T) -> Result<U, E>) -> Result<DraftKernels<U>, E> {
+        let round = self.round.as_ref().map(&of).transpose()?;
+        Ok(DraftKernels { inject: of(&self.inject)?, block: of(&self.block)?, round })
+    }
+}
+
 /// A GPU with a plan's kernels.
 pub struct Gpu {
     stream: Stream,
     kernel: Kernel,
-    /// What makes a draft's context, and a block.
-    draft: Option<[Kernel; 2]>,
+    /// What makes a draft's context, a block, and whole rounds where there is such a kernel.
+    draft: Option<DraftKernels<Kernel>>,
     context: Arc<Context>,
     code_bytes: usize,
 }
@@ -235,22 +252,21 @@ impl Gpu {
     pub fn open(number: usize, folder: &Path, plan: &Plan, draft: bool) -> Result<Gpu, CudaError> {
         let cubin = Cubin::read(folder, &plan.code, plan.resident)?;
         let draft = match plan.draft.as_ref().filter(|_| draft) {
-            Some(draft) => Some([
-                Cubin::read(folder, &draft.inject.code, draft.inject.resident)?,
-                Cubin::read(folder, &draft.block_pass.code, draft.block_pass.resident)?,
-            ]),
+            Some(DraftPlan { inject, block_pass: block, round, .. }) => {
+                let programs = DraftKernels { inject, block, round: round.as_ref() };
+                Some(programs.try_map(|program| Cubin::read(folder, &program.code, program.resident))?)
+            }
             None => None,
         };
         let context = Context::open(number)?;
         fits(&plan.target.arch, context.info())?;
         let stream = Stream::new(&context)?;
-        let all = std::iter::once(&cubin).chain(draft.iter().flatten());
+        let of_draft =
+            draft.iter().flat_map(|draft| [&draft.inject, &draft.block].into_iter().chain(&draft.round));
+        let all = std::iter::once(&cubin).chain(of_draft);
         let code_bytes = all.map(|cubin| cubin.bytes.len()).sum();
         let kernel = cubin.load(&context)?;
-        let draft = match draft {
-            Some([inject, block]) => Some([inject.load(&context)?, block.load(&context)?]),
-            None => None,
-        };
+        let draft = draft.map(|draft| draft.try_map(|cubin| cubin.load(&context))).transpose()?;
         Ok(Gpu { stream, kernel, draft, context, code_bytes })
     }
 }
@@ -348,11 +364,12 @@ impl Device for Gpu {
 
     unsafe fn launch(&mut self, program: Program, args: &LaunchArgs) -> Result<(), CudaError> {
         let kernel = match (program, &self.draft) {
-            (Program::Inject, Some([inject, _])) => inject,
-            (Program::Block, Some([_, block])) => block,
+            (Program::Inject, Some(draft)) => &draft.inject,
+            (Program::Block, Some(draft)) => &draft.block,
+            (Program::Round, Some(DraftKernels { round: Some(round), .. })) => round,
             (Program::Model, _) => &self.kernel,
-            (_, None) => {
-                let problem = "the plan's draft was not loaded".into();
+            (_, _) => {
+                let problem = "the plan's draft was not loaded, or has no such kernel".into();
                 return Err(CudaError::Code { path: KERNEL.into(), problem });
             }
         };

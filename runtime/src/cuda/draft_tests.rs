@@ -4,15 +4,15 @@
 use super::device::Program;
 use super::fake::*;
 use crate::engine::tests::{VOCAB, toy_next};
-use crate::engine::{BlockInput, Engine, EngineOptions, RowInput, StepError};
-use crate::generate::{DraftLimit, Generator, Pass, Request};
+use crate::engine::{BlockInput, Engine, EngineOptions, RoundInput, RoundOptions, RowInput, StepError};
+use crate::generate::{DraftLimit, DraftStats, FinishReason, Generator, Pass, Request};
 use crate::sampling::SamplingParams;
 use std::ops::ControlFlow;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tilec_ir::abi::{KvLayout, KvType};
-use tilec_ir::launch::{LaunchArgs, SLICE_ROWS};
+use tilec_ir::launch::{LAUNCH_ROWS, LaunchArgs, ROUND_WORDS, RoundResult, RoundSequence, SLICE_ROWS};
 use tilec_ir::plan::{DraftPlan, Plan, PlanFile, ProgramPlan, WeightsFrom};
 use tilec_ir::stages::{Buffer, BufferElem};
 
@@ -54,6 +54,7 @@ fn draft_plan() -> Plan {
         block_pass: program("block", vec![f32s("logits", VOCAB, 0)]),
         logits: 0,
         selector: None,
+        round: None,
     });
     plan.verify().unwrap();
     plan
@@ -86,7 +87,7 @@ fn kernels(runs: &Arc<Mutex<Vec<u32>>>) -> (FakeKernel, [FakeKernel; 2]) {
     });
     // SAFETY: as above; rows have pages.
     let inject: FakeKernel = Arc::new(|args| unsafe {
-        assert!((1..=SLICE_ROWS as u32).contains(&args.rows) && args.logit_rows == 0 && args.trace == 0);
+        assert!((1..=2 * SLICE_ROWS as u32).contains(&args.rows) && args.logit_rows == 0 && args.trace == 0);
         for row in columns(args) {
             // The number of the taps' row stands in place of the token.
             let [token, position] = *(args.taps as *const [f32; 2]).add(row.token as usize);
@@ -100,8 +101,8 @@ fn kernels(runs: &Arc<Mutex<Vec<u32>>>) -> (FakeKernel, [FakeKernel; 2]) {
     let block: FakeKernel = Arc::new(move |args| unsafe {
         let rows = columns(args);
         runs.lock().unwrap().push(args.rows);
-        let first =
-            |at: usize| (0..=at).rfind(|at| rows[*at].token != MASK).expect("a block begins with a token");
+        // The last token of a text may be the mask's as well.
+        let first = |at: usize| rows.iter().position(|row| row.sequence == rows[at].sequence).unwrap_or(at);
         for wanted in 0..args.logit_rows as usize {
             let row = *(args.logit_index as *const u32).add(wanted) as usize;
             let first = &rows[first(row)];
@@ -133,6 +134,119 @@ fn draft_engine(options: &EngineOptions) -> (Engine, Arc<Seen>, Arc<Mutex<Vec<u3
     let device = FakeDevice::with_draft(model, draft);
     let seen = device.seen();
     (Engine::on_device(draft_plan(), Box::new(device), options).unwrap(), seen, runs)
+}
+
+/// The same plan for kernels of so many rows a step, with whole rounds.
+fn round_plan(step_rows: usize) -> Plan {
+    let mut plan = draft_plan();
+    let resident = plan.resident.map(|kernel| tilec_ir::plan::ResidentPlan { step_rows, ..kernel });
+    plan.resident = resident;
+    let Some(draft) = &mut plan.draft else { panic!("a draft") };
+    (draft.inject.resident, draft.block_pass.resident) = (resident, resident);
+    let names = |program: &ProgramPlan| program.stages.clone();
+    let stages = [names(&draft.block_pass), plan.stages.clone(), names(&draft.inject)].concat();
+    draft.round = Some(ProgramPlan { buffers: Vec::new(), stages, ..draft.block_pass.clone() });
+    plan.verify().unwrap();
+    plan
+}
+
+/// Rounds of the three kernels, as the kernel of rounds has them. Takes a millisecond for each.
+fn round_kernel((model, [inject, block]): (FakeKernel, [FakeKernel; 2])) -> FakeKernel {
+    // SAFETY: the engine keeps the arguments valid; what is handed on lives through the calls.
+    Arc::new(move |args| unsafe {
+        let mut sequences: Vec<RoundSequence> = (0..args.round_sequences as usize)
+            .map(|n| *(args.round as *const RoundSequence).add(n))
+            .collect();
+        let stops = &args.stop_tokens[..args.stop_count as usize];
+        let [mut chosen, mut guessed] = [[0u32; LAUNCH_ROWS]; 2];
+        // A launch of one of the kernels on rows, of which some are wanted.
+        let launch = |kernel: &FakeKernel, rows: &[RowInput], wanted: &[u32], own: LaunchArgs| {
+            let column = |of: fn(&RowInput) -> u32| rows.iter().map(of).collect::<Vec<u32>>();
+            let (tokens, positions) = (column(|row| row.token), column(|row| row.position));
+            let sequences = column(|row| row.sequence);
+            kernel(&LaunchArgs {
+                tokens: tokens.as_ptr() as u64,
+                positions: positions.as_ptr() as u64,
+                sequences: sequences.as_ptr() as u64,
+                logit_index: wanted.as_ptr() as u64,
+                rows: rows.len() as u32,
+                logit_rows: wanted.len() as u32,
+                steps: 1,
+                stop_count: 0,
+                ..own
+            })
+        };
+        let draft =
+            LaunchArgs { kv: args.draft_kv, sampling: 0, chosen: guessed.as_mut_ptr() as u64, ..*args };
+        for round in 0..args.steps as usize {
+            let (mut rows, mut wanted) = (Vec::new(), Vec::new());
+            for of in &sequences {
+                assert!(of.position + of.rows.max(of.guesses + 1) <= of.limit, "no room for a round");
+                wanted.extend((0..of.guesses).map(|guess| rows.len() as u32 + 1 + guess));
+                rows.extend((0..of.rows).map(|row| RowInput {
+                    token: if row == 0 { of.token } else { MASK },
+                    position: of.position + row,
+                    sequence: of.sequence,
+                }));
+            }
+            assert_eq!((rows.len(), wanted.len()), (args.block_rows as usize, args.guess_rows as usize));
+            launch(&block, &rows, &wanted, LaunchArgs { arena: args.block_arena, ..draft })?;
+            rows.clear();
+            let mut guesses = std::ptr::read_volatile(&guessed).into_iter().map(|word| word - 1);
+            for of in &sequences {
+                assert_eq!(rows.len(), of.first_row as usize);
+                let tokens = std::iter::once(of.token).chain(guesses.by_ref().take(of.guesses as usize));
+                rows.extend(tokens.zip(of.position..).map(|(token, position)| RowInput {
+                    token,
+                    position,
+                    sequence: of.sequence,
+                }));
+            }
+            assert_eq!((rows.len(), rows.len()), (args.rows as usize, args.logit_rows as usize));
+            let all: Vec<u32> = (0..args.rows).collect();
+            launch(&model, &rows, &all, LaunchArgs { chosen: chosen.as_mut_ptr() as u64, ..*args })?;
+            let tokens = std::ptr::read_volatile(&chosen).map(|word| word.wrapping_sub(1));
+            let numbers: Vec<RowInput> =
+                rows.iter().zip(0..).map(|(row, token)| RowInput { token, ..*row }).collect();
+            launch(&inject, &numbers, &[], LaunchArgs { arena: args.inject_arena, ..draft })?;
+            std::thread::sleep(Duration::from_millis(1));
+            let to = std::slice::from_raw_parts(
+                (args.chosen as *const AtomicU32).add(round * ROUND_WORDS),
+                ROUND_WORDS,
+            );
+            let mut over = false;
+            for (number, of) in sequences.iter_mut().enumerate() {
+                let first = of.first_row as usize;
+                let hit =
+                    |at: usize| at < of.guesses as usize && rows[first + at + 1].token == tokens[first + at];
+                let stop = |at: usize| stops.contains(&tokens[first + at]) || at + 1 >= of.left as usize;
+                let last = (0..=of.guesses as usize).find(|at| !hit(*at) || stop(*at)).unwrap();
+                let right = (0..=last).filter(|at| hit(*at)).count();
+                // In any order.
+                to[number].store(RoundResult { tokens: last + 1, right }.word(), Ordering::Release);
+                for at in (0..=last).rev() {
+                    to[LAUNCH_ROWS + first + at].store(tokens[first + at] + 1, Ordering::Release);
+                }
+                over |= stop(last);
+                (of.token, of.position, of.left) =
+                    (tokens[first + last], of.position + last as u32 + 1, of.left - last as u32 - 1);
+                over |= of.position + of.rows.max(of.guesses + 1) > of.limit;
+            }
+            let halted = (*(args.halt as *const AtomicU32)).load(Ordering::Acquire) != 0;
+            if over || halted {
+                break;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn round_engine(step_rows: usize, options: &EngineOptions) -> (Engine, Arc<Seen>) {
+    let runs = Arc::default();
+    let (model, draft) = kernels(&runs);
+    let device = FakeDevice::with_draft(model, draft).with_rounds(round_kernel(kernels(&runs)));
+    let seen = device.seen();
+    (Engine::on_device(round_plan(step_rows), Box::new(device), options).unwrap(), seen)
 }
 
 fn rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
@@ -483,4 +597,251 @@ fn a_stuck_draft_names_its_own_stage() {
     let error = engine.draft(&[block]).unwrap_err();
     assert!(matches!(&error, StepError::Stuck { stage, .. } if stage == "block second"), "{error:?}");
     assert!(matches!(engine.step(&rows(0, 1, &[1]), &[]), Err(StepError::Poisoned { .. })));
+}
+
+/// What became of guesses, without times.
+fn counts(draft: &DraftStats) -> DraftStats {
+    let zero = Duration::ZERO;
+    DraftStats { draft: zero, inject: zero, verify: zero, launch: zero, ..draft.clone() }
+}
+
+/// Texts and counts of rounds in launches are those of the host's rounds; nothing else runs while texts are decoded.
+#[test]
+fn launched_rounds_are_the_hosts() {
+    let (on_host, _, _) = draft_engine(&EngineOptions::default());
+    let mut on_host = Generator::new(on_host, None);
+    let (engine, seen) = round_engine(SLICE_ROWS, &EngineOptions::default());
+    let mut launched = Generator::new(engine, None);
+    let context = launched.engine().plan().limits.context;
+    let prompts: [&[u32]; 3] = [&[1, 2, 3, 4, 9, 8, 7, 6, 5, 5, 5], &[9], &[60, 1]];
+    for draft_rows in [6, 3, 2] {
+        for max_tokens in [1, 2, 3, 7, 30, 37, 1000] {
+            for prompt in prompts {
+                let run = |generator: &mut Generator| {
+                    generator.clear();
+                    generator.set_draft_min(usize::MAX);
+                    generator.set_draft_rows(draft_rows);
+                    let request = request(prompt, max_tokens);
+                    generator.run(&[request], &mut |_| ControlFlow::Continue(())).unwrap()
+                };
+                seen.programs.lock().unwrap().clear();
+                let (wanted, found) = (run(&mut on_host), run(&mut launched));
+                let [one, other] = [&wanted, &found].map(|run| &run.completions[0]);
+                assert_eq!(one.tokens, other.tokens, "{draft_rows} {max_tokens} {prompt:?}");
+                assert_eq!((one.finish, counts(&one.draft)), (other.finish, counts(&other.draft)));
+                assert_eq!(counts(&wanted.draft), counts(&found.draft));
+                assert_eq!(one.tokens.len(), max_tokens.min(context + 1 - prompt.len()));
+                let programs = seen.programs.lock().unwrap().clone();
+                let first = programs.iter().position(|program| *program == Program::Round);
+                // A prompt of one token is decoded from the start; a guess is worth its while from two tokens on.
+                let least = if prompt.len() == 1 { 2 } else { 3 };
+                assert_eq!(first.is_some(), max_tokens >= least, "{programs:?}");
+                let whole = first.map_or(&[][..], |first| &programs[first..]);
+                // The last token of a text may be left to a step of its own.
+                let others = whole.iter().filter(|program| **program != Program::Round).count();
+                assert!(others <= 2, "{programs:?}");
+                assert!(found.draft.launch > Duration::ZERO || first.is_none());
+            }
+        }
+    }
+    // Rounds of a launch grow with what is known of a text.
+    let steps: Vec<u32> = seen.rounds.lock().unwrap().iter().map(|args| args.steps).collect();
+    assert!(steps.contains(&4) && steps.iter().any(|steps| *steps > 4), "{steps:?}");
+}
+
+/// Two sequences in one launch, which accept differently, by the largest logits and by chance; a third has no room.
+#[test]
+fn launched_rounds_of_several_sequences() {
+    let requests = |sampled: bool| {
+        let prompts: [&'static [u32]; 4] = [&[1, 2, 3, 4, 9, 8, 7], &[9], &[60, 1, 2], &[5, 6, 7, 8, 9]];
+        prompts.into_iter().zip([31, 33, 9, 40]).zip(0..).map(move |((prompt, max_tokens), n)| {
+            let chance = SamplingParams { temperature: 0.1 + n as f32 / 50.0, seed: n, ..Default::default() };
+            let sampling = if sampled && n != 1 { chance } else { SamplingParams::greedy() };
+            Request { sampling, ..request(prompt, max_tokens) }
+        })
+    };
+    for sampled in [false, true] {
+        let (engine, seen) = round_engine(16, &EngineOptions::default());
+        let mut generator = Generator::new(engine, None);
+        generator.set_draft_min(usize::MAX);
+        let mut plain = Generator::new(draft_engine(&EngineOptions::default()).0, None);
+        plain.set_draft_rows(0);
+        for together in [1, 2, 3, 4] {
+            let requests: Vec<Request> = requests(sampled).take(together).collect();
+            generator.clear();
+            plain.clear();
+            seen.rounds.lock().unwrap().clear();
+            let found = generator.run(&requests, &mut |_| ControlFlow::Continue(())).unwrap();
+            let wanted = plain.run(&requests, &mut |_| ControlFlow::Continue(())).unwrap();
+            for (found, wanted) in found.completions.iter().zip(&wanted.completions) {
+                assert_eq!((&found.tokens, found.finish), (&wanted.tokens, wanted.finish), "{together}");
+                assert_eq!(found.stats.generated_tokens, found.tokens.len());
+            }
+            let launches = seen.rounds.lock().unwrap();
+            let most = launches.iter().map(|args| args.round_sequences).max().unwrap();
+            assert_eq!(most, together.min(2) as u32);
+            assert_eq!(launches.iter().any(|args| args.sampling != 0), sampled);
+            assert!(launches.iter().all(|args| args.block_rows <= 16 && args.rows <= 16));
+        }
+    }
+}
+
+/// Stop tokens inside of a block, more of them than the kernel knows, a callback that wants no more.
+#[test]
+fn launched_rounds_end_with_their_texts() {
+    let (engine, _) = round_engine(SLICE_ROWS, &EngineOptions::default());
+    let mut generator = Generator::new(engine, None);
+    generator.set_draft_min(usize::MAX);
+    let prompt = [1, 2, 3, 4, 9, 8, 7, 6, 5, 5, 5];
+    let text = expected(&prompt, 40);
+    for at in 0..30 {
+        for others in [0, 9] {
+            generator.clear();
+            let unused = (64..64 + others).collect::<Vec<u32>>();
+            let stop_tokens = [unused, vec![text[at]]].concat();
+            let until = text.iter().position(|token| *token == text[at]).unwrap();
+            let asked = Request { stop_tokens, ..request(&prompt, 40) };
+            let run = generator.run(&[asked], &mut |_| ControlFlow::Continue(())).unwrap();
+            let done = &run.completions[0];
+            assert_eq!((&done.tokens[..], done.finish), (&text[..until], FinishReason::StopToken(text[at])));
+            // What comes behind it goes on from what is cached.
+            let longer = [&prompt[..], &text[..until], &[11, 12]].concat();
+            let run = generator.run(&[request(&longer, 8)], &mut |_| ControlFlow::Continue(())).unwrap();
+            assert_eq!(run.completions[0].tokens, expected(&longer, 8), "{at} {others}");
+            assert!(until == 0 || run.completions[0].stats.cached_tokens >= prompt.len());
+        }
+        generator.clear();
+        let mut told = 0;
+        let run = generator.run(&[request(&prompt, 40)], &mut |_| {
+            told += 1;
+            if told > at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        let done = &run.unwrap().completions[0];
+        assert_eq!((&done.tokens[..], done.finish), (&text[..=at], FinishReason::Cancelled));
+    }
+}
+
+/// With few pages launches are short, and texts stay.
+#[test]
+fn launched_rounds_make_do_with_few_pages() {
+    let requests = [request(&[1, 2, 3], 40), request(&[7, 7], 30)];
+    for kv_pages in 4..8 {
+        let options = EngineOptions { kv_pages: Some(kv_pages), ..EngineOptions::default() };
+        let (engine, seen) = round_engine(16, &options);
+        let mut generator = Generator::new(engine, None);
+        generator.set_draft_min(usize::MAX);
+        let Ok(run) = generator.run(&requests, &mut |_| ControlFlow::Continue(())) else {
+            assert!(kv_pages < 6, "{kv_pages} pages");
+            continue;
+        };
+        for (done, request) in run.completions.iter().zip(&requests) {
+            assert_eq!(done.tokens, expected(&request.prompt, request.max_tokens));
+        }
+        assert!(!seen.rounds.lock().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn rounds_say_what_is_wrong_with_them() {
+    let (mut engine, seen) = round_engine(SLICE_ROWS, &EngineOptions::default());
+    engine.step(&rows(0, 0, &[1, 2, 3]), &[]).unwrap();
+    engine.inject(&[0, 1]).unwrap();
+    let block = BlockInput { token: 4, position: 2, sequence: 0, rows: 6, wanted: 5 };
+    let input = RoundInput { block, left: 9, limit: 20 };
+    let options = RoundOptions { rounds: 3, ..RoundOptions::default() };
+    let refused = |engine: &mut Engine, inputs: &[RoundInput], options| {
+        engine.rounds(inputs, &[], options, &mut |_| ControlFlow::Continue(())).unwrap_err()
+    };
+    let with = |block| RoundInput { block, ..input };
+    let gap = refused(&mut engine, &[with(BlockInput { position: 3, ..block })], options);
+    assert!(matches!(gap, StepError::DraftGap { context: 2, position: 3, .. }), "{gap:?}");
+    let short = refused(&mut engine, &[RoundInput { limit: 7, ..input }], options);
+    assert!(matches!(short, StepError::Context { .. }), "{short:?}");
+    let long = refused(&mut engine, &[RoundInput { limit: 4000, ..input }], options);
+    assert!(matches!(long, StepError::Context { .. }), "{long:?}");
+    let none = refused(&mut engine, &[with(BlockInput { wanted: 0, ..block })], options);
+    assert!(matches!(none, StepError::Block { .. }), "{none:?}");
+    let over = refused(&mut engine, &[RoundInput { left: 0, ..input }], options);
+    assert!(matches!(over, StepError::Block { .. }), "{over:?}");
+    let many =
+        refused(&mut engine, &[input, with(BlockInput { sequence: 1, position: 0, ..block })], options);
+    assert!(matches!(many, StepError::Rows { rows: 12, max: 8 }), "{many:?}");
+    for rounds in [0, 513] {
+        let steps = refused(&mut engine, &[input], RoundOptions { rounds, ..options });
+        assert_eq!(steps, StepError::Steps { steps: rounds, max: 512 });
+    }
+    assert!(seen.rounds.lock().unwrap().is_empty());
+    // Forced rounds reach the kernel as thousandths. All nine tokens fit into twenty rounds.
+    let forced = RoundOptions { accept: Some(2.5), rounds: 20, ..options };
+    let mut told = Vec::new();
+    let done = engine.rounds(&[input], &[], forced, &mut |news| {
+        assert_eq!(news.sequence, 0);
+        told.resize(news.round + 1, 0);
+        told[news.round] += news.tokens.len();
+        ControlFlow::Continue(())
+    });
+    assert_eq!((done, told.iter().sum::<usize>()), (Ok(told.len()), 9));
+    assert_eq!(seen.rounds.lock().unwrap()[0].accept, 2500);
+    assert_eq!((engine.length(0), engine.draft_length(0)), (11, 11));
+    let (mut plain, _, _) = draft_engine(&EngineOptions::default());
+    assert_eq!(refused(&mut plain, &[input], options), StepError::NoDraft);
+}
+
+/// A wait that gave up inside of a round: its stage, of whichever kernel, and the round.
+#[test]
+fn a_stuck_round_names_its_stage() {
+    for (stage, name) in [(1, "block second"), (4, "inject first"), (6, "choice of tokens")] {
+        let record = [1, stage, 77, 6, 3, 4, 7, 0];
+        let (model, draft) = kernels(&Arc::default());
+        let device = FakeDevice::with_draft(model, draft).with_rounds(stuck_kernel(record));
+        let mut engine =
+            Engine::on_device(round_plan(SLICE_ROWS), Box::new(device), &EngineOptions::default()).unwrap();
+        engine.step(&rows(0, 0, &[1]), &[]).unwrap();
+        engine.inject(&[0]).unwrap();
+        let block = BlockInput { token: 3, position: 1, sequence: 0, rows: 2, wanted: 1 };
+        let input = RoundInput { block, left: 5, limit: 9 };
+        let options = RoundOptions { rounds: 3, ..RoundOptions::default() };
+        let error = engine.rounds(&[input], &[], options, &mut |_| ControlFlow::Continue(())).unwrap_err();
+        assert!(
+            matches!(&error, StepError::Stuck { stage, step: 2, .. } if stage == name),
+            "{name}: {error:?}"
+        );
+        assert!(matches!(engine.step(&rows(0, 1, &[1]), &[]), Err(StepError::Poisoned { .. })));
+    }
+}
+
+/// A kernel that ends without a round, with a token that is none, or with more than there are.
+#[test]
+fn rounds_that_cannot_be_are_the_kernels_fault() {
+    let said = |words: &'static [(usize, u32)]| -> StepError {
+        let (model, draft) = kernels(&Arc::default());
+        let kernel: FakeKernel = Arc::new(move |args| {
+            for (at, word) in words {
+                // SAFETY: the engine keeps the words.
+                unsafe { (*(args.chosen as *const AtomicU32).add(*at)).store(*word, Ordering::Release) };
+            }
+            Ok(())
+        });
+        let device = FakeDevice::with_draft(model, draft).with_rounds(kernel);
+        let mut engine =
+            Engine::on_device(round_plan(SLICE_ROWS), Box::new(device), &EngineOptions::default()).unwrap();
+        engine.step(&rows(0, 0, &[1]), &[]).unwrap();
+        engine.inject(&[0]).unwrap();
+        let block = BlockInput { token: 3, position: 1, sequence: 0, rows: 3, wanted: 2 };
+        let input = RoundInput { block, left: 5, limit: 9 };
+        let options = RoundOptions { rounds: 3, ..RoundOptions::default() };
+        let told = engine.rounds(&[input], &[], options, &mut |_| ControlFlow::Continue(()));
+        told.unwrap_err()
+    };
+    for (words, problem) in [
+        (&[][..], "without having finished a round"),
+        (&[(0, 2), (LAUNCH_ROWS, 5)], "without having finished a round"),
+        (&[(0, 4), (LAUNCH_ROWS, 5)], "with more tokens for row 0 of round 0"),
+        (&[(0, 1), (LAUNCH_ROWS, 1000)], "with token 999 for row 0 of round 0"),
+    ] {
+        let error = said(words);
+        assert!(matches!(&error, StepError::Kernel { problem: own } if own.contains(problem)), "{error:?}");
+    }
+    let broken = said(&[(0, 1), (LAUNCH_ROWS, tilec_ir::launch::BROKEN_LOGITS + 1)]);
+    assert!(matches!(broken, StepError::Logits { row: 0, step: 0, .. }), "{broken:?}");
 }

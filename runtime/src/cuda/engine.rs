@@ -8,7 +8,7 @@
 use super::device::{Device, HostMemory, Memory, Program};
 use super::error::CudaError;
 use super::{DECODE_STEPS, weights};
-use crate::engine::{EngineError, EngineOptions, RowInput, StepError};
+use crate::engine::{EngineError, EngineOptions, RoundNews, RowInput, StepError};
 use crate::kv::{KV_LIMITS, PageTable};
 use crate::memory::Breakdown;
 use std::ops::{ControlFlow, Range};
@@ -16,10 +16,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::launch::{
-    BROKEN_LOGITS, LAUNCH_ROWS, LaunchArgs, NO_LOGITS, SAMPLE_ROW_BYTES, SAMPLE_WORDS, SLICE_ROWS,
-    STALL_WORDS, STOP_TOKENS, SYNC_BYTES, SampleRow, StallRecord, TRACE_FIELDS,
+    BROKEN_LOGITS, LAUNCH_ROWS, LaunchArgs, NO_LOGITS, ROUND_SEQUENCE_WORDS, ROUND_WORDS, RoundResult,
+    RoundSequence, SAMPLE_ROW_BYTES, SAMPLE_WORDS, SLICE_ROWS, STALL_WORDS, STOP_TOKENS, SYNC_BYTES,
+    SampleRow, StallRecord, TRACE_FIELDS,
 };
-use tilec_ir::plan::Plan;
+use tilec_ir::plan::{DraftPlan, Plan};
 
 /// How much longer than the kernel itself the host waits before it gives up.
 const MARGIN: Duration = Duration::from_millis(500);
@@ -46,6 +47,9 @@ const POSITIONS: usize = LAUNCH_ROWS;
 const SEQUENCES: usize = 2 * LAUNCH_ROWS;
 const LOGIT_INDEX: usize = 3 * LAUNCH_ROWS;
 const PASS_NUMBER: usize = 4 * LAUNCH_ROWS;
+/// In place of rows, [`RoundSequence`]s.
+const ROUND: usize = 0;
+const _: () = assert!(LAUNCH_ROWS / 2 * ROUND_SEQUENCE_WORDS <= PASS_NUMBER);
 /// How the tokens of wanted rows are chosen: [`SampleRow`]s.
 const SAMPLING: usize = 6 * LAUNCH_ROWS;
 /// Words from one pass to the next.
@@ -568,11 +572,7 @@ impl CudaEngine {
             self.write_sampling(0, sampling);
             args.sampling = self.sampling_of(0);
         }
-        // The kernel knows some of the tokens that end a text; this side looks for all of them.
-        for (to, token) in args.stop_tokens.iter_mut().zip(stop_tokens) {
-            *to = *token;
-        }
-        args.stop_count = stop_tokens.len().min(STOP_TOKENS) as u32;
+        set_stops(&mut args, stop_tokens);
 
         let mut told = Told { steps: 0, ended: false, bad: None };
         let queued = self
@@ -603,6 +603,85 @@ impl CudaEngine {
         let error = StepError::Kernel { problem };
         self.poisoned = Some(error.to_string());
         Err(error)
+    }
+
+    /// Runs rounds of a draft in one launch: see [`crate::engine::Engine::rounds`]. The sequences were checked and
+    /// have pages up to their limits; `sampling` has an entry for each row of the model's step, or none.
+    ///
+    /// # Errors
+    /// [`StepError`]; after one of these the engine does nothing more.
+    pub fn rounds(
+        &mut self,
+        plan: &Plan,
+        pages: &PageTable,
+        (sequences, sampling): (&[RoundSequence], &[SampleRow]),
+        launch: Launch<'_>,
+        on_round: &mut dyn FnMut(RoundNews<'_>) -> ControlFlow<()>,
+    ) -> Result<usize, StepError> {
+        let Launch { rounds, stop_tokens, accept } = launch;
+        if !self.has_rounds(plan) {
+            return Err(StepError::NoDraft);
+        }
+        self.ready()?;
+        self.settle_table(plan, pages)?;
+        let words = &self.inputs_host.words()[ROUND..];
+        for (word, value) in words.iter().zip(sequences.iter().flat_map(RoundSequence::words)) {
+            word.store(value, Ordering::Relaxed);
+        }
+        for word in &self.chosen.words()[..rounds * ROUND_WORDS] {
+            word.store(0, Ordering::Relaxed);
+        }
+        let sum = |of: fn(&RoundSequence) -> u32| sequences.iter().map(of).sum::<u32>();
+        let guess_rows = sum(|of| of.guesses);
+        let rows = guess_rows as usize + sequences.len();
+        let mut args = self.args(Program::Round, pages, 0, rows, rows);
+        args.steps = rounds as u32;
+        args.chosen = self.chosen.address();
+        (args.round_sequences, args.guess_rows) = (sequences.len() as u32, guess_rows);
+        args.block_rows = sum(|of| of.rows);
+        args.accept = accept;
+        if !sampling.is_empty() {
+            self.write_sampling(0, sampling);
+            args.sampling = self.sampling_of(0);
+        }
+        set_stops(&mut args, stop_tokens);
+
+        let mut told = ToldRounds { rounds: 0, ended: false, bad: None };
+        let queued = self
+            .queue_inputs(Program::Round, pages, 0..1)
+            .and_then(|()| self.queue_launch(Program::Round, &args));
+        let result = queued.map_err(Trouble::Failed).and_then(|()| {
+            let (chosen, halt) = (self.chosen.words(), &self.mail.words()[HALT]);
+            wait(&mut *self.device, self.patience + MARGIN, Duration::ZERO, &mut || {
+                told.look(chosen, sequences, rounds, plan.vocab, on_round);
+                if told.ended {
+                    halt.store(1, Ordering::Release);
+                }
+                told.rounds as u64
+            })
+        });
+        self.finish(plan, Program::Round, result)?;
+        let problem = match told.bad {
+            Some((round, row, Some(token))) => {
+                if let Some(problem) = broken(token) {
+                    return Err(StepError::Logits { row, step: round, problem });
+                }
+                format!("with token {token} for row {row} of round {round}, which is none of {}", plan.vocab)
+            }
+            Some((round, row, None)) => {
+                format!("with more tokens for row {row} of round {round} than it has")
+            }
+            None if told.rounds == 0 => "without having finished a round".to_string(),
+            None => return Ok(told.rounds),
+        };
+        let error = StepError::Kernel { problem };
+        self.poisoned = Some(error.to_string());
+        Err(error)
+    }
+
+    /// Whether whole rounds of a draft fit into a launch.
+    pub fn has_rounds(&self, plan: &Plan) -> bool {
+        self.has_draft() && plan.draft.as_ref().is_some_and(|draft| draft.round.is_some())
     }
 
     /// Waits for an `inject` that may still copy the page table if that has to be copied anew.
@@ -708,6 +787,8 @@ impl CudaEngine {
             (Program::Block, Some(draft)) => (&draft.kv, &draft.block),
             _ => (&self.kv, &self.arena),
         };
+        let of_draft =
+            |part: fn(&CudaDraft) -> &Memory| self.draft.as_ref().map_or(0, |draft| part(draft).address());
         // The stages of a draft have no times.
         let trace = self.trace.as_ref().filter(|_| program == Program::Model);
         let input = |word: usize| self.inputs.address() + ((pass * PASS_WORDS + word) * WORD) as u64;
@@ -731,6 +812,10 @@ impl CudaEngine {
             taps: self.taps,
             sampling: 0,
             choices: self.choices.address(),
+            draft_kv: of_draft(|draft| &draft.kv),
+            block_arena: of_draft(|draft| &draft.block),
+            inject_arena: of_draft(|draft| &draft.inject),
+            round: input(ROUND),
             patience_ns: u64::try_from(self.patience.as_nanos()).unwrap_or(u64::MAX),
             rows: rows as u32,
             logit_rows: logit_rows as u32,
@@ -743,6 +828,10 @@ impl CudaEngine {
             zero: 0,
             routing: self.routing.map_or(0, |routing| 1 + u32::from(routing.shared_permille)),
             routing_seed: self.routing.map_or(0, |routing| routing.seed),
+            round_sequences: 0,
+            block_rows: 0,
+            guess_rows: 0,
+            accept: 0,
         }
     }
 
@@ -766,13 +855,16 @@ impl CudaEngine {
         let (mail, stages) = match (if before { Program::Inject } else { program }, &plan.draft) {
             (Program::Inject, Some(draft)) => (INJECT_MAIL, &draft.inject.stages),
             (Program::Block, Some(draft)) => (0, &draft.block_pass.stages),
+            (Program::Round, Some(DraftPlan { round: Some(round), .. })) => (0, &round.stages),
             _ => (0, &plan.stages),
         };
+        // The kernel counts the three steps of a round.
+        let steps = if program == Program::Round && !before { 3 } else { 1 };
         match result {
             Ok(()) if self.stall(mail).code == 0 => Ok(()),
             // The kernel ended well, and yet says that it is stuck.
-            Ok(()) => Err(self.fail_at(mail, stages, Trouble::Silent(Duration::ZERO))),
-            Err(trouble) => Err(self.fail_at(mail, stages, trouble)),
+            Ok(()) => Err(self.fail_at(mail, (stages, steps), Trouble::Silent(Duration::ZERO))),
+            Err(trouble) => Err(self.fail_at(mail, (stages, steps), trouble)),
         }
     }
 
@@ -796,11 +888,17 @@ impl CudaEngine {
 
     /// Ends the use of this engine with the error that says most.
     fn fail(&mut self, stages: &[String], trouble: Trouble) -> StepError {
-        self.fail_at(0, stages, trouble)
+        self.fail_at(0, (stages, 1), trouble)
     }
 
-    /// The same, where a kernel would have left its record in this mail.
-    fn fail_at(&mut self, mail: usize, stages: &[String], trouble: Trouble) -> StepError {
+    /// The same, where a kernel would have left its record in this mail, whose stages have these names, and so many
+    /// steps are one to the host.
+    fn fail_at(
+        &mut self,
+        mail: usize,
+        (stages, steps_of_round): (&[String], u32),
+        trouble: Trouble,
+    ) -> StepError {
         let record = self.stall(mail);
         if let Trouble::Silent(after) = trouble
             && !after.is_zero()
@@ -821,7 +919,7 @@ impl CudaEngine {
                 };
                 StepError::Stuck {
                     stage,
-                    step: record.step,
+                    step: record.step / steps_of_round,
                     sm: record.sm,
                     who: record.role_name(),
                     seen: record.seen,
@@ -900,10 +998,18 @@ const fn broken(token: u32) -> Option<&'static str> {
     }
 }
 
+/// The kernel knows some of the tokens that end a text; this side looks for all of them.
+fn set_stops(args: &mut LaunchArgs, stop_tokens: &[u32]) {
+    for (to, token) in args.stop_tokens.iter_mut().zip(stop_tokens) {
+        *to = *token;
+    }
+    args.stop_count = stop_tokens.len().min(STOP_TOKENS) as u32;
+}
+
 /// Where the mail of a program begins.
 const fn mail_of(program: Program) -> usize {
     match program {
-        Program::Model | Program::Block => 0,
+        Program::Model | Program::Block | Program::Round => 0,
         Program::Inject => INJECT_MAIL,
     }
 }
@@ -915,6 +1021,7 @@ fn step_rows(plan: &Plan, program: Program) -> usize {
         Program::Model => plan.resident,
         Program::Inject => draft.and_then(|draft| draft.inject.resident),
         Program::Block => draft.and_then(|draft| draft.block_pass.resident),
+        Program::Round => draft.and_then(|draft| draft.round.as_ref()).and_then(|round| round.resident),
     };
     kernel.map_or(SLICE_ROWS, |kernel| kernel.step_rows)
 }
@@ -998,6 +1105,74 @@ impl Told {
                 self.ended |= flow.is_break() || stop_tokens.contains(&token);
             }
             self.steps += 1;
+        }
+    }
+}
+
+/// How rounds of a launch run.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// How many at most.
+    pub rounds: usize,
+    /// Tokens behind which the launch ends.
+    pub stop_tokens: &'a [u32],
+    /// See [`LaunchArgs::accept`].
+    pub accept: u32,
+}
+
+/// How far the rounds of a launch were told of.
+struct ToldRounds {
+    rounds: usize,
+    /// Whether somebody wanted no more.
+    ended: bool,
+    /// What is none of the model's tokens, or of the rows that there are: round, row, token.
+    bad: Option<(usize, usize, Option<u32>)>,
+}
+
+impl ToldRounds {
+    /// Tells of the rounds of which all is there.
+    fn look(
+        &mut self,
+        chosen: &[AtomicU32],
+        sequences: &[RoundSequence],
+        rounds: usize,
+        vocab: usize,
+        on_round: &mut dyn FnMut(RoundNews<'_>) -> ControlFlow<()>,
+    ) {
+        while self.rounds < rounds && !self.ended {
+            let (results, words) = chosen[self.rounds * ROUND_WORDS..][..ROUND_WORDS].split_at(LAUNCH_ROWS);
+            let mut tokens = [0; LAUNCH_ROWS];
+            let mut brought = [RoundResult { tokens: 0, right: 0 }; LAUNCH_ROWS];
+            for ((of, result), brought) in sequences.iter().zip(results).zip(&mut brought) {
+                *brought = match result.load(Ordering::Acquire) {
+                    0 => return,
+                    word => RoundResult::of(word),
+                };
+                let first = of.first_row as usize;
+                if brought.tokens > of.guesses as usize + 1 {
+                    self.bad = Some((self.rounds, first, None));
+                    self.ended = true;
+                    return;
+                }
+                for row in first..first + brought.tokens {
+                    tokens[row] = match words[row].load(Ordering::Acquire) {
+                        0 => return,
+                        word => word - 1,
+                    };
+                    if tokens[row] as usize >= vocab {
+                        self.bad = Some((self.rounds, row, Some(tokens[row])));
+                        self.ended = true;
+                        return;
+                    }
+                }
+            }
+            for (number, (of, brought)) in sequences.iter().zip(brought).enumerate() {
+                let own = &tokens[of.first_row as usize..][..brought.tokens];
+                let news =
+                    RoundNews { round: self.rounds, sequence: number, tokens: own, right: brought.right };
+                self.ended |= on_round(news).is_break();
+            }
+            self.rounds += 1;
         }
     }
 }

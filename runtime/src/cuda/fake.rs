@@ -33,6 +33,8 @@ type Job = Box<dyn FnOnce() -> Result<(), CudaError> + Send>;
 pub struct Seen {
     /// Arguments of every launch of the model's kernel.
     pub launches: Mutex<Vec<LaunchArgs>>,
+    /// Arguments of every launch of rounds.
+    pub rounds: Mutex<Vec<LaunchArgs>>,
     /// Which kernels were launched.
     pub programs: Mutex<Vec<Program>>,
     /// Copies to the device.
@@ -51,6 +53,7 @@ pub struct FakeDevice {
     seen: Arc<Seen>,
     kernel: FakeKernel,
     draft: Option<[FakeKernel; 2]>,
+    round: Option<FakeKernel>,
     queue: Sender<Job>,
 }
 
@@ -58,6 +61,11 @@ impl FakeDevice {
     /// A device with a kernel, and with those of a draft: that which injects, and that of a block.
     pub fn with_draft(kernel: FakeKernel, draft: [FakeKernel; 2]) -> FakeDevice {
         FakeDevice { draft: Some(draft), ..FakeDevice::new(kernel) }
+    }
+
+    /// The same with a kernel of whole rounds.
+    pub fn with_rounds(self, round: FakeKernel) -> FakeDevice {
+        FakeDevice { round: Some(round), ..self }
     }
 
     /// A device with a kernel.
@@ -75,7 +83,7 @@ impl FakeDevice {
                 state.pending.fetch_sub(1, Ordering::AcqRel);
             }
         });
-        FakeDevice { seen, kernel, draft: None, queue }
+        FakeDevice { seen, kernel, draft: None, round: None, queue }
     }
 
     /// What tests see.
@@ -206,11 +214,15 @@ impl Device for FakeDevice {
             (Program::Model, _) => &self.kernel,
             (Program::Inject, Some([inject, _])) => inject,
             (Program::Block, Some([_, block])) => block,
+            (Program::Round, Some(_)) => self.round.as_ref().expect("a kernel of rounds"),
             (_, None) => panic!("the device has no draft"),
         };
         let (args, kernel) = (*args, Arc::clone(kernel));
         if program == Program::Model {
             self.seen.launches.lock().unwrap().push(args);
+        }
+        if program == Program::Round {
+            self.seen.rounds.lock().unwrap().push(args);
         }
         self.seen.programs.lock().unwrap().push(program);
         self.queue(move || kernel(&args))

@@ -22,7 +22,10 @@ pub use engine::RandomRouting;
 pub use error::CudaError;
 
 pub(crate) use device::{Device, Gpu};
-pub(crate) use engine::CudaEngine;
+pub(crate) use engine::{CudaEngine, Launch};
 
 /// Steps of a launch at most: what the memory for the chosen tokens is made for.
 pub(crate) const DECODE_STEPS: usize = 1024;
+
+/// Rounds of a launch at most: as much memory.
+pub(crate) const ROUNDS: usize = DECODE_STEPS * tilec_ir::launch::LAUNCH_ROWS / tilec_ir::launch::ROUND_WORDS;

@@ -29,7 +29,7 @@ use cpu::CpuEngine;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tilec_ir::launch::SampleRow;
+use tilec_ir::launch::{RoundSequence, SampleRow};
 use tilec_ir::plan::{Plan, WeightsFrom};
 
 /// Spins after which a wait of a worker for the others gives up, by default: of the order of ten
@@ -45,6 +45,9 @@ pub const PROFILE_FIELDS: usize = 3;
 
 /// Steps that [`Engine::decode`] takes at most.
 pub const MAX_DECODE_STEPS: usize = cuda::DECODE_STEPS;
+
+/// Rounds that [`Engine::rounds`] takes at most.
+pub const MAX_ROUNDS: usize = cuda::ROUNDS;
 
 /// Packed weights as bytes, on a boundary of 64.
 pub type Weights = Box<dyn AsRef<[u8]> + Send + Sync>;
@@ -112,6 +115,42 @@ pub struct BlockInput {
     pub rows: usize,
     /// Guesses whose logits are wanted: the first of `rows - 1`.
     pub wanted: usize,
+}
+
+/// A sequence of [`Engine::rounds`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundInput {
+    /// The block of its first round, whose `wanted` guesses are verified in each round.
+    pub block: BlockInput,
+    /// Tokens that may be added at most, from 1 on.
+    pub left: usize,
+    /// Positions that it gets pages for: a round begins while it fits into them, as the first one does. At most the
+    /// plan's context.
+    pub limit: usize,
+}
+
+/// What a round of [`Engine::rounds`] brought a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RoundNews<'a> {
+    /// Number of the round in the launch.
+    pub round: usize,
+    /// Number of the sequence among the inputs.
+    pub sequence: usize,
+    /// Tokens that it adds, at least one.
+    pub tokens: &'a [u32],
+    /// Guesses among them.
+    pub right: usize,
+}
+
+/// How [`Engine::rounds`] ends, and what it is for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RoundOptions<'a> {
+    /// Rounds at most, from 1 to [`MAX_ROUNDS`].
+    pub rounds: usize,
+    /// Tokens that end it: behind the round in which a text chose one.
+    pub stop_tokens: &'a [u32],
+    /// For measurements: tokens that a round adds on average, whatever was guessed.
+    pub accept: Option<f64>,
 }
 
 /// A loaded plan with its weights, memory and threads.
@@ -565,6 +604,105 @@ impl Engine {
                 self.lengths[sequence] = row.position as usize + done;
             }
             // Pages for steps that did not run are for others.
+            self.pages.trim(sequence, self.lengths[sequence]);
+        }
+        done
+    }
+
+    /// Whether whole rounds of the draft run in one launch, those of sequences with so many rows of a block and of
+    /// the model's step in all: see [`Engine::rounds`].
+    pub fn has_rounds(&self, block_rows: usize, rows: usize) -> bool {
+        let most = self.max_decode_rows();
+        match &self.back {
+            Back::Cuda(back) => back.has_rounds(&self.plan) && block_rows <= most && rows <= most,
+            Back::Cpu(_) => false,
+        }
+    }
+
+    /// Runs rounds of the draft in one launch. In each, a block behind the last token of every sequence guesses, a
+    /// step of the model verifies, its tokens are taken up to the first guess that it did not choose, and the draft's
+    /// context follows. The tokens are those of single steps, chosen as `sampling` says: see
+    /// [`Engine::step_sampled`]; it has an entry for each sequence, or none.
+    ///
+    /// `on_round` is told of every sequence of `inputs` in every round, as soon as its tokens are there. All ends
+    /// behind the round in which the callback breaks, or a sequence chose a stop token, had all tokens that it may
+    /// have, or has no room for another round. Returns how many rounds were told of. Each sequence, and what the draft
+    /// knows of it, is at the position of its last token then, which is not processed.
+    ///
+    /// # Errors
+    /// [`StepError`]; as with [`Engine::step`], sequences are at their old lengths then.
+    pub fn rounds(
+        &mut self,
+        inputs: &[RoundInput],
+        sampling: &[&SamplingParams],
+        options: RoundOptions<'_>,
+        on_round: &mut dyn FnMut(RoundNews<'_>) -> ControlFlow<()>,
+    ) -> Result<usize, StepError> {
+        let RoundOptions { rounds, stop_tokens, accept } = options;
+        let block_rows = inputs.iter().map(|input| input.block.rows).sum();
+        let rows = inputs.iter().map(|input| input.block.wanted + 1).sum::<usize>();
+        let max = self.max_decode_rows();
+        if !self.has_rounds(0, 0) {
+            return Err(if self.is_resident() { StepError::NoDraft } else { StepError::NotResident });
+        }
+        if inputs.is_empty() || !self.has_rounds(block_rows, rows) {
+            return Err(StepError::Rows { rows: rows.max(block_rows), max });
+        }
+        if !(1..=MAX_ROUNDS).contains(&rounds) {
+            return Err(StepError::Steps { steps: rounds, max: MAX_ROUNDS });
+        }
+        let each = launch_rows(sampling, inputs.len())?;
+        let of = each.iter().zip(inputs);
+        let sampling: Vec<SampleRow> =
+            of.flat_map(|(row, input)| std::iter::repeat_n(*row, input.block.wanted + 1)).collect();
+        let context = self.plan.limits.context;
+        let mut sequences = Vec::with_capacity(inputs.len());
+        let mut first_row = 0;
+        for (row, RoundInput { block, left, limit }) in inputs.iter().enumerate() {
+            let room = block.position as usize + block.rows.max(block.wanted + 1);
+            if room > *limit || *limit > context {
+                return Err(StepError::Context { row, position: room.max(*limit) as u32 - 1, context });
+            }
+            if block.wanted == 0 || *left == 0 {
+                return Err(StepError::Block {
+                    rows: block.rows,
+                    max: self.plan.draft.as_ref().map_or(0, |d| d.block),
+                });
+            }
+            sequences.push(RoundSequence {
+                token: block.token,
+                position: block.position,
+                sequence: block.sequence,
+                guesses: block.wanted as u32,
+                rows: block.rows as u32,
+                left: u32::try_from(*left).unwrap_or(u32::MAX),
+                limit: *limit as u32,
+                first_row,
+            });
+            first_row += block.wanted as u32 + 1;
+        }
+        let blocks: Vec<BlockInput> = inputs.iter().map(|input| input.block).collect();
+        self.begin_blocks(&blocks)?;
+        self.reserve(inputs.iter().map(|input| (input.block.sequence as usize, input.limit)))?;
+        // The taps of all rounds are injected.
+        self.tapped.clear();
+        let mut added = vec![0; inputs.len()];
+        let launch = cuda::Launch {
+            rounds,
+            stop_tokens,
+            accept: accept.map_or(0, |tokens| (tokens * 1000.0).round() as u32),
+        };
+        let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
+        let done = back.rounds(&self.plan, &self.pages, (&sequences, &sampling), launch, &mut |news| {
+            added[news.sequence] += news.tokens.len();
+            on_round(news)
+        });
+        for (input, added) in inputs.iter().zip(added) {
+            let (sequence, position) = (input.block.sequence as usize, input.block.position as usize);
+            if done.is_ok() {
+                (self.lengths[sequence], self.draft_lengths[sequence]) = (position + added, position + added);
+            }
+            // Pages for rounds that did not run are for others.
             self.pages.trim(sequence, self.lengths[sequence]);
         }
         done

@@ -99,6 +99,8 @@ pub enum Pass {
     Step,
     /// One of many steps that a resident kernel takes in a launch.
     Launch,
+    /// One of many rounds that a resident kernel takes in a launch: a block, and a step of so many rows.
+    Round,
 }
 
 /// Times of passes by their rows, in place of measured ones: see [`super::Generator::set_pass_times`].
@@ -217,6 +219,8 @@ pub(super) struct Company {
     pub room: usize,
     /// Whether many steps go into a launch if there are no guesses.
     pub launch: bool,
+    /// Whether many rounds go into a launch if each sequence has guesses.
+    pub rounds: bool,
 }
 
 /// What was chosen.
@@ -261,6 +265,11 @@ pub(super) fn choose(candidates: &mut [Candidate<'_>], company: Company, times: 
         }
         if all == 0 {
             return Work { tokens, seconds: plain, least: times.least(Pass::Step, decode) };
+        }
+        if company.rounds && times.fixed.is_none() && guesses.iter().all(|guesses| *guesses > 0) {
+            let (seconds, least) =
+                (times.seconds(Pass::Round, decode + all), times.least(Pass::Round, decode + all));
+            return Work { tokens, seconds, least };
         }
         let passes = [(Pass::Draft, draft), (Pass::Step, decode + all)];
         let [guess, verify] = passes.map(|(pass, rows)| (times.seconds(pass, rows), times.least(pass, rows)));
@@ -459,8 +468,10 @@ pub(super) struct CostModel {
     launch: f64,
     /// Rows that one run of the stages has.
     pass_rows: usize,
+    /// Rows of a block.
+    block: usize,
     /// Seconds of passes of few rows, which are asked for again and again.
-    table: Vec<[f64; 3]>,
+    table: Vec<[f64; 4]>,
 }
 
 /// Rows of [`CostModel::table`].
@@ -471,7 +482,8 @@ impl CostModel {
     pub fn new(plan: &Plan, pass_rows: Option<usize>, memory_rate: Option<f64>) -> CostModel {
         let workers = plan.target.workers.max(1) as f64;
         let draft = plan.draft.as_ref().map(|draft| draft.block_pass.costs.clone()).unwrap_or_default();
-        let costs = CostModel { step: plan.costs.clone(), draft, ..Default::default() };
+        let block = plan.draft.as_ref().map_or(0, |draft| draft.block);
+        let costs = CostModel { step: plan.costs.clone(), draft, block, ..Default::default() };
         let mut costs = match pass_rows {
             // A GPU streams weights at three quarters of its memory's rate, and multiplies beside that.
             Some(pass_rows) => CostModel {
@@ -491,7 +503,7 @@ impl CostModel {
                 ..costs
             },
         };
-        let passes = [Pass::Draft, Pass::Step, Pass::Launch];
+        let passes = [Pass::Draft, Pass::Step, Pass::Launch, Pass::Round];
         costs.table = (0..TABLE).map(|rows| passes.map(|pass| costs.count(pass, rows))).collect();
         costs
     }
@@ -505,6 +517,11 @@ impl CostModel {
     }
 
     fn count(&self, pass: Pass, rows: usize) -> f64 {
+        if pass == Pass::Round {
+            // Nothing is launched for it.
+            let draft = self.count(Pass::Draft, self.block) - self.launch;
+            return draft.max(1e-6) + self.count(Pass::Launch, rows);
+        }
         let costs = if pass == Pass::Draft { &self.draft } else { &self.step };
         let run = |rows: usize| -> f64 {
             let stage = |cost: &StageCost| {

@@ -27,6 +27,7 @@ fn dense(pass: Pass, rows: usize) -> f64 {
         Pass::Draft => 20.0 + passes * 150.0,
         Pass::Step => 20.0 + passes * (950.0 + 10.0 * rows as f64),
         Pass::Launch => 950.0,
+        Pass::Round => passes * (1100.0 + 10.0 * rows as f64),
     }
 }
 
@@ -36,6 +37,7 @@ fn mixture(pass: Pass, rows: usize) -> f64 {
         Pass::Draft => 250.0,
         Pass::Step => 1000.0 + 6000.0 * (1.0 - 0.9f64.powi(rows as i32)),
         Pass::Launch => 1580.0,
+        Pass::Round => mixture(Pass::Draft, rows) + mixture(Pass::Step, rows),
     }
 }
 
@@ -53,7 +55,7 @@ fn fixed(machine: Machine) -> PassTimes {
     times
 }
 
-const COMPANY: Company = Company { rows: 0, room: 64, launch: true };
+const COMPANY: Company = Company { rows: 0, room: 64, launch: true, rounds: false };
 
 /// One text: chances of its guesses, what became of it.
 struct Text<'a> {
@@ -261,7 +263,7 @@ fn the_likeliest_guesses_of_several_texts_come_first() {
     };
     for (machine, room) in [(dense as Machine, 5), (mixture, 64), (processor, 64)] {
         let mut times = fixed(machine);
-        let company = Company { rows: 2, room, launch: false };
+        let company = Company { rows: 2, room, launch: false, rounds: false };
         let mut all = paces();
         let mut candidates: Vec<Candidate<'_>> =
             all.iter_mut().map(|pace| Candidate { pace, least: 0, most: 7, rows: 8 }).collect();
@@ -306,7 +308,7 @@ fn the_least_is_kept_as_far_as_there_is_room() {
             .zip(least)
             .map(|(pace, least)| Candidate { pace, least, most: 7, rows: 8 })
             .collect();
-        choose(&mut candidates, Company { rows: 0, room, launch: false }, &mut times).guesses
+        choose(&mut candidates, Company { rows: 0, room, launch: false, rounds: false }, &mut times).guesses
     };
     assert_eq!(fit([7, 7, 7], 64), [7, 7, 7]);
     assert_eq!(fit([2, 0, 7], 64), [2, 0, 7]);

@@ -10,6 +10,9 @@
 //! row more twice as long: so the sequences that decode share these rows. How many guesses each has of its
 //! share, the module `adapt` says.
 //!
+//! A GPU runs many rounds in one launch, where its kernel can choose all tokens and the blocks of all sequences fit
+//! one pass: the module `rounds`.
+//!
 //! The draft's context follows the text step by step, but for texts that have no guesses for long: those
 //! whose request says so, and on a GPU those that are decoded many steps at a time. Before such a text has
 //! guesses again it is read again from where the draft's context ends, as a prompt is, which changes nothing
@@ -58,6 +61,8 @@ pub struct DraftStats {
     pub inject: Duration,
     /// Time of the model's steps with guesses.
     pub verify: Duration,
+    /// Time of launches of whole rounds, which is in none of the others.
+    pub launch: Duration,
 }
 
 impl DraftStats {
@@ -119,6 +124,7 @@ impl DraftStats {
         self.draft += other.draft;
         self.inject += other.inject;
         self.verify += other.verify;
+        self.launch += other.launch;
     }
 }
 
@@ -157,7 +163,7 @@ impl Generator {
 
     /// Rows of a block at a position: as many as it was trained with, however few of its guesses are wanted.
     /// They see each other, and those of a shorter block are worth less.
-    fn draft_rows_at(&self, position: usize) -> usize {
+    pub(super) fn draft_rows_at(&self, position: usize) -> usize {
         let context = self.engine.plan().limits.context;
         self.engine.draft_block().unwrap_or(0).min(context.saturating_sub(position))
     }
@@ -215,7 +221,10 @@ impl Generator {
         // Every sequence has a row for its last token; the rest of the step is for guesses.
         let room = limits.max_rows.min(self.engine.max_logit_rows()).saturating_sub(decodes.len());
         let launch = self.launches(active, requests);
-        let company = Company { rows: others, room, launch };
+        let blocks =
+            able.iter().map(|(sequence, ..)| self.draft_rows_at(self.history[*sequence].len())).sum();
+        let rounds = launch && others == 0 && self.engine.has_rounds(blocks, blocks.min(room + able.len()));
+        let company = Company { rows: others, room, launch, rounds };
         let rows = self.draft_rows_at(0);
         let mut paces: Vec<Option<&mut Active>> = active.iter_mut().map(Option::as_mut).collect();
         let mut candidates: Vec<Candidate<'_>> = able
@@ -320,7 +329,7 @@ impl Generator {
     }
 
     /// Whether the cache has pages for blocks; what idle sequences have there makes room.
-    fn make_room(&mut self, active: &[Option<Active>], blocks: &[BlockInput]) -> bool {
+    pub(super) fn make_room(&mut self, active: &[Option<Active>], blocks: &[BlockInput]) -> bool {
         let page = self.engine.plan().kv.page_tokens;
         let missing = |generator: &Generator| {
             let missing = |block: &BlockInput| {

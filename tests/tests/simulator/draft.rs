@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use tilec_codegen::compile::{DraftInput, Input, graphs};
 use tilec_codegen::frontends;
 use tilec_codegen::passes::packer::Packer;
+use tilec_codegen::passes::resident::Sizes;
 use tilec_codegen::passes::{fuse, resident};
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
@@ -24,28 +25,28 @@ use tilec_tests::{Fixture, Reference};
 const ROWS: usize = 24;
 
 /// The three programs, with what each has of the memory that they share.
-struct Pair {
-    target: Simulation,
-    inject: Simulation,
-    block: Simulation,
-    mask: u32,
+pub(super) struct Pair {
+    pub target: Simulation,
+    pub inject: Simulation,
+    pub block: Simulation,
+    pub mask: u32,
     /// Columns of a row of all taps.
-    tap_cols: usize,
+    pub tap_cols: usize,
     /// Varies the order of everything.
     seed: std::cell::Cell<u64>,
 }
 
 impl Pair {
     /// A pair of the fixtures, its weights in float16.
-    fn fixture(name: &str, context: usize) -> Pair {
+    pub fn fixture(name: &str, sizes: impl Into<Sizes>) -> Pair {
         let fixture = Fixture::open_pair(name);
         let mut spec = fixture.spec();
         spec.precision.kv_cache = Some(KvType::F16);
-        Pair::open(&fixture.input(), spec, context, &|| Fixture::open_pair(name).checkpoint)
+        Pair::open(&fixture.input(), spec, sizes.into(), &|| Fixture::open_pair(name).checkpoint)
     }
 
     /// A pair of random weights; the mask has an embedding of its own, and the context another rope.
-    fn synthetic(target: &Value, draft: &Value, weights: Format, context: usize) -> Pair {
+    pub fn synthetic(target: &Value, draft: &Value, weights: Format, sizes: impl Into<Sizes>) -> Pair {
         let tensors = frontends::synthetic_tensors(target, Format::BF16).unwrap();
         let mut draft_tensors = frontends::synthetic_draft_tensors(draft, target, Format::BF16).unwrap();
         let hidden = target["hidden_size"].as_u64().unwrap() as usize;
@@ -77,7 +78,7 @@ impl Pair {
         spec.precision.weights = WeightFormat::Converted(weights);
         let dflash = DflashSpec { checkpoint: "unused".into(), block: None, context_rope_theta: Some(500) };
         spec.draft = Some(Draft { dflash });
-        Pair::open(&input, spec, context, &|| {
+        Pair::open(&input, spec, sizes.into(), &|| {
             let mut checkpoint = synthetic(7, target, &tensors);
             checkpoint.attach_draft(synthetic(8, draft, &draft_tensors));
             checkpoint
@@ -87,13 +88,13 @@ impl Pair {
     fn open(
         input: &Input<'_>,
         mut spec: ModelSpec,
-        context: usize,
+        sizes: Sizes,
         checkpoint: &dyn Fn() -> Checkpoint,
     ) -> Pair {
         spec.precision.activations = Activations::F32;
         let (target, draft) = graphs(input, &spec).unwrap();
         let draft = draft.unwrap();
-        let programs = lower([&target, &draft.inject, &draft.block], context);
+        let programs = lower([&target, &draft.inject, &draft.block], sizes);
         let tap_cols = programs[0].taps.as_ref().map(|taps| taps.layers.len() * taps.cols).unwrap();
         let simulations = programs
             .into_iter()
@@ -113,13 +114,13 @@ impl Pair {
         }
     }
 
-    fn seed(&self) -> u64 {
+    pub fn seed(&self) -> u64 {
         self.seed.set(self.seed.get() + 1);
         self.seed.get()
     }
 
     /// One step of the target in launches of eight rows; the logits of all rows.
-    fn step(&self, rows: &[Row]) -> Vec<f32> {
+    pub fn step(&self, rows: &[Row]) -> Vec<f32> {
         assert!(rows.len() <= ROWS);
         let mut logits = Vec::new();
         let most = self.target.program.step_rows;
@@ -134,7 +135,7 @@ impl Pair {
     }
 
     /// Adds rows of the last step to the draft's context.
-    fn inject(&self, rows: &[Row], chosen: &[usize]) {
+    pub fn inject(&self, rows: &[Row], chosen: &[usize]) {
         for chosen in chosen.chunks(self.inject.program.step_rows) {
             let rows: Vec<Row> =
                 chosen.iter().map(|number| Row { token: *number as u32, ..rows[*number] }).collect();
@@ -145,12 +146,12 @@ impl Pair {
     }
 
     /// The kernels of the draft have one cache.
-    fn share_cache(&self) {
+    pub fn share_cache(&self) {
         self.block.write_cache(&self.inject.cache());
     }
 
     /// The logits of the guesses of blocks, each with its token, its position, its sequence and its rows.
-    fn blocks(&self, blocks: &[(u32, usize, usize, usize)]) -> Vec<f32> {
+    pub fn blocks(&self, blocks: &[(u32, usize, usize, usize)]) -> Vec<f32> {
         let mut rows = Vec::new();
         let mut wanted = Vec::new();
         for (token, position, sequence, count) in blocks {
@@ -165,7 +166,7 @@ impl Pair {
     }
 
     /// Puts tokens into both contexts, `chunk` rows a step.
-    fn feed(&self, tokens: &[u32], sequence: usize, chunk: usize) {
+    pub fn feed(&self, tokens: &[u32], sequence: usize, chunk: usize) {
         let rows: Vec<Row> =
             tokens.iter().enumerate().map(|(position, token)| row(*token, position, sequence)).collect();
         for rows in rows.chunks(chunk) {
@@ -175,10 +176,10 @@ impl Pair {
     }
 }
 
-fn lower(graphs: [&Graph; 3], context: usize) -> [ResidentProgram; 3] {
+fn lower(graphs: [&Graph; 3], sizes: Sizes) -> [ResidentProgram; 3] {
     let mut packer = Packer::new(resident::WEIGHT_ALIGN);
     graphs.map(|graph| {
-        resident::resident_with(&fuse::fuse(graph).unwrap(), context, &mut packer)
+        resident::resident_with(&fuse::fuse(graph).unwrap(), sizes, &mut packer)
             .unwrap_or_else(|e| panic!("{e}"))
     })
 }
@@ -279,7 +280,7 @@ fn blocks_with_windows_are_those_of_the_formulas() {
     check_blocks("sliding-both-ways");
 }
 
-fn best(logits: &[f32]) -> u32 {
+pub(super) fn best(logits: &[f32]) -> u32 {
     let better = |best: usize, at: usize| if logits[at] > logits[best] { at } else { best };
     (0..logits.len()).reduce(better).unwrap() as u32
 }

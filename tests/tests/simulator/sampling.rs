@@ -72,7 +72,9 @@ extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
 "#;
 
 /// Sizes that the headers ask for.
-const SIZES: &str = "constexpr u32 STEP_ROWS = 32, SLOT_BYTES = 16384, RING_SLOTS = 4, STAGES = 1, SCRATCH_BYTES = 15616, SCALE_BYTES = 0;";
+const SIZES: &str = "constexpr u32 STEP_ROWS = 32, SLOT_BYTES = 16384, RING_SLOTS = 4, STAGES = 1, SCRATCH_BYTES = 15616, SCALE_BYTES = 0;
+constexpr bool ROUND = false;
+__device__ __forceinline__ u32 first_stage(u32) { return 0; }";
 
 /// The choice alone, of logits of any kind.
 struct Chooser(tempfile::TempDir);
@@ -90,7 +92,7 @@ impl Chooser {
         let folder = tempfile::tempdir().unwrap();
         let texts = [BASE.text, "#include \"ptx.h\"", FORMATS.text, SIZES, BLOCK.text, SAMPLE.text, CHOOSER];
         build(folder.path(), &texts.join("\n"));
-        for name in ["kv.bin", "taps.bin"] {
+        for name in ["kv.bin", "draft_kv.bin", "taps.bin"] {
             std::fs::write(folder.path().join(name), []).unwrap();
         }
         Chooser(folder)
@@ -108,6 +110,7 @@ impl Chooser {
         launch.extend(&positions);
         launch.resize(sizes.len() + 4 * LAUNCH_ROWS, 0);
         launch.extend(sampling_words(&rows.iter().map(|(row, _)| *row).collect::<Vec<_>>()));
+        launch.resize(LAUNCH_WORDS, 0);
         let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
         std::fs::write(self.0.path().join("launch.bin"), bytes).unwrap();
         let mut command = Command::new(self.0.path().join("simulator"));

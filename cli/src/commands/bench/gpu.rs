@@ -809,6 +809,7 @@ pub mod tests {
             block_pass: program,
             logits: 0,
             selector: None,
+            round: None,
         });
         // Contexts of 512 positions; 4 rows injected without a head, 8 of the block with 7 guesses, 8 verified.
         let step = |rows: f64, logits: f64| 2000.0 + 2.0 * 8.0 * 512.0 + rows * 128.0 + logits * 20.0;
