@@ -27,6 +27,7 @@ mod tests;
 
 pub use adapt::{DraftLimit, FixedTimes, Pass};
 pub use draft::{DraftSampleMethod, DraftStats};
+pub use rounds::LAUNCH_ROUNDS;
 pub use score::{ScoreError, score};
 pub use stats::{RequestStats, StepTime};
 

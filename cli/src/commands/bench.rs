@@ -17,9 +17,10 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use serde_json::json;
 use std::io::Write as _;
+use std::ops::ControlFlow;
 use std::time::Instant;
 use tilec_ir::plan::Plan;
-use tilec_runtime::engine::{BlockInput, Engine, RowInput};
+use tilec_runtime::engine::{BlockInput, Engine, RoundInput, RoundOptions, RowInput};
 use tilec_runtime::sampling::SamplingParams;
 
 /// Measures the ceiling of memory, then the model.
@@ -114,6 +115,8 @@ struct Forced {
     block: usize,
     /// Tokens that a round adds on average.
     accept: f64,
+    /// Rounds of a launch; 0 launches each kernel by itself.
+    launch: usize,
 }
 
 impl Forced {
@@ -135,7 +138,7 @@ impl Forced {
         if !(1.0..=block as f64).contains(&accept) {
             bail!("--accept {accept}: a round adds from 1 token to the {block} of a block");
         }
-        Ok(Some(Forced { block, accept }))
+        Ok(Some(Forced { block, accept, launch: args.launch_rounds as usize }))
     }
 }
 
@@ -150,11 +153,13 @@ struct Rounds {
     verify_s: f64,
     /// Seconds for telling the draft of what was accepted.
     inject_s: f64,
+    /// Seconds of launches of whole rounds, which are in none of the others.
+    launch_s: f64,
 }
 
 impl Rounds {
     fn seconds(&self) -> f64 {
-        self.draft_s + self.verify_s + self.inject_s
+        self.draft_s + self.verify_s + self.inject_s + self.launch_s
     }
 }
 
@@ -185,11 +190,15 @@ fn rounds(
     sampling: &SamplingParams,
 ) -> Result<Rounds> {
     let row = |position: usize, token: u32| RowInput { token, position: position as u32, sequence: 0 };
-    let mut sum = Rounds { rounds: 0, tokens: 0, draft_s: 0.0, verify_s: 0.0, inject_s: 0.0 };
+    let mut sum = Rounds { rounds: 0, tokens: 0, draft_s: 0.0, verify_s: 0.0, inject_s: 0.0, launch_s: 0.0 };
     let (vocab, context) = (engine.plan().vocab, engine.plan().limits.context);
     while prompt + sum.tokens < tokens.len() {
         let position = prompt + sum.tokens;
         let rows = forced.block.min(context - position);
+        if rows >= 2 && forced.launch > 0 && engine.has_rounds(rows, rows) {
+            launched_rounds(engine, (&tokens[position..], position, rows), forced, sampling, &mut sum)?;
+            continue;
+        }
         let start = Instant::now();
         let mut block = vec![row(position, tokens[position])];
         if rows >= 2 {
@@ -218,6 +227,28 @@ fn rounds(
         sum.inject_s += verified.elapsed().as_secs_f64();
     }
     Ok(sum)
+}
+
+/// As many rounds as go into a launch, behind the first of the tokens that are still to come.
+fn launched_rounds(
+    engine: &mut Engine,
+    (tokens, position, rows): (&[u32], usize, usize),
+    forced: Forced,
+    sampling: &SamplingParams,
+    sum: &mut Rounds,
+) -> Result<()> {
+    let limit = engine.plan().limits.context.min(position + tokens.len() + rows);
+    let block =
+        BlockInput { token: tokens[0], position: position as u32, sequence: 0, rows, wanted: rows - 1 };
+    let input = RoundInput { block, left: tokens.len(), limit };
+    let options = RoundOptions { rounds: forced.launch, stop_tokens: &[], accept: Some(forced.accept) };
+    let start = Instant::now();
+    sum.rounds += engine.rounds(&[input], &[sampling], options, &mut |news| {
+        sum.tokens += news.tokens.len();
+        ControlFlow::Continue(())
+    })?;
+    sum.launch_s += start.elapsed().as_secs_f64();
+    Ok(())
 }
 
 /// The largest logit's token.
@@ -327,7 +358,7 @@ impl Report<'_> {
 
     /// The rounds with a draft.
     fn draft_test(&self, behind: &str) -> Option<Test> {
-        let (Forced { block, accept }, draft) = (self.forced?, self.plan.draft.as_ref()?);
+        let (Forced { block, accept, .. }, draft) = (self.forced?, self.plan.draft.as_ref()?);
         let first = self.drafted.first()?;
         let rate = Spread::of(self.drafted.iter().map(|rounds| rounds.tokens as f64 / rounds.seconds()))?;
         let context = self.samples.first()?.prompt_tokens + first.tokens / 2;

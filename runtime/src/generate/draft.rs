@@ -223,7 +223,9 @@ impl Generator {
         let launch = self.launches(active, requests);
         let blocks =
             able.iter().map(|(sequence, ..)| self.draft_rows_at(self.history[*sequence].len())).sum();
-        let rounds = launch && others == 0 && self.engine.has_rounds(blocks, blocks.min(room + able.len()));
+        let rounds = self.launches_rounds(active, requests)
+            && others == 0
+            && self.engine.has_rounds(blocks, blocks.min(room + able.len()));
         let company = Company { rows: others, room, launch, rounds };
         let rows = self.draft_rows_at(0);
         let mut paces: Vec<Option<&mut Active>> = active.iter_mut().map(Option::as_mut).collect();

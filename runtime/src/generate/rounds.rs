@@ -3,7 +3,7 @@
 //! sequence has the same number of guesses in all rounds of a launch; the next launch may have another.
 
 use super::adapt::Pass;
-use super::draft::Choice;
+use super::draft::{Choice, DraftSampleMethod};
 use super::{Active, Completion, Generator, Piece, Request, StepTime};
 use crate::engine::{BlockInput, RoundInput, RoundNews, RoundOptions, StepError};
 use std::ops::ControlFlow;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 /// Rounds of a launch at most. A launch costs a small part of a round, and the number of guesses is chosen anew for
 /// each.
-const LAUNCH_ROUNDS: usize = 32;
+pub const LAUNCH_ROUNDS: usize = 32;
 
 /// Rounds of a text's first launch, when little is known of its guesses.
 const FIRST_ROUNDS: usize = 4;
@@ -23,6 +23,16 @@ pub(super) struct RoundLaunch {
 }
 
 impl Generator {
+    /// Whether all active sequences decode, the kernel can choose their tokens, and guesses are the draft's most likely
+    /// tokens: those that are drawn come with what they were drawn from, which is the host's work.
+    pub(super) fn launches_rounds(&self, active: &[Option<Active>], requests: &[Request]) -> bool {
+        let greedy = |current: &Active| requests[current.request].sampling.is_greedy();
+        let drawn = self.draft_sample_method == DraftSampleMethod::Probabilistic;
+        self.engine.has_rounds(0, 0)
+            && self.launches(active, requests)
+            && (!drawn || active.iter().flatten().all(greedy))
+    }
+
     /// What the next launch is made of, if all active sequences have guesses and a launch can have them all.
     pub(super) fn rounds_of(
         &mut self,
@@ -30,7 +40,7 @@ impl Generator {
         requests: &[Request],
         choice: &[Choice],
     ) -> Option<RoundLaunch> {
-        if !self.launches(active, requests) || !self.engine.has_rounds(0, 0) {
+        if !self.launches_rounds(active, requests) {
             return None;
         }
         let context = self.engine.plan().limits.context;

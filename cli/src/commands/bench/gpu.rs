@@ -210,7 +210,7 @@ impl Test {
             Test::Decode { .. } => "decode".into(),
             Test::Block { rows, .. } => format!("block of {rows}"),
             Test::Prompt { tokens } => format!("pp{tokens}"),
-            Test::Rounds { forced: Forced { block, accept }, .. } => {
+            Test::Rounds { forced: Forced { block, accept, .. }, .. } => {
                 format!("draft of {block} rows, {accept} accepted")
             }
         }
@@ -288,7 +288,7 @@ impl Test {
                     (must + bytes(1, logits), does + bytes(passes(rows), 1))
                 })
             }
-            Test::Rounds { forced: Forced { block, accept }, start, tokens, .. } => {
+            Test::Rounds { forced: Forced { block, accept, .. }, start, tokens, .. } => {
                 let mean = *start as f64 + *tokens as f64 / 2.0;
                 let step = |costs: &[StageCost], distinct, rows, logit_rows| {
                     resident_step_bytes(costs, distinct, 1, 1, rows, mean, logit_rows)
@@ -473,10 +473,15 @@ impl Line {
         let total: f64 = self.rounds.iter().map(Rounds::seconds).sum();
         let rounds: usize = self.rounds.iter().map(|rounds| rounds.rounds).sum();
         let part = |of: fn(&Rounds) -> f64| 1e6 * self.rounds.iter().map(of).sum::<f64>() / rounds as f64;
+        let launched = part(|rounds| rounds.launch_s);
+        let context = self.test.context();
+        if launched * rounds as f64 >= 0.99e6 * total && total > 0.0 {
+            return Some(format!("a round behind {context}: {launched:.0} us, whole rounds in launches\n"));
+        }
         (total > 0.0).then(|| {
             format!(
                 "a round behind {}: draft {:.0} us, verify {:.0} us, its context {:.0} us\n",
-                self.test.context(),
+                context,
                 part(|rounds| rounds.draft_s),
                 part(|rounds| rounds.verify_s),
                 part(|rounds| rounds.inject_s),
@@ -783,7 +788,7 @@ pub mod tests {
     fn rounds_are_measured_where_steps_are() {
         let mut cases = Cases::of(&args("-n 64"), &toy_plan().limits, 8).unwrap();
         let forced = Forced::new(&args("--accept 3.5"), Some(8)).unwrap().unwrap();
-        assert_eq!(forced, Forced { block: 8, accept: 3.5 });
+        assert_eq!(forced, Forced { block: 8, accept: 3.5, launch: 32 });
         cases.add_rounds(&args("-n 64"), &toy_plan().limits, forced);
         let rounds = Test::Rounds { forced, context: 512, start: 480, tokens: 64 };
         assert_eq!(cases.tests[3..], [rounds]);
@@ -817,11 +822,16 @@ pub mod tests {
         assert_eq!(rounds.bytes(&plan, None), (wanted, wanted));
         let without = Forced::new(&args("--accept 2"), None).unwrap_err().to_string();
         assert!(without.contains("plans with a draft"), "{without}");
-        let part = |draft_s| Rounds { rounds: 2, tokens: 7, draft_s, verify_s: 4e-4, inject_s: 2e-5 };
+        let part =
+            |draft_s| Rounds { rounds: 2, tokens: 7, draft_s, verify_s: 4e-4, inject_s: 2e-5, launch_s: 0.0 };
         let line = Line::new(&plan, rounds, vec![3e-4, 4e-4], None);
         let line = Line { rounds: vec![part(1e-4), part(3e-4)], ..line };
         let wanted = "a round behind 512: draft 100 us, verify 200 us, its context 10 us\n";
         assert_eq!(line.split().as_deref(), Some(wanted));
+        let launched =
+            Rounds { rounds: 4, tokens: 9, draft_s: 0.0, verify_s: 0.0, inject_s: 0.0, launch_s: 8e-4 };
+        let line = Line { rounds: vec![launched], ..line };
+        assert_eq!(line.split().as_deref(), Some("a round behind 512: 200 us, whole rounds in launches\n"));
     }
 
     fn report(plan: &Plan) -> Report<'_> {

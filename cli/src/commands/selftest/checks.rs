@@ -4,7 +4,7 @@ use super::cases::{CONTEXT, Case, Random, SEQUENCES};
 use super::compare::{deviation, finite, same_bits};
 use super::prepare::{Prepared, WORST};
 use std::ops::ControlFlow;
-use tilec_runtime::engine::{BlockInput, Engine, RowInput, StepError};
+use tilec_runtime::engine::{BlockInput, Engine, RoundInput, RoundOptions, RowInput, StepError};
 use tilec_runtime::sampling::{Sampler, SamplingParams};
 
 /// Tokens that each sequence decodes in a check.
@@ -23,6 +23,9 @@ pub const BLOCKS: &str = "draft's blocks against the interpreter";
 
 /// Sizes of the steps that a prompt is cut into: whole passes, and less and more.
 const CUTS: [usize; 9] = [1, 7, 8, 9, 3, 16, 5, 17, 31];
+
+/// What rounds added: by round, the tokens of each sequence.
+pub type Added = Vec<Vec<Vec<u32>>>;
 
 /// What the checks need of an engine; tests have one that runs the interpreter.
 pub trait Machine {
@@ -71,6 +74,15 @@ pub trait Machine {
         let _ = (rows, sampling);
         Ok(chosen.to_vec())
     }
+
+    /// [`Engine::rounds`]: by round, the tokens of each sequence.
+    fn rounds(
+        &mut self,
+        inputs: &[RoundInput],
+        sampling: &[&SamplingParams],
+        options: RoundOptions<'_>,
+        vocab: usize,
+    ) -> Result<Added, StepError>;
 }
 
 impl Machine for Engine {
@@ -122,6 +134,22 @@ impl Machine for Engine {
         _: &[u32],
     ) -> Result<Vec<u32>, StepError> {
         Engine::step_sampled(self, rows, &(0..rows.len() as u32).collect::<Vec<_>>(), sampling)
+    }
+
+    fn rounds(
+        &mut self,
+        inputs: &[RoundInput],
+        sampling: &[&SamplingParams],
+        options: RoundOptions<'_>,
+        _: usize,
+    ) -> Result<Added, StepError> {
+        let mut rounds = Added::new();
+        Engine::rounds(self, inputs, sampling, options, &mut |news| {
+            rounds.resize(news.round + 1, Vec::new());
+            rounds[news.round].push(news.tokens.to_vec());
+            ControlFlow::Continue(())
+        })?;
+        Ok(rounds)
     }
 }
 
@@ -219,6 +247,7 @@ pub fn run(
             ("context in odd steps, same blocks", |bench, _| bench.draft_cut()),
             ("blocks in company, same bits", |bench, _| bench.draft_company()),
             ("rounds, same tokens and same context", |bench, _| bench.rounds()),
+            ("rounds in one launch, same tokens", |bench, _| bench.launched_rounds()),
         ]);
     }
     for (what, check) in checks {

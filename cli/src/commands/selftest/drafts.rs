@@ -2,8 +2,8 @@
 
 use super::cases::{CONTEXT, Case, ROWS, Random, SEQUENCES};
 use super::checks::{
-    Bench, Checked, DECODED, LENGTHS, Measured, SAMPLING_STREAM, Stop, choose, ended, largest, parameters,
-    sequence_rows,
+    Added, Bench, Checked, DECODED, LENGTHS, Machine, Measured, SAMPLING_STREAM, Stop, choose, ended,
+    largest, parameters, sequence_rows,
 };
 use super::compare::{deviation, same_bits};
 use super::prepare::{Model, WORST};
@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tilec_ir::graph::Op;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
-use tilec_runtime::engine::BlockInput;
+use tilec_runtime::engine::{BlockInput, RoundInput, RoundOptions};
 use tilec_runtime::sampling::SamplingParams;
 
 /// A draft for the model of a case.
@@ -406,6 +406,149 @@ impl Bench<'_> {
         };
         check(self).map_err(ended(rows))?;
         Ok(Measured { rows, ..Measured::default() })
+    }
+}
+
+/// Rounds of a machine, step by step, each sequence by itself: by round, the tokens of each. Ends as a launch does.
+///
+/// # Errors
+/// What the machine says, or parameters that nothing can be chosen by.
+pub fn rounds_by_steps(
+    machine: &mut dyn Machine,
+    inputs: &[RoundInput],
+    sampling: &[&SamplingParams],
+    options: RoundOptions<'_>,
+    vocab: usize,
+) -> Result<Added, Stop> {
+    let mut inputs = inputs.to_vec();
+    let mut rounds = Vec::new();
+    let due = |rounds: usize| {
+        options.accept.map(|tokens| ((tokens * 1000.0).round() as usize * rounds + 500) / 1000)
+    };
+    for number in 0..options.rounds {
+        let mut round = Vec::new();
+        let mut over = false;
+        for (at, RoundInput { block, left, limit }) in inputs.iter_mut().enumerate() {
+            let logits = machine.draft(&[*block])?;
+            let guesses: Vec<u32> = logits.chunks_exact(vocab).map(largest).collect();
+            let tokens: Vec<u32> = [block.token].into_iter().chain(guesses.iter().copied()).collect();
+            let rows = sequence_rows(block.sequence, block.position, &tokens);
+            let logits = machine.step(&rows, &(0..rows.len() as u32).collect::<Vec<_>>())?;
+            let params = vec![sampling[at]; rows.len()];
+            let chosen = choose(&rows, &params, &logits, vocab)?;
+            let right = match due(number).zip(due(number + 1)) {
+                Some((before, now)) => now.saturating_sub(before + 1).min(guesses.len()),
+                None => chosen.iter().zip(&guesses).take_while(|(chosen, guess)| chosen == guess).count(),
+            };
+            let stop = chosen[..=right].iter().position(|token| options.stop_tokens.contains(token));
+            let taken = (stop.unwrap_or(right) + 1).min(*left);
+            machine.inject(&(0..taken as u32).collect::<Vec<_>>())?;
+            (block.token, block.position) = (chosen[taken - 1], block.position + taken as u32);
+            *left -= taken;
+            over |= stop.is_some() || *left == 0 || block.position as usize + block.rows > *limit;
+            round.push(chosen[..taken].to_vec());
+        }
+        rounds.push(round);
+        if over {
+            break;
+        }
+    }
+    Ok(rounds)
+}
+
+/// Tokens that launched rounds add: as many as the draft guessed, or as they are told.
+const ACCEPTED: [Option<f64>; 3] = [None, Some(2.6), Some(1.4)];
+
+/// Rounds of some sequences, each behind its text.
+struct Rounds<'a> {
+    texts: Vec<Vec<u32>>,
+    inputs: Vec<RoundInput>,
+    sampling: Vec<&'a SamplingParams>,
+}
+
+impl Bench<'_> {
+    /// Rounds in one launch against the same rounds step by step: one sequence, and as many as fit; by the largest
+    /// logits and by chance; with few tokens, and with a stop token. Behind them blocks have the same bits.
+    pub(super) fn launched_rounds(&mut self) -> Checked {
+        let mut random = Random::new(self.case.seed, SAMPLING_STREAM + 2);
+        let (chance, greedy) = (parameters(&mut random, self.case.vocab), SamplingParams::greedy());
+        let (all, pass) = (self.prepared.draft_rows, self.case.pass_rows);
+        let several = (pass / 2).min(TOGETHER.len());
+        let mut rows = 0;
+        for (number, accept) in ACCEPTED.into_iter().cycle().take(6).enumerate() {
+            // Alone a whole block; in company what fits, of which a guess is verified.
+            let (count, block_rows, wanted) = match number % 2 {
+                0 => (1, all, all - 1),
+                _ => (several, (pass / several).min(all), 1),
+            };
+            let params = if number < 3 { &greedy } else { &chance };
+            let texts = TOGETHER[..count].iter().map(|sequence| {
+                let length = LENGTHS[*sequence].min(CONTEXT - 4 * DECODED);
+                self.case.tokens(100 + *sequence as u64, length + 1)
+            });
+            let texts: Vec<Vec<u32>> = texts.collect();
+            let input = |(sequence, text): (u32, &Vec<u32>)| {
+                let (token, position) = (text[text.len() - 1], text.len() as u32 - 1);
+                let block = BlockInput { token, position, sequence, rows: block_rows, wanted };
+                let left = if number == 4 { 7 } else { 1000 };
+                RoundInput { block, left, limit: text.len() + DECODED }
+            };
+            let inputs = (0..).zip(&texts).map(input).collect();
+            let sampling = (0..count).map(|at| if at == 1 { &greedy } else { params }).collect();
+            let rounds = Rounds { texts, inputs, sampling };
+            let check = |bench: &mut Self| -> Result<usize, Stop> {
+                let mut options = RoundOptions { rounds: 9, stop_tokens: &[], accept };
+                let mut wanted = bench.run_rounds(&rounds, options, false)?;
+                let stop: Vec<u32> = wanted.0.get(1).map(|round| round[0][0]).into_iter().collect();
+                if number == 5 {
+                    options.stop_tokens = &stop;
+                    wanted = bench.run_rounds(&rounds, options, false)?;
+                }
+                let found = bench.run_rounds(&rounds, options, true)?;
+                let what = || format!("{count} sequences, {block_rows} rows of a block, {accept:?} accepted");
+                if wanted.0 != found.0 {
+                    let what = what();
+                    let (found, wanted) = (found.0, wanted.0);
+                    return Err(Stop::Wrong(format!("{what}: a launch added {found:?}, steps {wanted:?}")));
+                }
+                same_bits(&found.1, &wanted.1, bench.case.vocab)
+                    .map_err(|problem| format!("blocks behind {}: {problem}", what()))?;
+                Ok(found.0.iter().flatten().map(Vec::len).sum())
+            };
+            rows += check(self).map_err(ended(rows))?;
+        }
+        Ok(Measured { rows, ..Measured::default() })
+    }
+
+    /// Runs rounds from nothing, in one launch or step by step: their tokens, and the logits of a block behind each
+    /// sequence.
+    fn run_rounds(
+        &mut self,
+        rounds: &Rounds<'_>,
+        options: RoundOptions<'_>,
+        launched: bool,
+    ) -> Result<(Added, Vec<f32>), Stop> {
+        let Rounds { texts, inputs, sampling } = rounds;
+        let vocab = self.case.vocab;
+        self.machine.poison()?;
+        for (sequence, text) in (0..).zip(texts) {
+            self.feed_draft(sequence, &text[..text.len() - 1], &[31])?;
+        }
+        let tokens = match launched {
+            true => self.machine.rounds(inputs, sampling, options, vocab)?,
+            false => rounds_by_steps(self.machine, inputs, sampling, options, vocab)?,
+        };
+        let mut logits = Vec::new();
+        for (at, input) in inputs.iter().enumerate() {
+            let own: Vec<u32> = tokens.iter().flat_map(|round| round[at].iter().copied()).collect();
+            let Some(token) = own.last() else {
+                return Err(Stop::Wrong("a round added no token".into()));
+            };
+            let position = input.block.position + own.len() as u32;
+            let block = BlockInput { token: *token, position, rows: 2, wanted: 1, ..input.block };
+            logits.extend(self.machine.draft(&[block])?);
+        }
+        Ok((tokens, logits))
     }
 }
 

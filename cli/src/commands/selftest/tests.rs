@@ -1,7 +1,7 @@
 use super::cases::{
     CASES, CONTEXT, Case, DRAFTS, EXPERTS, LONG_ROWS, MIMO, NARROW_HEADS, Random, SEQUENCES, SHARES,
 };
-use super::checks::{After, BLOCKS, Machine, PROMPT, choose, run};
+use super::checks::{Added, After, BLOCKS, Machine, PROMPT, choose, run};
 use super::compare::{Deviation, deviation, finite, same_bits};
 use super::drafts;
 use super::prepare::{KernelWeights, Model, Prepared, WORST, bound, draft_bound, prepare, reference};
@@ -21,7 +21,7 @@ use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::cuda::DeviceInfo;
-use tilec_runtime::engine::{BlockInput, RowInput, StepError};
+use tilec_runtime::engine::{BlockInput, RoundInput, RoundOptions, RowInput, StepError};
 use tilec_runtime::sampling::SamplingParams;
 
 /// The texts of a case's kernels: the model's, then those of its draft.
@@ -273,6 +273,8 @@ enum Fault {
     Block,
     /// The draft is told of all rows of a step as they were, of which a wrong guess was one.
     Commit,
+    /// A token of a launch of rounds.
+    Round,
 }
 
 /// A draft of a [`Fake`].
@@ -435,6 +437,20 @@ impl Machine for Fake<'_> {
         }
         Ok(logits)
     }
+
+    fn rounds(
+        &mut self,
+        inputs: &[RoundInput],
+        sampling: &[&SamplingParams],
+        options: RoundOptions<'_>,
+        vocab: usize,
+    ) -> Result<Added, StepError> {
+        let mut rounds = drafts::rounds_by_steps(self, inputs, sampling, options, vocab).unwrap();
+        if self.fault == Fault::Round {
+            rounds[1][0][0] ^= 1;
+        }
+        Ok(rounds)
+    }
 }
 
 /// Runs all checks on a machine with a fault; those that fail.
@@ -490,6 +506,7 @@ fn every_fault_of_a_draft_fails_the_check_that_looks_for_it() {
         (Fault::Cut, vec!["context in odd steps, same blocks"]),
         (Fault::Block, vec!["blocks in company, same bits"]),
         (Fault::Commit, vec!["rounds, same tokens and same context"]),
+        (Fault::Round, vec!["rounds in one launch, same tokens"]),
     ] {
         assert_eq!(failed_checks(&case, &model, &prepared, fault), expected, "{fault:?}");
     }
