@@ -652,7 +652,7 @@ impl CudaEngine {
             .and_then(|()| self.queue_launch(Program::Round, &args));
         let result = queued.map_err(Trouble::Failed).and_then(|()| {
             let (chosen, halt) = (self.chosen.words(), &self.mail.words()[HALT]);
-            wait(&mut *self.device, self.patience + MARGIN, Duration::ZERO, &mut || {
+            wait(&mut *self.device, self.patience + MARGIN, WATCH, &mut || {
                 told.look(chosen, sequences, rounds, plan.vocab, on_round);
                 if told.ended {
                     halt.store(1, Ordering::Release);

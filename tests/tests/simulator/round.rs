@@ -416,4 +416,42 @@ fn rounds_of_a_mixture_are_those_of_three_kernels() {
     check_context(&pair, &text(&begun, &found, 0), 0);
 }
 
-const _: () = assert!(SEQUENCES >= 3);
+/// Four sequences fill the widest step, each with its own way of accepting.
+#[test]
+fn four_sequences_share_thirty_two_rows() {
+    let name = "sliding-both-ways";
+    let pair = Pair::fixture(name, Sizes { context: 96, step_rows: 32 });
+    let reference = Reference::of(name);
+    let begun: Vec<&[u32]> =
+        (0..4).map(|number| &reference.whole[&format!("tokens.{}", number % 2)][..17 + 5 * number]).collect();
+    feed(&pair, &begun);
+    let before = [pair.target.cache(), pair.block.cache()];
+    let sequences = behind(&begun, 8, 7, 96);
+    let wanted = by_host(&pair, &sequences, 3);
+    let rounds = Rounds::new(&pair);
+    rounds.restore(&before);
+    let found = rounds.launch_orders(&sequences, &Asked::rounds(3), 2);
+    assert_eq!(found, wanted);
+    let added: Vec<usize> = (0..4).map(|n| found.iter().map(|round| round[n].tokens.len()).sum()).collect();
+    assert!(added.iter().any(|count| *count != added[0]), "{added:?}");
+}
+
+/// A draft whose context is not a number guesses nonsense, and changes no token.
+#[test]
+fn a_broken_draft_changes_no_token() {
+    let pair = Pair::fixture("full", 96);
+    let begun: Vec<u32> = (0..9).map(|n| n * 7 % 50).collect();
+    feed(&pair, &[&begun]);
+    let broken = vec![0xff; pair.block.cache_bytes()];
+    [&pair.block, &pair.inject].iter().for_each(|of| of.write_cache(&broken));
+    let rounds = Rounds::new(&pair);
+    let found = rounds.launch(&behind(&[&begun], 8, 7, 96), &Asked::rounds(5), 3, 5);
+    let wanted = text(&begun, &found, 0);
+    assert!(found.len() == 5 && wanted.len() >= begun.len() + 5);
+    for position in begun.len() - 1..wanted.len() - 1 {
+        let logits = pair.step(&[row(wanted[position], position, 0)]);
+        assert_eq!(best(&logits), wanted[position + 1], "position {position}");
+    }
+}
+
+const _: () = assert!(SEQUENCES >= 4);
