@@ -241,9 +241,7 @@ fn rounds_get_machine_code_and_keep_within_their_registers() {
     let text = round_text(&pair, Arch::Sm90a).unwrap();
     let text = CudaText { name: "kernel.cu", text: &text };
     let cubin = nvrtc.compile(&text, Arch::Sm90a, &Options::default()).unwrap();
-    // As the widest of its three kernels.
-    let budget = Budget { registers: 168, stack: 192, spills: 1000 };
-    cubin.check(&[(KERNEL, budget)]).unwrap_or_else(|over| panic!("{over}"));
+    cubin.check(&[(KERNEL, budget(16))]).unwrap_or_else(|over| panic!("{over}"));
     // What has steps of other rows, or another number of tokens, is no round.
     let [model, inject, mut block] = pair;
     block.step_rows = 8;
