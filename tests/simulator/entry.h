@@ -13,6 +13,8 @@ struct Launch {
   // Of rounds, where there are sequences.
   uint32_t round_sequences, round[16][8], block_rows, guess_rows, accept, block_bytes, inject_bytes, halt;
   uint32_t stop_count, stop_tokens[8];
+  // Copies from here in the weights, in units of 64 bytes, never come; turns until somebody gives up, or 0.
+  uint32_t lost_from, lost_to, patience;
 };
 
 extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices, uint8_t* const draft[3]) {
@@ -30,7 +32,7 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.stall = mail;
   args.halt = mail + 32;
   args.chosen = mail + 64;
-  args.patience_ns = 20000000;  // turns
+  args.patience_ns = launch.patience != 0 ? launch.patience : 20000000;  // turns
   args.rows = launch.rows;
   args.logit_rows = launch.logit_rows;
   args.pages_per_sequence = launch.pages_per_sequence;

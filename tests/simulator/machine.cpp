@@ -118,6 +118,12 @@ bool ready(const Lane& lane) {
   return !lane.condition || lane.condition();
 }
 
+// Copies from there never come.
+const void* lost_from = nullptr;
+const void* lost_to = nullptr;
+// What a wait that gives up has left.
+const uint32_t* record = nullptr;
+
 // Waits for the end of a round.
 void wait_round(const uint64_t& round, uint64_t last) {
   if (round != last) return;
@@ -258,6 +264,11 @@ void meet(uint32_t number, uint32_t threads) {
   wait_round(meeting.round, round);
 }
 
+void give_up() {
+  fprintf(stderr, "stage %u, role %u, step %u\n", record[1], record[3], record[6]);
+  fail("the kernel gave up waiting");
+}
+
 void fail(const char* what) {
   fprintf(stderr, "the simulation failed: %s\n", what);
   exit(1);
@@ -283,6 +294,7 @@ bool barrier_try(uint64_t* barrier, uint32_t parity) {
 
 void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   memset(to, 0xff, bytes);
+  if (from >= lost_from && from < lost_to) return;
   const uint64_t late = dice() % 16 == 0 ? dice() % 20000 : dice() % 400;
   copies.push_back({static_cast<uint8_t*>(to), static_cast<const uint8_t*>(from), bytes, &known(barrier), now + late});
 }
@@ -323,6 +335,8 @@ struct Launch {
   // Of rounds, where there are sequences.
   uint32_t round_sequences, round[16][8], block_rows, guess_rows, accept, block_bytes, inject_bytes, halt;
   uint32_t stop_count, stop_tokens[8];
+  // Copies from here in the weights, in units of 64 bytes, never come; turns until somebody gives up, or 0.
+  uint32_t lost_from, lost_to, patience;
 };
 
 extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices, uint8_t* const draft[3]);
@@ -348,6 +362,9 @@ int main(int, char** argv) {
   mail[32] = launch.halt;
   uint8_t* const draft[3] = {map(folder + "draft_kv.bin"), poisoned(launch.block_bytes), poisoned(launch.inject_bytes)};
   uint8_t* choices = poisoned(32 * 24192);  // of as many rows as there may ever be
+  machine::lost_from = weights + size_t(launch.lost_from) * 64;
+  machine::lost_to = weights + size_t(launch.lost_to) * 64;
+  machine::record = mail.data();
   uint64_t args[64];
   simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps), choices, draft);
   machine::run(atoll(argv[3]), args, launch.shared_bytes);

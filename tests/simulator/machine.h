@@ -30,6 +30,8 @@ const uint64_t* exchange(uint64_t value);
 void meet(uint32_t number, uint32_t threads);
 // Ends the simulation as failed.
 [[noreturn]] void fail(const char* what);
+// The same of a kernel that gave up waiting, with the record that it has left.
+[[noreturn]] void give_up();
 
 void barrier_init(uint64_t* barrier, uint32_t arrivals);
 void barrier_arrive(uint64_t* barrier);

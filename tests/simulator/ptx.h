@@ -2,7 +2,7 @@
 #pragma once
 
 __device__ __forceinline__ u8* shared_memory() { return machine::shared(); }
-__device__ __forceinline__ void trap() { machine::fail("the kernel gave up waiting"); }
+__device__ __forceinline__ void trap() { machine::give_up(); }
 template <u32 THREADS> __device__ __forceinline__ void block_barrier(u32 number) { machine::meet(number, THREADS); }
 
 __device__ __forceinline__ u32 anew(u32 v) { return v; }

@@ -10,7 +10,8 @@ use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::Row;
 use tilec_ir::launch::{LAUNCH_ROWS, ROUND_WORDS, RoundResult, RoundSequence, SYNC_BYTES, SampleRow};
-use tilec_ir::resident::ResidentProgram;
+use tilec_ir::resident::{Epilogue, Kind, ResidentProgram};
+use tilec_ir::stages::Slot;
 use tilec_runtime::pack::pack;
 use tilec_runtime::sampling::{Sampler, SamplingParams};
 use tilec_tests::Reference;
@@ -31,6 +32,8 @@ struct Asked {
     stops: Vec<u32>,
     accept: u32,
     halt: bool,
+    /// Bytes of the weights that never come, and turns until somebody says so.
+    lost: Option<(usize, u32)>,
 }
 
 impl Asked {
@@ -73,6 +76,18 @@ impl<'p> Rounds<'p> {
         blocks: usize,
         seed: u64,
     ) -> Vec<Vec<Added>> {
+        let found = self.try_launch(sequences, asked, blocks, seed);
+        found.unwrap_or_else(|problem| panic!("seed {seed}, {blocks} blocks: {problem}"))
+    }
+
+    /// The same, or what the machine says.
+    fn try_launch(
+        &self,
+        sequences: &[RoundSequence],
+        asked: &Asked,
+        blocks: usize,
+        seed: u64,
+    ) -> Result<Vec<Vec<Added>>, String> {
         let (pair, target) = (self.pair, &self.pair.target);
         let path = |name: &str| self.folder.path().join(name);
         std::fs::write(path("kv.bin"), target.cache()).unwrap();
@@ -110,7 +125,9 @@ impl<'p> Rounds<'p> {
         launch.extend([block_rows, guess_rows, asked.accept, arenas[0], arenas[1], u32::from(asked.halt)]);
         launch.push(asked.stops.len() as u32);
         launch.extend(&asked.stops);
-        launch.resize(super::LAUNCH_WORDS, 0);
+        launch.resize(super::LAUNCH_WORDS - 3, 0);
+        let (lost, patience) = asked.lost.map_or((0, 0), |(at, turns)| (at as u32 / 64, turns));
+        launch.extend([lost, lost + u32::from(asked.lost.is_some()), patience]);
         launch.extend(0..pages as u32);
         let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
         std::fs::write(path("launch.bin"), bytes).unwrap();
@@ -119,8 +136,9 @@ impl<'p> Rounds<'p> {
             .args([blocks.to_string(), seed.to_string()])
             .output()
             .unwrap();
-        let problem = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "seed {seed}, {blocks} blocks: {problem}");
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
         target.write_cache(&std::fs::read(path("kv.bin")).unwrap());
         let draft = std::fs::read(path("draft_kv.bin")).unwrap();
         [&pair.block, &pair.inject].iter().for_each(|of| of.write_cache(&draft));
@@ -143,7 +161,7 @@ impl<'p> Rounds<'p> {
         let all: Vec<Option<Vec<Added>>> = chosen.chunks(ROUND_WORDS).map(round).collect();
         let there = all.iter().take_while(|round| round.is_some()).count();
         assert!(all[there..].iter().all(Option::is_none));
-        all.into_iter().flatten().collect()
+        Ok(all.into_iter().flatten().collect())
     }
 
     /// Runs the same launch in several orders, on several numbers of blocks; all give the same.
@@ -451,6 +469,43 @@ fn a_broken_draft_changes_no_token() {
     for position in begun.len() - 1..wanted.len() - 1 {
         let logits = pair.step(&[row(wanted[position], position, 0)]);
         assert_eq!(best(&logits), wanted[position + 1], "position {position}");
+    }
+}
+
+/// Weights that never come are missed in their stage of the round, by the number that the plan's names have.
+#[test]
+fn a_wait_that_gives_up_names_its_stage() {
+    let pair = Pair::fixture("full", 96);
+    let begun: Vec<u32> = (0..9).map(|n| n * 7 % 50).collect();
+    feed(&pair, &[&begun]);
+    let before = [pair.target.cache(), pair.block.cache()];
+    let rounds = Rounds::new(&pair);
+    let programs = [&pair.block, &pair.target, &pair.inject].map(|simulation| &simulation.program);
+    let [inject, model, block] = [2, 1, 0].map(|number| programs[number]);
+    let names = RoundPrograms { model, inject, block, mask_token: pair.mask }.stages();
+    for (step, program) in programs.into_iter().enumerate() {
+        // The last product by itself, which is no other program's.
+        let sequence = program.sequence();
+        let (at, number) = (0..sequence.len())
+            .rev()
+            .find_map(|number| {
+                let (_, layer, stage) = &sequence[number];
+                let Kind::Gemm(gemm) = &stage.kind else { return None };
+                match (gemm.weights, layer) {
+                    (Slot::Layer(n), Some(layer)) => Some((program.layers[*layer].offsets[n], number)),
+                    // The head is both programs'.
+                    (Slot::Fixed(at), _) if gemm.epilogue != Epilogue::Logits => Some((at, number)),
+                    _ => None,
+                }
+            })
+            .unwrap();
+        rounds.restore(&before);
+        let asked = Asked { lost: Some((at as usize, 3_000_000)), ..Asked::rounds(2) };
+        let problem = rounds.try_launch(&behind(&[&begun], 8, 7, 96), &asked, 2, step as u64).unwrap_err();
+        let first: usize = programs[..step].iter().map(|program| program.sequence().len()).sum();
+        let wanted = format!("stage {}, role 2, step {step}\n", first + number);
+        assert!(problem.contains(&wanted), "{wanted}{problem}");
+        assert!(names[first + number].ends_with(&sequence[number].0));
     }
 }
 
