@@ -3,7 +3,7 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 9;
+pub const LAUNCH_VERSION: u32 = 10;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
@@ -130,17 +130,18 @@ pub struct LaunchArgs {
     pub routing_seed: u32,
     /// Sequences that take part in rounds.
     pub round_sequences: u32,
-    /// Rows of all their blocks, at most those of the kernel's step. `rows` and `logit_rows` are those of the
-    /// model's step: the last token and the guesses of each sequence.
-    pub block_rows: u32,
-    /// Guesses of all their blocks that are verified.
-    pub guess_rows: u32,
+    /// Passes of the draft that their blocks take, as many in each as fit into the kernel's step, in their order; no
+    /// block is cut. `rows` and `logit_rows` are those of the model's step: the last token and the guesses of each
+    /// sequence.
+    pub block_passes: u32,
     /// For measurements: a thousand times the tokens that a round adds on average, whatever was guessed. 0 takes
     /// the guesses that are right.
     pub accept: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
-/// A sequence of a launch of rounds. In each round a block behind the last token guesses, a step of the model
+/// A sequence of a launch of rounds, at most half as many as the kernel's step has rows. In each round a block behind the last token guesses, a step of the model
 /// has a row for that token and for each guess that is verified, and the tokens that it chooses are added up to
 /// the first guess that was not chosen. All rows of the model's step become the draft's context; those of wrong
 /// guesses lie behind its end, where the next block writes over them.

@@ -73,9 +73,9 @@ struct LaunchArgs {
   u32 routing;
   u32 routing_seed;
   u32 round_sequences;
-  u32 block_rows;
-  u32 guess_rows;
+  u32 block_passes;
   u32 accept;
+  u32 reserved;
 };
 
 __device__ __forceinline__ u32 lane_id() { return threadIdx.x % LANES; }

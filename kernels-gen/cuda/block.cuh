@@ -14,9 +14,8 @@
 //
 // The generated text defines STEP_ROWS, SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory.
 //
-// A kernel of rounds with a draft has three kinds of steps in turn (round.cuh): ROUND says so. Its stages are numbered
-// through all three; first_stage(step) and end_stage(step) say which a step has. Where only one kind of steps is, they
-// are all.
+// A kernel of rounds with a draft has three kinds of steps (round.cuh): ROUND says so. Its stages are numbered through
+// all three; first_stage(kind) says where a step begins. Where there is only one kind of steps, that is 0.
 
 // Rows of a step, at most, in slices of 8.
 constexpr u32 SLICES = STEP_ROWS / SLICE_ROWS;
@@ -84,7 +83,9 @@ struct Shared {
   u32 steps;                    // steps of this launch, lowered by control when it ends early
   u32 rows, logit_rows;         // of a step of a round
   RoundSequence rounds_of[ROUND ? STEP_ROWS / 2 : 1];  // what becomes of the launch's sequences
-  u16 places[2][ROUND ? STEP_ROWS : 1];  // a block's and the model's rows: 256 times the sequence, and which of its rows
+  u16 places[ROUND ? STEP_ROWS : 1];            // the model's rows: 256 times the sequence, and which of its rows
+  u16 pass_first[ROUND ? STEP_ROWS / 2 + 1 : 1];  // the first sequence of each pass of blocks
+  u32 guesses[ROUND ? STEP_ROWS : 1];           // of this round, one sequence behind the other
   alignas(16) u32 dealt[2][16]; // attention: an SM's units without and with a window, see `own_units`
   u32 last_splits[2];           // attention: items of which this SM brought the last, a bit each
   alignas(8) float row_sums[2][CONSUMERS][SLICE_ROWS];
@@ -102,6 +103,14 @@ struct Block {
   u32 rotation; // first tile of the next stage that belongs to this SM
 
   __device__ __forceinline__ void next_step() { ++step; }
+  // Of a launch's steps: those that a round has; the round; which of its steps this is, and of which kind.
+  __device__ __forceinline__ u32 round_steps() const { return args.block_passes + 2; }
+  __device__ __forceinline__ u32 round() const { return ROUND ? step / round_steps() : step; }
+  __device__ __forceinline__ u32 kind() const {
+    if constexpr (!ROUND) return 0;
+    const u32 part = step % round_steps();
+    return part < args.block_passes ? 0 : part - args.block_passes + 1;
+  }
 
   // Rows of the step, and those whose logits are wanted. Of a round they differ from step to step.
   __device__ __forceinline__ u32 rows() const {
@@ -168,7 +177,7 @@ struct Loader : Block {
   }
   __device__ __forceinline__ void next_step() {
     ++step;
-    if (lane_id() == 0) shared.loader_stage = first_stage(step);
+    if (lane_id() == 0) shared.loader_stage = first_stage(kind());
   }
 
   // Whether there is such a step, as far as control has said. It may lower the number at any time, so
@@ -385,7 +394,7 @@ struct Control : Block {
   // The beginning of a step: its tokens lie in shared memory, or there is no such step.
   __device__ __forceinline__ void open_step() {
     if (lane_id() == 0 && !second) {
-      shared.stage = first_stage(step);
+      shared.stage = first_stage(kind());
       shared.step = step;
       // There may be no such step: the times of the last one stay.
       if (args.trace && step < *(volatile u32*)&shared.steps) trace_row()[0] = trace_row()[1] = global_timer();

@@ -1,6 +1,6 @@
-// Rounds of a draft, many in a launch. A round is three steps: the draft's block guesses the tokens behind the last
-// one of each sequence, the model's step has a row for that token and for each guess, and what the model chose becomes
-// the draft's context. Between the steps control writes the next one's rows into shared memory, every SM for itself and
+// Rounds of a draft, many in a launch. A round is three kinds of steps: the draft's blocks guess the tokens behind the
+// last one of each sequence, as many blocks a pass as fit, and as many passes as that takes; the model's step has a row
+// for each last token and for each guess; and what the model chose becomes the draft's context. Between the steps control writes the next one's rows into shared memory, every SM for itself and
 // to the same result. How many rows each step has does not change while the launch runs; it ends behind the round in
 // which a sequence ends or has no room for another one.
 //
@@ -9,7 +9,7 @@
 //
 // The generated text defines VOCAB and MASK_TOKEN.
 
-enum RoundStep : u32 { BLOCK_STEP, MODEL_STEP, INJECT_STEP, ROUND_STEPS };
+enum RoundStep : u32 { BLOCK_STEP, MODEL_STEP, INJECT_STEP };
 
 __device__ __forceinline__ u32 place_sequence(u32 place) { return place >> 8; }
 __device__ __forceinline__ u32 place_row(u32 place) { return place & 255; }
@@ -26,35 +26,50 @@ __device__ __forceinline__ void set_row(Shared& shared, u32 row, u32 place, u32 
   shared.first_row[row] = used ? row - place_row(place) : rows;
 }
 
-// The rows of blocks: the last token and masks.
-__device__ __forceinline__ void block_rows(Control& b) {
+// The rows of a pass of blocks: of each its last token and masks.
+__device__ __forceinline__ void block_rows(Control& b, u32 pass) {
   Shared& shared = b.shared;
   const u32 row = lane_id();
-  if (row < STEP_ROWS) {
-    const u32 place = shared.places[0][row];
-    const RoundSequence& of = shared.rounds_of[place == NO_PLACE ? 0 : place_sequence(place)];
-    set_row(shared, row, place, b.args.block_rows, place_row(place) == 0 ? of.token : MASK_TOKEN);
-    // Guesses lie one behind the other, as the model's rows without the first of each sequence.
-    if (place != NO_PLACE && place_row(place) >= 1 && place_row(place) <= of.guesses) {
-      shared.logit_row[of.first_row - place_sequence(place) + place_row(place) - 1] = row;
+  u32 place = NO_PLACE, token = 0, rows = 0, guesses = 0;
+#pragma unroll 1
+  for (u32 i = shared.pass_first[pass]; i < shared.pass_first[pass + 1]; ++i) {
+    const RoundSequence& of = shared.rounds_of[i];
+    const u32 own = row - rows;
+    if (row >= rows && own < of.rows) {
+      place = i << 8 | own;
+      token = own == 0 ? of.token : MASK_TOKEN;
+      if (own >= 1 && own <= of.guesses) shared.logit_row[guesses + own - 1] = row;
     }
+    rows += of.rows;
+    guesses += of.guesses;
   }
+  if (row < STEP_ROWS) set_row(shared, row, place, rows, token);
   if (row == 0) {
-    shared.rows = b.args.block_rows;
-    shared.logit_rows = b.args.guess_rows;
+    shared.rows = rows;
+    shared.logit_rows = guesses;
   }
   __syncwarp();
 }
 
-// The rows of the model: the last token, and what was guessed. What is no token is guessed as token 0.
-__device__ __forceinline__ void model_rows(Control& b, u32 guess) {
+// What a pass of blocks guessed. What is no token is guessed as token 0.
+__device__ __forceinline__ void keep_guesses(Control& b, u32 pass, u32 guess) {
   Shared& shared = b.shared;
-  const u32 row = lane_id(), place = row < STEP_ROWS ? shared.places[1][row] : NO_PLACE;
-  const u32 token = __shfl_sync(~0u, guess < VOCAB ? guess : 0, (row - place_sequence(place) - 1) % LANES);
+  // The model's rows in front of the pass's, without the first of each sequence.
+  const u32 sequence = shared.pass_first[pass], first = shared.rounds_of[sequence].first_row - sequence;
+  if (lane_id() < shared.logit_rows) shared.guesses[first + lane_id()] = guess < VOCAB ? guess : 0;
+  __syncwarp();
+}
+
+// The rows of the model: the last token, and what was guessed.
+__device__ __forceinline__ void model_rows(Control& b) {
+  Shared& shared = b.shared;
+  const u32 row = lane_id();
   if (row < STEP_ROWS) {
-    const RoundSequence& of = shared.rounds_of[place == NO_PLACE ? 0 : place_sequence(place)];
-    set_row(shared, row, place, b.args.rows, place_row(place) == 0 ? of.token : token);
-    shared.logit_row[row] = place != NO_PLACE ? row : 0;
+    const u32 place = shared.places[row];
+    const bool used = place != NO_PLACE, guess = used && place_row(place) != 0;
+    const u32 last = shared.rounds_of[used ? place_sequence(place) : 0].token;
+    set_row(shared, row, place, b.args.rows, guess ? shared.guesses[row - place_sequence(place) - 1] : last);
+    shared.logit_row[row] = used ? row : 0;
   }
   if (row == 0) shared.rows = shared.logit_rows = b.args.rows;
   __syncwarp();
@@ -68,7 +83,7 @@ __device__ __forceinline__ u32 due(u32 accept, u32 rounds) { return (accept * ro
 __device__ __forceinline__ void take_choices(Control& b, u32 token) {
   Shared& shared = b.shared;
   const LaunchArgs& args = b.args;
-  const u32 row = lane_id(), place = row < STEP_ROWS ? shared.places[1][row] : NO_PLACE, round = b.step / ROUND_STEPS;
+  const u32 row = lane_id(), place = row < STEP_ROWS ? shared.places[row] : NO_PLACE, round = b.round();
   const bool used = place != NO_PLACE;
   const u32 own = place_row(place), first = row - own;
   RoundSequence& of = shared.rounds_of[used ? place_sequence(place) : 0];
@@ -109,16 +124,23 @@ __device__ __forceinline__ void choose_round(Control& b) {
     b.next_step();
     return;
   }
-  const u32 row = lane_id(), kind = b.step % ROUND_STEPS;
+  const u32 row = lane_id(), kind = b.kind();
   u32 token = 0;
   if (row < STEP_ROWS) {
     token = ~(u32)load_relaxed(&b.sync().best[b.step % 3][row]);
     // Two steps on, this cell is used again; until then every SM has passed more crossings.
     if (blockIdx.x == 0) b.sync().best[(b.step + 2) % 3][row] = 0;
   }
-  if (kind == BLOCK_STEP) model_rows(b, token);
-  else if (kind == MODEL_STEP) take_choices(b, token);
-  else block_rows(b);
+  if (kind == BLOCK_STEP) {
+    const u32 pass = b.step % b.round_steps();
+    keep_guesses(b, pass, token);
+    if (pass + 1 < b.args.block_passes) block_rows(b, pass + 1);
+    else model_rows(b);
+  } else if (kind == MODEL_STEP) {
+    take_choices(b, token);
+  } else {
+    block_rows(b, 0);
+  }
   b.next_step();
 }
 
@@ -127,15 +149,21 @@ __device__ __forceinline__ void take_sequences(Control& b) {
   Shared& shared = b.shared;
   const u32 lane = lane_id();
   if (lane < b.args.round_sequences) shared.rounds_of[lane] = b.args.round[lane];
-  if (lane < STEP_ROWS) shared.places[0][lane] = shared.places[1][lane] = NO_PLACE;
+  if (lane < STEP_ROWS) shared.places[lane] = NO_PLACE;
   __syncwarp();
-  u32 block = 0;
+  // A pass has as many blocks as fit; none is cut.
+  u32 passes = 0, rows = STEP_ROWS;
   for (u32 i = 0; i < b.args.round_sequences; ++i) {
     const RoundSequence& of = shared.rounds_of[i];
-    if (lane < of.rows) shared.places[0][block + lane] = i << 8 | lane;
-    if (lane <= of.guesses) shared.places[1][of.first_row + lane] = i << 8 | lane;
-    block += of.rows;
+    if (rows + of.rows > STEP_ROWS) {
+      if (lane == 0) shared.pass_first[passes] = i;
+      ++passes;
+      rows = 0;
+    }
+    rows += of.rows;
+    if (lane <= of.guesses) shared.places[of.first_row + lane] = i << 8 | lane;
   }
+  if (lane == 0) shared.pass_first[passes] = b.args.round_sequences;
   __syncwarp();
-  block_rows(b);
+  block_rows(b, 0);
 }

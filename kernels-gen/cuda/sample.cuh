@@ -40,7 +40,7 @@ struct alignas(16) SampleTable {
 
 // Of a row, in memory; SAMPLE_ROW_BYTES of ir/src/launch.rs.
 struct SampleMemory {
-  SampleTable first[2];  // of a step's first look; steps in turn
+  SampleTable first[2];  // of a step's first look; steps that choose in turn
   SampleTable more[3];   // of the others; rounds of the launch in turn: one is added to, one is read, one is cleared
   u64 list[2][LISTED];   // ranks of listed tokens; rounds of the launch in turn
 };
@@ -380,12 +380,12 @@ __device__ __forceinline__ void find_token(SampleSpace& s, const SampleShare& sh
 }
 
 // What the looks so far say: the next look, the token (`to`), or by `left` where it is among this SM's ids.
-__device__ __forceinline__ Look decide(SampleSpace& s, const SampleShare& share, SampleState& state, u32 round, u32 step, u64* to, u64& left) {
+__device__ __forceinline__ Look decide(SampleSpace& s, const SampleShare& share, SampleState& state, u32 round, u32 turn, u64* to, u64& left) {
   const u32 n = anew(threadIdx.x);
   const float reach = state.asked.top_p != 0 ? SAMPLE_REACH : state.asked.reach;
   const bool cuts = state.asked.top_k != 0 && state.asked.top_k < share.vocab, shares = state.asked.top_p != 0;
   SampleMemory& memory = *share.memory;
-  const SampleTable* const first_table = &memory.first[step % 2];
+  const SampleTable* const first_table = &memory.first[turn];
   const SampleTable* table = state.look == FIRST ? first_table : &memory.more[(round + 2) % 3];
   bool listed = state.look == LIST, again = false;
   u32 token = 0, broken = 0;
@@ -552,7 +552,7 @@ __device__ __forceinline__ void sample_begin(Consumer& b, u32 vocab) {
 __device__ __forceinline__ void sample_round(Consumer& b, u32 vocab, u32 number) {
   static_assert(sizeof(SampleSpace) <= SCRATCH_BYTES - SCALE_BYTES);
   SampleSpace& s = *reinterpret_cast<SampleSpace*>(b.scratch);
-  const u32 step = b.step - 1, round = *(volatile u32*)&b.shared.rounds, rows = __popc(b.shared.sampled);
+  const u32 step = b.step - 1, turn = (ROUND ? step / b.round_steps() : step) % 2, round = *(volatile u32*)&b.shared.rounds, rows = __popc(b.shared.sampled);
   u32 own = 0;
 #pragma unroll 1
   for (u32 index = rows == 0 ? 0 : blockIdx.x % rows; index < rows; index += gridDim.x, ++own) {
@@ -563,7 +563,7 @@ __device__ __forceinline__ void sample_round(Consumer& b, u32 vocab, u32 number)
     u64* const best = &b.sync().best[step % 3][row];
     if (share.number == 0) {
       clear_table(memory.more[(round + 1) % 3]);
-      if (number == 1) clear_table(memory.first[(step + 1) % 2]);
+      if (number == 1) clear_table(memory.first[1 - turn]);
     }
     // Whatever is decided, and while it is.
     SampleUnit unit;
@@ -583,11 +583,11 @@ __device__ __forceinline__ void sample_round(Consumer& b, u32 vocab, u32 number)
     } else {
       state = s.states[own];
       if (state.goal == DONE) continue;
-      look = decide(s, share, state, round, step, best, left);
+      look = decide(s, share, state, round, turn, best, left);
     }
     const bool ranked = state.asked.top_p != 0 || (state.asked.top_k != 0 && state.asked.top_k < vocab);
     if (state.goal != DONE || look == FIND) {
-      look_at(s, share, unit, state, look, ranked, look == FIRST ? memory.first[step % 2] : memory.more[round % 3], memory.list[round % 2]);
+      look_at(s, share, unit, state, look, ranked, look == FIRST ? memory.first[turn] : memory.more[round % 3], memory.list[round % 2]);
     }
     if (look == FIND) find_token(s, share, state, left, best);
     state.look = look;

@@ -11,7 +11,7 @@ struct Launch {
   uint32_t tokens[32], positions[32], sequences[32], logit_index[32];
   uint32_t sampled, sampling[32][8];
   // Of rounds, where there are sequences.
-  uint32_t round_sequences, round[16][8], block_rows, guess_rows, accept, block_bytes, inject_bytes, halt;
+  uint32_t round_sequences, round[16][8], block_passes, accept, block_bytes, inject_bytes, halt;
   uint32_t stop_count, stop_tokens[8];
   // Copies from here in the weights, in units of 64 bytes, never come; turns until somebody gives up, or 0.
   uint32_t lost_from, lost_to, patience;
@@ -49,8 +49,7 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.inject_arena = draft[2];
   args.round = reinterpret_cast<const RoundSequence*>(launch.round);
   args.round_sequences = launch.round_sequences;
-  args.block_rows = launch.block_rows;
-  args.guess_rows = launch.guess_rows;
+  args.block_passes = launch.block_passes;
   args.accept = launch.accept;
   args.stop_count = launch.stop_count;
   for (int i = 0; i < 8; ++i) args.stop_tokens[i] = launch.stop_tokens[i];

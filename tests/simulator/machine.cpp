@@ -333,7 +333,7 @@ struct Launch {
   uint32_t tokens[32], positions[32], sequences[32], logit_index[32];
   uint32_t sampled, sampling[32][8];
   // Of rounds, where there are sequences.
-  uint32_t round_sequences, round[16][8], block_rows, guess_rows, accept, block_bytes, inject_bytes, halt;
+  uint32_t round_sequences, round[16][8], block_passes, accept, block_bytes, inject_bytes, halt;
   uint32_t stop_count, stop_tokens[8];
   // Copies from here in the weights, in units of 64 bytes, never come; turns until somebody gives up, or 0.
   uint32_t lost_from, lost_to, patience;

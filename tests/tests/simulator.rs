@@ -93,7 +93,7 @@ fn build_kernel(folder: &Path, text: &str) {
 const SEQUENCES: usize = 8;
 
 /// Words of a launch in front of the page table; what rounds need is at the end.
-const LAUNCH_WORDS: usize = ROUND_AT + 1 + 16 * 8 + 6 + 9 + 3;
+const LAUNCH_WORDS: usize = ROUND_AT + 1 + 16 * 8 + 5 + 9 + 3;
 
 /// Where that begins.
 const ROUND_AT: usize = 11 + 4 * LAUNCH_ROWS + 1 + LAUNCH_ROWS * SAMPLE_WORDS;

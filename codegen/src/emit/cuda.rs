@@ -400,18 +400,15 @@ impl<'p> Writer<'p> {
         let whole = if round { "round" } else { "step" };
         line!(self, "constexpr u32 STAGES = {stages};  // of a {whole}");
         line!(self, "constexpr bool ROUND = {round};");
-        let (first, end) = match counts[..] {
-            [block, model, _] => {
-                let model_end = block + model;
-                (
-                    format!("step % 3 == 0 ? 0 : step % 3 == 1 ? {block} : {model_end}"),
-                    format!("step % 3 == 0 ? {block} : step % 3 == 1 ? {model_end} : {stages}"),
-                )
-            }
-            _ => ("0".into(), "STAGES".into()),
+        let first = match counts[..] {
+            [block, model, _] => format!("kind == 0 ? 0 : kind == 1 ? {block} : {}", block + model),
+            _ => "0".into(),
         };
-        line!(self, "__device__ __forceinline__ u32 first_stage(u32 step) {{ return {first}; }}");
-        line!(self, "__device__ __forceinline__ u32 end_stage(u32 step) {{ return {end}; }}");
+        line!(self, "__device__ __forceinline__ u32 first_stage(u32 kind) {{ return {first}; }}");
+        if let [block, model, _] = counts[..] {
+            let ends = format!("n == {block} || n == {} || n == STAGES", block + model);
+            line!(self, "__device__ __forceinline__ bool ends_step(u32 n) {{ return {ends}; }}");
+        }
         self.header(&BLOCK);
     }
 
@@ -1013,7 +1010,10 @@ impl<'p> Writer<'p> {
             Kind::Taps { .. } => format!("take_taps<{name}>(b);"),
             Kind::Context(_) => format!("cache_context<{name}>(b);"),
         });
-        let open = "if (n > first_stage(b.step)) b.open_stage();  // the first with the step";
+        let open = match self.mask_token {
+            Some(_) => "if (n > 0 && !ends_step(n)) b.open_stage();  // the first with the step",
+            None => "if (n > 0) b.open_stage();  // the first with the step",
+        };
         self.role("void control_step(Control& b)", open, "", "b.cross();", |name, kind| match kind {
             Kind::Embed { .. } | Kind::Taps { .. } | Kind::Context(_) => String::new(),
             Kind::Gemm(_) => format!("finish<{name}>(b);"),
@@ -1040,8 +1040,12 @@ impl<'p> Writer<'p> {
         work: impl Fn(&str, &Kind) -> String,
     ) {
         line!(self, "\n__device__ __forceinline__ {signature} {{");
+        let round = self.mask_token.is_some();
+        if round {
+            line!(self, "  u32 n = first_stage(b.kind());");
+        }
         line!(self, "#pragma unroll 1");
-        line!(self, "  for (u32 n = first_stage(b.step); n < end_stage(b.step); ++n) {{");
+        line!(self, "{}", if round { "  do {" } else { "  for (u32 n = 0; n < STAGES; ++n) {" });
         line!(self, "    b.number = n;");
         line!(self, "    b.layer = STAGE_LAYER[n];");
         if !front.is_empty() {
@@ -1056,7 +1060,7 @@ impl<'p> Writer<'p> {
         if !behind.is_empty() {
             line!(self, "    {behind}");
         }
-        line!(self, "  }}");
+        line!(self, "{}", if round { "  } while (!ends_step(++n));" } else { "  }" });
         if !end.is_empty() {
             line!(self, "  {end}");
         }
@@ -1067,7 +1071,7 @@ impl<'p> Writer<'p> {
         // Behind the stages, if the launch asks for it.
         let round = self.mask_token.is_some();
         let (steps, take, choose) = match round {
-            true => ("ROUND_STEPS * args.steps", "take_sequences", "choose_round"),
+            true => ("(args.block_passes + 2) * args.steps", "take_sequences", "choose_round"),
             false => ("args.steps", "take_rows", "choose"),
         };
         let ([begin, sample], sampled) = match self.vocab() {
@@ -1085,7 +1089,7 @@ impl<'p> Writer<'p> {
                 ],
                 match round {
                     true => {
-                        "\n        if (args.sampling && !b.second && b.step % ROUND_STEPS == MODEL_STEP) \
+                        "\n        if (args.sampling && !b.second && b.kind() == MODEL_STEP) \
                          b.choose_by_chance();"
                     }
                     false => "\n        if (args.sampling && !b.second) b.choose_by_chance();",

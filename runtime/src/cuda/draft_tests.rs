@@ -151,7 +151,7 @@ fn round_plan(step_rows: usize) -> Plan {
 }
 
 /// Rounds of the three kernels, as the kernel of rounds has them. Takes a millisecond for each.
-fn round_kernel((model, [inject, block]): (FakeKernel, [FakeKernel; 2])) -> FakeKernel {
+fn round_kernel(step_rows: u32, (model, [inject, block]): (FakeKernel, [FakeKernel; 2])) -> FakeKernel {
     // SAFETY: the engine keeps the arguments valid; what is handed on lives through the calls.
     Arc::new(move |args| unsafe {
         let mut sequences: Vec<RoundSequence> = (0..args.round_sequences as usize)
@@ -179,20 +179,34 @@ fn round_kernel((model, [inject, block]): (FakeKernel, [FakeKernel; 2])) -> Fake
         let draft =
             LaunchArgs { kv: args.draft_kv, sampling: 0, chosen: guessed.as_mut_ptr() as u64, ..*args };
         for round in 0..args.steps as usize {
-            let (mut rows, mut wanted) = (Vec::new(), Vec::new());
+            // As many blocks a pass as fit.
+            let mut passes: Vec<Vec<&RoundSequence>> = Vec::new();
             for of in &sequences {
                 assert!(of.position + of.rows.max(of.guesses + 1) <= of.limit, "no room for a round");
-                wanted.extend((0..of.guesses).map(|guess| rows.len() as u32 + 1 + guess));
-                rows.extend((0..of.rows).map(|row| RowInput {
-                    token: if row == 0 { of.token } else { MASK },
-                    position: of.position + row,
-                    sequence: of.sequence,
-                }));
+                match passes.last_mut() {
+                    Some(pass) if pass.iter().map(|of| of.rows).sum::<u32>() + of.rows <= step_rows => {
+                        pass.push(of);
+                    }
+                    _ => passes.push(vec![of]),
+                }
             }
-            assert_eq!((rows.len(), wanted.len()), (args.block_rows as usize, args.guess_rows as usize));
-            launch(&block, &rows, &wanted, LaunchArgs { arena: args.block_arena, ..draft })?;
-            rows.clear();
-            let mut guesses = std::ptr::read_volatile(&guessed).into_iter().map(|word| word - 1);
+            assert_eq!(passes.len(), args.block_passes as usize);
+            let mut guesses = Vec::new();
+            for pass in passes {
+                let (mut rows, mut wanted) = (Vec::new(), Vec::new());
+                for of in pass {
+                    wanted.extend((0..of.guesses).map(|guess| rows.len() as u32 + 1 + guess));
+                    rows.extend((0..of.rows).map(|row| RowInput {
+                        token: if row == 0 { of.token } else { MASK },
+                        position: of.position + row,
+                        sequence: of.sequence,
+                    }));
+                }
+                launch(&block, &rows, &wanted, LaunchArgs { arena: args.block_arena, ..draft })?;
+                guesses.extend(std::ptr::read_volatile(&guessed)[..wanted.len()].iter().map(|word| word - 1));
+            }
+            let mut guesses = guesses.into_iter();
+            let mut rows = Vec::new();
             for of in &sequences {
                 assert_eq!(rows.len(), of.first_row as usize);
                 let tokens = std::iter::once(of.token).chain(guesses.by_ref().take(of.guesses as usize));
@@ -244,7 +258,8 @@ fn round_kernel((model, [inject, block]): (FakeKernel, [FakeKernel; 2])) -> Fake
 fn round_engine(step_rows: usize, options: &EngineOptions) -> (Engine, Arc<Seen>) {
     let runs = Arc::default();
     let (model, draft) = kernels(&runs);
-    let device = FakeDevice::with_draft(model, draft).with_rounds(round_kernel(kernels(&runs)));
+    let device =
+        FakeDevice::with_draft(model, draft).with_rounds(round_kernel(step_rows as u32, kernels(&runs)));
     let seen = device.seen();
     (Engine::on_device(round_plan(step_rows), Box::new(device), options).unwrap(), seen)
 }
@@ -649,7 +664,8 @@ fn launched_rounds_are_the_hosts() {
     assert!(steps.contains(&4) && steps.iter().any(|steps| *steps > 4), "{steps:?}");
 }
 
-/// Two sequences in one launch, which accept differently, by the largest logits and by chance; a third has no room.
+/// Up to three sequences in one launch, which accept differently, by the largest logits and by chance, in one pass of
+/// blocks or in several.
 #[test]
 fn launched_rounds_of_several_sequences() {
     let requests = |sampled: bool| {
@@ -660,8 +676,8 @@ fn launched_rounds_of_several_sequences() {
             Request { sampling, ..request(prompt, max_tokens) }
         })
     };
-    for sampled in [false, true] {
-        let (engine, seen) = round_engine(16, &EngineOptions::default());
+    for (sampled, step_rows) in [(false, 16), (true, 16), (false, 8), (true, 8)] {
+        let (engine, seen) = round_engine(step_rows, &EngineOptions::default());
         let mut generator = Generator::new(engine, None);
         generator.set_draft_min(usize::MAX);
         let mut plain = Generator::new(draft_engine(&EngineOptions::default()).0, None);
@@ -679,9 +695,11 @@ fn launched_rounds_of_several_sequences() {
             }
             let launches = seen.rounds.lock().unwrap();
             let most = launches.iter().map(|args| args.round_sequences).max().unwrap();
-            assert_eq!(most, together.min(2) as u32);
+            assert_eq!(most, together.min(3) as u32);
             assert_eq!(launches.iter().any(|args| args.sampling != 0), sampled);
-            assert!(launches.iter().all(|args| args.block_rows <= 16 && args.rows <= 16));
+            assert!(launches.iter().all(|args| args.rows <= step_rows as u32));
+            let passes = launches.iter().map(|args| args.block_passes).max().unwrap();
+            assert_eq!(passes, (together.min(3) * 6).div_ceil(step_rows / 6 * 6) as u32);
         }
     }
 }

@@ -632,13 +632,12 @@ impl CudaEngine {
             word.store(0, Ordering::Relaxed);
         }
         let sum = |of: fn(&RoundSequence) -> u32| sequences.iter().map(of).sum::<u32>();
-        let guess_rows = sum(|of| of.guesses);
-        let rows = guess_rows as usize + sequences.len();
+        let rows = sum(|of| of.guesses) as usize + sequences.len();
         let mut args = self.args(Program::Round, pages, 0, rows, rows);
         args.steps = rounds as u32;
         args.chosen = self.chosen.address();
-        (args.round_sequences, args.guess_rows) = (sequences.len() as u32, guess_rows);
-        args.block_rows = sum(|of| of.rows);
+        args.round_sequences = sequences.len() as u32;
+        args.block_passes = block_passes(sequences, step_rows(plan, Program::Round)) as u32;
         args.accept = accept;
         if !sampling.is_empty() {
             self.write_sampling(0, sampling);
@@ -829,9 +828,9 @@ impl CudaEngine {
             routing: self.routing.map_or(0, |routing| 1 + u32::from(routing.shared_permille)),
             routing_seed: self.routing.map_or(0, |routing| routing.seed),
             round_sequences: 0,
-            block_rows: 0,
-            guess_rows: 0,
+            block_passes: 0,
             accept: 0,
+            reserved: 0,
         }
     }
 
@@ -1052,6 +1051,18 @@ fn split_blocks(rows: &[RowInput], logit_rows: &[u32], most: usize) -> Vec<Pass>
         }
     }
     with_wanted(passes.into_iter(), logit_rows)
+}
+
+/// Passes of at most `most` rows that the blocks of a round take, as the kernel deals them out: see [`split_blocks`].
+fn block_passes(sequences: &[RoundSequence], most: usize) -> usize {
+    let (mut passes, mut rows) = (0, most);
+    for of in sequences.iter().map(|of| of.rows as usize) {
+        if rows + of > most {
+            (passes, rows) = (passes + 1, 0);
+        }
+        rows += of;
+    }
+    passes
 }
 
 /// Adds to each pass which of the wanted rows of logits it has.

@@ -609,12 +609,12 @@ impl Engine {
         done
     }
 
-    /// Whether whole rounds of the draft run in one launch, those of sequences with so many rows of a block and of
+    /// Whether whole rounds of the draft run in one launch, those of sequences with so many rows of blocks and of
     /// the model's step in all: see [`Engine::rounds`].
     pub fn has_rounds(&self, block_rows: usize, rows: usize) -> bool {
-        let most = self.max_decode_rows();
+        let (blocks, most) = (self.plan.limits.max_rows, self.max_decode_rows());
         match &self.back {
-            Back::Cuda(back) => back.has_rounds(&self.plan) && block_rows <= most && rows <= most,
+            Back::Cuda(back) => back.has_rounds(&self.plan) && block_rows <= blocks && rows <= most,
             Back::Cpu(_) => false,
         }
     }
@@ -646,6 +646,7 @@ impl Engine {
             return Err(if self.is_resident() { StepError::NoDraft } else { StepError::NotResident });
         }
         if inputs.is_empty() || !self.has_rounds(block_rows, rows) {
+            let max = if rows > max || inputs.is_empty() { max } else { self.plan.limits.max_rows };
             return Err(StepError::Rows { rows: rows.max(block_rows), max });
         }
         if !(1..=MAX_ROUNDS).contains(&rounds) {

@@ -10,8 +10,8 @@
 //! row more twice as long: so the sequences that decode share these rows. How many guesses each has of its
 //! share, the module `adapt` says.
 //!
-//! A GPU runs many rounds in one launch, where its kernel can choose all tokens and the blocks of all sequences fit
-//! one pass: the module `rounds`.
+//! A GPU runs many rounds in one launch, where its kernel can choose all tokens and all sequences have guesses: the
+//! module `rounds`.
 //!
 //! The draft's context follows the text step by step, but for texts that have no guesses for long: those
 //! whose request says so, and on a GPU those that are decoded many steps at a time. Before such a text has
@@ -225,7 +225,7 @@ impl Generator {
             able.iter().map(|(sequence, ..)| self.draft_rows_at(self.history[*sequence].len())).sum();
         let rounds = self.launches_rounds(active, requests)
             && others == 0
-            && self.engine.has_rounds(blocks, blocks.min(room + able.len()));
+            && self.engine.has_rounds(blocks, able.len());
         let company = Company { rows: others, room, launch, rounds };
         let rows = self.draft_rows_at(0);
         let mut paces: Vec<Option<&mut Active>> = active.iter_mut().map(Option::as_mut).collect();

@@ -1,5 +1,5 @@
-//! Many rounds of a draft in one launch, where a GPU's kernel can choose all tokens and the blocks of all sequences
-//! that decode fit one pass. The host only reads tokens, which come round by round while the launch runs. Each
+//! Many rounds of a draft in one launch, where a GPU's kernel can choose all tokens and all sequences decode and have
+//! guesses. The host only reads tokens, which come round by round while the launch runs. Each
 //! sequence has the same number of guesses in all rounds of a launch; the next launch may have another.
 
 use super::adapt::Pass;

@@ -119,10 +119,17 @@ impl<'p> Rounds<'p> {
         launch.push(sequences.len() as u32);
         launch.extend(sequences.iter().flat_map(RoundSequence::words));
         launch.resize(ROUND_AT + 1 + 16 * 8, 0);
-        let block_rows = sequences.iter().map(|of| of.rows).sum();
-        let guess_rows = sequences.iter().map(|of| of.guesses).sum();
+        let mut passes = vec![0];
+        for of in sequences {
+            match passes.last_mut() {
+                Some(rows) if *rows + of.rows as usize <= target.program.step_rows => {
+                    *rows += of.rows as usize
+                }
+                _ => passes.push(of.rows as usize),
+            }
+        }
         let arenas = [&pair.block, &pair.inject].map(|of| arena_bytes(&of.program) as u32);
-        launch.extend([block_rows, guess_rows, asked.accept, arenas[0], arenas[1], u32::from(asked.halt)]);
+        launch.extend([passes.len() as u32, asked.accept, arenas[0], arenas[1], u32::from(asked.halt)]);
         launch.push(asked.stops.len() as u32);
         launch.extend(&asked.stops);
         launch.resize(super::LAUNCH_WORDS - 3, 0);
@@ -376,27 +383,28 @@ fn rounds_add_as_many_tokens_as_they_are_told() {
     }
 }
 
-/// Three sequences by chance, each by its own parameters, or by the largest logits; texts are those of single steps.
-#[test]
-fn sampled_rounds_choose_what_single_steps_choose() {
+/// Sequences by chance, each by its own parameters, or by the largest logits; texts are those of single steps. Blocks
+/// of `rows` rows take so many passes.
+fn check_sampled(step_rows: usize, count: usize, [rows, guesses, passes]: [u32; 3]) {
     let name = "full";
-    let pair = Pair::fixture(name, Sizes { context: 96, step_rows: 16 });
+    let pair = Pair::fixture(name, Sizes { context: 96, step_rows });
     let reference = Reference::of(name);
     let vocab = pair.target.program.vocab;
     let begun: Vec<&[u32]> =
-        (0..3).map(|number| &reference.whole[&format!("tokens.{number}")][..14 + number]).collect();
+        (0..count).map(|number| &reference.whole[&format!("tokens.{number}")][..14 + number]).collect();
     let params = [
         SamplingParams { temperature: 0.7, seed: 5, ..SamplingParams::default() },
-        SamplingParams::greedy(),
         SamplingParams { temperature: 1.3, top_k: 9, top_p: 0.9, seed: 6, ..SamplingParams::default() },
+        SamplingParams::greedy(),
     ];
+    assert_eq!(count.div_ceil(step_rows / rows as usize), passes as usize);
     feed(&pair, &begun);
     let rounds = Rounds::new(&pair);
-    let asked =
-        Asked { sampling: params.iter().map(SamplingParams::launch_row).collect(), ..Asked::rounds(7) };
-    let found = rounds.launch_orders(&behind(&begun, 5, 3, 96), &asked, 2);
+    let sampling = params[..count].iter().map(SamplingParams::launch_row).collect();
+    let asked = Asked { sampling, ..Asked::rounds(7) };
+    let found = rounds.launch_orders(&behind(&begun, rows, guesses, 96), &asked, 2);
     assert_eq!(found.len(), 7);
-    for (sequence, params) in params.iter().enumerate() {
+    for (sequence, params) in params[..count].iter().enumerate() {
         let wanted = text(begun[sequence], &found, sequence);
         let mut sampler = Sampler::new(params.clone()).unwrap();
         for position in begun[sequence].len() - 1..wanted.len() - 1 {
@@ -404,6 +412,40 @@ fn sampled_rounds_choose_what_single_steps_choose() {
             let choice = sampler.sample(&logits[..vocab], position as u64 + 1).unwrap();
             assert_eq!(choice.token, wanted[position + 1], "sequence {sequence}, position {position}");
         }
+    }
+}
+
+#[test]
+fn sampled_rounds_choose_what_single_steps_choose() {
+    check_sampled(16, 3, [5, 3, 1]);
+}
+
+#[test]
+fn sampled_rounds_with_passes_of_blocks_choose_what_single_steps_choose() {
+    check_sampled(8, 2, [5, 3, 2]);
+    check_sampled(8, 3, [5, 1, 3]);
+}
+
+/// Blocks of several sequences in passes of their own, whose guesses are verified in one step.
+#[test]
+fn blocks_take_as_many_passes_as_they_need() {
+    let name = "sliding-both-ways";
+    let pair = Pair::fixture(name, 96);
+    let reference = Reference::of(name);
+    let begun: Vec<&[u32]> =
+        (0..4).map(|number| &reference.whole[&format!("tokens.{}", number % 2)][..13 + 5 * number]).collect();
+    feed(&pair, &begun);
+    let before = [pair.target.cache(), pair.block.cache()];
+    let rounds = Rounds::new(&pair);
+    // Two passes of whole blocks; three, of which the second has two short blocks.
+    let mut uneven = behind(&begun, 8, 1, 96);
+    (uneven[1].rows, uneven[2].rows) = (3, 5);
+    for (sequences, count) in [(behind(&begun[..2], 8, 3, 96), 4), (uneven, 3)] {
+        rounds.restore(&before);
+        let wanted = by_host(&pair, &sequences, count);
+        rounds.restore(&before);
+        let found = rounds.launch_orders(&sequences, &Asked::rounds(count), 2);
+        assert_eq!(found, wanted);
     }
 }
 
