@@ -476,10 +476,11 @@ impl Bench<'_> {
         let several = (pass / 2).min(TOGETHER.len());
         let mut rows = 0;
         for (number, accept) in ACCEPTED.into_iter().cycle().take(6).enumerate() {
-            // Alone a whole block; in company what fits, of which a guess is verified.
-            let (count, block_rows, wanted) = match number % 2 {
-                0 => (1, all, all - 1),
-                _ => (several, (pass / several).min(all), 1),
+            // Alone a whole block; in company a guess is verified, of blocks that fit one pass, or of whole ones.
+            let (count, block_rows, wanted) = match number {
+                1 => (several, (pass / several).min(all), 1),
+                3 | 5 => (several, all, 1),
+                _ => (1, all, all - 1),
             };
             let params = if number < 3 { &greedy } else { &chance };
             let texts = TOGETHER[..count].iter().map(|sequence| {
