@@ -129,6 +129,18 @@ fn qwen3_8b_draft() -> Value {
     })
 }
 
+/// The same draft of the second version: convolutions, and a selector of 16 candidates.
+fn second(mut draft: Value) -> Value {
+    draft["architectures"] = json!(["DFlash2DraftModel"]);
+    let own = draft["dflash_config"].as_object_mut().unwrap();
+    for (key, value) in [("conv_kernel_size", 2), ("conv_group_size", 16), ("selector_top_k", 16)] {
+        own.insert(key.into(), value.into());
+    }
+    own.insert("selector_rank".into(), 256.into());
+    own.insert("final_logit_softcapping".into(), 20.into());
+    draft
+}
+
 /// A target that leaves taps, what makes the draft's context of them, and its block.
 fn pair(name: &str, target: &Value, draft: &Value, stored: Format, context: usize) -> [ResidentProgram; 3] {
     let tensors = frontends::synthetic_tensors(target, stored).unwrap();
@@ -192,6 +204,9 @@ fn levels_of_the_resident_kernel() {
     let tables = inject.split("// ==== pair").nth(1).unwrap().split("// ==== attention.cuh").next().unwrap();
     let stages = inject.split_once("\n// taps: ").unwrap().1;
     insta::assert_snapshot!("mimo-draft.cuda", format!("{tables}...\n// taps: {stages}"));
+    let [_, _, block] = pair("pair", &odd_llama(), &second(mimo_draft()), Format::BF16, 200);
+    insta::assert_snapshot!("second-draft.resident", block.to_string());
+    insta::assert_snapshot!("second-draft.cuda", own_text(&block));
     let [_, inject, _] = pair("pair", &example("qwen3-8b", 36), &qwen3_8b_draft(), Format::BF16, 200);
     insta::assert_snapshot!("qwen3-8b-inject.resident", inject.to_string());
 }
@@ -200,10 +215,12 @@ fn levels_of_the_resident_kernel() {
 fn every_architecture_gets_machine_code() {
     let nvrtc = Nvrtc::find().unwrap();
     let [taps, inject, block] = pair("pair", &odd_llama(), &mimo_draft(), Format::FP8_BLOCK, 200);
+    let [_, _, second] = pair("pair", &odd_llama(), &second(mimo_draft()), Format::FP8_BLOCK, 200);
     for program in [
         taps,
         inject,
         block,
+        second,
         program("llama", &odd_llama(), Format::Q4_1, 200),
         program("qwen3", &qwen3(), Format::BF16, 200),
         program("fp8", &odd_llama(), Format::FP8_BLOCK, 200),
@@ -231,17 +248,22 @@ fn round_text([model, inject, block]: &[ResidentProgram; 3], arch: Arch) -> Opti
 fn rounds_get_machine_code_and_keep_within_their_registers() {
     let nvrtc = Nvrtc::find().unwrap();
     let fast = Options { fast: true, ..Options::default() };
-    let odd = pair("pair", &odd_llama(), &mimo_draft(), Format::FP8_BLOCK, 200);
-    for arch in ARCHITECTURES {
-        let text = round_text(&odd, arch).unwrap();
-        let cubin = nvrtc.compile(&CudaText { name: "kernel.cu", text: &text }, arch, &fast).unwrap();
-        cubin.kernel(KERNEL).unwrap();
+    for draft in [mimo_draft(), second(mimo_draft())] {
+        let odd = pair("pair", &odd_llama(), &draft, Format::FP8_BLOCK, 200);
+        for arch in ARCHITECTURES {
+            let text = round_text(&odd, arch).unwrap();
+            let cubin = nvrtc.compile(&CudaText { name: "kernel.cu", text: &text }, arch, &fast).unwrap();
+            cubin.kernel(KERNEL).unwrap();
+        }
     }
-    let pair = pair("qwen3-8b", &example("qwen3-8b", 36), &qwen3_8b_draft(), Format::BF16, 4096);
-    let text = round_text(&pair, Arch::Sm90a).unwrap();
-    let text = CudaText { name: "kernel.cu", text: &text };
-    let cubin = nvrtc.compile(&text, Arch::Sm90a, &Options::default()).unwrap();
-    cubin.check(&[(KERNEL, budget(16))]).unwrap_or_else(|over| panic!("{over}"));
+    let large = |draft: Value| pair("qwen3-8b", &example("qwen3-8b", 36), &draft, Format::BF16, 4096);
+    let pair = large(qwen3_8b_draft());
+    for pair in [&pair, &large(second(qwen3_8b_draft()))] {
+        let text = round_text(pair, Arch::Sm90a).unwrap();
+        let text = CudaText { name: "kernel.cu", text: &text };
+        let cubin = nvrtc.compile(&text, Arch::Sm90a, &Options::default()).unwrap();
+        cubin.check(&[(KERNEL, budget(16))]).unwrap_or_else(|over| panic!("{over}"));
+    }
     // What has steps of other rows, or another number of tokens, is no round.
     let [model, inject, mut block] = pair;
     block.step_rows = 8;
@@ -263,6 +285,8 @@ fn the_tuned_kernel_keeps_within_its_registers() {
     let long_rows = Budget { registers: 168, stack: 192, spills: 840 };
     let [tapped, inject, block] =
         pair("qwen3-8b", &example("qwen3-8b", 36), &qwen3_8b_draft(), Format::BF16, 4096);
+    let [_, _, second] =
+        pair("qwen3-8b", &example("qwen3-8b", 36), &second(qwen3_8b_draft()), Format::BF16, 4096);
     for (name, program, format, budget) in [
         ("llama-3.2-1b", program("llama", &llama, Format::BF16, 4096), Format::BF16, budget(8)),
         ("mimo", program("mimo", &flash_mimo(), Format::BF16, 4096), Format::BF16, spilled),
@@ -270,6 +294,7 @@ fn the_tuned_kernel_keeps_within_its_registers() {
         ("qwen3-8b with taps", tapped, Format::BF16, long_rows),
         ("the context of its draft", inject, Format::BF16, long_rows),
         ("a block of its draft", block, Format::BF16, long_rows),
+        ("a block of its draft of the second version", second, Format::BF16, long_rows),
     ] {
         let text = emit(&program, Arch::Sm90a).unwrap().text;
         let text = CudaText { name: "kernel.cu", text: &text };
@@ -383,6 +408,65 @@ fn damaged_programs_are_refused() {
         let mut damaged = sound.clone();
         damage(&mut damaged);
         assert!(damaged.verify().is_err(), "{what} was accepted:\n{damaged}");
+    }
+}
+
+/// Every part of a selector and of a convolution that could be wrong is found before a kernel is made of it.
+#[test]
+fn damaged_selectors_are_refused() {
+    let [_, _, good] = pair("pair", &odd_llama(), &second(mimo_draft()), Format::BF16, 200);
+    good.verify().unwrap();
+    type Damage = fn(&mut ResidentProgram);
+    fn conv(program: &mut ResidentProgram) -> &mut tilec_ir::resident::Conv {
+        let convs = program.bodies[0].iter_mut().filter_map(|stage| match &mut stage.kind {
+            Kind::Conv(conv) => Some(conv),
+            _ => None,
+        });
+        convs.last().unwrap()
+    }
+    fn pairs(program: &mut ResidentProgram) -> &mut tilec_ir::resident::Pairs {
+        let pairs = program.after.iter_mut().find_map(|stage| match &mut stage.kind {
+            Kind::Pairs(pairs) => Some(pairs),
+            _ => None,
+        });
+        pairs.unwrap()
+    }
+    fn place(program: &ResidentProgram, of: fn(&Kind) -> bool) -> usize {
+        program.after.iter().position(|stage| of(&stage.kind)).unwrap()
+    }
+    let damages: [(Damage, &str); 10] = [
+        (|p| conv(p).group = 3, "convolution and its buffers"),
+        (|p| conv(p).side = 2, "convolution and its buffers"),
+        (|p| conv(p).input = conv(p).kernels, "convolution and its buffers"),
+        (|p| conv(p).base = tilec_ir::stages::Slot::Layer(99), "not packed"),
+        (|p| pairs(p).top.k = 33, "pairs and their buffers"),
+        (|p| pairs(p).rank = 5000, "pairs and their buffers"),
+        (|p| pairs(p).tables[0].1 = Format::FP8_BLOCK, "pairs and their buffers"),
+        (|p| pairs(p).hidden = pairs(p).scores, "before it is written"),
+        (|p| drop(p.after.remove(place(p, |kind| matches!(kind, Kind::Pairs(_))))), "before it is written"),
+        (
+            |p| {
+                let top = place(p, |kind| matches!(kind, Kind::TopK(_)));
+                let stage = p.after.remove(top);
+                p.after.insert(0, stage);
+            },
+            "the logits in front of them",
+        ),
+    ];
+    for (number, (damage, what)) in damages.into_iter().enumerate() {
+        let mut program = good.clone();
+        damage(&mut program);
+        let error = program.verify().expect_err(&number.to_string()).to_string();
+        assert!(error.contains(what), "{number}: {error}");
+    }
+    // More candidates or columns than a kernel keeps.
+    for (key, value, what) in [("selector_top_k", 33, "at most 32"), ("selector_rank", 1025, "up to 1024")] {
+        let mut draft = second(mimo_draft());
+        draft["dflash_config"][key] = value.into();
+        let refused = std::panic::catch_unwind(|| pair("pair", &odd_llama(), &draft, Format::BF16, 200));
+        let problem = refused.expect_err(key);
+        let problem = problem.downcast_ref::<String>().unwrap();
+        assert!(problem.contains(what) && problem.contains("--no-draft"), "{problem}");
     }
 }
 

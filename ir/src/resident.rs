@@ -348,6 +348,67 @@ pub struct Taps {
     pub cols: usize,
 }
 
+/// A convolution of rows with the row before them in their sequence; see [`crate::graph::Op::DynamicConv`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Conv {
+    /// What is convolved, f32.
+    pub input: BufferId,
+    /// The norm in front of it.
+    pub norm: Option<Norm>,
+    /// `[rows][2 sides][2 taps][groups]`, f32: the rows' own kernels.
+    pub kernels: BufferId,
+    /// f32 `[2 sides][2 taps][cols]`, added to them.
+    pub base: Slot,
+    /// Which half of the kernels.
+    pub side: usize,
+    /// Columns that share a value of a row's own kernel.
+    pub group: usize,
+    /// Whether the output is added to.
+    pub residual: bool,
+    /// Where it goes.
+    pub output: BufferId,
+}
+
+/// Most candidates of a row: a warp has one a lane.
+pub const MAX_KEPT: usize = 32;
+
+/// Most columns of a selector's tables: a lane keeps a value of each 32.
+pub const MAX_RANK: usize = 1024;
+
+/// The tokens of the largest logits of each segment of a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TopK {
+    /// Logits of a row.
+    pub vocab: usize,
+    /// How many tokens of each segment.
+    pub k: usize,
+    /// Segments of a row.
+    pub segments: usize,
+    /// `[rows][segments][k]` keys of 8 bytes, as pairs of f32.
+    pub lists: BufferId,
+}
+
+/// What each candidate of a row is worth behind each one of the row before; see [`crate::graph::Op::PairScores`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pairs {
+    /// The lists that the candidates are the largest of.
+    pub top: TopK,
+    /// Multiplied into every logit.
+    pub factor: f32,
+    /// Bound of the logits' magnitudes.
+    pub softcap: Option<f32>,
+    /// The rows' projections, f32; of all rows of the step.
+    pub hidden: BufferId,
+    /// Columns of the tables.
+    pub rank: usize,
+    /// Octets of halves of the table of tokens before, and of the table of candidates.
+    pub tables: [(Slot, Format); 2],
+    /// `[rows][k]`, 4 bytes each: the candidates.
+    pub tokens: BufferId,
+    /// `[rows][k before][k]`, f32.
+    pub scores: BufferId,
+}
+
 /// What a stage does.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Kind {
@@ -386,6 +447,22 @@ pub enum Kind {
     Experts(Experts),
     /// See [`Attention`].
     Attention(Attention),
+    /// See [`Conv`].
+    Conv(Conv),
+    /// See [`TopK`]. Only behind the logits.
+    TopK(TopK),
+    /// See [`Pairs`].
+    Pairs(Pairs),
+    /// From each row's guess to the next: of its candidates the one that is worth most behind it, which takes the
+    /// place of the largest logit.
+    Walk {
+        /// Candidates of a row.
+        k: usize,
+        /// See [`Pairs::tokens`].
+        tokens: BufferId,
+        /// See [`Pairs::scores`].
+        scores: BufferId,
+    },
 }
 
 impl Kind {
@@ -398,7 +475,11 @@ impl Kind {
             | Kind::Taps { .. }
             | Kind::Context(_)
             | Kind::Scores(_)
-            | Kind::Attention(_) => None,
+            | Kind::Attention(_)
+            | Kind::Conv(_)
+            | Kind::TopK(_)
+            | Kind::Pairs(_)
+            | Kind::Walk { .. } => None,
         }
     }
 
@@ -519,6 +600,7 @@ impl ResidentProgram {
     pub fn verify(&self) -> Result<(), Defect> {
         let mut written = vec![false; self.buffers.len()];
         let mut chosen = None; // the layer whose experts were chosen last
+        let mut logits = false;
         if !is_step_rows(self.step_rows) {
             let what = format!("a step has 8, 16 or {LAUNCH_ROWS} rows, not {}", self.step_rows);
             return Err(Defect { stage: self.name.clone(), what });
@@ -578,6 +660,7 @@ impl ResidentProgram {
                             self.buffer(gemm.input).name
                         ));
                     }
+                    logits |= gemm.epilogue == Epilogue::Logits;
                     let logits = gemm.epilogue == Epilogue::Logits;
                     if !logits && self.buffer(gemm.output).cols != gemm.cols {
                         return fail(format!(
@@ -690,6 +773,56 @@ impl ResidentProgram {
                     slots.extend(attention.sinks);
                     (vec![attention.input], Some(attention.output), slots)
                 }
+                Kind::Conv(conv) => {
+                    let (input, kernels) = (self.buffer(conv.input), self.buffer(conv.kernels));
+                    let output = self.buffer(conv.output);
+                    if !input.cols.is_multiple_of(OCTET)
+                        || output.cols != input.cols
+                        || conv.group == 0
+                        || !input.cols.is_multiple_of(conv.group)
+                        || kernels.cols < 4 * (input.cols / conv.group)
+                        || conv.side > 1
+                        || [input.elem, kernels.elem] != [BufferElem::F32; 2]
+                        || conv.residual && output.elem != BufferElem::F32
+                    {
+                        return fail("a convolution and its buffers do not fit".into());
+                    }
+                    if conv.residual && !written[conv.output.0 as usize] {
+                        return fail(format!("adds to {} before it is written", output.name));
+                    }
+                    let slots = conv.norm.map(|norm| norm.gain).into_iter().chain([conv.base]).collect();
+                    (vec![conv.input, conv.kernels], Some(conv.output), slots)
+                }
+                Kind::TopK(top) => {
+                    if !logits || top.vocab != self.vocab || !self.fits_lists(top) {
+                        return fail("candidates do not fit the logits in front of them".into());
+                    }
+                    (Vec::new(), Some(top.lists), Vec::new())
+                }
+                Kind::Pairs(pairs) => {
+                    let (k, hidden) = (pairs.top.k, self.buffer(pairs.hidden));
+                    let (tokens, scores) = (self.buffer(pairs.tokens), self.buffer(pairs.scores));
+                    let halves = |(_, format): &(Slot, Format)| [Format::BF16, Format::F16].contains(format);
+                    if !self.fits_lists(&pairs.top)
+                        || !(1..=MAX_RANK).contains(&pairs.rank)
+                        || hidden.cols < pairs.rank
+                        || (tokens.cols, scores.cols) != (k, k * k)
+                        || [hidden.elem, tokens.elem, scores.elem] != [BufferElem::F32; 3]
+                        || !pairs.tables.iter().all(halves)
+                    {
+                        return fail("pairs and their buffers do not fit".into());
+                    }
+                    written[pairs.tokens.0 as usize] = true;
+                    let slots = pairs.tables.iter().map(|(slot, _)| *slot).collect();
+                    (vec![pairs.top.lists, pairs.hidden], Some(pairs.scores), slots)
+                }
+                Kind::Walk { k, tokens, scores } => {
+                    if (self.buffer(*tokens).cols, self.buffer(*scores).cols) != (*k, k * k) || *k > MAX_KEPT
+                    {
+                        return fail("a walk and its scores do not fit".into());
+                    }
+                    (vec![*tokens, *scores], None, Vec::new())
+                }
             };
             if let Some(bad) = weights.into_iter().find(|slot| !slots(*slot)) {
                 return fail(format!("weights at {bad} are not packed"));
@@ -774,6 +907,14 @@ impl ResidentProgram {
             }
         }
         Ok(readers)
+    }
+
+    fn fits_lists(&self, top: &TopK) -> bool {
+        let lists = self.buffer(top.lists);
+        (1..=MAX_KEPT.min(top.vocab)).contains(&top.k)
+            && top.segments > 0
+            && lists.cols == 2 * top.segments * top.k
+            && lists.elem == BufferElem::F32
     }
 
     /// Checks that every layer with a tap leaves its residual stream.
@@ -886,6 +1027,29 @@ impl ResidentProgram {
                 cost.kv_bytes_per_position = (attention.kv_heads * each * self.kv.kv_type.bytes()) as u64;
                 cost.kv_macs_per_position = (attention.heads * each) as u64;
                 cost.activation_bytes_per_row = row(attention.input) + row(attention.output);
+            }
+            Kind::Conv(conv) => {
+                cost.anchor = "dynamic_conv".into();
+                cost.macs_per_row = 2 * self.buffer(conv.input).cols as u64;
+                cost.activation_bytes_per_row = row(conv.input) + row(conv.kernels) + row(conv.output);
+            }
+            Kind::TopK(top) => {
+                cost.anchor = "top_k".into();
+                cost.activation_bytes_per_row = top.vocab as u64 * 4 + row(top.lists);
+                cost.logit_rows_only = true;
+            }
+            Kind::Pairs(pairs) => {
+                cost.anchor = "pair_scores".into();
+                let (k, rank) = (pairs.top.k, pairs.rank);
+                cost.macs_per_row = (k * k * rank) as u64;
+                cost.activation_bytes_per_row =
+                    row(pairs.top.lists) + row(pairs.scores) + (2 * k * rank * 2) as u64;
+                cost.logit_rows_only = true;
+            }
+            Kind::Walk { scores, .. } => {
+                cost.anchor = "walk".into();
+                cost.activation_bytes_per_row = row(*scores);
+                cost.logit_rows_only = true;
             }
         }
         cost
@@ -1018,6 +1182,36 @@ impl ResidentProgram {
                     attention.scale,
                     name(&attention.output)
                 )
+            }
+            Kind::Conv(conv) => {
+                let Conv { input, norm: in_front, kernels, base, side, group, residual, output } = conv;
+                let sink = if *residual { "add to" } else { "store" };
+                format!(
+                    "{} -> {}dynamic_conv by {base} and {} side={side} group={group} -> {sink} {}",
+                    name(input),
+                    norm("rms_norm", in_front),
+                    name(kernels),
+                    name(output)
+                )
+            }
+            Kind::TopK(TopK { vocab, k, segments, lists }) => {
+                format!("top_k {k} of each of {segments} segments of {vocab} logits -> {}", name(lists))
+            }
+            Kind::Pairs(pairs) => {
+                let Pairs { top, factor, softcap, hidden, rank, tables, tokens, scores } = pairs;
+                let softcap = softcap.map_or(String::new(), |softcap| format!(" softcap={softcap}"));
+                let [(before, format), (behind, _)] = tables;
+                format!(
+                    "{} -> top_k {} factor={factor}{softcap} -> {}, by {} pair_scores rank={rank} {format} {before} {behind} -> {}",
+                    name(&top.lists),
+                    top.k,
+                    name(tokens),
+                    name(hidden),
+                    name(scores)
+                )
+            }
+            Kind::Walk { k, tokens, scores } => {
+                format!("walk over {k} of {} by {} -> tokens", name(tokens), name(scores))
             }
         }
     }

@@ -34,6 +34,12 @@ pub const EXPERTS: Header = Header { name: "experts.cuh", text: include_str!("..
 /// Attention over the paged cache.
 pub const ATTENTION: Header = Header { name: "attention.cuh", text: include_str!("../cuda/attention.cuh") };
 
+/// Convolutions of a draft's rows. Behind [`PREPARED`].
+pub const CONV: Header = Header { name: "conv.cuh", text: include_str!("../cuda/conv.cuh") };
+
+/// A draft's selector. Behind [`SAMPLE`].
+pub const SELECTOR: Header = Header { name: "selector.cuh", text: include_str!("../cuda/selector.cuh") };
+
 /// What a draft's context is made of. Behind [`ATTENTION`].
 pub const CONTEXT: Header = Header { name: "context.cuh", text: include_str!("../cuda/context.cuh") };
 

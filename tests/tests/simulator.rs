@@ -10,6 +10,8 @@ mod draft;
 mod round;
 #[path = "simulator/sampling.rs"]
 mod sampling;
+#[path = "simulator/second.rs"]
+mod second;
 #[path = "simulator/steps.rs"]
 mod steps;
 

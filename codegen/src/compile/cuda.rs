@@ -44,9 +44,6 @@ pub(super) fn compile(
     let mut spec = spec.clone();
     spec.precision.activations = Activations::F32;
     let (graph, draft) = graphs(input, &spec)?;
-    if draft.as_ref().is_some_and(|draft| draft.draft.second.is_some()) {
-        return Err(CompileError::DraftOnGpu);
-    }
     let limits = limits(input, &spec)?;
     let graphs: Vec<&Graph> =
         [&graph].into_iter().chain(draft.iter().flat_map(|draft| [&draft.inject, &draft.block])).collect();

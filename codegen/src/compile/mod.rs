@@ -202,12 +202,6 @@ pub enum CompileError {
         /// What is wrong with it.
         source: frontends::FrontendError,
     },
-    /// A draft that only the processor runs.
-    #[error(
-        "the draft is of DFlash's second version (convolutions and a candidate selector), which GPUs do not run yet: \
-         use --no-draft, a draft of the first version, or target.device cpu"
-    )]
-    DraftOnGpu,
     /// A draft beside a shard.
     #[error(
         "a draft cannot be shared out among GPUs yet: use --no-draft, or remove `draft` or target.only_rank"

@@ -9,13 +9,13 @@ use tilec_ir::launch::{KERNEL, SLICE_ROWS, SYNC_BYTES, SYNC_HEAD};
 use tilec_ir::octet::octet_blocks;
 use tilec_ir::pack::FP8_COLUMNS;
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Context, Epilogue, Experts, Gemm, Kind, Norm, PREPARED_BLOCK, Prepared, Reader,
-    Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps, part_columns,
+    Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, PREPARED_BLOCK, Pairs,
+    Prepared, Reader, Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps, TopK, part_columns,
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, CONTEXT, EXPERTS, FORMATS, GEMM, Header, PREPARED, PTX, ROUND, SAMPLE, STEP,
-    SharedLayout, SharedNeeds,
+    ATTENTION, BASE, BLOCK, CONTEXT, CONV, EXPERTS, FORMATS, GEMM, Header, PREPARED, PTX, ROUND, SAMPLE,
+    SELECTOR, STEP, SharedLayout, SharedNeeds,
 };
 
 use crate::nvrtc::Arch;
@@ -187,6 +187,12 @@ fn emit_parts(
     if needs.experts > 0 {
         out.header(&EXPERTS);
     }
+    let any = |of: fn(&Kind) -> bool| {
+        programs.iter().any(|(program, _)| program.sequence().iter().any(|(_, _, stage)| of(&stage.kind)))
+    };
+    if any(|kind| matches!(kind, Kind::Conv(_))) {
+        out.header(&CONV);
+    }
     let of_context = |stage: &Stage| matches!(stage.kind, Kind::Taps { .. } | Kind::Context(_));
     if programs.iter().any(|(program, _)| program.before.iter().any(of_context)) {
         out.header(&CONTEXT);
@@ -194,6 +200,9 @@ fn emit_parts(
     out.header(&STEP);
     if out.vocab() > 0 {
         out.header(&SAMPLE);
+    }
+    if any(|kind| matches!(kind, Kind::Pairs(_))) {
+        out.header(&SELECTOR);
     }
     if let Some(mask_token) = mask_token {
         line!(out, "\nconstexpr u32 VOCAB = {}, MASK_TOKEN = {mask_token};", out.vocab());
@@ -551,7 +560,87 @@ impl<'p> Writer<'p> {
             Kind::Scores(scores) => self.scores(&name, &stage.name, scores),
             Kind::Experts(experts) => self.experts(&name, &stage.name, experts),
             Kind::Attention(attention) => self.attention(&name, &stage.name, attention),
+            Kind::Conv(conv) => self.conv(&name, &stage.name, conv),
+            Kind::TopK(top) => {
+                line!(self, "// {}: {} of each segment.", stage.name, top.k);
+                line!(self, "struct {name} {{");
+                self.top_lists(top);
+                line!(self, "}};");
+            }
+            Kind::Pairs(pairs) => self.pairs(&name, &stage.name, pairs),
+            Kind::Walk { k, tokens, scores } => {
+                line!(self, "// {}: from guess to guess.", stage.name);
+                line!(self, "struct {name} {{");
+                line!(self, "  static constexpr u32 K = {k};");
+                self.floats("u32", "tokens", *tokens);
+                self.floats("float", "scores", *scores);
+                line!(self, "}};");
+            }
         }
+    }
+
+    /// A function that gives a buffer of four bytes a value, as these.
+    fn floats(&mut self, elem: &str, name: &str, buffer: BufferId) {
+        let at = format!("return reinterpret_cast<{elem}*>({});", self.buffer(buffer));
+        self.function(&format!("{elem}*"), name, "const Block& b", &at);
+    }
+
+    /// A convolution.
+    fn conv(&mut self, name: &str, stage: &str, conv: &Conv) {
+        let Conv { input, norm, kernels, base, side, group, residual, output } = conv;
+        let cols = self.program().buffer(*input).cols;
+        line!(self, "// {stage}: {cols} columns in groups of {group}, side {side}.");
+        line!(self, "struct {name} {{");
+        let (out_type, elem) = self.out_types(*output);
+        line!(self, "  using Out = {out_type};");
+        let stride = self.program().buffer(*kernels).cols;
+        line!(
+            self,
+            "  static constexpr u32 COLS = {cols}, GROUP = {group}, KERNELS = {stride}, SIDE = {side};"
+        );
+        line!(self, "  static constexpr bool NORM = {}, RESIDUAL = {residual};", norm.is_some());
+        line!(self, "  static constexpr float EPS = {};", float(norm.map_or(0.0, |norm| norm.eps)));
+        self.gain(*norm);
+        self.floats("const float", "input", *input);
+        self.floats("const float", "kernels", *kernels);
+        let base = format!("return reinterpret_cast<const float*>({});", self.weight(*base));
+        self.function("const float*", "base", "const Block& b", &base);
+        let out = self.buffer(*output);
+        self.function(&format!("{elem}*"), "out", "const Block& b", &format!("return {out};"));
+        line!(self, "}};");
+    }
+
+    /// What lists of the largest logits are like.
+    fn top_lists(&mut self, top: &TopK) {
+        let TopK { vocab, k, segments, lists } = *top;
+        line!(self, "  static constexpr u32 VOCAB = {vocab}, K = {k}, SEGMENTS = {segments};");
+        self.floats("u64", "lists", lists);
+    }
+
+    /// Scores of pairs.
+    fn pairs(&mut self, name: &str, stage: &str, pairs: &Pairs) {
+        let Pairs { top, factor, softcap, hidden, rank, tables, tokens, scores } = pairs;
+        line!(self, "// {stage}: {0} x {0} by {rank} columns.", top.k);
+        line!(self, "struct {name} {{");
+        self.top_lists(top);
+        let stride = self.program().buffer(*hidden).cols;
+        let blocks = octet_blocks(tables[0].1, *rank);
+        line!(self, "  static constexpr u32 RANK = {rank}, BLOCKS = {blocks}, HIDDEN = {stride};");
+        line!(self, "  static constexpr float FACTOR = {};", float(*factor));
+        let capped = match softcap {
+            Some(softcap) => format!("return {0} * tanhf(v / {0});", float(*softcap)),
+            None => "return v;".into(),
+        };
+        self.function("float", "softcap", "float v", &capped);
+        for ((slot, format), (of, what)) in tables.iter().zip([("before", "Before"), ("behind", "Behind")]) {
+            line!(self, "  using {what} = {};", weights_type(*format));
+            let table = format!("return {};", self.weight(*slot));
+            self.function("const u8*", of, "const Block& b", &table);
+        }
+        self.floats("const float", "hidden", *hidden);
+        self.floats("u32", "tokens", *tokens);
+        self.floats("float", "scores", *scores);
+        line!(self, "}};");
     }
 
     fn function(&mut self, result: &str, name: &str, arguments: &str, body: &str) {
@@ -1009,6 +1098,10 @@ impl<'p> Writer<'p> {
             Kind::Attention(_) => format!("attend<{name}>(b, LAYER_CACHE[b.layer]);"),
             Kind::Taps { .. } => format!("take_taps<{name}>(b);"),
             Kind::Context(_) => format!("cache_context<{name}>(b);"),
+            Kind::Conv(_) => format!("convolve<{name}>(b);"),
+            Kind::TopK(_) => format!("take_segments<{name}>(b);"),
+            Kind::Pairs(_) => format!("score_pairs<{name}>(b);"),
+            Kind::Walk { .. } => format!("walk<{name}>(b);"),
         });
         let open = match self.mask_token {
             Some(_) => "if (n > 0 && !ends_step(n)) b.open_stage();  // the first with the step",
@@ -1019,7 +1112,9 @@ impl<'p> Writer<'p> {
             Kind::Gemm(_) => format!("finish<{name}>(b);"),
             Kind::Scores(scores) => format!("b.pass_tiles({});", scores.experts),
             Kind::Experts(_) => format!("finish_experts<{name}>(b);"),
-            Kind::Attention(_) => String::new(),
+            Kind::Attention(_) | Kind::Conv(_) | Kind::TopK(_) | Kind::Pairs(_) | Kind::Walk { .. } => {
+                String::new()
+            }
         });
     }
 

@@ -472,12 +472,12 @@ fn kv_write(fused: &mut Fused) -> bool {
     false
 }
 
-/// Two GEMMs of one layer on the same input become one, its parts side by side, if nothing that the
+/// Two GEMMs of one layer (the head stays alone) on the same input become one, its parts side by side, if nothing that the
 /// later one's parts need is made between them.
 fn siblings(fused: &mut Fused) -> bool {
     let links = fused.links();
     for first in 0..fused.ops.len() {
-        if fused.ops[first].anchor != Anchor::Gemm {
+        if fused.ops[first].anchor != Anchor::Gemm || fused.ops[first].layer.is_none() {
             continue;
         }
         for second in first + 1..fused.ops.len() {

@@ -7,5 +7,6 @@ pub mod precision;
 mod prepare;
 pub mod resident;
 pub mod schedule;
+mod selector;
 pub mod shard;
 pub mod tile;

@@ -82,7 +82,8 @@ fn output(kind: &Kind) -> Option<BufferId> {
         Kind::Embed { output, .. } | Kind::Taps { output } => Some(*output),
         Kind::Scores(scores) => Some(scores.output),
         Kind::Attention(attention) => Some(attention.output),
-        Kind::Context(_) => None,
+        Kind::Conv(conv) => Some(conv.output),
+        Kind::Context(_) | Kind::TopK(_) | Kind::Pairs(_) | Kind::Walk { .. } => None,
         kind => kind.gemm().filter(|gemm| gemm.epilogue != Epilogue::Logits).map(|gemm| gemm.output),
     }
 }

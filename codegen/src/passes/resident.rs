@@ -9,7 +9,7 @@ use tilec_ir::graph::Router;
 use tilec_ir::launch::{OCTET, SLICE_ROWS};
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, Replaced,
+    Attention, Bias, CHUNK, Conv, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, Replaced,
     ResidentProgram, Rope, Route, SPAN, Scores, Stage, Taps, part_columns,
 };
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
@@ -17,6 +17,7 @@ use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
 use super::inject;
 use super::packer::Packer;
 use super::prepare;
+use super::selector::Lists;
 use super::tile::{TileError, expert_rows, kv_layout, layerless, segments_of, vector_content};
 
 /// Weights start on lines of this many bytes: an L2 line pair, and more than a bulk copy needs.
@@ -108,6 +109,7 @@ pub fn resident_with(
         normed: HashMap::new(),
         heads: HashMap::new(),
         routes: HashMap::new(),
+        lists: HashMap::new(),
         taps: Vec::new(),
         packer,
     };
@@ -239,11 +241,13 @@ pub(super) struct Lowering<'a> {
     step_rows: usize,
     pub(super) kv: KvLayout,
     pub(super) buffers: Vec<Buffer>,
-    of_value: HashMap<ValueId, BufferId>,
+    pub(super) of_value: HashMap<ValueId, BufferId>,
     normed: HashMap<ValueId, Normed>,
     heads: HashMap<ValueId, Heads>,
     /// Where the scores lie that experts are chosen by, and how; nothing once they are chosen.
     routes: HashMap<ValueId, Option<(BufferId, Router)>>,
+    /// Lists of the largest logits that candidates are taken from.
+    pub(super) lists: HashMap<ValueId, Lists>,
     /// Values that a draft reads.
     taps: Vec<ValueId>,
     pub(super) packer: &'a mut Packer,
@@ -285,8 +289,12 @@ impl Lowering<'_> {
                 None
             }
             Anchor::Attention { .. } => Some(self.attention(op, input()?, offsets)?),
-            Anchor::DynamicConv { .. } | Anchor::TopK { .. } | Anchor::PairScores { .. } => {
-                return Err(error(op, "has no stage on a GPU yet"));
+            Anchor::DynamicConv { weight, side, group } => {
+                Some(self.conv(op, (weight, *side, *group), offsets)?)
+            }
+            Anchor::TopK { .. } => Some(self.candidates(op)?),
+            Anchor::PairScores { predecessor, successor } => {
+                return self.pairs(op, [predecessor, successor]);
             }
         };
         Ok(kind.map(|kind| Stage { name: layerless(&op.name).to_string(), kind }).into_iter().collect())
@@ -449,7 +457,8 @@ impl Lowering<'_> {
         let octets = self.octets(op, format, &names, operands)?;
         let scales = octet_scales(&octets).map(|scales| self.packer.slot(scales, offsets.as_mut()));
         let weights = self.packer.slot(octets, offsets.as_mut());
-        let select = normed.is_some_and(|normed| normed.select);
+        // Other products of selected rows are made of all of them.
+        let select = logits && normed.is_some_and(|normed| normed.select);
         let partial = self.partial(k, cols, operands);
         Ok(Kind::Gemm(Gemm {
             input,
@@ -606,6 +615,28 @@ impl Lowering<'_> {
         let weights = self.packer.slot(content, offsets.as_mut());
         let output = self.half_buffer("scores", value, experts.next_multiple_of(OCTET));
         Ok(Kind::Scores(Scores { input, norm, squares: None, weights, format, bias, experts, k, output }))
+    }
+
+    /// A convolution of rows, normed first where a norm stands in front.
+    fn conv(
+        &mut self,
+        op: &FusedOp,
+        (weight, side, group): (&str, usize, usize),
+        offsets: &mut Option<Vec<u64>>,
+    ) -> Result<Kind, TileError> {
+        let ([input, kernels], [part]) = (&op.inputs[..], &op.parts[..]) else {
+            return Err(error(op, "reads rows and their kernels, and has one part"));
+        };
+        let (input, norm) = self.input(op, *input, offsets)?;
+        let (kernels, _) = self.input(op, *kernels, offsets)?;
+        let (residual, output) = match part.pieces[..] {
+            [Piece::Store(new)] => (false, self.half_buffer(layerless(&op.name), new, part.cols)),
+            [Piece::Residual(old), Piece::Store(new)] => (true, self.residual(op, old, new)?),
+            _ => return Err(error(op, format!("the kernel has no convolution with {:?}", part.pieces))),
+        };
+        let base = vector_content(self.fused, weight, 4 * part.cols);
+        let base = self.packer.slot(base, offsets.as_mut());
+        Ok(Kind::Conv(Conv { input, norm, kernels, base, side, group, residual, output }))
     }
 
     /// Notes how experts are chosen, for the first stage that needs to know.

@@ -2,7 +2,7 @@
 //! makes the draft's context of them, and the kernel of a block; against the formulas in float64, and round
 //! by round against the loop of the formulas.
 
-use super::{Simulation, Weights, deviation, row};
+use super::{Outcome, Simulation, Weights, deviation, row};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use tilec_codegen::compile::{DraftInput, Input, graphs};
@@ -152,6 +152,15 @@ impl Pair {
 
     /// The logits of the guesses of blocks, each with its token, its position, its sequence and its rows.
     pub fn blocks(&self, blocks: &[(u32, usize, usize, usize)]) -> Vec<f32> {
+        self.block(blocks).logits
+    }
+
+    /// The guesses of blocks, as the kernel chooses them.
+    pub fn guesses(&self, blocks: &[(u32, usize, usize, usize)]) -> Vec<u32> {
+        self.block(blocks).chosen
+    }
+
+    fn block(&self, blocks: &[(u32, usize, usize, usize)]) -> Outcome {
         let mut rows = Vec::new();
         let mut wanted = Vec::new();
         for (token, position, sequence, count) in blocks {
@@ -162,7 +171,7 @@ impl Pair {
         let seed = self.seed();
         let outcome = self.block.launch_at(&rows, &wanted, 1, [2 + seed as usize % 3, 0, 0], seed);
         self.inject.write_cache(&self.block.cache());
-        outcome.logits
+        outcome
     }
 
     /// Puts tokens into both contexts, `chunk` rows a step.
@@ -185,7 +194,7 @@ fn lower(graphs: [&Graph; 3], sizes: Sizes) -> [ResidentProgram; 3] {
 }
 
 /// Contexts of random taps, so many positions each, then a block behind each of them: against the interpreter.
-fn check_random_context(pair: &Pair, lengths: &[usize], bound: f64) {
+pub(super) fn check_random_context(pair: &Pair, lengths: &[usize], bound: f64) {
     let weights = [Weights(&pair.inject), Weights(&pair.block)];
     let mut inject = Interpreter::new(&pair.inject.graph, &weights[0]).unwrap();
     let mut block = Interpreter::new(&pair.block.graph, &weights[1]).unwrap();

@@ -219,8 +219,8 @@ fn by_host(pair: &Pair, sequences: &[RoundSequence], rounds: usize) -> Vec<Vec<A
         let (mut token, mut position) = (of.token, of.position as usize);
         let (rows, guesses) = (of.rows as usize, of.guesses as usize);
         for round in &mut all {
-            let guessed = pair.blocks(&[(token, position, number, rows)]);
-            let guessed: Vec<u32> = guessed.chunks(vocab).take(guesses).map(best).collect();
+            let mut guessed = pair.guesses(&[(token, position, number, rows)]);
+            guessed.truncate(guesses);
             let tokens = std::iter::once(token).chain(guessed.iter().copied());
             let step: Vec<Row> = tokens.zip(position..).map(|(token, at)| row(token, at, number)).collect();
             let chosen: Vec<u32> = pair.step(&step).chunks(vocab).map(best).collect();
@@ -549,6 +549,38 @@ fn a_wait_that_gives_up_names_its_stage() {
         assert!(problem.contains(&wanted), "{wanted}{problem}");
         assert!(names[first + number].ends_with(&sequence[number].0));
     }
+}
+
+/// A draft whose guesses a selector chooses, in blocks of two sequences and alone.
+#[test]
+fn rounds_of_the_second_version_are_those_of_three_kernels() {
+    let pair = Pair::fixture("second", WIDE);
+    let vocab = pair.target.program.vocab;
+    // Texts behind which guesses are right now and then.
+    let reference = Reference::of("second");
+    let begun = [0, 1].map(|number| &reference.whole[&format!("tokens.{number}")][..30]);
+    feed(&pair, &begun);
+    let before = [pair.target.cache(), pair.block.cache()];
+    let rounds = Rounds::new(&pair);
+    let mut right = 0;
+    for (rows, guesses, texts) in [(8, 7, 2), (8, 2, 1)] {
+        let sequences = behind(&begun[..texts], rows, guesses, 128);
+        rounds.restore(&before);
+        let wanted = by_host(&pair, &sequences, 4);
+        rounds.restore(&before);
+        let found = rounds.launch(&sequences, &Asked::rounds(4), 3, u64::from(rows + guesses));
+        assert_eq!(found, wanted, "{guesses} guesses of {rows} rows");
+        right += found.iter().flatten().map(|added| added.right).sum::<usize>();
+    }
+    assert!(right > 5, "{right} guesses were right");
+    // Not all guesses are the largest logits, or this would show nothing.
+    rounds.restore(&before);
+    let others = (4..30).step_by(5).filter(|position| {
+        let block = [(begun[0][*position], *position, 0, 8)];
+        let logits = pair.blocks(&block);
+        pair.guesses(&block) != logits.chunks(vocab).map(best).collect::<Vec<_>>()
+    });
+    assert!(others.count() > 1);
 }
 
 const _: () = assert!(SEQUENCES >= 4);
