@@ -512,6 +512,9 @@ impl Case {
             1 if of("norm") => (1.0, 0.3),
             1 if of("sink") => (2.0, 0.5),
             1 => (0.0, 0.3),
+            // About the identity, and far enough from it.
+            3 if of("base_kernel") => (0.6, 0.2),
+            _ if of("kernel_projection") => (0.0, 0.3 / cols.sqrt()),
             _ if of("mlp.gate.") => (0.0, self.decision() as f32 / cols.sqrt()),
             _ if of("q_proj") && !qk_norm => (0.0, sharp / cols.sqrt()),
             // Queries and keys share it.

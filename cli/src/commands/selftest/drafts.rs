@@ -25,6 +25,8 @@ pub struct DraftCase {
     pub mask_embedding: bool,
     /// Base of the rope of the context's keys, if it is another.
     pub context_theta: Option<usize>,
+    /// Candidates of its selector, if it is of the second version.
+    pub candidates: Option<usize>,
 }
 
 impl DraftCase {
@@ -82,7 +84,8 @@ impl DraftCase {
         if partial {
             config["partial_rotary_factor"] = 0.5.into();
         }
-        let draft = DraftCase {
+        let mut draft = DraftCase {
+            candidates: None,
             config,
             layers: own_layers,
             mask_embedding: random.one_in(2),
@@ -104,6 +107,17 @@ impl DraftCase {
         }
         if kinds.contains(&true) {
             name.push_str(&format!(" w{window}"));
+        }
+        // Behind all else, so that the others stay as they were.
+        if random.one_in(2) {
+            let (k, rank, group) =
+                (random.pick(&[1, 4, 16, 32]), random.pick(&[8, 40, 256]), random.pick(&[2, 8]));
+            draft.config["architectures"] = json!(["DFlash2DraftModel"]);
+            let own = &mut draft.config["dflash_config"];
+            (own["conv_kernel_size"], own["conv_group_size"]) = (2.into(), group.into());
+            (own["selector_top_k"], own["selector_rank"]) = (k.into(), rank.into());
+            draft.candidates = Some(k);
+            name.push_str(&format!(" dflash2 groups of {group}, {k} candidates by {rank}"));
         }
         (draft, name)
     }
@@ -358,11 +372,22 @@ impl Bench<'_> {
                 let logits = bench.machine.draft(&[block])?;
                 let mut guesses: Vec<u32> = logits.chunks_exact(vocab).map(largest).collect();
                 let own = bench.machine.guess(&[block], &logits, vocab)?;
-                if own != guesses {
+                // A selector takes one of the candidates.
+                let candidates = bench.case.draft.as_ref().and_then(|draft| draft.candidates);
+                let ranks = own.iter().zip(logits.chunks_exact(vocab)).map(|(token, logits)| {
+                    let own = logits.get(*token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+                    logits.iter().filter(|logit| **logit > own).count()
+                });
+                let taken = match candidates {
+                    Some(most) => own.len() == guesses.len() && ranks.into_iter().all(|rank| rank < most),
+                    None => own == guesses,
+                };
+                if !taken {
                     return Err(Stop::Wrong(format!(
                         "round {round}: the kernel's own guesses are {own:?}, the largest logits {guesses:?}"
                     )));
                 }
+                guesses = own;
                 // So that rounds of all lengths come up, however good the draft is.
                 let helped = [0, 3, 1, 7, 2][round % 5].min(guesses.len());
                 guesses[..helped].copy_from_slice(&wanted[done..done + helped]);
@@ -430,7 +455,7 @@ pub fn rounds_by_steps(
         let mut over = false;
         for (at, RoundInput { block, left, limit }) in inputs.iter_mut().enumerate() {
             let logits = machine.draft(&[*block])?;
-            let guesses: Vec<u32> = logits.chunks_exact(vocab).map(largest).collect();
+            let guesses = machine.guess(&[*block], &logits, vocab)?;
             let tokens: Vec<u32> = [block.token].into_iter().chain(guesses.iter().copied()).collect();
             let rows = sequence_rows(block.sequence, block.position, &tokens);
             let logits = machine.step(&rows, &(0..rows.len() as u32).collect::<Vec<_>>())?;

@@ -208,9 +208,11 @@ pub fn bound(case: &Case) -> f64 {
 }
 
 /// The same for the guesses of a draft: behind the layers of the target, `fc`, then keys and values of that
-/// one feature, and the draft's own layers and head.
+/// one feature, and the draft's own layers and head. A layer with convolutions counts twice: each of its four
+/// multiplies rows by what a product has made of them, and adds neighbours that may be nearly opposite.
 pub fn draft_bound(case: &Case) -> f64 {
-    let own = case.draft.as_ref().map_or(0, |draft| draft.layers);
+    let own =
+        case.draft.as_ref().map_or(0, |draft| draft.layers * if draft.candidates.is_some() { 2 } else { 1 });
     bound_of(case, case.layers + own, 3)
 }
 
