@@ -4,10 +4,22 @@
 //! its 8 features, feature by feature; lane `4f + q` of a warp loads the 16 bytes `q` of feature `f`.
 //! Columns past the last and features past a matrix's last row are zero.
 //!
-//! Halves and bytes lie in the order of their columns. MXFP4 does not: a lane's 16 bytes are 32 columns,
-//! one scale's, as 4 words of 8 columns, and the codes of a word lie where few instructions make
-//! bfloat16 of them. In each 16-bit half of a word (the even columns in the lower, the odd ones in the
-//! upper half), with the sign `s` and the magnitude `eem` of a code:
+//! Halves lie in the order of their columns. Of codes only the words do: those of a word lie where few
+//! instructions make bfloat16 of them.
+//!
+//! A word of FP8 is 4 columns. In each 16-bit half of it (the even columns in the lower, the odd ones in the upper
+//! half), with the sign `s` and the magnitude `eeeemmm` of a code:
+//!
+//! | bit | 15 | 14 13 12 | 11 | 10 to 4 | 3 2 1 0 |
+//! | --- | --- | --- | --- | --- | --- |
+//! | columns 0 and 1 | s | | | eeeemmm | |
+//! | columns 2 and 3 | | eee | s | | emmm |
+//!
+//! Masked, columns 0 and 1 are bfloat16 that are `2^120` times too small. Columns 2 and 3 are put together of two
+//! shifts by 4 bits, one to the left and one to the right.
+//!
+//! Of MXFP4 a lane's 16 bytes are 32 columns, one scale's, as 4 words of 8 columns. In each 16-bit half of a word
+//! likewise, with the sign `s` and the magnitude `eem` of a code:
 //!
 //! | bit | 15 | 14 | 13 | 12 | 11 10 9 | 8 7 6 | 5 4 3 | 2 1 0 |
 //! | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -98,6 +110,19 @@ const PLACES: [[u32; 256]; 4] = {
     tables
 };
 
+/// The word of four codes of FP8, the first in the lowest byte.
+pub const fn lay_fp8(codes: u32) -> u32 {
+    const fn place(first: u32, second: u32) -> u32 {
+        (first & 0x80) << 8
+            | (first & 0x7f) << 4
+            | (second & 0x80) << 4
+            | (second & 0x70) << 8
+            | second & 0x0f
+    }
+    let [a, b, c, d] = codes.to_le_bytes();
+    place(a as u32, c as u32) | place(b as u32, d as u32) << 16
+}
+
 /// Lays up to 8 rows of MXFP4 out as an octet, `out`, all of which is written.
 ///
 /// # Errors
@@ -161,6 +186,26 @@ mod tests {
             rounded.to_f32() * 2f32.powi(64)
         };
         std::array::from_fn(|column| number(pairs[column / 2] >> (column % 2 * 16) & 0xffff))
+    }
+
+    #[test]
+    fn every_code_of_fp8_comes_back() {
+        for code in 0..=255u8 {
+            for place in 0..4 {
+                // Neighbours that have none of its bits, and all of them.
+                let codes: [u8; 4] = std::array::from_fn(|i| if i == place { code } else { !code });
+                let word = lay_fp8(u32::from_le_bytes(codes));
+                // What a kernel makes of it.
+                let first = word & 0x87f0_87f0;
+                let second = (word << 4 & 0x80f0_80f0) | (word >> 4 & 0x0700_0700);
+                let half = [first, second][place / 2] >> (place % 2 * 16) & 0xffff;
+                assert_eq!(
+                    half,
+                    u32::from(code & 0x80) << 8 | u32::from(code & 0x7f) << 4,
+                    "{code:#x} at {place}"
+                );
+            }
+        }
     }
 
     #[test]

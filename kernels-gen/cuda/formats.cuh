@@ -18,16 +18,16 @@ struct F16 {
   __device__ __forceinline__ static float high(u32 pair) { return widen_f16((u16)(pair >> 16)); }
 };
 struct F32 {};
-// Codes of block FP8. Every one of them is a bfloat16: its bits stay as they are, which makes it 2^120 times
-// too small (the subnormal ones too), and the scale makes up for that.
+// Codes of block FP8, four in a word, as ir/src/octet.rs lays them. Every one of them is a bfloat16: its bits stay as
+// they are, which makes it 2^120 times too small (the subnormal ones too), and the scale makes up for that.
 struct E4m3 {
   using Act = Bf16;
   static constexpr u32 BLOCK_BYTES = OCTET_BLOCK, BLOCK_COLUMNS = 64, LANE_COLUMNS = 16;
   static constexpr float UNIT = 1.329227995784916e36f;  // 2^120
   // The codes 2 * PAIR and 2 * PAIR + 1 of four.
   template <u32 PAIR> __device__ __forceinline__ static u32 pair(u32 codes) {
-    const u32 high = __byte_perm(codes, 0, PAIR == 0 ? 0x1404 : 0x3424);  // each in the upper byte of a half
-    return (high & 0x80008000u) | (high >> 4 & 0x07f007f0u);
+    if constexpr (PAIR == 0) return codes & 0x87f087f0u;
+    return (codes << 4 & 0x80f080f0u) | (codes >> 4 & 0x07000700u);
   }
 };
 

@@ -11,19 +11,20 @@ template <class E> __device__ __forceinline__ void embed(Consumer& b) {
     const u32 row = n / E::BLOCKS, block = n % E::BLOCKS, token = b.shared.token[row];
     const u32 column = block * COLUMNS + lane * EACH;
     const u8* from = E::table(b) + ((u64)(token / OCTET) * E::BLOCKS + block) * OCTET_BLOCK + token % OCTET * 64;
-    const u16 word = reinterpret_cast<const u16*>(from)[lane];  // one half, or two codes
+    // One half; or two of four codes.
+    const u32 word = EACH == 2 ? reinterpret_cast<const u32*>(from)[lane / 2] : reinterpret_cast<const u16*>(from)[lane];
     float v[EACH] = {};
     if (column < E::K) {
       if (E::REPLACED != ~0u && token == E::REPLACED) {
 #pragma unroll
         for (u32 i = 0; i < EACH; ++i) v[i] = E::replaced(b)[column + i];
       } else if constexpr (EACH == 2) {
-        const u32 pair = E::Weights::template pair<0>(word);
+        const u32 pair = lane % 2 ? E::Weights::template pair<1>(word) : E::Weights::template pair<0>(word);
         const float scale = E::scales(b)[(u64)(token / OCTET) * E::SCALES + block / 2] * E::Weights::UNIT;
         v[0] = Bf16::low(pair) * scale;
         v[1] = Bf16::high(pair) * scale;
       } else {
-        v[0] = widen<typename E::Weights>(word);
+        v[0] = widen<typename E::Weights>((u16)word);
       }
 #pragma unroll
       for (u32 i = 0; i < EACH; ++i) E::out(b)[(u64)row * E::K + column + i] = v[i];

@@ -30,11 +30,11 @@ use tilec_ir::convert::{ConvertError, dequantize, pack_panel, quantize, row_form
 use tilec_ir::format::{Code, Format, PANEL, PanelLayout};
 use tilec_ir::graph::EXPERT;
 use tilec_ir::launch::{OCTET, OCTET_BLOCK};
-use tilec_ir::octet::{ScaleError, lay_mxfp4, octet_block_bytes, octet_blocks};
+use tilec_ir::octet::{ScaleError, lay_fp8, lay_mxfp4, octet_block_bytes, octet_blocks};
 use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, RowView, Share};
 
 /// Raised whenever the layout of the file or the packing of a format changes.
-pub const PACKED_VERSION: u32 = 1;
+pub const PACKED_VERSION: u32 = 2;
 
 /// Where the weights start in the file: a page, so that they can be mapped aligned.
 const DATA_OFFSET: usize = 4096;
@@ -734,6 +734,9 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
                                 all.flat_map(|row| &row[share.start..share.end()]).copied().collect();
                             lay_octet(&own, k, out);
                         }
+                    }
+                    for word in out.as_chunks_mut::<4>().0 {
+                        *word = lay_fp8(u32::from_le_bytes(*word)).to_le_bytes();
                     }
                 }
                 Ok(())

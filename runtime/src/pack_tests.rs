@@ -493,7 +493,7 @@ fn slow_octets(
     segments: &[RowSegment],
     interleave: usize,
     row_bytes: usize,
-    byte: impl Fn(&str, usize, usize) -> u8,
+    byte: &dyn Fn(&str, usize, usize) -> u8,
 ) -> Vec<u8> {
     let blocks = row_bytes.div_ceil(64);
     let order = octet_order(segments, interleave);
@@ -505,6 +505,27 @@ fn slow_octets(
                 let at = ((number * blocks + i / 64) * 8 + feature) * 64 + i % 64;
                 out[at] = byte(tensor, row_start + octet * 8 + feature, i);
             }
+        }
+    }
+    out
+}
+
+/// The octets of FP8: four codes of a word, the first two and the last two in each other's gaps.
+fn slow_fp8_octets(
+    segments: &[RowSegment],
+    interleave: usize,
+    k: usize,
+    code: &dyn Fn(&str, usize, usize) -> u8,
+) -> Vec<u8> {
+    let mut out = slow_octets(segments, interleave, k, code);
+    for word in out.chunks_exact_mut(4) {
+        let codes: [u16; 4] = std::array::from_fn(|i| u16::from(word[i]));
+        for half in 0..2 {
+            let bit = |column: usize, bit: u32, to: u32| (codes[column] >> bit & 1) << to;
+            let first = (0..7).fold(bit(half, 7, 15), |all, i| all | bit(half, i, 4 + i));
+            let low = (0..4).fold(bit(half + 2, 7, 11), |all, i| all | bit(half + 2, i, i));
+            let high = (4..7).fold(0, |all, i| all | bit(half + 2, i, 8 + i));
+            word[2 * half..][..2].copy_from_slice(&(first | low | high).to_le_bytes());
         }
     }
     out
@@ -564,7 +585,7 @@ fn sixteen_bit_octets_are_copied_as_stored() {
                         &checkpoint,
                         vec![octets(format, k, segments.clone(), interleave)],
                     );
-                    let expected = slow_octets(&segments, interleave, k * 2, |tensor, row, i| {
+                    let expected = slow_octets(&segments, interleave, k * 2, &|tensor, row, i| {
                         codes[usize::from(tensor == "b")][row * k * 2 + i]
                     });
                     assert!(found[0] == expected, "{format}, {rows} rows of {k}, interleave {interleave}");
@@ -582,7 +603,7 @@ fn other_formats_are_rounded_to_sixteen_bits() {
             let segments = vec![segment(&format!("{name}.a"), 3, 50), segment(&format!("{name}.b"), 0, 100)];
             let found = packed_over_poison(&checkpoint, vec![octets(format, K, segments.clone(), 1)]);
             let codes: Vec<_> = segments.iter().map(|s| rounded(&checkpoint, &s.tensor, format)).collect();
-            let expected = slow_octets(&segments, 1, K * 2, |tensor, row, i| {
+            let expected = slow_octets(&segments, 1, K * 2, &|tensor, row, i| {
                 codes[usize::from(tensor.ends_with(".b"))][row * K * 2 + i]
             });
             assert!(found[0] == expected, "{stored} to {format}");
@@ -655,7 +676,8 @@ fn block_fp8_is_copied_as_stored_and_its_scales_are_repeated() {
                 octet_scales(k, segments.clone(), interleave),
             ];
             let found = packed_over_poison(&checkpoint, contents);
-            let expected = slow_octets(&segments, interleave, k, |tensor, row, i| bytes(tensor)[row * k + i]);
+            let expected =
+                slow_fp8_octets(&segments, interleave, k, &|tensor, row, i| bytes(tensor)[row * k + i]);
             assert!(found[0] == expected, "codes of {rows} x {k}, interleave {interleave}");
             let mut scales = Vec::new();
             for (s, octet) in octet_order(&segments, interleave) {
@@ -691,7 +713,7 @@ fn parts_of_a_fused_projection_keep_codes_and_scales() {
     let contents =
         vec![octets(Format::FP8_BLOCK, k, segments.clone(), 1), octet_scales(k, segments.clone(), 1)];
     let found = packed_over_poison(&checkpoint, contents);
-    assert!(found[0] == slow_octets(&segments, 1, k, |_, row, i| codes[row * k + i]));
+    assert!(found[0] == slow_fp8_octets(&segments, 1, k, &|_, row, i| codes[row * k + i]));
     let row_of_scales = |row: usize| row / 136 * 2 + row % 136 / 128;
     let wanted: Vec<f32> = octet_order(&segments, 1)
         .into_iter()
@@ -713,7 +735,7 @@ fn one_fp8_scale_of_the_tensor_is_kept() {
     let contents =
         vec![octets(Format::FP8_BLOCK, k, segments.clone(), 1), octet_scales(k, segments.clone(), 1)];
     let found = packed_over_poison(&checkpoint, contents);
-    assert!(found[0] == slow_octets(&segments, 1, k, |_, row, i| codes[row * k + i]));
+    assert!(found[0] == slow_fp8_octets(&segments, 1, k, &|_, row, i| codes[row * k + i]));
     assert_eq!(floats(&found[1]), [0.375; 3 * 2]);
 }
 
@@ -732,7 +754,7 @@ fn check_quantized(
     let found = packed_over_poison(checkpoint, contents);
     let values = checkpoint.tensor_f32(tensor).unwrap();
     let whole = quantize(Format::FP8_BLOCK, values.len() / k, k, &values).unwrap();
-    let expected = slow_octets(segments, interleave, k, |_, row, i| whole.codes[row * k + i]);
+    let expected = slow_fp8_octets(segments, interleave, k, &|_, row, i| whole.codes[row * k + i]);
     assert!(found[0] == expected, "codes of {tensor}");
     let per_row = k.div_ceil(128);
     let mut scales = Vec::new();
@@ -784,8 +806,9 @@ fn large_octet_items_are_split_without_a_seam() {
     let mut out = vec![0; packing.bytes as usize];
     assert!(jobs(&packing, &mut out).len() > 4);
     let found = packed_over_poison(&checkpoint, vec![content]);
-    let expected =
-        slow_octets(&segments, 2, k * 2, |tensor, row, i| codes[usize::from(tensor == "b")][row * k * 2 + i]);
+    let expected = slow_octets(&segments, 2, k * 2, &|tensor, row, i| {
+        codes[usize::from(tensor == "b")][row * k * 2 + i]
+    });
     assert!(found[0] == expected);
 }
 
@@ -821,7 +844,8 @@ proptest::proptest! {
         });
         let found = packed_over_poison(&checkpoint, vec![octets(format, k, segments.clone(), interleave)]);
         let row_bytes = k * format.code.bits() / 8;
-        let expected = slow_octets(&segments, interleave, row_bytes, |tensor, row, i| {
+        let lay = if format == Format::FP8_BLOCK { slow_fp8_octets } else { slow_octets };
+        let expected = lay(&segments, interleave, row_bytes, &|tensor: &str, row: usize, i: usize| {
             codes[usize::from(tensor == "b")][row * row_bytes + i]
         });
         proptest::prop_assert!(found[0] == expected);
@@ -972,7 +996,8 @@ fn shares_of_columns_are_octets_of_their_own() {
                 contents.push(octet_scales(len, segments.clone(), 1));
             }
             let found = packed_over_poison(&checkpoint, contents);
-            let expected = slow_octets(&segments, 1, len * width, |tensor, row, i| {
+            let lay = if width == 1 { slow_fp8_octets } else { slow_octets };
+            let expected = lay(&segments, 1, len * width, &|tensor: &str, row: usize, i: usize| {
                 bytes(tensor)[(row * k + start) * width + i]
             });
             assert!(found[0] == expected, "{len} columns of {name} from {start} on");

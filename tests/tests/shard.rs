@@ -152,19 +152,25 @@ fn open(format: Format, k: usize, bytes: &[u8], octet: usize, scales: &[u8]) -> 
                 Format::BF16 => bf16::from_bits(half()).to_f32(),
                 Format::FP8_BLOCK => {
                     let scale = scales[column / 128 * 4..][..4].try_into().unwrap();
-                    e4m3_to_f32(piece[at]) * f32::from_le_bytes(scale)
+                    // The tables in `octet.rs`.
+                    let word = u32::from_le_bytes(piece[at / 4 * 4..][..4].try_into().unwrap());
+                    let half = word >> (at % 2 * 16);
+                    let code = match at % 4 / 2 {
+                        0 => half >> 8 & 0x80 | half >> 4 & 0x7f,
+                        _ => half >> 4 & 0x80 | half >> 8 & 0x70 | half & 0x0f,
+                    };
+                    e4m3_to_f32(code as u8) * f32::from_le_bytes(scale)
                 }
                 Format::MXFP4 => {
                     let scale = block[OCTET_BLOCK + feature * 4 + at / 32];
                     let word = u32::from_le_bytes(piece[at / 8 * 4..][..4].try_into().unwrap());
                     let half = word >> (at % 2 * 16);
-                    // The table in `octet.rs`.
                     let bit = |number: u32| half >> number & 1;
                     let (sign, magnitude) = match at % 8 / 2 {
                         0 => (bit(15), half >> 6 & 7),
                         1 => (bit(12), half >> 3 & 7),
-                        2 => (bit(9), half & 7),
-                        _ => (bit(11), (half >> 13 & 3) << 1 | bit(10)),
+                        2 => (bit(13), half & 7),
+                        _ => (bit(14), half >> 9 & 7),
                     };
                     let exponent = i32::from(scale) - 62 - 127;
                     e2m1_to_f32((sign << 3 | magnitude) as u8) * 2f32.powi(exponent)
