@@ -52,8 +52,10 @@ constexpr u32 AHEAD_CYCLES = 1600;      // from one piece of them to the next, t
 
 #if __CUDA_ARCH__ >= 900
 constexpr u32 FULL_ARRIVALS = 1;      // the loader's announcement; the bytes are counted beside it
+constexpr u32 LOADER_LANES = 1;       // the copy engine needs no more
 #else
 constexpr u32 FULL_ARRIVALS = LANES;  // every lane's last cp.async
+constexpr u32 LOADER_LANES = LANES;
 #endif
 
 // A warp's sums of an octet: of each slice a pair of neighbouring features of a row a lane.
@@ -142,9 +144,10 @@ enum Role : u32 {
 
 // Waits until the phase of this parity is over; a whole warp. Lanes may see the end at different tries,
 // and what follows (tensor-core products, shuffles) needs all of them together: the vote joins them.
-// The watchdog is told what for. There are a hundred waits, and a layer's instructions should stay in the SM's
-// cache, so that a wait itself is as short as can be.
+// The watchdog is told what for, unless there is nothing to wait for. There are a hundred waits, and a layer's
+// instructions should stay in the SM's cache, so that a wait itself is as short as can be.
 __device__ __forceinline__ void barrier_wait(const Block& b, u64* barrier, u32 parity, Role role) {
+  if (__all_sync(~0u, barrier_try(barrier, parity))) return;
   b.shared.waiting[anew(warp_id())] = role;
 #pragma unroll 1
   while (!__all_sync(~0u, barrier_try(barrier, parity))) {}
@@ -155,6 +158,7 @@ __device__ __forceinline__ void consumers_sync() { block_barrier<CONSUMER_THREAD
 
 // ---- The loader ------------------------------------------------------------------------------
 
+// One lane, or all of the warp where lanes copy.
 struct Loader : Block {
   __device__ __forceinline__ explicit Loader(const Block& b) : Block(b) {}
   u32 slot = 0;
@@ -175,20 +179,27 @@ struct Loader : Block {
   __device__ __forceinline__ void next_stage() {
     if (lane_id() == 0) ++shared.loader_stage;
   }
+  // Lanes stay together.
+  __device__ __forceinline__ static bool all(bool v) { return LOADER_LANES == 1 ? v : __all_sync(~0u, v); }
+  __device__ __forceinline__ void wait(u64* barrier, u32 parity, Role role) const {
+    shared.waiting[LOADER] = role;
+#pragma unroll 1
+    while (!all(barrier_try(barrier, parity))) {}
+  }
+
   __device__ __forceinline__ void next_step() {
     ++step;
     if (lane_id() == 0) shared.loader_stage = first_stage(kind());
   }
 
-  // Whether there is such a step, as far as control has said. It may lower the number at any time, so
-  // the lanes vote: they stay together.
-  __device__ __forceinline__ bool more() const { return __all_sync(~0u, step < *(volatile u32*)&shared.steps); }
+  // Whether there is such a step, as far as control has said. It may lower the number at any time.
+  __device__ __forceinline__ bool more() const { return all(step < *(volatile u32*)&shared.steps); }
 
   // False if the launch ended while waiting: nobody will end the phase any more.
   __device__ __forceinline__ bool wait_unless_ended(u64* barrier, u32 parity, Role role) {
-    shared.waiting[anew(warp_id())] = role;
+    shared.waiting[LOADER] = role;
 #pragma unroll 1
-    while (!__all_sync(~0u, barrier_try(barrier, parity))) {
+    while (!all(barrier_try(barrier, parity))) {
       if (!more()) return false;
     }
     return true;
@@ -205,13 +216,13 @@ struct Loader : Block {
   }
   // Whether the consumers have come to the stage that is streamed. Control may go on at any time: this says
   // only what is best for now.
-  __device__ __forceinline__ bool here() const { return __any_sync(~0u, *(volatile u32*)&shared.stage == number); }
+  __device__ __forceinline__ bool here() const { return !all(*(volatile u32*)&shared.stage != number); }
   // Brings what comes next into L2, at half of the memory's rate. False if there is nothing more to be asked for.
   __device__ __forceinline__ bool look_ahead() {
     if (asked < position) asked = position;
     if (asked >= end || asked >= position + AHEAD_BYTES) return false;
-    const u32 now = __shfl_sync(~0u, cycles(), 0);
-    if (now - asked_at < AHEAD_CYCLES) return true;
+    const u32 now = cycles();
+    if (!all(now - asked_at >= AHEAD_CYCLES)) return true;
     asked_at = now;
     const u32 tile = asked / tile_bytes, at = asked % tile_bytes, bytes = least(tile_bytes - at, SLOT_BYTES);
     if (lane_id() == 0) prefetch_bulk(tape + (u64)tile * gridDim.x * tile_bytes + at, bytes);
@@ -220,10 +231,10 @@ struct Loader : Block {
   }
   // While the ring is full because the consumers are in an earlier stage, memory has nothing to do.
   __device__ __forceinline__ bool wait_empty() {
-    shared.waiting[anew(warp_id())] = LOADER_SLOT;
+    shared.waiting[LOADER] = LOADER_SLOT;
     bool ahead = position < end;
 #pragma unroll 1
-    while (!__all_sync(~0u, ahead ? barrier_test(&shared.empty[slot], parity) : barrier_try(&shared.empty[slot], parity))) {
+    while (!all(ahead ? barrier_test(&shared.empty[slot], parity) : barrier_try(&shared.empty[slot], parity))) {
       if (!more()) return false;
       ahead = ahead && !here() && look_ahead();
     }
@@ -246,7 +257,7 @@ struct Loader : Block {
     const u32 most = least(max((wanted + usual - 1) / usual, 1u), RING_SLOTS);
 #pragma unroll 1
     for (; in_flight >= most; --in_flight) {
-      barrier_wait(*this, &shared.full[oldest], oldest_parity, CONSUMER_WEIGHTS);
+      wait(&shared.full[oldest], oldest_parity, CONSUMER_WEIGHTS);
       if (++oldest == RING_SLOTS) { oldest = 0; oldest_parity ^= 1; }
     }
     ++in_flight;
@@ -272,7 +283,7 @@ struct Loader : Block {
       if (s == 0) { s = RING_SLOTS; p ^= 1; }
       --s;
       // The slot was filled in the loader's phase `p`; its barrier's phase has the other parity.
-      barrier_wait(*this, &shared.full[s], p ^ 1, CONSUMER_WEIGHTS);
+      wait(&shared.full[s], p ^ 1, CONSUMER_WEIGHTS);
     }
   }
 };

@@ -395,7 +395,7 @@ impl<'p> Writer<'p> {
         line!(self, "constexpr u32 RING_SLOTS = {};", shared.slots);
         line!(self, "constexpr u32 FIXED_BYTES = {};", shared.fixed);
         line!(self, "constexpr u32 SCRATCH_BYTES = {};", shared.scratch);
-        line!(self, "constexpr u32 SUM_BYTES = {};  // of these, at most", needs.sums());
+        line!(self, "constexpr u32 SUM_BYTES = {};  // of these, for sums", shared.scratch - needs.scales());
         line!(self, "constexpr u32 SCALE_BYTES = {};  // of these, at the end", needs.scales());
         if needs.experts > 0 {
             line!(self, "constexpr u32 ROUTES_BYTES = {};  // of the fixed ones, at the end", needs.routes());
@@ -1254,9 +1254,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
   }} else {{
     registers_down<OTHER_REGISTERS>();
     if (warp_id() == LOADER) {{
-      Loader b(block);
-      while (b.more() && load_step(b)) b.next_step();
-      b.drain();
+      if (lane_id() < LOADER_LANES) {{
+        Loader b(block);
+        while (b.more() && load_step(b)) b.next_step();
+        b.drain();
+      }}
     }} else if (warp_id() == CONTROL || warp_id() == SECOND) {{
       Control b(block, warp_id() == SECOND);
       if (!b.second) {take}(b);
