@@ -281,6 +281,8 @@ fn the_tuned_kernel_keeps_within_its_registers() {
     // a stage, as the step's number: it is put away in front of the loops and fetched behind them. (What NVRTC makes of a
     // text depends a little on what its process has compiled before: 840 bytes alone, 888 behind the other tests.)
     let spilled = Budget { registers: 168, stack: 96, spills: 920 };
+    // FP8 has the scales of blocks that are on their way as well; 1,208 bytes.
+    let scaled = Budget { registers: 168, stack: 144, spills: 1280 };
     // So do rows of 12,288 columns.
     let long_rows = Budget { registers: 168, stack: 192, spills: 840 };
     let [tapped, inject, block] =
@@ -290,7 +292,7 @@ fn the_tuned_kernel_keeps_within_its_registers() {
     for (name, program, format, budget) in [
         ("llama-3.2-1b", program("llama", &llama, Format::BF16, 4096), Format::BF16, budget(8)),
         ("mimo", program("mimo", &flash_mimo(), Format::BF16, 4096), Format::BF16, spilled),
-        ("mimo", program("mimo", &flash_mimo(), Format::FP8_BLOCK, 4096), Format::FP8_BLOCK, spilled),
+        ("mimo", program("mimo", &flash_mimo(), Format::FP8_BLOCK, 4096), Format::FP8_BLOCK, scaled),
         ("qwen3-8b with taps", tapped, Format::BF16, long_rows),
         ("the context of its draft", inject, Format::BF16, long_rows),
         ("a block of its draft", block, Format::BF16, long_rows),

@@ -474,6 +474,7 @@ template <class A> struct Fresh {
   using Head = AttentionHead<A, A::Q_NORM || A::K_NORM>;
   Head query, key;
   float value[V_EACH];
+  u32 page;         // of the key and the value in the cache
   float sink;       // of the query's head
   float next_sink;
   bool queries;     // others than before
@@ -498,6 +499,7 @@ template <class A> struct Fresh {
   // Key and value of row `own` of those in the chunk.
   __device__ __forceinline__ void load_row(const Consumer& b, const Place<A>& at, u32 own) {
     const float* raw = A::input(b) + (u64)(at.row + (from - b.shared.position[at.row]) + own) * QKV + A::HEADS * A::QK;
+    page = b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + (from + own) / A::PAGE_TOKENS];
     key.load(raw + at.kv_head * A::QK, A::k_gain(b), A::rope(b), from + own);
 #pragma unroll
     for (u32 i = 0; i < V_EACH; ++i) {
@@ -533,7 +535,6 @@ template <class A> struct Fresh {
         continue;
       }
       const u32 position = from + own, row = position - b.shared.position[at.row];
-      const u32 page = b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + position / A::PAGE_TOKENS];
       u16* keys = reinterpret_cast<u16*>(A::kv(b) + (((u64)cache * b.args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
       u16* values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
       keys += position % A::PAGE_TOKENS * A::QK;

@@ -68,17 +68,24 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   const u32 thread = anew(threadIdx.x), warp = thread / LANES, lane = thread % LANES, column = thread * 4;
   Parts* const parts = reinterpret_cast<Parts*>(b.scratch);
   float4 w[EACH][ROUNDS];
+  // A round's columns, or some others whose products are not wanted: without a branch all loads are on their way
+  // together, with one each waits for the one before, a thousand cycles.
+  auto there = [&](u32 i) { return (i + 1) * ROUND <= R::K || column + i * ROUND < R::K; };
+  auto at = [&](u32 i) { return there(i) ? column + i * ROUND : 0; };
   auto load_weights = [&](u32 first) {
 #pragma unroll
     for (u32 e = 0; e < EACH; ++e) {
-      const u32 expert = first + e * gridDim.x;
+      const u32 expert = least(first + e * gridDim.x, R::EXPERTS - 1);
 #pragma unroll
-      for (u32 i = 0; i < ROUNDS; ++i) {
-        w[e][i] = make_float4(0, 0, 0, 0);
-        if (expert >= R::EXPERTS || column + i * ROUND >= R::K) continue;
-        w[e][i] = R::weights4(b, expert, column + i * ROUND);
-        if constexpr (R::NORM) w[e][i] = times(w[e][i], *reinterpret_cast<const float4*>(R::gain(b) + column + i * ROUND));
-      }
+      for (u32 i = 0; i < ROUNDS; ++i) w[e][i] = R::weights4(b, expert, at(i));
+    }
+#pragma unroll
+    for (u32 i = 0; i < ROUNDS; ++i) {
+      float4 gain = make_float4(1, 1, 1, 1);
+      if constexpr (R::NORM) gain = *reinterpret_cast<const float4*>(R::gain(b) + at(i));
+      if (!there(i)) gain = make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (u32 e = 0; e < EACH; ++e) w[e][i] = times(w[e][i], gain);
     }
   };
   auto whole = [&](const Parts& of) {
@@ -100,12 +107,12 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
     // Row by row: loads of several rows at once would wait together, but their text costs more than that.
 #pragma unroll 1
     for (u32 row = 0; row < least(b.rows() - start, SLICE_ROWS); ++row) {
-      const float* x = R::input(b) + (start + row) * R::K + column;
+      const float* x = R::input(b) + (start + row) * R::K;
       float4 v[ROUNDS];
 #pragma unroll
       for (u32 i = 0; i < ROUNDS; ++i) {
-        v[i] = make_float4(0, 0, 0, 0);
-        if (column + i * ROUND < R::K) v[i] = load4(x + i * ROUND);
+        v[i] = load4(x + at(i));
+        if (!there(i)) v[i] = make_float4(0, 0, 0, 0);
       }
       float dot[EACH] = {}, square = 0.f;
 #pragma unroll
@@ -147,6 +154,9 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
 
 // ---- The choice ------------------------------------------------------------------------------
 
+// Within three units of the last place, in a few instructions.
+__device__ __forceinline__ float sigmoid(float v) { return reciprocal(1.f + power_of_two(-v * LOG2_E)); }
+
 // Any number, from several: for experts that are chosen at random.
 __device__ __forceinline__ u32 mixed(u32 a, u32 b) {
   u32 x = (a ^ b * 0x9e3779b9u) * 0x85ebca6bu;
@@ -154,74 +164,97 @@ __device__ __forceinline__ u32 mixed(u32 a, u32 b) {
   return x ^ x >> 13;
 }
 
-// The experts of a row and their weights; a warp. Lane l has the experts l, l + 32, ...
+// The experts of a row and their weights; a warp. Lane l looks after the experts l, l + 32, ..., whose keys lie in shared
+// memory: in registers each of them would have instructions of its own, ten kilobytes in all, which are cold in
+// every layer and cost more than the choice. The n-th chosen one is lane n's.
 template <class R> __device__ __forceinline__ void choose_row(const Block& b, Routes& routes, u32 row) {
   constexpr u32 EACH = (R::EXPERTS + LANES - 1) / LANES;
+  static_assert(R::SLOTS <= LANES && SLICE_ROWS * EACH * LANES * sizeof(u32) <= SCRATCH_BYTES - SCALE_BYTES);
   const u32 lane = lane_id();
   const float* scores = R::scores(b) + row * R::STRIDE;
   const float* correction = R::correction(b);
-  float score[EACH];
-  u32 key[EACH];  // what is compared; 0 is no expert
+  // For measurements: `alike` experts that all rows choose alike, then some of the row's own; all weigh the same.
+  const bool random = b.args.routing != 0;
+  const u32 alike = random ? (b.args.routing - 1) * R::SLOTS / 1000 : 0;
+  const u32 seed = mixed(b.args.routing_seed + b.step, b.layer);
+  u32* const keys = reinterpret_cast<u32*>(b.scratch) + row % SLICE_ROWS * (EACH * LANES) + lane;
+  // What is compared; 0 is no expert. Every lane knows the largest of its own, the lowest expert among equals.
+  u32 best = 0, at = ~0u;
+  auto offer = [&](u32 i, u32 key) {
+    keys[i * LANES] = key;
+    if (key > best) { best = key; at = i * LANES + lane; }
+  };
+  // All loads together: one after the other they would take a thousand cycles each.
+  float compared[EACH], corrections[EACH];
 #pragma unroll
-  for (u32 i = 0; i < EACH; ++i) score[i] = i * LANES + lane < R::EXPERTS ? load1(scores + i * LANES + lane) : 0.f;
+  for (u32 i = 0; i < EACH; ++i) compared[i] = load1(scores + least(i * LANES + lane, R::EXPERTS - 1));
+  if (R::SCORING == SIGMOID && correction) {
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) corrections[i] = correction[least(i * LANES + lane, R::EXPERTS - 1)];
+  }
 #pragma unroll
   for (u32 i = 0; i < EACH; ++i) {
-    const u32 expert = i * LANES + lane;
-    float compared = score[i];
-    if (R::SCORING == SIGMOID) {
-      score[i] = 1.f / (1.f + expf(-score[i]));
-      if (correction && expert < R::EXPERTS) compared = score[i] + correction[expert];
+    if constexpr (R::SCORING == SIGMOID) {
+      compared[i] = sigmoid(compared[i]);
+      if (correction) compared[i] += corrections[i];
     }
     // The addition makes -0 equal to 0.
-    key[i] = expert < R::EXPERTS ? max(ordered(compared + 0.f), 1u) : 0;
+    offer(i, i * LANES + lane < R::EXPERTS ? max(ordered(compared[i] + 0.f), 1u) : 0);
   }
-  // For measurements: `shared` experts that all rows choose alike, then some of the row's own.
-  const bool random = b.args.routing != 0;
-  const u32 shared = random ? (b.args.routing - 1) * R::SLOTS / 1000 : 0;
-  const u32 seed = mixed(b.args.routing_seed + b.step, b.layer);
-  // The largest one after the other, the lowest expert among equals.
-  u32 mine = 0;  // bit i: expert i * LANES + lane
-  u32 largest = 0;
+  u32 mine = ~0u, largest = 0;
+  float score = 0.f;  // of `mine`; it comes while others are chosen
 #pragma unroll 1
   for (u32 n = 0; n < R::SLOTS; ++n) {
-    if (random && (n == 0 || n == shared)) {
-#pragma unroll
+    if (random && (n == 0 || n == alike)) {
+      best = 0;
+      const u32 own = mixed(seed, n < alike ? ~0u : row);
+#pragma unroll 1
       for (u32 i = 0; i < EACH; ++i) {
         const u32 expert = i * LANES + lane;
-        score[i] = R::SCORING == SIGMOID ? 1.f : 0.f;  // all weigh the same
-        if (expert < R::EXPERTS && !(mine >> i & 1)) key[i] = mixed(mixed(seed, n < shared ? ~0u : row), expert) | 1;
+        offer(i, keys[i * LANES] ? mixed(own, expert) | 1 : 0);
       }
-    }
-    u32 best = 0, at = ~0u;
-#pragma unroll
-    for (u32 i = 0; i < EACH; ++i) {
-      if (key[i] > best) { best = key[i]; at = i * LANES + lane; }
     }
     const u32 top = warp_max(best), expert = warp_min(best == top ? at : ~0u);
     if (n == 0) largest = top;
-#pragma unroll
-    for (u32 i = 0; i < EACH; ++i) {
-      if (expert == i * LANES + lane) { key[i] = 0; mine |= 1u << i; }
+    if (lane == n) {
+      mine = expert;
+      score = load1(scores + expert);
     }
+    if (lane == expert % LANES) {
+      keys[expert - lane] = 0;
+      best = 0;
+#pragma unroll 4
+      for (u32 i = 0; i < EACH; ++i) {
+        const u32 key = keys[i * LANES];
+        if (key > best) { best = key; at = i * LANES + lane; }
+      }
+    }
+    __syncwarp();  // together again
   }
   // Shares of the chosen, and what they are divided by.
-  float sum = 0.f;
-  const float top = random ? 0.f : __uint_as_float(largest & 0x80000000u ? largest & 0x7fffffffu : ~largest);
-#pragma unroll
-  for (u32 i = 0; i < EACH; ++i) {
-    if (R::SCORING != SIGMOID) score[i] = i * LANES + lane < R::EXPERTS ? expf(score[i] - top) : 0.f;
-    if (mine >> i & 1 || (R::SCORING == SOFTMAX && !R::RENORMALIZE)) sum += score[i];
+  const float top = __uint_as_float(largest & 0x80000000u ? largest & 0x7fffffffu : ~largest);
+  auto share_of = [&](float score) {
+    if constexpr (R::SCORING == SIGMOID) return random ? 1.f : sigmoid(score);
+    return random ? 1.f : expf(score - top);
+  };
+  const float share = lane < R::SLOTS ? share_of(score) : 0.f;
+  float sum = share;
+  if (R::SCORING == SOFTMAX && !R::RENORMALIZE) {
+    sum = 0.f;
+#pragma unroll 1
+    for (u32 expert = lane; expert < R::EXPERTS; expert += LANES) sum += share_of(load1(scores + expert));
   }
   sum = warp_sum(sum);
   if (R::SCORING == SIGMOID) sum = R::RENORMALIZE ? sum + 1e-20f : 1.f;
-  u32 below = 0;  // chosen experts of the words before
-#pragma unroll
-  for (u32 i = 0; i < EACH; ++i) {
-    const u32 word = __ballot_sync(~0u, mine >> i & 1);
-    if (mine >> i & 1) routes.weight[row][below + __popc(word & ((1u << lane) - 1))] = score[i] / sum * R::FACTOR;
-    if (lane == 0) routes.chosen[row][i] = word;
-    below += __popc(word);
+  u32 slot = 0, word = 0;  // chosen experts below this lane's; the bits of the lane's word
+#pragma unroll 1
+  for (u32 n = 0; n < R::SLOTS; ++n) {
+    const u32 other = __shfl_sync(~0u, mine, n);
+    slot += other < mine;
+    if (other / LANES == lane) word |= 1u << other % LANES;
   }
+  if (lane < R::SLOTS) routes.weight[row][slot] = share / sum * R::FACTOR;
+  if (lane < EACH) routes.chosen[row][lane] = word;
 }
 
 // Every consumer warp: the experts of all rows, and those that any of them chose.
@@ -332,38 +365,28 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
     }
     b.pass_tiles(tiles);
   } else {
-    auto load = [&](Activations<S>& a, u32 number) {
+    // An SM's tiles of an expert. If they are short, tile by tile of all experts; else a group has an expert as a whole.
+    const u32 count = routes.count, first = b.first_tile();
+    const u32 each = first < S::TILES ? (S::TILES - 1 - first) / gridDim.x + 1 : 0;
+    const u32 tiles = S::TILE_OCTETS > 1 ? 1 : each, items = S::TILE_OCTETS > 1 ? each * count : each > 0 ? count : 0;
+    u32 next = 0;  // item whose tiles are the next ones
+#pragma unroll 1
+    for (u32 item = T::group();; item += T::GROUPS) {
+      const bool there = item < items;
+      Activations<S> a;
+      // Rows that are not there are zeros: filled on one path only, they would hold their registers through all stages.
+      const u32 number = !there ? 0 : S::TILE_OCTETS > 1 ? item % count : item;
       load_rows<S>(b, a, [&](u32 row) {
         const u32 slot = routes.slot[row][number];
-        return Source{row < b.rows() && slot != NO_SLOT, row * S::SLOTS + slot};
+        return Source{there && row < b.rows() && slot != NO_SLOT, row * S::SLOTS + slot};
       });
-    };
-    u32 group = 0;
-    // A group has an expert as a whole, so that its rows are fetched while the others multiply.
-    if constexpr (S::TILE_OCTETS > 1) {
-      second_tiles<S>(b, routes.count, [&](u32 number, u32) {
-        if (group == T::group()) {
-          Activations<S> a;
-          load(a, number);
-          multiply_tile<S>(b, a, 0, octet);
-        } else {
-          pass_tile<S>(b);
-        }
-        if (++group == T::GROUPS) group = 0;
-        return true;
-      });
-    } else if (b.first_tile() < S::TILES) {
-      for (u32 number = 0; number < routes.count; ++number) {
-        if (T::GROUPS == 1 || group == T::group()) {
-          Activations<S> a;
-          load(a, number);
-          for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) multiply_tile<S>(b, a, 0, octet);
-          if constexpr (S::ROW_SCALE) T::meet();  // sums of rows were read
-        } else {
-          for (u32 tile = b.first_tile(); tile < S::TILES; tile += gridDim.x) pass_tile<S>(b);
-        }
-        if (++group == T::GROUPS) group = 0;
-      }
+      // While the rows come.
+      if constexpr (T::GROUPS > 1) pass_tiles<S>(b, (least(item, items) - next) * tiles);
+      if (!there) break;
+#pragma unroll 1
+      for (u32 tile = 0; tile < tiles; ++tile) multiply_tile<S>(b, a, 0, octet);
+      if constexpr (S::ROW_SCALE) T::meet();  // sums of rows were read
+      next = item + 1;
     }
     b.pass_tiles(S::TILES);
   }

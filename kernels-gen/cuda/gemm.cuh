@@ -654,8 +654,21 @@ template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, co
   else multiply_octets<S>(b, a, part, octet);
 }
 
-// A tile that is another group's. Its buffer is waited for and passed on all the same: a barrier tells one
-// phase from the next only, so that all consumers have to keep up with it.
+// Tiles that are another group's. Their buffers are waited for and passed on all the same: a barrier tells one
+// phase from the next only, so that all consumers have to keep up with it. Control reads them in order, so that the
+// last one's is all there is to wait for.
+template <class S> __device__ __forceinline__ void pass_tiles(Consumer& b, u32 count, u32 part = 0) {
+  constexpr u32 BUFFERS = Sums<S>::BUFFERS;
+#pragma unroll 1
+  while (count > 0) {
+    const u32 n = least(count, BUFFERS), last = b.sum_buffer + n - 1;
+    count -= n;
+    b.wait_sums(last < BUFFERS ? last : last - BUFFERS);
+    b.pass_slots(n * S::OPERANDS * Slots<S>::in_part(part));  // no more than the ring has
+#pragma unroll 1
+    for (u32 i = 0; i < n; ++i) b.pass_sums(BUFFERS);
+  }
+}
 template <class S> __device__ __forceinline__ void pass_tile(Consumer& b, u32 part = 0) {
   b.wait_sums();
   b.pass_slots(S::OPERANDS * Slots<S>::in_part(part));
