@@ -78,6 +78,7 @@ std::vector<uint8_t> shared_memory;
 size_t shared_bytes;
 uint32_t block_count;
 uint64_t now;
+uint64_t tries_given_up;  // how often all tries at barriers have given up
 ucontext_t caller;
 jmp_buf scheduler;
 Lane* current;
@@ -193,6 +194,7 @@ void run(uint64_t seed, const void* args, size_t shared_size) {
     context.uc_link = nullptr;
     makecontext(&context, run_lane, 0);
   }
+  uint64_t stuck_at = 0;
   for (uint64_t idle = 0;; ++now) {
     finish_copies();
     const size_t warp = dice() % warps.size();
@@ -205,11 +207,20 @@ void run(uint64_t seed, const void* args, size_t shared_size) {
     if (++idle < 16 * warps.size() || !copies.empty()) continue;
     idle = 0;
     bool done = true, alive = false;
+    uint64_t state = 0;  // what has come about so far
     for (const Lane& lane : lanes) {
       done = done && lane.done;
       alive = alive || ready(lane);
+      state += lane.done;
     }
+    for (const auto& [address, barrier] : barriers) state += barrier.phase;
     if (done) break;
+    // Nobody can go on, unless a try at a barrier gives up: who looks at something else then may.
+    if (!alive && state + 1 != stuck_at) {
+      stuck_at = state + 1;
+      ++tries_given_up;
+      continue;
+    }
     if (!alive) {
       report();
       fail("a deadlock");
@@ -288,7 +299,8 @@ void barrier_expect(uint64_t* barrier, uint32_t bytes) { known(barrier).bytes +=
 
 bool barrier_try(uint64_t* barrier, uint32_t parity) {
   Barrier& found = known(barrier);
-  wait([&found, parity] { return (found.phase & 1) != parity || dice() % 2000 == 0; });
+  const uint64_t given_up = tries_given_up;
+  wait([&found, parity, given_up] { return (found.phase & 1) != parity || given_up != tries_given_up || dice() % 2000 == 0; });
   return (found.phase & 1) != parity;
 }
 
