@@ -76,7 +76,7 @@ struct Shared {
   u32 round;                    // of a choice by chance, from 1 on in each step; 0 outside of it
   u32 rounds;                   // of them that are over in this launch
   u32 sampled;                  // rows that are chosen by chance, a bit each
-  u32 waiting[BLOCK_THREADS / LANES];  // what each warp waits for, or waited for last: a Role
+  u32 waiting[BLOCK_THREADS / LANES];  // what each warp waits for, or last had to wait for: a Role
   u32 token[STEP_ROWS];
   u32 position[STEP_ROWS];
   u32 sequence[STEP_ROWS];
@@ -176,10 +176,7 @@ struct Loader : Block {
   u32 asked_at = 0;   // when that was, in cycles
   bool fast = false;  // whether consumers are faster than memory: weights are not codes that have to be widened
 
-  __device__ __forceinline__ void next_stage() {
-    if (lane_id() == 0) ++shared.loader_stage;
-  }
-  // Lanes stay together.
+  // The loader's lanes stay together.
   __device__ __forceinline__ static bool all(bool v) { return LOADER_LANES == 1 ? v : __all_sync(~0u, v); }
   __device__ __forceinline__ void wait(u64* barrier, u32 parity, Role role) const {
     shared.waiting[LOADER] = role;
@@ -187,6 +184,9 @@ struct Loader : Block {
     while (!all(barrier_try(barrier, parity))) {}
   }
 
+  __device__ __forceinline__ void next_stage() {
+    if (lane_id() == 0) ++shared.loader_stage;
+  }
   __device__ __forceinline__ void next_step() {
     ++step;
     if (lane_id() == 0) shared.loader_stage = first_stage(kind());

@@ -1,8 +1,8 @@
 // Rounds of a draft, many in a launch. A round is three kinds of steps: the draft's blocks guess the tokens behind the
 // last one of each sequence, as many blocks a pass as fit, and as many passes as that takes; the model's step has a row
-// for each last token and for each guess; and what the model chose becomes the draft's context. Between the steps control writes the next one's rows into shared memory, every SM for itself and
-// to the same result. How many rows each step has does not change while the launch runs; it ends behind the round in
-// which a sequence ends or has no room for another one.
+// for each last token and for each guess; and what the model chose becomes the draft's context. Between the steps control
+// writes the next one's rows into shared memory, every SM for itself and to the same result. How many rows each step has
+// does not change while the launch runs; it ends behind the round in which a sequence ends or has no room for another.
 //
 // All rows of the model's step go into the draft's cache. Those of wrong guesses lie behind the sequence's end, where
 // the next block writes over them.

@@ -401,6 +401,22 @@ fn drafts_that_always_and_never_agree() {
     }
 }
 
+/// What a draft adds a round over the reference's texts, and the engine that had it. Whatever the draft says, the text is
+/// the target's.
+fn acceptance_over(fixture: &Fixture, reference: &Reference) -> (f64, Engine) {
+    let (mut generator, _folder) = generator(fixture, &f32_everywhere(fixture), 2);
+    let requests: Vec<Request> = reference
+        .loops()
+        .iter()
+        .map(|[prompt, tokens, _]| request(prompt, tokens.len() - prompt.len(), SamplingParams::greedy()))
+        .collect();
+    let run = run(&mut generator, &requests);
+    for (done, [prompt, tokens, _]) in run.completions.iter().zip(reference.loops()) {
+        assert_eq!(done.tokens, tokens[prompt.len()..]);
+    }
+    (run.draft.acceptance().unwrap(), generator.into_engine())
+}
+
 /// Mistakes that leave every text as it is and only cost speed. Each one changes the blocks by far more than
 /// rounding, and the acceptance with them, so the comparisons above would notice it.
 #[test]
@@ -449,29 +465,15 @@ fn silent_mistakes_show() {
         ("full", "causal", as_is(), set("is_causal", true.into())),
         ("sliding-both-ways", "no norm of keys", ones("k_norm.weight"), same()),
     ];
-    let acceptance = |fixture: &Fixture, reference: &Reference| {
-        let (mut generator, _folder) = generator(fixture, &f32_everywhere(fixture), 2);
-        let requests: Vec<Request> = reference
-            .loops()
-            .iter()
-            .map(|[prompt, tokens, _]| request(prompt, tokens.len() - prompt.len(), SamplingParams::greedy()))
-            .collect();
-        let run = run(&mut generator, &requests);
-        // Whatever the draft says, the text is the target's.
-        for (done, [prompt, tokens, _]) in run.completions.iter().zip(reference.loops()) {
-            assert_eq!(done.tokens, tokens[prompt.len()..]);
-        }
-        (run.draft.acceptance().unwrap(), generator.into_engine())
-    };
     let mut right = BTreeMap::new();
     for (pair, mistake, weights, config) in cases {
         let reference = Reference::of(pair);
         let expected =
-            *right.entry(pair).or_insert_with(|| acceptance(&Fixture::open_pair(pair), &reference).0);
+            *right.entry(pair).or_insert_with(|| acceptance_over(&Fixture::open_pair(pair), &reference).0);
         let draft = altered(&fixtures().join("dflash").join(pair), &*weights, &*config);
         let target = format!("dflash/{}", tilec_tests::pair_target(pair));
         let fixture = Fixture::open(&target).with_draft(draft.path());
-        let (found, mut engine) = acceptance(&fixture, &reference);
+        let (found, mut engine) = acceptance_over(&fixture, &reference);
         let far = block_distance(&mut engine, &reference);
         println!("{pair}: {mistake}: acceptance {found:.2} in place of {expected:.2}, blocks {far:.2} off");
         assert!(far > 1e-2, "{pair}: {mistake}: blocks are only {far:e} off");

@@ -157,27 +157,14 @@ fn weights_that_are_taken_for_others_show() {
             }
         }),
     ];
-    let acceptance = |fixture: &Fixture, reference: &Reference| {
-        let (mut generator, _folder) = generator(fixture, &f32_everywhere(fixture), 2);
-        let requests: Vec<Request> = reference
-            .loops()
-            .iter()
-            .map(|[prompt, tokens, _]| request(prompt, tokens.len() - prompt.len(), SamplingParams::greedy()))
-            .collect();
-        let run = run(&mut generator, &requests);
-        for (done, [prompt, tokens, _]) in run.completions.iter().zip(reference.loops()) {
-            assert_eq!(done.tokens, tokens[prompt.len()..]);
-        }
-        (run.draft.acceptance().unwrap(), generator.into_engine())
-    };
     for pair in SECOND {
         let reference = Reference::of(pair);
-        let right = acceptance(&Fixture::open_pair(pair), &reference).0;
+        let right = acceptance_over(&Fixture::open_pair(pair), &reference).0;
         let folder = fixtures().join("dflash").join(pair);
         let target = format!("dflash/{}", tilec_tests::pair_target(pair));
         let altered_acceptance = |weights: &dyn Fn(&str, &mut Vec<f32>)| {
             let draft = altered(&folder, weights, &|_| {});
-            acceptance(&Fixture::open(&target).with_draft(draft.path()), &reference)
+            acceptance_over(&Fixture::open(&target).with_draft(draft.path()), &reference)
         };
         for (mistake, change) in mistakes {
             let (found, mut engine) = altered_acceptance(&|name, values| {
