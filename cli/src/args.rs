@@ -451,13 +451,17 @@ Each repeat reads a prompt of random tokens in one go (pp), then decodes tokens 
 behind it (tg). One repeat before the first is not counted. The floor is the speed at which
 memory could deliver the bytes that must be read; this program measures memory first.
 
-On a GPU, steps of --rows sequences behind --context positions are measured, -n of them in one
-launch; half of them lie before that position and half behind it. What is in the cache is random.
+With --rows or --context, and always on a GPU, steps of --rows sequences behind --context positions
+are measured, -n of them, on a GPU in one launch; half of them lie before that position and half
+behind it. What is in the cache is random. A range of positions is spread evenly over the sequences
+of a step, so that their caches hold as much as if each length were as likely as any other; shortest
+and longest alternate. A measurement of one sequence takes its middle.
 
 Examples:
   tilec bench model.gguf
   tilec bench model.plan -p 0 -n 64 -r 10
   tilec bench gpu.plan --rows 1,8,32 --context 512,4096 --block 8
+  tilec bench gpu.plan --rows 32 --context 1..8192 -p 0
   tilec bench model.plan --json > bench.json")]
 pub struct BenchArgs {
     /// Tokens of the prompt; 0: no prompt
@@ -469,12 +473,13 @@ pub struct BenchArgs {
     /// Repeats that are counted [default: 5, on a GPU 9]
     #[arg(short, long, value_name = "N", value_parser = count(10_000))]
     pub repeats: Option<u64>,
-    /// On a GPU: sequences in a step [default: 1,8, and as many as a pass has rows]
+    /// Sequences in a step [default: on a GPU 1,8, and as many as a pass has rows]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = count(1024))]
     pub rows: Vec<u64>,
-    /// On a GPU: positions in each sequence's KV cache [default: 512,4096]
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(0..16_777_216))]
-    pub context: Vec<u64>,
+    /// Positions in each sequence's KV cache; a range such as 1..8192, both ends included, gives each sequence
+    /// of a step another number [default: on a GPU 512,4096]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = contexts)]
+    pub context: Vec<Contexts>,
     /// On a GPU: also measure steps of N rows of one sequence, with all of their logits
     #[arg(long, value_name = "N", value_parser = count(1024))]
     pub block: Option<u64>,
@@ -666,6 +671,57 @@ fn routing(text: &str) -> Result<Routing, String> {
     }
 }
 
+/// How many positions the sequences of a step have in the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contexts {
+    /// The fewest.
+    pub first: usize,
+    /// The most; as many if all have the same.
+    pub last: usize,
+}
+
+impl Contexts {
+    /// The same for all.
+    pub const fn all(context: usize) -> Contexts {
+        Contexts { first: context, last: context }
+    }
+
+    /// Of each of `rows` sequences: spread evenly from the fewest to the most, both included, shortest and longest
+    /// in turn, so that neighbours differ and as many rows anywhere in a step have about as much to read. Of one
+    /// sequence, the middle.
+    pub fn of(self, rows: usize) -> Vec<usize> {
+        let wide = self.last - self.first;
+        let nth = |rank: usize| match rows {
+            1 => self.first + wide / 2,
+            _ => self.first + (wide * rank + (rows - 1) / 2) / (rows - 1),
+        };
+        (0..rows).map(|row| nth(if row % 2 == 0 { row / 2 } else { rows - 1 - row / 2 })).collect()
+    }
+}
+
+impl std::fmt::Display for Contexts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Contexts { first, last } if first == last => write!(f, "{first}"),
+            Contexts { first, last } => write!(f, "{first}..{last}"),
+        }
+    }
+}
+
+fn contexts(text: &str) -> Result<Contexts, String> {
+    const MOST: usize = 1 << 24;
+    let number = |text: &str| match text.parse() {
+        Ok(number) if number < MOST => Ok(number),
+        _ => Err(format!("give positions below {MOST}, or a range of them such as 1..8192")),
+    };
+    let (first, last) = text.split_once("..").unwrap_or((text, text));
+    let contexts = Contexts { first: number(first)?, last: number(last)? };
+    match contexts.first <= contexts.last {
+        true => Ok(contexts),
+        false => Err("the range ends before it begins".into()),
+    }
+}
+
 fn non_negative(text: &str) -> Result<f32, String> {
     let value = number(text)?;
     if value >= 0.0 { Ok(value) } else { Err("must not be negative".into()) }
@@ -800,7 +856,35 @@ mod tests {
     fn lists_of_rows_and_contexts_are_read() {
         let line = "tilec bench m --rows 1,8,32 --context 0,4096 --block 8";
         let Ok(Cli { command: Command::Bench(bench), .. }) = parse(line) else { panic!("not parsed") };
-        assert_eq!((bench.rows, bench.context, bench.block), (vec![1, 8, 32], vec![0, 4096], Some(8)));
+        let contexts = vec![Contexts::all(0), Contexts::all(4096)];
+        assert_eq!((bench.rows, bench.context, bench.block), (vec![1, 8, 32], contexts, Some(8)));
         assert!(parse("tilec bench m --rows 1,0").is_err());
+        let line = "tilec bench m --context 1..8192,7,3..3";
+        let Ok(Cli { command: Command::Bench(bench), .. }) = parse(line) else { panic!("not parsed") };
+        assert_eq!(bench.context, [(1, 8192), (7, 7), (3, 3)].map(|(first, last)| Contexts { first, last }));
+        let texts: Vec<String> = bench.context.iter().map(Contexts::to_string).collect();
+        assert_eq!(texts, ["1..8192", "7", "3"]);
+        for wrong in ["8..1", "1..", "..8", "1...8", "a", "-1", "1..99999999"] {
+            assert!(parse(&format!("tilec bench m --context {wrong}")).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_range_is_spread_evenly_over_the_sequences_of_a_step() {
+        let range = Contexts { first: 1, last: 8192 };
+        let contexts = range.of(32);
+        let mut sorted = contexts.clone();
+        sorted.sort_unstable();
+        assert_eq!((contexts[0], contexts[1], sorted[0], sorted[31]), (1, 8192, 1, 8192));
+        // Steps of 8191 / 31 = 264.2 positions, and the sum that the middle gives.
+        assert!(sorted.windows(2).all(|pair| (264..=265).contains(&(pair[1] - pair[0]))), "{sorted:?}");
+        assert_eq!(contexts.iter().sum::<usize>(), 32 * 8193 / 2);
+        // Passes of 8 rows have the same to read.
+        for pass in contexts.chunks(8) {
+            assert_eq!(pass.iter().sum::<usize>(), 8 * 8193 / 2);
+        }
+        assert_eq!((range.of(1), range.of(2), range.of(3)), (vec![4096], vec![1, 8192], vec![1, 8192, 4097]));
+        assert_eq!(Contexts::all(5).of(4), [5; 4]);
+        assert_eq!(range.of(0), [0; 0]);
     }
 }

@@ -498,6 +498,18 @@ mod compiled {
         let table = bench.ok(&["bench", &model, "-t", "1", "-p", "0", "-n", "3", "-r", "1"]);
         assert!(table.contains("tg3 ") && table.contains("GB/s"), "{table}");
         assert!(bench.fails(&["bench", &model, "-p", "60000"]).contains("--ctx-size"));
+
+        // Several sequences, each of another length.
+        let args = ["bench", &model, "-t", "1", "-p", "0", "-n", "4", "-r", "2"];
+        let args = [&args[..], &["--rows", "1,3", "--context", "1..40", "--sequences", "3"]].concat();
+        let report: Value = serde_json::from_str(&bench.ok(&[&args[..], &["--json"]].concat())).unwrap();
+        let tests = report["tests"].as_array().unwrap();
+        assert_eq!(tests.len(), 2, "{report}");
+        assert_eq!(tests[1]["lengths"], serde_json::json!([0, 38, 19]));
+        assert_eq!((&tests[1]["context"], &tests[1]["tokens"]), (&"1..40".into(), &12.into()));
+        assert_eq!(tests[1]["samples_s"].as_array().unwrap().len(), 2);
+        assert!(bench.ok(&args).contains("| tg4 of 3 around 1..40 |"));
+        assert!(bench.fails(&["bench", &model, "--rows", "65"]).contains("--sequences 65"));
     }
 
     #[test]

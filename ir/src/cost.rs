@@ -49,12 +49,23 @@ impl StageCost {
         (self.weight_bytes as f64 * share).round() as u64
     }
 
+    /// KV cache bytes that one run reads for the rows of one sequence behind `context` positions: once for all
+    /// of them.
+    pub fn kv_bytes(&self, context: usize) -> u64 {
+        self.kv_bytes_per_position * context as u64
+    }
+
     /// Bytes that one run must move for `rows` rows of one sequence behind `context` positions.
     pub fn bytes(&self, rows: usize, context: usize) -> u64 {
-        // The cache of a sequence is read once for all of its rows in a step.
-        self.streamed_bytes(rows)
-            + self.kv_bytes_per_position * context as u64
-            + self.activation_bytes_per_row * rows as u64
+        self.streamed_bytes(rows) + self.kv_bytes(context) + self.activation_bytes_per_row * rows as u64
+    }
+
+    /// Bytes that one run must move for a row each of as many sequences as `contexts` has positions in front
+    /// of one.
+    pub fn bytes_of_sequences(&self, contexts: &[usize]) -> u64 {
+        let rows = contexts.len();
+        let caches: u64 = contexts.iter().map(|context| self.kv_bytes(*context)).sum();
+        self.streamed_bytes(rows) + caches + self.activation_bytes_per_row * rows as u64
     }
 
     /// Multiply-adds of one run.

@@ -1,7 +1,7 @@
 //! The KV cache: which pages belong to which sequence, and its memory on the host.
 
 use crate::memory::{MemoryError, Region};
-use tilec_ir::abi::KvLayout;
+use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::plan::Plan;
 
 /// The limits that the size of the cache comes from.
@@ -164,6 +164,15 @@ impl KvMemory {
         }
     }
 
+    /// Fills a page in every layer with numbers that no token made, from -1 to 1.
+    pub fn fill(&mut self, page: u32) {
+        let bytes = self.layout.kv_heads * self.layout.block_bytes();
+        for layer in 0..self.layout.layers {
+            let offset = self.layout.block_offset(self.pages, layer, page as usize, 0);
+            fill_random(self.layout.kv_type, &mut self.region.as_mut_slice()[offset..offset + bytes]);
+        }
+    }
+
     /// Bytes of all pages.
     pub fn bytes(&self) -> usize {
         self.region.len()
@@ -172,6 +181,24 @@ impl KvMemory {
     /// The memory.
     pub fn region(&mut self) -> &mut Region {
         &mut self.region
+    }
+}
+
+/// Fills `bytes` with elements of a type, from -1 to 1, without a pattern; the same ones every time.
+pub(crate) fn fill_random(kv_type: KvType, bytes: &mut [u8]) {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    for element in bytes.chunks_exact_mut(kv_type.bytes()) {
+        match kv_type {
+            KvType::F32 => element.copy_from_slice(&next().to_ne_bytes()),
+            KvType::F16 => element.copy_from_slice(&half::f16::from_f32(next()).to_ne_bytes()),
+            KvType::Bf16 => element.copy_from_slice(&half::bf16::from_f32(next()).to_ne_bytes()),
+        }
     }
 }
 
@@ -235,6 +262,39 @@ mod tests {
                 let expected = if other == page as usize { 0 } else { 0xff };
                 assert!(bytes.iter().all(|byte| *byte == expected), "layer {layer}, page {other}");
             }
+        }
+    }
+
+    #[test]
+    fn a_page_that_is_filled_has_numbers_and_others_are_not_touched() {
+        let mut memory = KvMemory::new(plan().kv, 3).unwrap();
+        memory.fill(1);
+        let layout = plan().kv;
+        for layer in 0..layout.layers {
+            for page in 0..3 {
+                let offset = layout.block_offset(3, layer, page, 0);
+                let bytes = &memory.region().as_slice()[offset..][..layout.kv_heads * layout.block_bytes()];
+                let nothing = bytes.iter().all(|byte| *byte == 0);
+                assert_eq!(nothing, page != 1, "layer {layer}, page {page}");
+            }
+        }
+        for kv_type in [KvType::F32, KvType::F16, KvType::Bf16] {
+            let mut bytes = vec![0; 4000 * kv_type.bytes()];
+            fill_random(kv_type, &mut bytes);
+            let values: Vec<f32> = match kv_type {
+                KvType::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect(),
+                KvType::F16 => {
+                    bytes.as_chunks().0.iter().map(|b| half::f16::from_ne_bytes(*b).to_f32()).collect()
+                }
+                KvType::Bf16 => {
+                    bytes.as_chunks().0.iter().map(|b| half::bf16::from_ne_bytes(*b).to_f32()).collect()
+                }
+            };
+            let mean = values.iter().sum::<f32>() / values.len() as f32;
+            assert!(
+                values.iter().all(|value| value.abs() <= 1.0) && mean.abs() < 0.05,
+                "{kv_type:?}: {mean}"
+            );
         }
     }
 

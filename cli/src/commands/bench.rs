@@ -6,19 +6,21 @@ mod gpu;
 pub use gpu::tests::toy_plan;
 pub use gpu::{decode_inputs, make_long, resident_step_bytes};
 
-use crate::args::{BenchArgs, BenchOutput};
+use crate::args::{BenchArgs, BenchOutput, Contexts};
 use crate::commands::inspect::parameters;
 use crate::host::{self, Resident};
-use crate::session::Session;
+use crate::session::{Session, max_logit_rows};
 use crate::stats::Spread;
 use crate::ui::{Align, Table, count, mib};
 use crate::{ceiling, source, ui};
 use anyhow::{Result, bail};
+use gpu::{check_sequences, context_json, starts};
 use serde::Serialize;
 use serde_json::json;
 use std::io::Write as _;
 use std::ops::ControlFlow;
 use std::time::Instant;
+use tilec_ir::cost::StageCost;
 use tilec_ir::plan::Plan;
 use tilec_runtime::engine::{BlockInput, Engine, RoundInput, RoundOptions, RowInput};
 use tilec_runtime::sampling::SamplingParams;
@@ -30,14 +32,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if plan.resident.is_some() {
         return gpu::run(args, &folder, &plan);
     }
-    if !args.rows.is_empty()
-        || !args.context.is_empty()
-        || args.block.is_some()
-        || args.chance.temperature > 0.0
-    {
+    if args.block.is_some() || args.chance.temperature > 0.0 {
         bail!(
-            "--rows, --context, --block and --temperature are for plans that run on a GPU, and {} runs on the \
-             processor: leave them out, or compile it with target.device cuda",
+            "--block and --temperature are for plans that run on a GPU, and {} runs on the processor: leave them \
+             out, or compile it with target.device cuda",
             plan.name
         );
     }
@@ -45,6 +43,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if prompt + generated == 0 {
         bail!("nothing to measure: give -p or -n a number above 0");
     }
+    let cases = Sequences::cases(args, &plan)?;
+    // Their steps are what is decoded.
+    let generated = if cases.is_empty() { generated } else { 0 };
     if prompt + generated > plan.limits.context {
         bail!(
             "{prompt} + {generated} tokens are more than the {} positions of the plan: \
@@ -55,10 +56,11 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
     let floor = Floor::measure(&plan, prompt, generated);
     host::reset_peak();
-    let mut session = Session::open_with_draft(&folder, &args.weights, !args.draft.no_draft)?;
+    let draft = !args.draft.no_draft && cases.is_empty();
+    let mut session = Session::open_with_draft(&folder, &args.weights, draft)?;
     let forced = Forced::new(args, session.draft_block())?;
     let tokens = random_tokens(prompt + generated, plan.vocab);
-    let progress = ui::step_progress("measuring", repeats + 1);
+    let progress = ui::step_progress("measuring", repeats + 1 + cases.len() as u64);
     let (mut samples, mut drafted) = (Vec::new(), Vec::new());
     for repeat in 0..=repeats {
         let sample = measure(&mut session, &tokens, prompt)?;
@@ -73,8 +75,18 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             drafted.extend(rounds);
         }
     }
+    let mut decoded = Vec::new();
+    session.reset();
+    for case in cases {
+        // As above.
+        case.measure(session.engine_mut())?;
+        let seconds: Result<Vec<f64>> = (0..repeats).map(|_| case.measure(session.engine_mut())).collect();
+        decoded.push(Decoded { seconds: seconds?, case });
+        progress.inc(1);
+    }
     progress.finish_and_clear();
-    let report = Report { plan: &plan, floor, samples, forced, drafted, resident: host::resident() };
+    let resident = host::resident();
+    let report = Report { plan: &plan, floor, samples, decoded, forced, drafted, resident };
     let text = if args.json || args.output == BenchOutput::Json { report.json() } else { report.markdown() };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())
@@ -106,6 +118,89 @@ fn measure(session: &mut Session, tokens: &[u32], prompt: usize) -> Result<Sampl
     }
     let generate_s = start.elapsed().as_secs_f64();
     Ok(Sample { prompt_tokens: prompt, prompt_s, generated_tokens: behind.len(), generate_s })
+}
+
+/// Steps of one token each of several sequences.
+#[derive(Clone, Debug, PartialEq)]
+struct Sequences {
+    /// Positions of each that were asked for.
+    contexts: Contexts,
+    /// Positions of each before the first step.
+    starts: Vec<usize>,
+    steps: usize,
+}
+
+impl Sequences {
+    /// Those that the command line asks for.
+    fn cases(args: &BenchArgs, plan: &Plan) -> Result<Vec<Sequences>> {
+        let (steps, limits) = (args.generated_tokens as usize, &plan.limits);
+        if steps == 0 || (args.rows.is_empty() && args.context.is_empty()) {
+            return Ok(Vec::new());
+        }
+        let mut rows: Vec<usize> = args.rows.iter().map(|rows| *rows as usize).collect();
+        let mut contexts = args.context.clone();
+        check_sequences(&rows, &contexts, limits)?;
+        let most = max_logit_rows(plan);
+        if let Some(rows) = rows.iter().find(|rows| **rows > most) {
+            bail!(
+                "--rows {rows} are more than the {most} rows whose logits a step of the plan has: lower it"
+            );
+        }
+        if steps > limits.context {
+            bail!("-n {steps} is more than the {} positions of the plan: lower it", limits.context);
+        }
+        if rows.is_empty() {
+            rows.push(1);
+        }
+        if contexts.is_empty() {
+            contexts.push(Contexts::all(512.min(limits.context / 2)));
+        }
+        let mut cases = Vec::new();
+        for contexts in contexts {
+            cases.extend(rows.iter().map(|rows| {
+                let starts = starts(*rows, contexts, steps, limits.context);
+                Sequences { contexts, starts, steps }
+            }));
+        }
+        Ok(cases)
+    }
+
+    fn name(&self) -> String {
+        format!("tg{} of {} around {}", self.steps, self.starts.len(), self.contexts)
+    }
+
+    /// Seconds for all steps, logits included.
+    fn measure(&self, engine: &mut Engine) -> Result<f64> {
+        for (sequence, start) in self.starts.iter().enumerate() {
+            make_long(engine, sequence, start + self.steps)?;
+        }
+        let rows = self.starts.len();
+        let tokens = random_tokens(rows * self.steps, engine.plan().vocab);
+        let all: Vec<u32> = (0..rows as u32).collect();
+        let begin = Instant::now();
+        for (step, tokens) in tokens.chunks(rows).enumerate() {
+            let positions: Vec<usize> = self.starts.iter().map(|start| start + step).collect();
+            std::hint::black_box(engine.step(&decode_inputs(&positions, tokens), &all)?);
+        }
+        Ok(begin.elapsed().as_secs_f64())
+    }
+
+    /// Bytes that all steps must read: the weights once each, and every sequence's cache.
+    fn bytes(&self, plan: &Plan) -> f64 {
+        let step = |step: usize| {
+            let positions: Vec<usize> = self.starts.iter().map(|start| start + step).collect();
+            let of = |cost: &StageCost| cost.runs as f64 * cost.bytes_of_sequences(&positions) as f64;
+            plan.costs.iter().map(of).sum::<f64>()
+        };
+        (0..self.steps).map(step).sum()
+    }
+}
+
+/// What was measured of them.
+struct Decoded {
+    case: Sequences,
+    /// For all steps, each time.
+    seconds: Vec<f64>,
 }
 
 /// Rounds with a draft whose guesses are taken as right as often as asked for.
@@ -326,12 +421,15 @@ struct Test {
     rate: Spread,
     /// Tokens per second at the floor.
     floor: f64,
+    /// Number of the steps of several sequences that this is of.
+    decoded: Option<usize>,
 }
 
 struct Report<'a> {
     plan: &'a Plan,
     floor: Floor,
     samples: Vec<Sample>,
+    decoded: Vec<Decoded>,
     forced: Option<Forced>,
     drafted: Vec<Rounds>,
     resident: Option<Resident>,
@@ -344,7 +442,7 @@ impl Report<'_> {
         let test = |name: String, tokens: usize, bytes: f64, seconds: &dyn Fn(&Sample) -> f64| {
             let rate = Spread::of(self.samples.iter().map(|sample| tokens as f64 / seconds(sample)))?;
             let floor = tokens as f64 * self.floor.rate() / bytes;
-            (tokens > 0).then_some(Test { name, tokens, rate, floor })
+            (tokens > 0).then_some(Test { name, tokens, rate, floor, decoded: None })
         };
         let behind = if prompt > 0 { format!(" @ d{prompt}") } else { String::new() };
         let tests = [
@@ -353,7 +451,17 @@ impl Report<'_> {
                 sample.generate_s
             }),
         ];
-        tests.into_iter().flatten().chain(self.draft_test(&behind)).collect()
+        let decoded = (0..self.decoded.len()).filter_map(|number| self.decoded_test(number));
+        tests.into_iter().flatten().chain(self.draft_test(&behind)).chain(decoded).collect()
+    }
+
+    /// Steps of several sequences.
+    fn decoded_test(&self, number: usize) -> Option<Test> {
+        let Decoded { case, seconds } = &self.decoded[number];
+        let tokens = case.starts.len() * case.steps;
+        let rate = Spread::of(seconds.iter().map(|seconds| tokens as f64 / seconds))?;
+        let floor = tokens as f64 * self.floor.rate() / case.bytes(self.plan);
+        Some(Test { name: case.name(), tokens, rate, floor, decoded: Some(number) })
     }
 
     /// The rounds with a draft.
@@ -371,6 +479,7 @@ impl Report<'_> {
             tokens: first.tokens,
             rate,
             floor: first.tokens as f64 * self.floor.rate() / bytes,
+            decoded: None,
         })
     }
 
@@ -429,13 +538,20 @@ impl Report<'_> {
             .tests()
             .into_iter()
             .map(|test| {
-                json!({
+                let mut line = json!({
                     "test": test.name,
                     "tokens": test.tokens,
                     "tokens_per_s": test.rate,
                     "floor_tokens_per_s": test.floor,
                     "share_of_floor": test.rate.median / test.floor,
-                })
+                });
+                if let Some(Decoded { case, seconds }) = test.decoded.map(|number| &self.decoded[number]) {
+                    line["rows"] = json!(case.starts.len());
+                    line["context"] = context_json(case.contexts);
+                    line["lengths"] = json!(case.starts);
+                    line["samples_s"] = json!(seconds);
+                }
+                line
             })
             .collect();
         let report = json!({
@@ -460,6 +576,8 @@ impl Report<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::args::{Cli, Command};
+    use clap::Parser;
 
     #[test]
     fn tokens_are_in_the_vocabulary_and_differ() {
@@ -468,5 +586,50 @@ mod tests {
         let distinct: std::collections::BTreeSet<_> = tokens.iter().collect();
         assert_eq!(distinct.len(), 64);
         assert_eq!(tokens, random_tokens(1000, 64));
+    }
+
+    fn cases(options: &str, plan: &Plan) -> Result<Vec<Sequences>, String> {
+        let line = format!("tilec bench m {options}");
+        let Command::Bench(args) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
+            panic!("{line}")
+        };
+        Sequences::cases(&args, plan).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn sequences_of_different_lengths_are_measured_within_the_limits() {
+        let plan = toy_plan();
+        let case = |first, last, starts: &[usize]| Sequences {
+            contexts: Contexts { first, last },
+            starts: starts.to_vec(),
+            steps: 10,
+        };
+        assert_eq!(cases("", &plan), Ok(vec![]));
+        assert_eq!(cases("--rows 3 -n 0", &plan), Ok(vec![]));
+        assert_eq!(cases("--rows 2 -n 10", &plan), Ok(vec![case(500, 500, &[495, 495])]));
+        let expected =
+            [case(1, 1000, &[495]), case(1, 1000, &[0, 990, 496]), case(9, 9, &[4]), case(9, 9, &[4; 3])];
+        assert_eq!(cases("--rows 1,3 --context 1..1000,9 -n 10", &plan).unwrap(), expected);
+        let mut short = toy_plan();
+        short.buffers[0].rows = 2;
+        for (options, plan, problem) in [
+            ("--rows 9", &plan, "--sequences 9"),
+            ("--context 1..1001", &plan, "--context 1..1001 is more than the 1000"),
+            ("--rows 1 -n 1001", &plan, "-n 1001"),
+            ("--rows 3", &short, "the 2 rows whose logits"),
+        ] {
+            let error = cases(options, plan).unwrap_err();
+            assert!(error.contains(problem), "{options}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_floor_of_sequences_has_the_cache_of_each() {
+        let plan = toy_plan();
+        // Weights, and 148 bytes of activations a row; 16 bytes a position in front of a row.
+        let case = &cases("--rows 3 --context 1..1000 -n 10", &plan).unwrap()[0];
+        let positions = (0..10).map(|step| step + (990 + step) + (496 + step)).sum::<usize>();
+        assert_eq!(case.bytes(&plan), (10 * (7000 + 3 * 148) + 16 * positions) as f64);
+        assert_eq!(case.name(), "tg10 of 3 around 1..1000");
     }
 }

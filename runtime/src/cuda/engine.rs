@@ -9,12 +9,12 @@ use super::device::{Device, HostMemory, Memory, Program};
 use super::error::CudaError;
 use super::{DECODE_STEPS, weights};
 use crate::engine::{EngineError, EngineOptions, RoundNews, RowInput, StepError};
-use crate::kv::{KV_LIMITS, PageTable};
+use crate::kv::{KV_LIMITS, PageTable, fill_random};
 use crate::memory::Breakdown;
 use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
-use tilec_ir::abi::{KvLayout, KvType};
+use tilec_ir::abi::KvLayout;
 use tilec_ir::launch::{
     BROKEN_LOGITS, LAUNCH_ROWS, LaunchArgs, NO_LOGITS, ROUND_SEQUENCE_WORDS, ROUND_WORDS, RoundResult,
     RoundSequence, SAMPLE_ROW_BYTES, SAMPLE_WORDS, SLICE_ROWS, STALL_WORDS, STOP_TOKENS, SYNC_BYTES,
@@ -1214,24 +1214,6 @@ fn wait(
             std::thread::yield_now();
         } else {
             std::thread::sleep(NAP);
-        }
-    }
-}
-
-/// Elements of a type, from -1 to 1, without a pattern.
-fn fill_random(kv_type: KvType, bytes: &mut [u8]) {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    for element in bytes.chunks_exact_mut(kv_type.bytes()) {
-        match kv_type {
-            KvType::F32 => element.copy_from_slice(&next().to_ne_bytes()),
-            KvType::F16 => element.copy_from_slice(&half::f16::from_f32(next()).to_ne_bytes()),
-            KvType::Bf16 => element.copy_from_slice(&half::bf16::from_f32(next()).to_ne_bytes()),
         }
     }
 }

@@ -334,7 +334,9 @@ fn a_pretended_context_is_filled_and_can_be_decoded_behind() {
         Err(StepError::Context { row: 0, position, context: CONTEXT })
     );
     let mut cpu = toy_engine_on(toy_plan(1), &EngineOptions::default());
-    assert_eq!(cpu.pretend_length(0, 1), Err(StepError::NotResident));
+    cpu.pretend_length(0, 1).unwrap();
+    assert_eq!((cpu.length(0), cpu.kv().held_pages(0)), (1, 1));
+    assert!(matches!(cpu.pretend_length(0, usize::MAX), Err(StepError::Context { .. })));
 }
 
 #[test]

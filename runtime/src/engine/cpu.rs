@@ -235,6 +235,14 @@ impl CpuEngine {
         }
     }
 
+    /// Fills pages of the KV caches with numbers that no token made, from -1 to 1.
+    pub fn fill(&mut self, pages: &[u32]) {
+        pages.iter().for_each(|page| self.kv.fill(*page));
+        if let Some(draft) = &mut self.draft {
+            pages.iter().for_each(|page| draft.kv.fill(*page));
+        }
+    }
+
     /// Whether the plan's draft was loaded.
     pub fn has_draft(&self) -> bool {
         self.draft.is_some()

@@ -710,16 +710,11 @@ impl Engine {
     }
 
     /// Makes a sequence `length` positions long with keys and values that no token made: random numbers
-    /// from -1 to 1. For measurements behind long contexts, on engines with a resident kernel; what is
-    /// computed behind them means nothing.
+    /// from -1 to 1. For measurements behind long contexts; what is computed behind them means nothing.
     ///
     /// # Errors
-    /// [`StepError`] without a resident kernel, for a sequence or a length past the limits, and without
-    /// pages enough.
+    /// [`StepError`] for a sequence or a length past the limits, and without pages enough.
     pub fn pretend_length(&mut self, sequence: usize, length: usize) -> Result<(), StepError> {
-        if !self.is_resident() {
-            return Err(StepError::NotResident);
-        }
         let limits = &self.plan.limits;
         if sequence >= limits.sequences {
             let (sequence, sequences) = (sequence as u32, limits.sequences);
@@ -733,11 +728,19 @@ impl Engine {
         self.reserve([(sequence, length)].into_iter())?;
         let first = sequence * self.pages.pages_per_sequence();
         let pages = self.pages.table()[first..first + self.pages.held_pages(sequence)].to_vec();
-        let Back::Cuda(back) = &mut self.back else { return Err(StepError::NotResident) };
-        back.fill(&self.plan, &pages)?;
+        let drafted = match &mut self.back {
+            Back::Cpu(back) => {
+                back.fill(&pages);
+                back.has_draft()
+            }
+            Back::Cuda(back) => {
+                back.fill(&self.plan, &pages)?;
+                back.has_draft()
+            }
+        };
         self.lengths[sequence] = length;
         // Also for the draft.
-        self.draft_lengths[sequence] = if back.has_draft() { length } else { 0 };
+        self.draft_lengths[sequence] = if drafted { length } else { 0 };
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! The measurements on a GPU: steps of the resident kernel, beside what its memory allows.
 
-use crate::args::{BenchArgs, BenchOutput, Routing};
+use crate::args::{BenchArgs, BenchOutput, Contexts, Routing};
 use crate::commands::bench::{Forced, Rounds, random_tokens, rounds};
 use crate::commands::inspect::parameters;
 use crate::stats::Spread;
@@ -23,7 +23,7 @@ use tilec_runtime::sampling::SamplingParams;
 const ROWS: [usize; 2] = [1, 8];
 
 /// Positions of each.
-const CONTEXTS: [usize; 2] = [512, 4096];
+const CONTEXTS: [Contexts; 2] = [Contexts::all(512), Contexts::all(4096)];
 
 /// Steps of a block in a repeat: each goes through the host, and one alone is too short to time.
 const BLOCK_STEPS: usize = 16;
@@ -88,11 +88,11 @@ enum Test {
     /// Steps of one token each of several sequences.
     Decode {
         rows: usize,
-        /// That was asked for.
-        context: usize,
-        /// Position of the first step.
-        start: usize,
+        /// That were asked for.
+        contexts: Contexts,
         steps: usize,
+        /// Positions that a sequence can have.
+        limit: usize,
     },
     /// A step of several rows of one sequence.
     Block { rows: usize, context: usize },
@@ -122,29 +122,17 @@ impl Cases {
             bail!("nothing to measure: give -p, -n or --block a number above 0");
         }
         let list = |given: &[u64]| given.iter().map(|n| *n as usize).collect::<Vec<_>>();
-        let (mut rows, mut contexts) = (list(&args.rows), list(&args.context));
-        if let Some(rows) = rows.iter().find(|rows| **rows > limits.sequences) {
-            bail!(
-                "--rows {rows} are more sequences than the {} of the plan: compile it with --sequences {rows}",
-                limits.sequences
-            );
-        }
-        if let Some(context) = contexts.iter().find(|context| **context > limits.context) {
-            bail!(
-                "--context {context} is more than the {} positions of the plan: compile it with a larger \
-                 --ctx-size",
-                limits.context
-            );
-        }
+        let (mut rows, mut contexts) = (list(&args.rows), args.context.clone());
+        check_sequences(&rows, &contexts, limits)?;
         if rows.is_empty() {
             rows =
                 ROWS.into_iter().chain([pass_rows.max(8)]).map(|rows| rows.min(limits.sequences)).collect();
             rows.dedup();
         }
         if contexts.is_empty() {
-            contexts = CONTEXTS.into_iter().filter(|context| *context <= limits.context).collect();
+            contexts = CONTEXTS.into_iter().filter(|contexts| contexts.last <= limits.context).collect();
             if contexts.is_empty() {
-                contexts = vec![limits.context / 2];
+                contexts = vec![Contexts::all(limits.context / 2)];
             }
         }
         let mut tests = Vec::new();
@@ -155,11 +143,9 @@ impl Cases {
                     "-n {steps} is more than the {most} steps that a launch of this plan can have: lower it"
                 );
             }
-            for context in &contexts {
-                // Half of the steps before the position that was asked for, half behind it.
-                let start = context.saturating_sub(steps / 2).min(limits.context - steps);
-                let test = |rows: &usize| Test::Decode { rows: *rows, context: *context, start, steps };
-                tests.extend(rows.iter().map(test));
+            let limit = limits.context;
+            for contexts in contexts.iter().copied() {
+                tests.extend(rows.iter().map(|rows| Test::Decode { rows: *rows, contexts, steps, limit }));
             }
         }
         if let Some(rows) = args.block.map(|rows| rows as usize) {
@@ -169,8 +155,8 @@ impl Cases {
                     limits.max_rows
                 );
             }
-            for context in &contexts {
-                let context = (*context).min(limits.context.saturating_sub(rows));
+            for contexts in &contexts {
+                let context = contexts.of(1)[0].min(limits.context.saturating_sub(rows));
                 tests.push(Test::Block { rows, context });
             }
         }
@@ -192,7 +178,8 @@ impl Cases {
         let tokens = args.generated_tokens as usize;
         let mut starts: Vec<(usize, usize)> = Vec::new();
         for test in &self.tests {
-            if let Test::Decode { context, .. } = *test {
+            if let Test::Decode { contexts, .. } = *test {
+                let context = contexts.of(1)[0];
                 // The last block may go beyond the tokens.
                 let most = limits.context.saturating_sub(tokens + forced.block);
                 starts.push((context, context.saturating_sub(tokens / 2).min(most)));
@@ -234,12 +221,21 @@ impl Test {
         }
     }
 
-    fn context(&self) -> usize {
+    fn contexts(&self) -> Contexts {
         match self {
-            Test::Decode { context, .. } | Test::Block { context, .. } | Test::Rounds { context, .. } => {
-                *context
-            }
-            Test::Prompt { .. } => 0,
+            Test::Decode { contexts, .. } => *contexts,
+            Test::Block { context, .. } | Test::Rounds { context, .. } => Contexts::all(*context),
+            Test::Prompt { .. } => Contexts::all(0),
+        }
+    }
+
+    /// Positions in each sequence's cache before the first step.
+    fn starts(&self) -> Vec<usize> {
+        match *self {
+            Test::Decode { rows, contexts, steps, limit } => starts(rows, contexts, steps, limit),
+            Test::Block { context, .. } => vec![context],
+            Test::Rounds { start, .. } => vec![start],
+            Test::Prompt { .. } => vec![0],
         }
     }
 
@@ -262,17 +258,17 @@ impl Test {
     fn bytes(&self, plan: &Plan, distinct: Option<f64>) -> (f64, f64) {
         let passes = |rows: usize| rows.div_ceil(pass_rows(plan));
         match self {
-            Test::Decode { rows, start, steps, .. } => {
-                // Steps that are equally long apart are at their mean position on average.
-                let mean = *start as f64 + (*steps - 1) as f64 / 2.0;
+            Test::Decode { rows, steps, .. } => {
+                let starts = self.starts();
+                let caches = |cost: &StageCost| mean_kv_bytes(cost, &starts, *steps);
                 let bytes =
-                    |passes| resident_step_bytes(&plan.costs, distinct, passes, *rows, *rows, mean, *rows);
+                    |passes| resident_step_bytes(&plan.costs, distinct, passes, *rows, &caches, *rows);
                 (bytes(1), bytes(passes(*rows)))
             }
             Test::Block { rows, context } => {
-                let context = *context as f64;
                 let bytes = |passes| {
-                    resident_step_bytes(&plan.costs, distinct, passes, passes, *rows, context, *rows)
+                    let caches = |cost: &StageCost| (passes as u64 * cost.kv_bytes(*context)) as f64;
+                    resident_step_bytes(&plan.costs, distinct, passes, *rows, &caches, *rows)
                 };
                 (bytes(1), bytes(passes(*rows)))
             }
@@ -282,16 +278,18 @@ impl Test {
                 steps.fold((0.0, 0.0), |(must, does), (start, rows)| {
                     let logits = usize::from(start + rows == *tokens);
                     let bytes = |passes, logits| {
-                        resident_step_bytes(&plan.costs, distinct, passes, passes, rows, start as f64, logits)
+                        let caches = |cost: &StageCost| (passes as u64 * cost.kv_bytes(start)) as f64;
+                        resident_step_bytes(&plan.costs, distinct, passes, rows, &caches, logits)
                     };
                     // The kernel streams the head in any case.
                     (must + bytes(1, logits), does + bytes(passes(rows), 1))
                 })
             }
             Test::Rounds { forced: Forced { block, accept, .. }, start, tokens, .. } => {
-                let mean = *start as f64 + *tokens as f64 / 2.0;
+                let mean = start + tokens / 2;
                 let step = |costs: &[StageCost], distinct, rows, logit_rows| {
-                    resident_step_bytes(costs, distinct, 1, 1, rows, mean, logit_rows)
+                    let cache = |cost: &StageCost| cost.kv_bytes(mean) as f64;
+                    resident_step_bytes(costs, distinct, 1, rows, &cache, logit_rows)
                 };
                 let own = plan.draft.as_ref().map_or(0.0, |draft| {
                     let committed = accept.round() as usize;
@@ -305,16 +303,50 @@ impl Test {
     }
 }
 
-/// Bytes of a step: weights read `passes` times, caches of so many `sequences` with `context` positions
-/// each, activations of so many `rows`. Without `logit_rows` the head is left out; with any, it is read
+/// Refuses steps of more sequences, and of longer ones, than a plan has.
+pub fn check_sequences(rows: &[usize], contexts: &[Contexts], limits: &PlanLimits) -> Result<()> {
+    if let Some(rows) = rows.iter().find(|rows| **rows > limits.sequences) {
+        bail!(
+            "--rows {rows} are more sequences than the {} of the plan: compile it with --sequences {rows}",
+            limits.sequences
+        );
+    }
+    if let Some(contexts) = contexts.iter().find(|contexts| contexts.last > limits.context) {
+        bail!(
+            "--context {contexts} is more than the {} positions of the plan: compile it with a larger \
+             --ctx-size",
+            limits.context
+        );
+    }
+    Ok(())
+}
+
+/// Positions of `rows` sequences before the first of `steps` steps: half of the steps lie before what was asked
+/// for, half behind it, as far as there is room from 0 to `limit`, which is at least `steps`.
+pub fn starts(rows: usize, contexts: Contexts, steps: usize, limit: usize) -> Vec<usize> {
+    let start = |context: usize| context.saturating_sub(steps / 2).min(limit - steps);
+    contexts.of(rows).into_iter().map(start).collect()
+}
+
+/// KV cache bytes that a run of a stage reads for a row each of sequences that begin with so many positions, on
+/// average over `steps` steps.
+pub fn mean_kv_bytes(cost: &StageCost, starts: &[usize], steps: usize) -> f64 {
+    if cost.kv_bytes_per_position == 0 || steps == 0 {
+        return 0.0;
+    }
+    let of = |start: usize| (start..start + steps).map(|position| cost.kv_bytes(position)).sum::<u64>();
+    starts.iter().map(|start| of(*start)).sum::<u64>() as f64 / steps as f64
+}
+
+/// Bytes of a step: weights read `passes` times, `caches` that a run of a stage reads in all of them, activations
+/// of so many `rows`. Without `logit_rows` the head is left out; with any, it is read
 /// in all passes. Of experts `distinct` are read in a pass; as many as are to be expected if that is unknown.
 pub fn resident_step_bytes(
     costs: &[StageCost],
     distinct: Option<f64>,
     passes: usize,
-    sequences: usize,
     rows: usize,
-    context: f64,
+    caches: &dyn Fn(&StageCost) -> f64,
     logit_rows: usize,
 ) -> f64 {
     let one = |cost: &StageCost| {
@@ -326,9 +358,7 @@ pub fn resident_step_bytes(
             Some(distinct) => cost.weight_bytes as f64 * distinct / cost.experts as f64,
             None => cost.streamed_bytes(rows.div_ceil(passes.max(1))) as f64,
         };
-        weights * passes as f64
-            + cost.kv_bytes_per_position as f64 * context * sequences as f64
-            + (cost.activation_bytes_per_row * rows as u64) as f64
+        weights * passes as f64 + caches(cost) + (cost.activation_bytes_per_row * rows as u64) as f64
     };
     costs.iter().map(|cost| cost.runs as f64 * one(cost)).sum()
 }
@@ -348,12 +378,13 @@ fn pass_rows(plan: &Plan) -> usize {
 fn measure(engine: &mut Engine, test: &Test, sampling: &SamplingParams) -> Result<(f64, Option<Rounds>)> {
     let vocab = engine.plan().vocab;
     match *test {
-        Test::Decode { rows, start, steps, .. } => {
-            for sequence in 0..rows {
+        Test::Decode { rows, steps, .. } => {
+            let starts = test.starts();
+            for (sequence, start) in starts.iter().enumerate() {
                 // Pages for all steps: those that a launch takes would have to be zeroed first.
                 make_long(engine, sequence, start + steps)?;
             }
-            let inputs = decode_inputs(start, &random_tokens(rows, vocab));
+            let inputs = decode_inputs(&starts, &random_tokens(rows, vocab));
             let mut seconds = 0.0;
             for pass in inputs.chunks(engine.max_decode_rows()) {
                 let begin = Instant::now();
@@ -405,11 +436,14 @@ fn measure(engine: &mut Engine, test: &Test, sampling: &SamplingParams) -> Resul
     }
 }
 
-/// A row for each sequence, all at one position.
-pub fn decode_inputs(position: usize, tokens: &[u32]) -> Vec<RowInput> {
-    let row =
-        |(sequence, token): (u32, &u32)| RowInput { token: *token, position: position as u32, sequence };
-    (0..).zip(tokens).map(row).collect()
+/// A row for each sequence, each at its own position.
+pub fn decode_inputs(positions: &[usize], tokens: &[u32]) -> Vec<RowInput> {
+    let row = |(sequence, (token, position)): (u32, (&u32, &usize))| RowInput {
+        token: *token,
+        position: *position as u32,
+        sequence,
+    };
+    (0..).zip(tokens.iter().zip(positions)).map(row).collect()
 }
 
 /// Gives a sequence at least so many positions, with random keys and values.
@@ -474,7 +508,7 @@ impl Line {
         let rounds: usize = self.rounds.iter().map(|rounds| rounds.rounds).sum();
         let part = |of: fn(&Rounds) -> f64| 1e6 * self.rounds.iter().map(of).sum::<f64>() / rounds as f64;
         let launched = part(|rounds| rounds.launch_s);
-        let context = self.test.context();
+        let context = self.test.contexts();
         if launched * rounds as f64 >= 0.99e6 * total && total > 0.0 {
             return Some(format!("a round behind {context}: {launched:.0} us, whole rounds in launches\n"));
         }
@@ -493,6 +527,11 @@ impl Line {
     fn rate(&self) -> f64 {
         self.bytes / self.spread.median
     }
+}
+
+/// A number, or of a range its text.
+pub fn context_json(contexts: Contexts) -> Value {
+    if contexts.first == contexts.last { json!(contexts.first) } else { json!(contexts.to_string()) }
 }
 
 struct Report<'a> {
@@ -528,7 +567,7 @@ impl Report<'_> {
             table.row([
                 line.test.name(),
                 line.rows.to_string(),
-                line.test.context().to_string(),
+                line.test.contexts().to_string(),
                 line.distinct.map_or("-".into(), |distinct| format!("{distinct:.1}")),
                 format!("{:.4}", line.spread.median * 1e3),
                 format!("{:.4}", line.spread.stddev * 1e3),
@@ -582,7 +621,8 @@ impl Report<'_> {
             json!({
                 "test": line.test.name(),
                 "rows": line.rows,
-                "context": line.test.context(),
+                "context": context_json(line.test.contexts()),
+                "lengths": line.test.starts(),
                 "distinct_experts": line.distinct,
                 "tokens": line.test.tokens(),
                 "seconds": line.spread,
@@ -724,37 +764,51 @@ pub mod tests {
 
     #[test]
     fn defaults_are_what_the_limits_allow() {
-        let decode = |rows, context, start| Test::Decode { rows, context, start, steps: 128 };
-        let expected = [decode(1, 512, 448), decode(8, 512, 448), Test::Prompt { tokens: 512 }];
+        let decode =
+            |rows, context, limit| Test::Decode { rows, contexts: Contexts::all(context), steps: 128, limit };
+        let expected = [decode(1, 512, 1000), decode(8, 512, 1000), Test::Prompt { tokens: 512 }];
         assert_eq!(cases("").unwrap(), expected);
+        assert_eq!(expected[1].starts(), [448; 8]);
         let mut limits = toy_plan().limits;
         (limits.sequences, limits.context) = (4, 600);
         let tests = Cases::of(&args("-p 0"), &limits, 16).unwrap().tests;
-        assert_eq!(tests, [decode(1, 512, 448), decode(4, 512, 448)]);
+        assert_eq!(tests, [decode(1, 512, 600), decode(4, 512, 600)]);
         limits.sequences = 40;
         let tests = Cases::of(&args("-p 0"), &limits, 16).unwrap().tests;
-        assert_eq!(tests, [1, 8, 16].map(|rows| decode(rows, 512, 448)));
+        assert_eq!(tests, [1, 8, 16].map(|rows| decode(rows, 512, 600)));
         (limits.sequences, limits.context) = (1, 200);
-        assert_eq!(Cases::of(&args("-p 0"), &limits, 16).unwrap().tests, [decode(1, 100, 36)]);
+        assert_eq!(Cases::of(&args("-p 0"), &limits, 16).unwrap().tests, [decode(1, 100, 200)]);
+        assert_eq!(decode(1, 100, 200).starts(), [36]);
     }
 
     #[test]
     fn lists_are_measured_within_the_limits() {
-        let tests = cases("--rows 2,3 --context 0,1000 --block 9 -p 0 -n 10").unwrap();
-        let decode = |rows, context, start| Test::Decode { rows, context, start, steps: 10 };
+        let tests = cases("--rows 2,3 --context 0,1000,4..900 --block 9 -p 0 -n 10").unwrap();
+        let decode = |rows, first, last| Test::Decode {
+            rows,
+            contexts: Contexts { first, last },
+            steps: 10,
+            limit: 1000,
+        };
         let block = |context| Test::Block { rows: 9, context };
         let expected = [
             decode(2, 0, 0),
             decode(3, 0, 0),
-            decode(2, 1000, 990),
-            decode(3, 1000, 990),
+            decode(2, 1000, 1000),
+            decode(3, 1000, 1000),
+            decode(2, 4, 900),
+            decode(3, 4, 900),
             block(0),
             block(991),
+            block(452),
         ];
         assert_eq!(tests, expected);
+        assert_eq!((tests[1].starts(), tests[3].starts()), (vec![0; 3], vec![990; 3]));
+        assert_eq!(tests[5].starts(), [0, 895, 447]);
         for (options, problem) in [
             ("--rows 9", "--sequences 9"),
             ("--context 1001", "--ctx-size"),
+            ("--context 1..1001", "--context 1..1001"),
             ("--block 17", "--max-rows"),
             ("-p 1001", "--ctx-size"),
             ("-n 1001", "1000 steps"),
@@ -769,8 +823,16 @@ pub mod tests {
     fn bytes_are_those_of_weights_contexts_and_rows() {
         let plan = toy_plan();
         // Mean position 104.5; 3 caches in each of 2 layers.
-        let bytes = Test::Decode { rows: 3, context: 105, start: 100, steps: 10 }.bytes(&plan, None);
+        let test = Test::Decode { rows: 3, contexts: Contexts::all(105), steps: 10, limit: 1000 };
+        let bytes = test.bytes(&plan, None);
         let expected = 7000.0 + 2.0 * 3.0 * 8.0 * 104.5 + 3.0 * (100.0 + 2.0 * 14.0 + 20.0);
+        assert_eq!(bytes, (expected, expected));
+        // Caches that begin with 0, 795 and 397 positions.
+        let test =
+            Test::Decode { rows: 3, contexts: Contexts { first: 4, last: 800 }, steps: 10, limit: 1000 };
+        let bytes = test.bytes(&plan, None);
+        let positions = 0.0 + 795.0 + 397.0 + 3.0 * 4.5;
+        let expected = 7000.0 + 2.0 * 8.0 * positions + 3.0 * (100.0 + 2.0 * 14.0 + 20.0);
         assert_eq!(bytes, (expected, expected));
         // Two passes: the weights twice, the one cache twice.
         let (must, does) = Test::Block { rows: 9, context: 50 }.bytes(&plan, None);
@@ -835,7 +897,7 @@ pub mod tests {
     }
 
     fn report(plan: &Plan) -> Report<'_> {
-        let decode = Test::Decode { rows: 2, context: 100, start: 96, steps: 9 };
+        let decode = Test::Decode { rows: 2, contexts: Contexts::all(100), steps: 9, limit: 1000 };
         Report {
             sampling: args("--temperature 0.7 --top-k 40").chance.parameters(),
             plan,
@@ -882,6 +944,8 @@ pub mod tests {
             (&test["rows"], &test["context"], &test["bytes"]),
             (&json!(2), &json!(100), &json!(10496.0))
         );
+        assert_eq!(test["lengths"], json!([96, 96]));
+        assert_eq!(context_json(Contexts { first: 1, last: 8192 }), json!("1..8192"));
         assert_eq!(
             (&test["seconds"]["median"], &test["samples_s"]),
             (&json!(5e-3), &json!([4e-3, 6e-3, 5e-3]))

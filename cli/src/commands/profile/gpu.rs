@@ -13,6 +13,7 @@ use std::io::Write as _;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
+use tilec_ir::cost::StageCost;
 use tilec_ir::launch::TRACE_FIELDS;
 use tilec_ir::plan::Plan;
 use tilec_runtime::engine::Engine;
@@ -80,7 +81,7 @@ fn trace(engine: &mut Engine, rows: usize, context: usize) -> Result<Launch> {
     for sequence in 0..rows {
         make_long(engine, sequence, context + 1)?;
     }
-    let inputs = decode_inputs(start, &random_tokens(rows, engine.plan().vocab));
+    let inputs = decode_inputs(&vec![start; rows], &random_tokens(rows, engine.plan().vocab));
     let begin = Instant::now();
     let done = engine.decode(&inputs, steps, &[], &mut |_, _, _| ControlFlow::Continue(()))?;
     let seconds = begin.elapsed().as_secs_f64() / steps as f64;
@@ -245,8 +246,8 @@ impl Profile<'_> {
         let kind = |(number, name): (usize, &&str)| {
             let of = |part: &dyn Fn(&Took) -> f64| median(sums.iter().map(|sums| part(&sums[number])));
             let costs: Vec<_> = self.plan.costs.iter().filter(|cost| cost.stage == *name).cloned().collect();
-            let bytes =
-                resident_step_bytes(&costs, None, 1, self.rows, self.rows, self.context as f64, self.rows);
+            let caches = |cost: &StageCost| (self.rows as u64 * cost.kv_bytes(self.context)) as f64;
+            let bytes = resident_step_bytes(&costs, None, 1, self.rows, &caches, self.rows);
             Kind {
                 name: name.to_string(),
                 runs: of_stage.iter().filter(|kind| **kind == number).count(),
