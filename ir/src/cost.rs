@@ -27,6 +27,9 @@ pub struct StageCost {
     pub kv_bytes_per_position: u64,
     /// Multiply-adds with the KV cache per row and position of context.
     pub kv_macs_per_position: u64,
+    /// Positions that a row sees, itself included; `None`: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_window: Option<usize>,
     /// Activation bytes that it reads and writes per row.
     pub activation_bytes_per_row: u64,
     /// Counts only the rows whose logits are wanted.
@@ -49,10 +52,15 @@ impl StageCost {
         (self.weight_bytes as f64 * share).round() as u64
     }
 
+    /// Of `context` positions in front of a row, those that it sees.
+    pub fn seen(&self, context: usize) -> usize {
+        self.kv_window.map_or(context, |window| context.min(window.saturating_sub(1)))
+    }
+
     /// KV cache bytes that one run reads for the rows of one sequence behind `context` positions: once for all
     /// of them.
     pub fn kv_bytes(&self, context: usize) -> u64 {
-        self.kv_bytes_per_position * context as u64
+        self.kv_bytes_per_position * self.seen(context) as u64
     }
 
     /// Bytes that one run must move for `rows` rows of one sequence behind `context` positions.
@@ -70,7 +78,7 @@ impl StageCost {
 
     /// Multiply-adds of one run.
     pub fn macs(&self, rows: usize, context: usize) -> u64 {
-        rows as u64 * (self.macs_per_row + self.kv_macs_per_position * context as u64)
+        rows as u64 * (self.macs_per_row + self.kv_macs_per_position * self.seen(context) as u64)
     }
 }
 
@@ -124,6 +132,7 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
         macs_per_row: 0,
         kv_bytes_per_position: 0,
         kv_macs_per_position: 0,
+        kv_window: None,
         activation_bytes_per_row: 0,
         logit_rows_only: stage.rows == crate::graph::Dim::LogitRows,
     };
@@ -171,8 +180,9 @@ fn cost(program: &StageProgram, stage: &Stage, runs: usize) -> StageCost {
             cost.macs_per_row = one * *top_k as u64;
             (cost.experts, cost.experts_per_row) = (*experts, *top_k);
         }
-        StageAnchor::Attention { heads, kv_heads, .. } => {
+        StageAnchor::Attention { heads, kv_heads, window, .. } => {
             cost.anchor = "attention".into();
+            cost.kv_window = *window;
             let kv = &program.kv;
             cost.kv_bytes_per_position = (kv_heads * (kv.qk_dim + kv.v_pad()) * kv.kv_type.bytes()) as u64;
             cost.kv_macs_per_position = (heads * (kv.qk_dim + kv.v_dim)) as u64;

@@ -981,6 +981,7 @@ impl ResidentProgram {
             macs_per_row: 0,
             kv_bytes_per_position: 0,
             kv_macs_per_position: 0,
+            kv_window: None,
             activation_bytes_per_row: 0,
             logit_rows_only: false,
         };
@@ -1026,6 +1027,7 @@ impl ResidentProgram {
                 cost.anchor = "attention".into();
                 cost.kv_bytes_per_position = (attention.kv_heads * each * self.kv.kv_type.bytes()) as u64;
                 cost.kv_macs_per_position = (attention.heads * each) as u64;
+                cost.kv_window = attention.window;
                 cost.activation_bytes_per_row = row(attention.input) + row(attention.output);
             }
             Kind::Conv(conv) => {

@@ -630,6 +630,10 @@ mod tests {
         let case = &cases("--rows 3 --context 1..1000 -n 10", &plan).unwrap()[0];
         let positions = (0..10).map(|step| step + (990 + step) + (496 + step)).sum::<usize>();
         assert_eq!(case.bytes(&plan), (10 * (7000 + 3 * 148) + 16 * positions) as f64);
+        let mut narrow = toy_plan();
+        narrow.costs[2].kv_window = Some(100);
+        let positions = (0..10).map(|step| step + 2 * 99).sum::<usize>();
+        assert_eq!(case.bytes(&narrow), (10 * (7000 + 3 * 148) + 16 * positions) as f64);
         assert_eq!(case.name(), "tg10 of 3 around 1..1000");
     }
 }

@@ -691,6 +691,7 @@ pub mod tests {
                 macs_per_row: 0,
                 kv_bytes_per_position,
                 kv_macs_per_position: 0,
+                kv_window: None,
                 activation_bytes_per_row,
                 logit_rows_only: stage == "head",
             };
@@ -834,6 +835,12 @@ pub mod tests {
         let positions = 0.0 + 795.0 + 397.0 + 3.0 * 4.5;
         let expected = 7000.0 + 2.0 * 8.0 * positions + 3.0 * (100.0 + 2.0 * 14.0 + 20.0);
         assert_eq!(bytes, (expected, expected));
+        // Rows that see themselves and 99 positions, of the 0 to 9, 795 and more, and 397 and more that there are.
+        let mut narrow = toy_plan();
+        narrow.costs[2].kv_window = Some(100);
+        let positions = 4.5 + 99.0 + 99.0;
+        let expected = 7000.0 + 2.0 * 8.0 * positions + 3.0 * (100.0 + 2.0 * 14.0 + 20.0);
+        assert_eq!(test.bytes(&narrow, None), (expected, expected));
         // Two passes: the weights twice, the one cache twice.
         let (must, does) = Test::Block { rows: 9, context: 50 }.bytes(&plan, None);
         assert_eq!(must, 7000.0 + 2.0 * 8.0 * 50.0 + 9.0 * 148.0);
