@@ -496,6 +496,53 @@ fn four_sequences_share_thirty_two_rows() {
     assert!(added.iter().any(|count| *count != added[0]), "{added:?}");
 }
 
+/// Eight sequences with blocks in two passes; one ends by a stop token that nobody else says, or has few tokens left.
+#[test]
+fn eight_sequences_accept_differently_until_one_ends() {
+    let name = "sliding-both-ways";
+    let pair = Pair::fixture(name, Sizes { context: 96, step_rows: 32 });
+    let reference = Reference::of(name);
+    let begun: Vec<&[u32]> =
+        (0..8).map(|number| &reference.whole[&format!("tokens.{}", number % 2)][..9 + 3 * number]).collect();
+    feed(&pair, &begun);
+    let before = [pair.target.cache(), pair.block.cache()];
+    let sequences = behind(&begun, 8, 3, 96);
+    let wanted = by_host(&pair, &sequences, 3);
+    let rounds = Rounds::new(&pair);
+    rounds.restore(&before);
+    assert_eq!(rounds.launch(&sequences, &Asked::rounds(3), 3, 11), wanted);
+    let of = |round: usize| wanted[round].iter().map(|added| added.tokens.len()).collect::<Vec<_>>();
+    let lengths: std::collections::BTreeSet<usize> = (0..3).flat_map(of).collect();
+    assert!(lengths.len() >= 3, "{wanted:?}");
+    // A token that some sequence says inside of what it takes, as late as there is one.
+    let says = |round: &Vec<Added>, token: u32| round.iter().any(|added| added.tokens.contains(&token));
+    let inside = |round: &Vec<Added>, token: u32| {
+        round.iter().any(|added| added.tokens[..added.tokens.len() - 1].contains(&token))
+    };
+    let ends = |token: u32| {
+        let round = wanted.iter().position(|round| says(round, token))?;
+        inside(&wanted[round], token).then_some((round, token))
+    };
+    let tokens = 0..pair.target.program.vocab as u32;
+    let (last, stop) = tokens.filter_map(ends).max().expect("a token that ends a launch");
+    let mut cut = wanted[..=last].to_vec();
+    for added in &mut cut[last] {
+        if let Some(at) = added.tokens.iter().position(|token| *token == stop) {
+            added.tokens.truncate(at + 1);
+            added.right = added.right.min(at + 1);
+        }
+    }
+    assert!(cut[last] != wanted[last] && cut[last].iter().zip(&wanted[last]).any(|(cut, all)| cut == all));
+    rounds.restore(&before);
+    let asked = Asked { stops: vec![stop], ..Asked::rounds(3) };
+    assert_eq!(rounds.launch(&sequences, &asked, 4, 12), cut);
+    // As many tokens as one may have are there in the first round.
+    let mut few = sequences.clone();
+    few[5].left = wanted[0][5].tokens.len() as u32;
+    rounds.restore(&before);
+    assert_eq!(rounds.launch(&few, &Asked::rounds(3), 2, 13), wanted[..1]);
+}
+
 /// A draft whose context is not a number guesses nonsense, and changes no token.
 #[test]
 fn a_broken_draft_changes_no_token() {
@@ -583,4 +630,4 @@ fn rounds_of_the_second_version_are_those_of_three_kernels() {
     assert!(others.count() > 1);
 }
 
-const _: () = assert!(SEQUENCES >= 4);
+const _: () = assert!(SEQUENCES >= 8);

@@ -4,6 +4,7 @@ mod cases;
 mod checks;
 mod compare;
 mod drafts;
+mod pairs;
 mod prepare;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ use crate::ui::{self, Align, Table};
 use anyhow::{Context, Result, bail};
 use cases::Case;
 use checks::{After, Outcome};
+use pairs::{PAIRS, Pair};
 use prepare::{Prepared, prepare};
 use std::io::Write as _;
 use std::path::Path;
@@ -20,11 +22,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Instant;
 use tilec_codegen::nvrtc::{Arch, Nvrtc};
+use tilec_ir::spec;
 use tilec_runtime::cuda::{self, DeviceInfo};
 use tilec_runtime::engine::{Engine, EngineOptions};
 
 /// Cases of a whole run, and of a quick one. Ten have all families, formats and groups of heads.
 const CASES: [usize; 2] = [cases::CASES, 10];
+
+/// Trained pairs of a model and its draft, whole and quick.
+const TRAINED: [usize; 2] = [PAIRS.len(), 1];
 
 /// Repeats of the check for races, whole and quick.
 const REPEATS: [u64; 2] = [200, 20];
@@ -34,9 +40,11 @@ pub fn run(args: &SelftestArgs) -> Result<()> {
     let quick = usize::from(args.quick);
     let repeats = args.repeats.unwrap_or(REPEATS[quick]) as usize;
     let mut cases: Vec<Case> = (0..CASES[quick]).map(|number| Case::new(args.seed, number)).collect();
+    let mut pairs: Vec<&Pair> = PAIRS.iter().take(TRAINED[quick]).collect();
     if let Some(only) = &args.only {
         cases.retain(|case| case.name.contains(only.as_str()));
-        if cases.is_empty() {
+        pairs.retain(|pair| pair.name.contains(only.as_str()));
+        if cases.is_empty() && pairs.is_empty() {
             bail!("no case has {only:?} in its name; without --only all are listed");
         }
     }
@@ -47,10 +55,10 @@ pub fn run(args: &SelftestArgs) -> Result<()> {
 
     let start = Instant::now();
     let outcomes = match &args.keep {
-        Some(folder) => all(&cases, folder, arch, args.device as usize, repeats),
+        Some(folder) => all((&cases, &pairs), folder, arch, args.device as usize, repeats),
         None => {
             let folder = tempfile::tempdir().context("cannot make a temporary folder; set TMPDIR")?;
-            all(&cases, folder.path(), arch, args.device as usize, repeats)
+            all((&cases, &pairs), folder.path(), arch, args.device as usize, repeats)
         }
     };
     print(args, &gpu, arch, &outcomes)?;
@@ -58,7 +66,7 @@ pub fn run(args: &SelftestArgs) -> Result<()> {
     ui::note(format!(
         "{} checks of {} cases in {:.0} s",
         outcomes.len(),
-        cases.len(),
+        cases.len() + pairs.len(),
         start.elapsed().as_secs_f64()
     ));
     match failed {
@@ -88,8 +96,15 @@ fn arch_for(gpu: &DeviceInfo) -> Result<Arch> {
     })
 }
 
-/// Runs all cases. They are prepared by as many threads as there are cores, and run one after the other.
-fn all(cases: &[Case], folder: &Path, arch: Arch, device: usize, repeats: usize) -> Vec<Outcome> {
+/// Runs all cases. They are prepared by as many threads as there are cores, and run one after the other. Then
+/// the pairs.
+fn all(
+    (cases, pairs): (&[Case], &[&Pair]),
+    folder: &Path,
+    arch: Arch,
+    device: usize,
+    repeats: usize,
+) -> Vec<Outcome> {
     let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(cases.len());
     let mut outcomes: Vec<(usize, Vec<Outcome>)> = Vec::new();
@@ -111,25 +126,64 @@ fn all(cases: &[Case], folder: &Path, arch: Arch, device: usize, repeats: usize)
         drop(send);
         for (count, (number, prepared)) in receive.iter().enumerate() {
             let case = &cases[number];
-            ui::note(format!("{} of {}: {}", count + 1, cases.len(), case.name));
+            ui::note(format!("{} of {}: {}", count + 1, cases.len() + pairs.len(), case.name));
             let mut of_case = Vec::new();
             let after = one(case, prepared, device, repeats, &mut of_case);
-            for outcome in &of_case {
-                if let Some(problem) = &outcome.problem {
-                    ui::note(format!("  FAIL {}: {problem}", outcome.what));
-                }
-            }
+            report(&of_case);
             outcomes.push((number, of_case));
             if after == After::GiveUp {
                 over.store(true, Ordering::Relaxed);
-                ui::note("the GPU cannot be used any more by this process: the other cases are left out");
+                ui::note(GIVEN_UP);
                 break;
             }
         }
     });
+    for (number, pair) in pairs.iter().enumerate() {
+        if over.load(Ordering::Relaxed) {
+            break;
+        }
+        let number = cases.len() + number;
+        ui::note(format!("{} of {}: {}", number + 1, cases.len() + pairs.len(), pair.name));
+        let target = (spec::Device::Cuda, arch.name());
+        let (outcome, after) = match pair.load(&folder.join(format!("case{number}")), target, device) {
+            Ok(engine) => pairs::check(pair, engine),
+            Err(error) => (failed(pair.name, "compiling and loading", &error), After::GoOn),
+        };
+        let of_pair = vec![outcome];
+        report(&of_pair);
+        outcomes.push((number, of_pair));
+        if after == After::GiveUp {
+            over.store(true, Ordering::Relaxed);
+            ui::note(GIVEN_UP);
+        }
+    }
     // They come as they are prepared; the report is always in the same order.
     outcomes.sort_by_key(|(number, _)| *number);
     outcomes.into_iter().flat_map(|(_, of_case)| of_case).collect()
+}
+
+const GIVEN_UP: &str = "the GPU cannot be used any more by this process: the other cases are left out";
+
+/// Says at once what is wrong.
+fn report(outcomes: &[Outcome]) {
+    for outcome in outcomes {
+        if let Some(problem) = &outcome.problem {
+            ui::note(format!("  FAIL {}: {problem}", outcome.what));
+        }
+    }
+}
+
+/// What could not be checked.
+fn failed(case: &str, what: &'static str, error: &anyhow::Error) -> Outcome {
+    Outcome {
+        case: case.into(),
+        rows: 0,
+        what,
+        error: None,
+        worst: None,
+        bound: None,
+        problem: Some(format!("{error:#}")),
+    }
 }
 
 /// Loads a case and checks it.
@@ -141,15 +195,7 @@ fn one(
     outcomes: &mut Vec<Outcome>,
 ) -> After {
     let mut failed = |what, error: &anyhow::Error| {
-        outcomes.push(Outcome {
-            case: case.name.clone(),
-            rows: 0,
-            what,
-            error: None,
-            worst: None,
-            bound: None,
-            problem: Some(format!("{error:#}")),
-        });
+        outcomes.push(failed(&case.name, what, error));
         After::GoOn
     };
     let prepared = match prepared {
