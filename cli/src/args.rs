@@ -520,11 +520,14 @@ pub struct BenchArgs {
 The trace opens in ui.perfetto.dev and in chrome://tracing: a line per worker, a slice per stage.
 
 On a GPU, --rows are sequences of --context positions each, and the last step of a launch is traced.
+With a draft also the last round of a launch of rounds: its block, the model's step and the inject,
+and what lies between them.
 
 Examples:
   tilec profile model.plan
   tilec profile model.plan --rows 8 --context 512 -o trace.json
-  tilec profile gpu.plan --context 4096 --trace trace.json --sms 132")]
+  tilec profile gpu.plan --context 4096 --trace trace.json --sms 132
+  tilec profile gpu.plan --draft draft/ --accept 6.5")]
 pub struct ProfileArgs {
     /// Tokens in the step
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count(1024))]
@@ -541,6 +544,13 @@ pub struct ProfileArgs {
     /// On a GPU: lines of the trace, spread over its SMs
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1024))]
     pub sms: u64,
+    /// On a GPU, with a draft: tokens that a round adds on average, whatever the guesses are worth on random tokens
+    /// [default: half a block]
+    #[arg(long, value_name = "TOKENS", value_parser = non_negative, help_heading = "Draft")]
+    pub accept: Option<f32>,
+    /// Its draft
+    #[command(flatten)]
+    pub draft: DraftArgs,
     /// Print JSON
     #[arg(long, help_heading = "Output")]
     pub json: bool,

@@ -4,9 +4,9 @@ mod gpu;
 
 #[cfg(test)]
 pub use gpu::tests::toy_plan;
-pub use gpu::{decode_inputs, make_long, resident_step_bytes};
+pub use gpu::{decode_inputs, make_long, pass_rows, resident_step_bytes};
 
-use crate::args::{BenchArgs, BenchOutput, Contexts};
+use crate::args::{BenchArgs, BenchOutput, Contexts, DraftArgs};
 use crate::commands::inspect::parameters;
 use crate::host::{self, Resident};
 use crate::session::{Session, max_logit_rows};
@@ -58,7 +58,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     host::reset_peak();
     let draft = !args.draft.no_draft && cases.is_empty();
     let mut session = Session::open_with_draft(&folder, &args.weights, draft)?;
-    let forced = Forced::new(args, session.draft_block())?;
+    let forced = Forced::of(args, session.draft_block())?;
     let tokens = random_tokens(prompt + generated, plan.vocab);
     let progress = ui::step_progress("measuring", repeats + 1 + cases.len() as u64);
     let (mut samples, mut drafted) = (Vec::new(), Vec::new());
@@ -205,35 +205,44 @@ struct Decoded {
 
 /// Rounds with a draft whose guesses are taken as right as often as asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-struct Forced {
+pub struct Forced {
     /// Rows of a block.
-    block: usize,
+    pub block: usize,
     /// Tokens that a round adds on average.
-    accept: f64,
+    pub accept: f64,
     /// Rounds of a launch; 0 launches each kernel by itself.
     launch: usize,
 }
 
 impl Forced {
-    /// `None` without a draft.
-    fn new(args: &BenchArgs, most: Option<usize>) -> Result<Option<Forced>> {
+    /// As [`Forced::new`], with as many rounds a launch as the command line says.
+    fn of(args: &BenchArgs, most: Option<usize>) -> Result<Option<Forced>> {
+        let forced = Forced::new(args.accept, &args.draft, most)?;
+        Ok(forced.map(|forced| Forced { launch: args.launch_rounds as usize, ..forced }))
+    }
+
+    /// What options say, with a draft of at most so many rows; `None` without one.
+    ///
+    /// # Errors
+    /// When they do not fit the draft, or there is none to fit.
+    pub fn new(accept: Option<f32>, draft: &DraftArgs, most: Option<usize>) -> Result<Option<Forced>> {
         let Some(most) = most else {
-            if args.accept.is_some() {
+            if accept.is_some() {
                 bail!("--accept is for plans with a draft, and this one has none, or --no-draft is given");
             }
             return Ok(None);
         };
-        let block = match args.draft.draft_max {
+        let block = match draft.draft_max {
             Some(guesses) if guesses as usize >= most => {
                 bail!("--draft-max {guesses}: the plan's draft guesses at most {} tokens at a time", most - 1)
             }
-            _ => args.draft.rows().min(most),
+            _ => draft.rows().min(most),
         };
-        let accept = args.accept.map_or(block as f64 / 2.0, f64::from);
+        let accept = accept.map_or(block as f64 / 2.0, f64::from);
         if !(1.0..=block as f64).contains(&accept) {
             bail!("--accept {accept}: a round adds from 1 token to the {block} of a block");
         }
-        Ok(Some(Forced { block, accept, launch: args.launch_rounds as usize }))
+        Ok(Some(Forced { block, accept, launch: 0 }))
     }
 }
 

@@ -1,6 +1,7 @@
 //! `tilec profile`.
 
 mod gpu;
+mod rounds;
 
 use crate::args::ProfileArgs;
 use crate::commands::bench::random_tokens;

@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tilec_ir::abi::{KvLayout, KvType};
-use tilec_ir::launch::{LAUNCH_ROWS, LaunchArgs, ROUND_WORDS, RoundResult, RoundSequence, SLICE_ROWS};
+use tilec_ir::launch::{
+    LAUNCH_ROWS, LaunchArgs, ROUND_WORDS, RoundResult, RoundSequence, SLICE_ROWS, TRACE_FIELDS,
+};
 use tilec_ir::plan::{DraftPlan, Plan, PlanFile, ProgramPlan, WeightsFrom};
 use tilec_ir::stages::{Buffer, BufferElem};
 
@@ -154,6 +156,8 @@ fn round_plan(step_rows: usize) -> Plan {
 fn round_kernel(step_rows: u32, (model, [inject, block]): (FakeKernel, [FakeKernel; 2])) -> FakeKernel {
     // SAFETY: the engine keeps the arguments valid; what is handed on lives through the calls.
     Arc::new(move |args| unsafe {
+        let trace = args.trace;
+        let args = &LaunchArgs { trace: 0, ..*args };
         let mut sequences: Vec<RoundSequence> = (0..args.round_sequences as usize)
             .map(|n| *(args.round as *const RoundSequence).add(n))
             .collect();
@@ -250,6 +254,10 @@ fn round_kernel(step_rows: u32, (model, [inject, block]): (FakeKernel, [FakeKern
             if over || halted {
                 break;
             }
+        }
+        if trace != 0 {
+            let times = std::slice::from_raw_parts_mut(trace as *mut u64, BLOCKS * 6 * TRACE_FIELDS);
+            times.iter_mut().zip(1000..).for_each(|(time, number)| *time = number);
         }
         Ok(())
     })
@@ -702,6 +710,25 @@ fn launched_rounds_of_several_sequences() {
             assert_eq!(passes, (together.min(3) * 6).div_ceil(step_rows / 6 * 6) as u32);
         }
     }
+}
+
+/// The record is that of what ran last, a step or rounds.
+#[test]
+fn rounds_have_times_of_all_their_stages() {
+    let (mut engine, _) = round_engine(SLICE_ROWS, &EngineOptions { profile: true, ..Default::default() });
+    let one = engine.plan().stages.len() * BLOCKS * TRACE_FIELDS;
+    engine.step(&rows(0, 0, &[1, 2]), &[]).unwrap();
+    engine.inject(&[0, 1]).unwrap();
+    assert_eq!(engine.profile().unwrap().len(), one);
+    let block = BlockInput { token: 3, position: 2, sequence: 0, rows: 6, wanted: 5 };
+    let input = RoundInput { block, left: 30, limit: 40 };
+    let options = RoundOptions { rounds: 2, stop_tokens: &[], accept: None };
+    engine.rounds(&[input], &[], options, &mut |_| ControlFlow::Continue(())).unwrap();
+    let times: Vec<u64> = (1000..).take(3 * one).collect();
+    assert_eq!(engine.profile().unwrap(), times);
+    let position = engine.length(0) as u32;
+    engine.step(&rows(0, position, &[4]), &[]).unwrap();
+    assert_eq!(engine.profile().unwrap().len(), one);
 }
 
 /// Stop tokens inside of a block, more of them than the kernel knows, a callback that wants no more.

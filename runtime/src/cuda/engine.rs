@@ -98,6 +98,8 @@ pub struct CudaEngine {
     table_host: HostMemory,
     logits_host: HostMemory,
     trace_host: Option<HostMemory>,
+    /// Stages of the program that was traced last.
+    traced: usize,
     /// `u32 [DECODE_STEPS or passes][LAUNCH_ROWS]`, the tokens of a launch's steps, or of passes, plus one.
     chosen: HostMemory,
     mail: HostMemory,
@@ -175,7 +177,10 @@ impl CudaEngine {
         let table_bytes = plan.limits.sequences.checked_mul(plan.limits.pages_per_sequence(&plan.kv));
         let table_bytes = table_bytes.and_then(|entries| entries.checked_mul(WORD));
         let table_bytes = table_bytes.ok_or(CudaError::Overflow { what: "page table", lower: KV_LIMITS })?;
-        let trace_bytes = device.blocks().checked_mul(plan.stages.len() * TRACE_FIELDS * 8);
+        let draft = plan.draft.as_ref().filter(|_| options.draft);
+        let rounds = draft.and_then(|draft| draft.round.as_ref()).map_or(0, |round| round.stages.len());
+        let traced = plan.stages.len().max(rounds);
+        let trace_bytes = device.blocks().checked_mul(traced * TRACE_FIELDS * 8);
         let trace_bytes = trace_bytes.filter(|_| options.profile);
 
         // The largest first, so that what is short of memory is named for what it is.
@@ -211,6 +216,7 @@ impl CudaEngine {
             table_host: device.allocate_host(table_bytes)?,
             logits_host: device.allocate_host(logits_bytes)?,
             trace_host: trace_bytes.map(|bytes| device.allocate_host(bytes)).transpose()?,
+            traced: plan.stages.len(),
             chosen: device.allocate_host(DECODE_STEPS.max(passes) * LAUNCH_ROWS * WORD)?,
             mail: device.allocate_host((INJECT_MAIL + MAIL_WORDS) * WORD)?,
             table_version: 0,
@@ -542,7 +548,7 @@ impl CudaEngine {
                 device.copy_out(&self.mail, word * WORD..(word + 1) * WORD, done)?;
             }
         }
-        if program == Program::Model { self.queue_trace() } else { Ok(()) }
+        if program == Program::Model { self.queue_trace(plan.stages.len()) } else { Ok(()) }
     }
 
     /// Decodes in one launch: see [`crate::engine::Engine::decode`]. The rows were checked and have
@@ -578,7 +584,7 @@ impl CudaEngine {
         let queued = self
             .queue_inputs(Program::Model, pages, 0..1)
             .and_then(|()| self.queue_launch(Program::Model, &args))
-            .and_then(|()| self.queue_trace());
+            .and_then(|()| self.queue_trace(plan.stages.len()));
         let result = queued.map_err(Trouble::Failed).and_then(|()| {
             let (chosen, halt) = (self.chosen.words(), &self.mail.words()[HALT]);
             wait(&mut *self.device, self.patience + MARGIN, Duration::ZERO, &mut || {
@@ -644,11 +650,14 @@ impl CudaEngine {
             args.sampling = self.sampling_of(0);
         }
         set_stops(&mut args, stop_tokens);
+        let round = plan.draft.as_ref().and_then(|draft| draft.round.as_ref());
+        let round_stages = round.map_or(0, |round| round.stages.len());
 
         let mut told = ToldRounds { rounds: 0, ended: false, bad: None };
         let queued = self
             .queue_inputs(Program::Round, pages, 0..1)
-            .and_then(|()| self.queue_launch(Program::Round, &args));
+            .and_then(|()| self.queue_launch(Program::Round, &args))
+            .and_then(|()| self.queue_trace(round_stages));
         let result = queued.map_err(Trouble::Failed).and_then(|()| {
             let (chosen, halt) = (self.chosen.words(), &self.mail.words()[HALT]);
             wait(&mut *self.device, self.patience + MARGIN, WATCH, &mut || {
@@ -764,7 +773,9 @@ impl CudaEngine {
         }
     }
 
-    fn queue_trace(&mut self) -> Result<(), CudaError> {
+    /// Brings the times of a program of so many stages to the host.
+    fn queue_trace(&mut self, stages: usize) -> Result<(), CudaError> {
+        self.traced = stages;
         if let (Some(trace), Some(host)) = (&self.trace, &self.trace_host) {
             // SAFETY: both are equally long; nobody looks before all is done.
             unsafe { self.device.copy_out(host, 0..trace.bytes(), trace.address()) }?;
@@ -788,8 +799,9 @@ impl CudaEngine {
         };
         let of_draft =
             |part: fn(&CudaDraft) -> &Memory| self.draft.as_ref().map_or(0, |draft| part(draft).address());
-        // The stages of a draft have no times.
-        let trace = self.trace.as_ref().filter(|_| program == Program::Model);
+        // The draft's own kernels have no times.
+        let timed = matches!(program, Program::Model | Program::Round);
+        let trace = self.trace.as_ref().filter(|_| timed);
         let input = |word: usize| self.inputs.address() + ((pass * PASS_WORDS + word) * WORD) as u64;
         let mail = |word: usize| self.mail.address() + ((mail_of(program) + word) * WORD) as u64;
         LaunchArgs {
@@ -942,11 +954,12 @@ impl CudaEngine {
         self.mail.words()[STREAMED].swap(0, Ordering::Relaxed)
     }
 
-    /// Times of the last step, in nanoseconds.
+    /// Times of the last step, or of the last round of a launch, in nanoseconds.
     pub fn profile(&self) -> Option<&[u64]> {
         let host = self.trace_host.as_ref().filter(|_| self.poisoned.is_none())?;
+        let bytes = self.device.blocks() * self.traced * TRACE_FIELDS * 8;
         // SAFETY: every step waits for what it queued, or fails for good.
-        Some(bytemuck::cast_slice(unsafe { host.slice(0..host.bytes()) }))
+        Some(bytemuck::cast_slice(unsafe { host.slice(0..bytes.min(host.bytes())) }))
     }
 
     /// What the GPU's memory is for, but for the pages that are in use.

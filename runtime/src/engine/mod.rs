@@ -858,7 +858,8 @@ impl Engine {
     /// [start, wait end, end]`, in ticks of the processor's time-stamp counter, or of a length that
     /// [`Engine::tick_seconds`] says. A stage in which a worker had no part is zero.
     ///
-    /// A step of a resident kernel that ran in several launches has the times of the last one.
+    /// A step of a resident kernel that ran in several launches has the times of the last one. Behind
+    /// [`Engine::rounds`] these are the times of the last round, with the stages of `draft.round` of the plan.
     pub fn profile(&self) -> Option<&[u64]> {
         match &self.back {
             Back::Cpu(back) => back.profile(),

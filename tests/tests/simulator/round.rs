@@ -32,6 +32,8 @@ struct Asked {
     stops: Vec<u32>,
     accept: u32,
     halt: bool,
+    /// Whether times are recorded, in `trace.bin`.
+    trace: bool,
     /// Bytes of the weights that never come, and turns until somebody says so.
     lost: Option<(usize, u32)>,
 }
@@ -138,11 +140,12 @@ impl<'p> Rounds<'p> {
         launch.extend(0..pages as u32);
         let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
         std::fs::write(path("launch.bin"), bytes).unwrap();
-        let output = Command::new(path("simulator"))
-            .arg(self.folder.path())
-            .args([blocks.to_string(), seed.to_string()])
-            .output()
-            .unwrap();
+        let mut command = Command::new(path("simulator"));
+        if asked.trace {
+            command.env("SIMULATOR_TRACE", path("trace.bin"));
+        }
+        let output =
+            command.arg(self.folder.path()).args([blocks.to_string(), seed.to_string()]).output().unwrap();
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&output.stderr).into_owned());
         }
@@ -541,6 +544,49 @@ fn eight_sequences_accept_differently_until_one_ends() {
     few[5].left = wanted[0][5].tokens.len() as u32;
     rounds.restore(&before);
     assert_eq!(rounds.launch(&few, &Asked::rounds(3), 2, 13), wanted[..1]);
+}
+
+/// Every SM has times of all stages of the last round, each step's behind those of the step before; they change no
+/// token.
+#[test]
+fn the_last_round_has_times_of_all_its_stages() {
+    let pair = Pair::fixture("full", 96);
+    let begun: Vec<u32> = (0..9).map(|n| n * 7 % 50).collect();
+    feed(&pair, &[&begun]);
+    let before = [pair.target.cache(), pair.block.cache()];
+    let rounds = Rounds::new(&pair);
+    let sequences = behind(&[&begun], 8, 7, 96);
+    let wanted = rounds.launch(&sequences, &Asked::rounds(3), 3, 21);
+    rounds.restore(&before);
+    let blocks = 3;
+    let asked = Asked { trace: true, ..Asked::rounds(3) };
+    assert_eq!(rounds.launch(&sequences, &asked, blocks, 22), wanted);
+    let bytes = std::fs::read(rounds.folder.path().join("trace.bin")).unwrap();
+    let times: Vec<u64> = bytes.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+    let steps = [&pair.block, &pair.target, &pair.inject].map(|of| of.program.sequence().len());
+    let stages: usize = steps.iter().sum();
+    let mut firsts = [0, steps[0], steps[0] + steps[1]].map(|first| (first, Vec::new()));
+    for block in 0..blocks {
+        let records = times[block * stages * 3..][..stages * 3].as_chunks::<3>().0;
+        let mut last = 0;
+        for (stage, [wait, start, end]) in records.iter().enumerate() {
+            assert!(
+                last <= *wait && 0 < *wait && wait <= start && start < end,
+                "{block} {stage}: {records:?}"
+            );
+            last = *end;
+        }
+        for (first, starts) in &mut firsts {
+            let [wait, start, _] = records[*first];
+            assert_eq!(wait, start, "a step begins when its rows are there");
+            starts.push(start);
+        }
+    }
+    // No step begins before all SMs have ended the one before.
+    for (first, starts) in &firsts[1..] {
+        let ended = (0..blocks).map(|block| times[(block * stages + first - 1) * 3 + 2]).max().unwrap();
+        assert!(starts.iter().all(|start| *start >= ended), "{starts:?} {ended}");
+    }
 }
 
 /// A draft whose context is not a number guesses nonsense, and changes no token.

@@ -33,7 +33,7 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
     let mut cases = Cases::of(args, &plan.limits, pass_rows(plan))?;
     let repeats = args.repeats.unwrap_or(9) as usize;
     let draft = plan.draft.as_ref().filter(|_| !args.draft.no_draft);
-    if let Some(forced) = Forced::new(args, draft.map(|draft| draft.block))? {
+    if let Some(forced) = Forced::of(args, draft.map(|draft| draft.block))? {
         cases.add_rounds(args, &plan.limits, forced);
     }
     let sampling = args.chance.parameters();
@@ -369,12 +369,12 @@ pub fn expert_layers(plan: &Plan) -> usize {
     plan.costs.iter().filter(|cost| cost.experts > 0).map(|cost| cost.runs).sum::<usize>() / 2
 }
 
-/// Measures once: seconds of a step, of a round, or of the prompt; and what rounds were made of.
 /// Rows for which the plan's kernel reads the weights once.
-fn pass_rows(plan: &Plan) -> usize {
+pub fn pass_rows(plan: &Plan) -> usize {
     plan.resident.map_or(1, |kernel| kernel.step_rows)
 }
 
+/// Measures once: seconds of a step, of a round, or of the prompt; and what rounds were made of.
 fn measure(engine: &mut Engine, test: &Test, sampling: &SamplingParams) -> Result<(f64, Option<Rounds>)> {
     let vocab = engine.plan().vocab;
     match *test {
@@ -856,7 +856,7 @@ pub mod tests {
     #[test]
     fn rounds_are_measured_where_steps_are() {
         let mut cases = Cases::of(&args("-n 64"), &toy_plan().limits, 8).unwrap();
-        let forced = Forced::new(&args("--accept 3.5"), Some(8)).unwrap().unwrap();
+        let forced = Forced::of(&args("--accept 3.5"), Some(8)).unwrap().unwrap();
         assert_eq!(forced, Forced { block: 8, accept: 3.5, launch: 32 });
         cases.add_rounds(&args("-n 64"), &toy_plan().limits, forced);
         let rounds = Test::Rounds { forced, context: 512, start: 480, tokens: 64 };
@@ -889,7 +889,7 @@ pub mod tests {
         let step = |rows: f64, logits: f64| 2000.0 + 2.0 * 8.0 * 512.0 + rows * 128.0 + logits * 20.0;
         let wanted = step(4.0, 0.0) + step(8.0, 7.0) + step(8.0, 8.0) + 2.0 * 5000.0;
         assert_eq!(rounds.bytes(&plan, None), (wanted, wanted));
-        let without = Forced::new(&args("--accept 2"), None).unwrap_err().to_string();
+        let without = Forced::of(&args("--accept 2"), None).unwrap_err().to_string();
         assert!(without.contains("plans with a draft"), "{without}");
         let part =
             |draft_s| Rounds { rounds: 2, tokens: 7, draft_s, verify_s: 4e-4, inject_s: 2e-5, launch_s: 0.0 };

@@ -1,8 +1,8 @@
 //! The profile of a resident kernel: what each SM recorded of the last step of a launch.
 
-use super::kind_of;
+use super::{kind_of, rounds};
 use crate::args::ProfileArgs;
-use crate::commands::bench::{decode_inputs, make_long, random_tokens, resident_step_bytes};
+use crate::commands::bench::{Forced, decode_inputs, make_long, random_tokens, resident_step_bytes};
 use crate::stats::Spread;
 use crate::ui::{Align, Table};
 use crate::{ceiling, session, ui};
@@ -48,7 +48,9 @@ pub fn run(args: &ProfileArgs, folder: &Path, plan: &Plan) -> Result<()> {
             None
         }
     };
-    let mut engine = session::load(folder, &args.weights, true, false)?;
+    let draft = plan.draft.as_ref().filter(|_| !args.draft.no_draft);
+    let forced = Forced::new(args.accept, &args.draft, draft.map(|draft| draft.block))?;
+    let mut engine = session::load(folder, &args.weights, true, draft.is_some())?;
     let most = engine.max_decode_rows();
     if rows > most {
         bail!("--rows {rows} are more than the {most} rows of a step of this plan's kernel: lower it");
@@ -64,12 +66,30 @@ pub fn run(args: &ProfileArgs, folder: &Path, plan: &Plan) -> Result<()> {
         }
     }
     let profile = Profile { plan, rows, context, bandwidth, launches };
+    let rounds = match draft.zip(forced) {
+        Some(draft) => rounds::measure(args, &mut engine, plan, draft, bandwidth)?,
+        None => None,
+    };
     if let Some(path) = &args.output {
-        let trace = profile.chrome(args.sms as usize).to_string();
+        let mut events = profile.events(args.sms as usize);
+        events.extend(rounds.iter().flat_map(|rounds| rounds.events(args.sms as usize)));
+        let trace = json!({ "displayTimeUnit": "ns", "traceEvents": events }).to_string();
         std::fs::write(path, trace).with_context(|| format!("cannot write {}", path.display()))?;
         ui::note(format!("trace of the last step -> {}", path.display()));
     }
-    let text = if args.json { format!("{:#}\n", profile.json()) } else { profile.text() };
+    let text = match args.json {
+        true => {
+            let mut json = profile.json();
+            if let Some(rounds) = &rounds {
+                json["rounds"] = rounds.json();
+            }
+            format!("{json:#}\n")
+        }
+        false => {
+            let rounds = rounds.as_ref().map_or(String::new(), |rounds| format!("\n{}", rounds.text()));
+            format!("{}{rounds}", profile.text())
+        }
+    };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())
 }
@@ -92,36 +112,49 @@ fn trace(engine: &mut Engine, rows: usize, context: usize) -> Result<Launch> {
     Launch::new(times, engine.plan().stages.len(), seconds)
 }
 
-/// What was recorded of the last step of a launch.
-struct Launch {
+/// What was recorded of the last step of a launch, or of the steps of its last round.
+pub(super) struct Launch {
     /// `[SMs][stages][began to wait, could start, published]`, in nanoseconds.
     times: Vec<[u64; TRACE_FIELDS]>,
+    /// Of all steps.
     stages: usize,
-    /// Of a step, seen from the host, on average over the launch.
-    host_seconds: f64,
+    /// The stages behind which a step ends, by number.
+    last: Vec<usize>,
+    /// Of a step, or of a round, seen from the host, on average over the launch.
+    pub host_seconds: f64,
 }
 
 /// What a stage took, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Took {
+pub(super) struct Took {
     /// From the moment that an SM could start to the one at which its part was published; the median
     /// of the SMs.
-    work: f64,
+    pub work: f64,
     /// From the moment at which an SM's part of the stage before was published to the one at which it
     /// could start; the mean of the SMs.
-    wait: f64,
+    pub wait: f64,
     /// From the moment that the SMs could start this stage to that at which they could start the next,
-    /// on average: the paths of all stages are the step.
-    path: f64,
+    /// on average, or at which all of a step's last stage was published: the paths of all stages are the step.
+    pub path: f64,
 }
 
 impl Launch {
     fn new(times: Vec<u64>, stages: usize, host_seconds: f64) -> Result<Launch> {
+        Launch::of_steps(times, &[stages], host_seconds)
+    }
+
+    /// The record of steps of so many stages each.
+    pub(super) fn of_steps(times: Vec<u64>, steps: &[usize], host_seconds: f64) -> Result<Launch> {
+        let stages: usize = steps.iter().sum();
         let (records, rest) = times.as_chunks::<TRACE_FIELDS>();
         if stages == 0 || records.is_empty() || !rest.is_empty() || !records.len().is_multiple_of(stages) {
             bail!("the kernel's record of {} times is not one of {stages} stages", times.len());
         }
-        let launch = Launch { times: records.to_vec(), stages, host_seconds };
+        let last = steps.iter().scan(0, |sum, stages| {
+            *sum += stages;
+            Some(*sum - 1)
+        });
+        let launch = Launch { times: records.to_vec(), stages, last: last.collect(), host_seconds };
         for (number, [wait, start, end]) in launch.times.iter().enumerate() {
             if *wait == 0 || start < wait || end < start {
                 bail!(
@@ -134,7 +167,7 @@ impl Launch {
         Ok(launch)
     }
 
-    fn sms(&self) -> usize {
+    pub(super) fn sms(&self) -> usize {
         self.times.len() / self.stages
     }
 
@@ -148,14 +181,16 @@ impl Launch {
         self.stage(0).map(|[_, start, _]| start).min().unwrap_or(0)
     }
 
-    /// Mean time at which the SMs could start a stage, from [`Launch::begin`]; of the stage behind the
-    /// last, when all of the last was published.
+    /// When all of a stage was published, from [`Launch::begin`].
+    fn ended(&self, stage: usize) -> f64 {
+        let begin = self.begin();
+        let end = self.stage(stage).map(|[_, _, end]| end).max().unwrap_or(begin);
+        end.saturating_sub(begin) as f64 * 1e-9
+    }
+
+    /// Mean time at which the SMs could start a stage, from [`Launch::begin`].
     fn started(&self, stage: usize) -> f64 {
         let begin = self.begin();
-        if stage == self.stages {
-            let end = self.stage(stage - 1).map(|[_, _, end]| end).max().unwrap_or(begin);
-            return (end - begin) as f64 * 1e-9;
-        }
         let sum: u64 = self.stage(stage).map(|[_, start, _]| start.saturating_sub(begin)).sum();
         sum as f64 * 1e-9 / self.sms() as f64
     }
@@ -166,31 +201,162 @@ impl Launch {
         Took {
             work: Spread::of(work).map_or(0.0, |spread| spread.median),
             wait: wait as f64 * 1e-9 / self.sms() as f64,
-            path: self.started(stage + 1) - self.started(stage),
+            path: match self.last.contains(&stage) {
+                true => self.ended(stage) - self.started(stage),
+                false => self.started(stage + 1) - self.started(stage),
+            },
         }
     }
 
     /// From the moment that the SMs could start, on average, to the end.
-    fn step(&self) -> f64 {
-        self.started(self.stages) - self.started(0)
+    pub(super) fn step(&self) -> f64 {
+        self.ended(self.stages - 1) - self.started(0)
+    }
+
+    /// From the end of a step, all of it published, to the moment that the SMs could start the next one.
+    pub(super) fn gap(&self, step: usize) -> f64 {
+        self.started(self.last[step] + 1) - self.ended(self.last[step])
     }
 }
 
 /// A kind of stage: all its runs in a step together, in seconds; medians over the launches.
 #[derive(Clone, Debug, PartialEq)]
-struct Kind {
-    name: String,
-    runs: usize,
+pub(super) struct Kind {
+    pub name: String,
+    pub runs: usize,
     /// What its bytes take at the read ceiling.
-    predicted: f64,
-    took: Took,
+    pub predicted: f64,
+    pub took: Took,
 }
 
 impl Kind {
     /// What the step would be shorter by if this took what is predicted.
-    fn lost(&self) -> f64 {
+    pub fn lost(&self) -> f64 {
         self.took.path - self.predicted
     }
+
+    pub fn json(&self) -> Value {
+        json!({
+            "stage": self.name,
+            "runs": self.runs,
+            "predicted_s": self.predicted,
+            "measured_s": self.took.path,
+            "lost_s": self.lost(),
+            "work_s": self.took.work,
+            "wait_s": self.took.wait,
+        })
+    }
+}
+
+/// What is measured of kinds of stages.
+pub(super) const COLUMNS: [(&str, Align); 8] = [
+    ("stage", Align::Left),
+    ("runs", Align::Right),
+    ("predicted µs", Align::Right),
+    ("measured µs", Align::Right),
+    ("lost µs", Align::Right),
+    ("share", Align::Right),
+    ("work µs", Align::Right),
+    ("wait µs", Align::Right),
+];
+
+/// Cells of a kind, or of several together, in `whole` seconds.
+pub(super) fn cells(name: &str, kinds: &[Kind], whole: f64) -> [String; 8] {
+    let sum = |part: &dyn Fn(&Kind) -> f64| kinds.iter().map(part).sum::<f64>();
+    [
+        name.to_string(),
+        kinds.iter().map(|kind| kind.runs).sum::<usize>().to_string(),
+        micros(sum(&|kind| kind.predicted)),
+        micros(sum(&|kind| kind.took.path)),
+        micros(sum(&Kind::lost)),
+        percent(sum(&|kind| kind.took.path), whole),
+        micros(sum(&|kind| kind.took.work)),
+        micros(sum(&|kind| kind.took.wait)),
+    ]
+}
+
+/// The kinds of some stages, of which the launches' record has the first at number `first`, in the order of their
+/// first run. `predict` says how many seconds the bytes of a kind's costs take.
+pub(super) fn kinds_of<'a>(
+    stages: &[String],
+    first: usize,
+    launches: impl Iterator<Item = &'a Launch>,
+    predict: &dyn Fn(&str) -> f64,
+) -> Vec<Kind> {
+    let mut names: Vec<&str> = Vec::new();
+    let mut number = BTreeMap::new();
+    let of_stage: Vec<usize> = (stages.iter().map(|stage| kind_of(stage)))
+        .map(|name| {
+            *number.entry(name).or_insert_with(|| {
+                names.push(name);
+                names.len() - 1
+            })
+        })
+        .collect();
+    // What each kind took in each launch.
+    let sums: Vec<Vec<Took>> = launches
+        .map(|launch| {
+            let mut sums = vec![Took::default(); names.len()];
+            for (stage, kind) in of_stage.iter().enumerate() {
+                let (sum, took) = (&mut sums[*kind], launch.took(first + stage));
+                sum.work += took.work;
+                sum.wait += took.wait;
+                sum.path += took.path;
+            }
+            sums
+        })
+        .collect();
+    let kind = |(number, name): (usize, &&str)| {
+        let of = |part: &dyn Fn(&Took) -> f64| median(sums.iter().map(|sums| part(&sums[number])));
+        Kind {
+            name: name.to_string(),
+            runs: of_stage.iter().filter(|kind| **kind == number).count(),
+            predicted: predict(name),
+            took: Took {
+                work: of(&|took| took.work),
+                wait: of(&|took| took.wait),
+                path: of(&|took| took.path),
+            },
+        }
+    };
+    names.iter().enumerate().map(kind).collect()
+}
+
+/// A launch's stages in Chrome's trace format, in microseconds from its beginning; a line for each of so many SMs at
+/// equal distances, in the process `group`.
+pub(super) fn events_of(
+    launch: &Launch,
+    stages: &[String],
+    lines: usize,
+    (number, group): (usize, &str),
+) -> Vec<Value> {
+    let begin = launch.begin();
+    let lines = lines.clamp(1, launch.sms());
+    let mut events = vec![json!({
+        "ph": "M", "name": "process_name", "pid": number, "args": { "name": group },
+    })];
+    for line in 0..lines {
+        let sm = line * launch.sms() / lines;
+        events.push(json!({
+            "ph": "M", "name": "thread_name", "pid": number, "tid": sm,
+            "args": { "name": format!("SM {sm}") },
+        }));
+        let mut slice = |name: &str, category: &str, from: u64, to: u64| {
+            let micros = |ns: u64| ns as f64 * 1e-3;
+            events.push(json!({
+                "ph": "X", "name": name, "cat": category, "pid": number, "tid": sm,
+                "ts": micros(from.saturating_sub(begin)), "dur": micros(to - from),
+            }));
+        };
+        let records = &launch.times[sm * launch.stages..][..launch.stages];
+        for (name, [wait, start, end]) in stages.iter().zip(records) {
+            if start > wait {
+                slice("wait", "wait", *wait, *start);
+            }
+            slice(name, kind_of(name), *start, *end);
+        }
+    }
+    events
 }
 
 struct Profile<'a> {
@@ -202,15 +368,15 @@ struct Profile<'a> {
     launches: Vec<Launch>,
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+pub(super) fn median(values: impl Iterator<Item = f64>) -> f64 {
     Spread::of(values).map_or(0.0, |spread| spread.median)
 }
 
-fn micros(seconds: f64) -> String {
+pub(super) fn micros(seconds: f64) -> String {
     format!("{:.1}", seconds * 1e6)
 }
 
-fn percent(part: f64, whole: f64) -> String {
+pub(super) fn percent(part: f64, whole: f64) -> String {
     match part / whole {
         share if share.is_finite() => format!("{:.1} %", 100.0 * share),
         _ => String::new(),
@@ -220,46 +386,12 @@ fn percent(part: f64, whole: f64) -> String {
 impl Profile<'_> {
     /// The kinds in the order of their first run.
     fn kinds(&self) -> Vec<Kind> {
-        let mut names: Vec<&str> = Vec::new();
-        let mut number = BTreeMap::new();
-        let of_stage: Vec<usize> = (self.plan.stages.iter().map(|stage| kind_of(stage)))
-            .map(|name| {
-                *number.entry(name).or_insert_with(|| {
-                    names.push(name);
-                    names.len() - 1
-                })
-            })
-            .collect();
-        // What each kind took in each launch.
-        let sums: Vec<Vec<Took>> = (self.launches.iter())
-            .map(|launch| {
-                let mut sums = vec![Took::default(); names.len()];
-                for (stage, kind) in of_stage.iter().enumerate() {
-                    let (sum, took) = (&mut sums[*kind], launch.took(stage));
-                    sum.work += took.work;
-                    sum.wait += took.wait;
-                    sum.path += took.path;
-                }
-                sums
-            })
-            .collect();
-        let kind = |(number, name): (usize, &&str)| {
-            let of = |part: &dyn Fn(&Took) -> f64| median(sums.iter().map(|sums| part(&sums[number])));
-            let costs: Vec<_> = self.plan.costs.iter().filter(|cost| cost.stage == *name).cloned().collect();
+        let predict = |name: &str| {
+            let costs: Vec<_> = self.plan.costs.iter().filter(|cost| cost.stage == name).cloned().collect();
             let caches = |cost: &StageCost| (self.rows as u64 * cost.kv_bytes(self.context)) as f64;
-            let bytes = resident_step_bytes(&costs, None, 1, self.rows, &caches, self.rows);
-            Kind {
-                name: name.to_string(),
-                runs: of_stage.iter().filter(|kind| **kind == number).count(),
-                predicted: bytes / self.bandwidth,
-                took: Took {
-                    work: of(&|took| took.work),
-                    wait: of(&|took| took.wait),
-                    path: of(&|took| took.path),
-                },
-            }
+            resident_step_bytes(&costs, None, 1, self.rows, &caches, self.rows) / self.bandwidth
         };
-        names.iter().enumerate().map(kind).collect()
+        kinds_of(&self.plan.stages, 0, self.launches.iter(), &predict)
     }
 
     fn step(&self) -> f64 {
@@ -283,43 +415,14 @@ impl Profile<'_> {
     }
 
     fn text(&self) -> String {
-        let right = Align::Right;
-        let mut table = Table::new(&[
-            ("stage", Align::Left),
-            ("runs", right),
-            ("predicted µs", right),
-            ("measured µs", right),
-            ("lost µs", right),
-            ("share", right),
-            ("work µs", right),
-            ("wait µs", right),
-        ]);
+        let mut table = Table::new(&COLUMNS);
         let kinds = self.kinds();
         let step = self.step();
         for kind in &kinds {
-            table.row([
-                kind.name.clone(),
-                kind.runs.to_string(),
-                micros(kind.predicted),
-                micros(kind.took.path),
-                micros(kind.lost()),
-                percent(kind.took.path, step),
-                micros(kind.took.work),
-                micros(kind.took.wait),
-            ]);
+            table.row(cells(&kind.name, std::slice::from_ref(kind), step));
         }
-        let sum = |part: &dyn Fn(&Kind) -> f64| kinds.iter().map(part).sum::<f64>();
-        let predicted = sum(&|kind| kind.predicted);
-        table.row([
-            "sum".to_string(),
-            self.plan.stages.len().to_string(),
-            micros(predicted),
-            micros(sum(&|kind| kind.took.path)),
-            micros(sum(&Kind::lost)),
-            percent(sum(&|kind| kind.took.path), step),
-            micros(sum(&|kind| kind.took.work)),
-            micros(sum(&|kind| kind.took.wait)),
-        ]);
+        let predicted = kinds.iter().map(|kind| kind.predicted).sum::<f64>();
+        table.row(cells("sum", &kinds, step));
         let mut text = format!(
             "{}\n{} row(s) behind {} positions, {} SMs: the step {} µs, {} of its floor of {} µs; {} µs a step seen \
              from the host, tracing included.\n\
@@ -357,17 +460,7 @@ impl Profile<'_> {
         let losses = Profile::losses(&kinds);
         let losses = losses.iter().map(|kind| json!({ "stage": kind.name, "lost_s": kind.lost() }));
         let losses: Vec<_> = losses.collect();
-        let kinds = kinds.iter().map(|kind| {
-            json!({
-                "stage": kind.name,
-                "runs": kind.runs,
-                "predicted_s": kind.predicted,
-                "measured_s": kind.took.path,
-                "lost_s": kind.lost(),
-                "work_s": kind.took.work,
-                "wait_s": kind.took.wait,
-            })
-        });
+        let kinds = kinds.iter().map(Kind::json);
         json!({
             "model": self.plan.name,
             "shard": self.plan.shard,
@@ -383,35 +476,10 @@ impl Profile<'_> {
         })
     }
 
-    /// The last launch's step in Chrome's trace format, in microseconds from its beginning; a line for
-    /// each of so many SMs at equal distances.
-    fn chrome(&self, lines: usize) -> Value {
-        let mut events = Vec::new();
-        let Some(launch) = self.launches.last() else { return json!({ "traceEvents": events }) };
-        let begin = launch.begin();
-        let lines = lines.clamp(1, launch.sms());
-        for line in 0..lines {
-            let sm = line * launch.sms() / lines;
-            events.push(json!({
-                "ph": "M", "name": "thread_name", "pid": 0, "tid": sm,
-                "args": { "name": format!("SM {sm}") },
-            }));
-            let mut slice = |name: &str, category: &str, from: u64, to: u64| {
-                let micros = |ns: u64| ns as f64 * 1e-3;
-                events.push(json!({
-                    "ph": "X", "name": name, "cat": category, "pid": 0, "tid": sm,
-                    "ts": micros(from.saturating_sub(begin)), "dur": micros(to - from),
-                }));
-            };
-            let records = &launch.times[sm * launch.stages..][..launch.stages];
-            for (name, [wait, start, end]) in self.plan.stages.iter().zip(records) {
-                if start > wait {
-                    slice("wait", "wait", *wait, *start);
-                }
-                slice(name, kind_of(name), *start, *end);
-            }
-        }
-        json!({ "displayTimeUnit": "ns", "traceEvents": events })
+    /// The last launch's step for a trace.
+    fn events(&self, lines: usize) -> Vec<Value> {
+        let last = self.launches.last();
+        last.map_or(Vec::new(), |launch| events_of(launch, &self.plan.stages, lines, (0, "step")))
     }
 }
 
@@ -506,15 +574,15 @@ mod tests {
     #[test]
     fn the_trace_has_a_line_for_each_chosen_sm() {
         let plan = toy_plan();
-        let events = |lines| profile(&plan).chrome(lines)["traceEvents"].as_array().unwrap().clone();
+        let events = |lines| profile(&plan).events(lines);
         let one = events(1);
-        // A name, six stages, five waits.
-        assert_eq!(one.len(), 12);
-        assert!(one.iter().all(|event| event["tid"] == json!(0)));
+        // Two names, six stages, five waits.
+        assert_eq!(one.len(), 13);
+        assert!(one[1..].iter().all(|event| event["tid"] == json!(0)));
         let qkv = one.iter().find(|event| event["name"] == "l0.qkv").unwrap();
         assert_eq!((&qkv["ts"], &qkv["dur"], &qkv["cat"]), (&json!(1.1), &json!(2.0), &json!("qkv")));
         let both = events(9);
-        assert_eq!(both.len(), 24);
+        assert_eq!(both.len(), 25);
         assert!(both.iter().any(|event| event["args"]["name"] == "SM 1"));
     }
 

@@ -275,7 +275,9 @@ pub fn check(pair: &Pair, mut engine: Engine) -> (Outcome, After) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(feature = "llvm")]
     use tilec_ir::spec::Target;
+    #[cfg(feature = "llvm")]
     use tilec_runtime::generate::FinishReason;
 
     #[cfg(feature = "llvm")]
