@@ -3,6 +3,7 @@
 mod args;
 mod build;
 mod compare;
+mod demo;
 mod error;
 mod llama_cpp;
 mod memory;
@@ -10,7 +11,7 @@ mod setup;
 mod shell;
 mod wire;
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Instant;
 
 use args::Args;
@@ -24,7 +25,8 @@ Usage: cargo xtask TASK [OPTIONS]
 
   setup [STEP...]     prepare this machine; without names: rust llvm smollm2 (also: llamacpp nvrtc)
   test                set up, then formatting, lints and all tests
-  demo                set up, build tilec and let SmolLM2-135M-Instruct answer
+  demo                set up, build tilec, let SmolLM2-135M-Instruct answer, and mimo-mini write code with its
+                      draft and without, on a GPU as well if there is one
       --prompt TEXT      what to ask                     --max-tokens N     at most so many tokens (96)
       --threads N        threads (as many as cores)
   compare-llama-cpp   tilec beside llama.cpp: speed, or with --text every token of greedy texts
@@ -50,7 +52,7 @@ fn main() -> ExitCode {
     let result = match task.as_str() {
         "setup" => set_up(args),
         "test" => test(args),
-        "demo" => demo(args),
+        "demo" => demo::main(args),
         "compare-llama-cpp" => compare::main(args),
         "llama-cpp-worker" => llama_cpp::worker::main(args),
         "help" | "--help" | "-h" => {
@@ -98,35 +100,5 @@ fn test(args: Args) -> Result<()> {
         shell::run(&mut test)
     })?;
     eprintln!("all checks passed in {:.0} s", start.elapsed().as_secs_f64());
-    Ok(())
-}
-
-/// From a fresh machine to an answer.
-fn demo(mut args: Args) -> Result<()> {
-    let prompt =
-        args.text("--prompt")?.unwrap_or_else(|| "Explain why the sky is blue in two sentences.".into());
-    let max_tokens = args.number("--max-tokens", 96usize, 1)?;
-    let threads = args.number("--threads", 0usize, 1)?;
-    args.finish()?;
-    let mut parts = Parts::default();
-    parts.run("set-up: LLVM 19", setup::llvm)?;
-    parts.run("set-up: SmolLM2", setup::smollm2)?;
-    let tilec = parts.run("build", build::tilec)?;
-    let plan = setup::cache()?.join("smollm2-demo.plan");
-    parts.run("compile", || {
-        let mut compile = Command::new(&tilec);
-        compile.arg("compile").arg(shell::workspace_root().join("examples/smollm2/model.yaml"));
-        if threads > 0 {
-            compile.args(["--threads", &threads.to_string()]);
-        }
-        shell::run(compile.arg("--output").arg(&plan))
-    })?;
-    parts.run("answer", || {
-        let mut run = Command::new(&tilec);
-        run.arg("run").arg(&plan).arg("--prompt").arg(&prompt);
-        run.args(["--max-tokens", &max_tokens.to_string(), "--temperature", "0", "--stats"]);
-        shell::run(&mut run)
-    })?;
-    eprint!("\n{}", parts.table());
     Ok(())
 }
