@@ -247,10 +247,12 @@ impl Forced {
 }
 
 /// Rounds of one repeat.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 struct Rounds {
     rounds: usize,
     tokens: usize,
+    /// Rounds by tokens that they added: entry `i` is for `i + 1`.
+    histogram: Vec<usize>,
     /// Seconds for guessing.
     draft_s: f64,
     /// Seconds for the model's steps.
@@ -264,6 +266,29 @@ struct Rounds {
 impl Rounds {
     fn seconds(&self) -> f64 {
         self.draft_s + self.verify_s + self.inject_s + self.launch_s
+    }
+
+    /// Notes a round that added so many tokens, at least one.
+    fn note(&mut self, tokens: usize) {
+        self.rounds += 1;
+        self.tokens += tokens;
+        if self.histogram.len() < tokens {
+            self.histogram.resize(tokens, 0);
+        }
+        self.histogram[tokens - 1] += 1;
+    }
+
+    /// Tokens a round of all these, and how many rounds added how many.
+    fn said(all: &[Rounds]) -> String {
+        let rounds: usize = all.iter().map(|rounds| rounds.rounds).sum();
+        let tokens: usize = all.iter().map(|rounds| rounds.tokens).sum();
+        let share = |added: usize| -> Option<String> {
+            let count: usize = all.iter().filter_map(|rounds| rounds.histogram.get(added - 1)).sum();
+            (count > 0).then(|| format!("{added}: {:.0} %", 100.0 * count as f64 / rounds as f64))
+        };
+        let most = all.iter().map(|rounds| rounds.histogram.len()).max().unwrap_or(0);
+        let shares: Vec<String> = (1..=most).filter_map(share).collect();
+        format!("{:.2} tokens a round ({})", tokens as f64 / rounds.max(1) as f64, shares.join(", "))
     }
 }
 
@@ -294,7 +319,7 @@ fn rounds(
     sampling: &SamplingParams,
 ) -> Result<Rounds> {
     let row = |position: usize, token: u32| RowInput { token, position: position as u32, sequence: 0 };
-    let mut sum = Rounds { rounds: 0, tokens: 0, draft_s: 0.0, verify_s: 0.0, inject_s: 0.0, launch_s: 0.0 };
+    let mut sum = Rounds::default();
     let (vocab, context) = (engine.plan().vocab, engine.plan().limits.context);
     while prompt + sum.tokens < tokens.len() {
         let position = prompt + sum.tokens;
@@ -320,12 +345,11 @@ fn rounds(
         };
         std::hint::black_box(chosen);
         let verified = Instant::now();
-        sum.rounds += 1;
         // The whole number nearest to the average so far.
-        let due = (forced.accept * sum.rounds as f64).round() as usize;
+        let due = (forced.accept * (sum.rounds + 1) as f64).round() as usize;
         let added = due.saturating_sub(sum.tokens).clamp(1, rows).min(tokens.len() - position);
         engine.inject(&all[..added])?;
-        sum.tokens += added;
+        sum.note(added);
         sum.draft_s += (guessed - start).as_secs_f64();
         sum.verify_s += (verified - guessed).as_secs_f64();
         sum.inject_s += verified.elapsed().as_secs_f64();
@@ -347,8 +371,8 @@ fn launched_rounds(
     let input = RoundInput { block, left: tokens.len(), limit };
     let options = RoundOptions { rounds: forced.launch, stop_tokens: &[], accept: Some(forced.accept) };
     let start = Instant::now();
-    sum.rounds += engine.rounds(&[input], &[sampling], options, &mut |news| {
-        sum.tokens += news.tokens.len();
+    engine.rounds(&[input], &[sampling], options, &mut |news| {
+        sum.note(news.tokens.len());
         ControlFlow::Continue(())
     })?;
     sum.launch_s += start.elapsed().as_secs_f64();
@@ -529,10 +553,11 @@ impl Report<'_> {
         if total > 0.0 {
             let share = |part: fn(&Rounds) -> f64| 100.0 * self.drafted.iter().map(part).sum::<f64>() / total;
             text.push_str(&format!(
-                "rounds: draft {:.0} %, its context {:.0} %, verify {:.0} % of the time\n",
+                "rounds: draft {:.0} %, its context {:.0} %, verify {:.0} % of the time; {}\n",
                 share(|rounds| rounds.draft_s),
                 share(|rounds| rounds.inject_s),
                 share(|rounds| rounds.verify_s),
+                Rounds::said(&self.drafted),
             ));
         }
         if let Some(resident) = self.resident {
@@ -630,6 +655,17 @@ mod tests {
             let error = cases(options, plan).unwrap_err();
             assert!(error.contains(problem), "{options}: {error}");
         }
+    }
+
+    #[test]
+    fn rounds_are_counted_by_what_they_added() {
+        let mut one = Rounds::default();
+        [3, 1, 3].into_iter().for_each(|added| one.note(added));
+        assert_eq!((one.rounds, one.tokens, &one.histogram[..]), (3, 7, &[1, 0, 2][..]));
+        let mut other = Rounds::default();
+        other.note(2);
+        assert_eq!(Rounds::said(&[one, other]), "2.25 tokens a round (1: 25 %, 2: 25 %, 3: 50 %)");
+        assert_eq!(Rounds::said(&[]), "0.00 tokens a round ()");
     }
 
     #[test]

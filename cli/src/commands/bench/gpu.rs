@@ -510,15 +510,19 @@ impl Line {
         let launched = part(|rounds| rounds.launch_s);
         let context = self.test.contexts();
         if launched * rounds as f64 >= 0.99e6 * total && total > 0.0 {
-            return Some(format!("a round behind {context}: {launched:.0} us, whole rounds in launches\n"));
+            let said = Rounds::said(&self.rounds);
+            return Some(format!(
+                "a round behind {context}: {launched:.0} us, whole rounds in launches; {said}\n"
+            ));
         }
         (total > 0.0).then(|| {
             format!(
-                "a round behind {}: draft {:.0} us, verify {:.0} us, its context {:.0} us\n",
+                "a round behind {}: draft {:.0} us, verify {:.0} us, its context {:.0} us; {}\n",
                 context,
                 part(|rounds| rounds.draft_s),
                 part(|rounds| rounds.verify_s),
                 part(|rounds| rounds.inject_s),
+                Rounds::said(&self.rounds),
             )
         })
     }
@@ -891,16 +895,28 @@ pub mod tests {
         assert_eq!(rounds.bytes(&plan, None), (wanted, wanted));
         let without = Forced::of(&args("--accept 2"), None).unwrap_err().to_string();
         assert!(without.contains("plans with a draft"), "{without}");
-        let part =
-            |draft_s| Rounds { rounds: 2, tokens: 7, draft_s, verify_s: 4e-4, inject_s: 2e-5, launch_s: 0.0 };
+        let part = |draft_s| Rounds {
+            rounds: 2,
+            tokens: 7,
+            draft_s,
+            verify_s: 4e-4,
+            inject_s: 2e-5,
+            ..Rounds::default()
+        };
         let line = Line::new(&plan, rounds, vec![3e-4, 4e-4], None);
         let line = Line { rounds: vec![part(1e-4), part(3e-4)], ..line };
-        let wanted = "a round behind 512: draft 100 us, verify 200 us, its context 10 us\n";
+        let wanted =
+            "a round behind 512: draft 100 us, verify 200 us, its context 10 us; 3.50 tokens a round ()\n";
         assert_eq!(line.split().as_deref(), Some(wanted));
         let launched =
-            Rounds { rounds: 4, tokens: 9, draft_s: 0.0, verify_s: 0.0, inject_s: 0.0, launch_s: 8e-4 };
+            Rounds { rounds: 4, tokens: 9, histogram: vec![0, 3, 1], launch_s: 8e-4, ..Rounds::default() };
         let line = Line { rounds: vec![launched], ..line };
-        assert_eq!(line.split().as_deref(), Some("a round behind 512: 200 us, whole rounds in launches\n"));
+        assert_eq!(
+            line.split().as_deref(),
+            Some(
+                "a round behind 512: 200 us, whole rounds in launches; 2.25 tokens a round (2: 75 %, 3: 25 %)\n"
+            )
+        );
     }
 
     fn report(plan: &Plan) -> Report<'_> {
