@@ -712,6 +712,106 @@ fn launched_rounds_of_several_sequences() {
     }
 }
 
+/// Texts without guesses ride along in launches of rounds, a token a round, and may have guesses again at any time.
+#[test]
+fn texts_without_guesses_share_launches_of_rounds() {
+    let prompts: [&[u32]; 3] = [&[1, 2, 3, 4, 9, 8, 7], &[9], &[60, 1, 2]];
+    for step_rows in [8, 16] {
+        let (engine, seen) = round_engine(step_rows, &EngineOptions::default());
+        let mut generator = Generator::new(engine, None);
+        generator.set_draft_min(usize::MAX);
+        for off in 0..3 {
+            generator.clear();
+            let requests: Vec<Request> = prompts.iter().map(|prompt| request(prompt, 33)).collect();
+            requests[off].draft.set(0);
+            seen.programs.lock().unwrap().clear();
+            seen.rounds.lock().unwrap().clear();
+            let run = generator.run(&requests, &mut |_| ControlFlow::Continue(())).unwrap();
+            for (done, request) in run.completions.iter().zip(&requests) {
+                assert_eq!(done.tokens, expected(&request.prompt, 33));
+            }
+            let draft = &run.completions[off].draft;
+            assert!(draft.rounds == 0 && draft.plain >= 10, "{draft:?}");
+            let others: Vec<_> = (0..3).filter(|n| *n != off).map(|n| &run.completions[n].draft).collect();
+            assert!(others.iter().all(|draft| draft.right > 5), "{others:?}");
+            // All three are in some launch, of which one has no guesses.
+            let launches = seen.rounds.lock().unwrap();
+            let all = launches.iter().find(|args| args.round_sequences == 3).expect("a launch of all");
+            assert!(all.rows > 3, "{}", all.rows);
+            // While the others write, nothing else is launched.
+            let programs = seen.programs.lock().unwrap();
+            let first = programs.iter().position(|program| *program == Program::Round).unwrap();
+            let last = programs.iter().rposition(|program| *program == Program::Round).unwrap();
+            let others = programs[first..last].iter().filter(|program| **program != Program::Round).count();
+            assert!(others <= 4, "{programs:?}");
+        }
+        // Switched on and off from the callback.
+        let mut switched = [0; 2];
+        for turn in [2, 3, 5, 11] {
+            generator.clear();
+            let requests: Vec<Request> = prompts.iter().map(|prompt| request(prompt, 40)).collect();
+            let mut told = 0;
+            let run = generator
+                .run(&requests, &mut |piece| {
+                    told += 1;
+                    let limit = if told / turn % 2 == 0 { 0 } else { 5 };
+                    requests[(piece.request + 1) % 3].draft.set(limit);
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
+            for (done, request) in run.completions.iter().zip(&requests) {
+                assert_eq!(done.tokens, expected(&request.prompt, 40), "{turn}");
+            }
+            switched[0] += run.draft.plain;
+            switched[1] += run.draft.rounds;
+        }
+        assert!(switched.iter().all(|count| *count > 10), "{switched:?}");
+    }
+}
+
+/// What a launch of rounds takes, and what it leaves of the draft's context.
+#[test]
+fn sequences_without_guesses_stand_behind_the_others() {
+    let (mut engine, _) = round_engine(SLICE_ROWS, &EngineOptions::default());
+    for sequence in 0..2 {
+        engine.step(&rows(sequence, 0, &[1, 2]), &[]).unwrap();
+    }
+    // The draft knows all of the first sequence, and nothing of the second.
+    engine.step(&rows(0, 0, &[1, 2]), &[]).unwrap();
+    engine.inject(&[0, 1]).unwrap();
+    let input = |sequence, rows, wanted| {
+        let block = BlockInput { token: 3, position: 2, sequence, rows, wanted };
+        RoundInput { block, left: 30, limit: 40 }
+    };
+    let options = RoundOptions { rounds: 2, stop_tokens: &[], accept: None };
+    let mut go = |inputs: &[RoundInput]| {
+        let mut news = Vec::new();
+        let done = engine.rounds(inputs, &[], options, &mut |round| {
+            news.push((round.sequence, round.tokens.to_vec()));
+            ControlFlow::Continue(())
+        });
+        done.map(|_| (news, [0, 1].map(|sequence| (engine.length(sequence), engine.draft_length(sequence)))))
+    };
+    for wrong in
+        [&[input(1, 0, 0)][..], &[input(1, 0, 0), input(0, 6, 5)], &[input(0, 6, 0)], &[input(0, 0, 3)]]
+    {
+        assert!(matches!(go(wrong), Err(StepError::Block { .. })), "{wrong:?}");
+    }
+    let (news, lengths) = go(&[input(0, 6, 5), input(1, 0, 0)]).unwrap();
+    let own: Vec<u32> =
+        news.iter().filter(|(of, _)| *of == 1).flat_map(|(_, tokens)| tokens.clone()).collect();
+    assert_eq!(own, expected(&[1, 2, 3], 2));
+    let first: usize = news.iter().filter(|(of, _)| *of == 0).map(|(_, tokens)| tokens.len()).sum();
+    assert_eq!(lengths, [(2 + first, 2 + first), (4, 0)]);
+    // More of them than there are places for.
+    let many: Vec<RoundInput> =
+        (0..5).map(|n| input(n, if n == 0 { 2 } else { 0 }, usize::from(n == 0))).collect();
+    assert!(matches!(
+        engine.rounds(&many, &[], options, &mut |_| ControlFlow::Continue(())),
+        Err(StepError::Rows { rows: 5, max: 4 })
+    ));
+}
+
 /// The record is that of what ran last, a step or rounds.
 #[test]
 fn rounds_have_times_of_all_their_stages() {

@@ -117,7 +117,8 @@ pub struct BlockInput {
     pub wanted: usize,
 }
 
-/// A sequence of [`Engine::rounds`].
+/// A sequence of [`Engine::rounds`]. One whose block has no rows has no guesses: each round adds a token. Those
+/// stand behind all others, of which there is at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RoundInput {
     /// The block of its first round, whose `wanted` guesses are verified in each round.
@@ -619,6 +620,11 @@ impl Engine {
         }
     }
 
+    /// Sequences of [`Engine::rounds`] at most: each could have a guess.
+    pub fn max_round_sequences(&self) -> usize {
+        self.max_decode_rows() / 2
+    }
+
     /// Runs rounds of the draft in one launch. In each, a block behind the last token of every sequence guesses, a
     /// step of the model verifies, its tokens are taken up to the first guess that it did not choose, and the draft's
     /// context follows. The tokens are those of single steps, chosen as `sampling` says: see
@@ -642,8 +648,12 @@ impl Engine {
         let block_rows = inputs.iter().map(|input| input.block.rows).sum();
         let rows = inputs.iter().map(|input| input.block.wanted + 1).sum::<usize>();
         let max = self.max_decode_rows();
+        let most = self.max_round_sequences();
         if !self.has_rounds(0, 0) {
             return Err(if self.is_resident() { StepError::NoDraft } else { StepError::NotResident });
+        }
+        if inputs.len() > most {
+            return Err(StepError::Rows { rows: inputs.len(), max: most });
         }
         if inputs.is_empty() || !self.has_rounds(block_rows, rows) {
             let max = if rows > max || inputs.is_empty() { max } else { self.plan.limits.max_rows };
@@ -664,7 +674,10 @@ impl Engine {
             if room > *limit || *limit > context {
                 return Err(StepError::Context { row, position: room.max(*limit) as u32 - 1, context });
             }
-            if block.wanted == 0 || *left == 0 {
+            // Only behind those with guesses.
+            let rests = (block.rows, block.wanted) == (0, 0) && inputs[0].block.rows > 0;
+            let after = !rests && row > 0 && inputs[row - 1].block.rows == 0;
+            if block.rows.min(block.wanted) == 0 && !rests || after || *left == 0 {
                 return Err(StepError::Block {
                     rows: block.rows,
                     max: self.plan.draft.as_ref().map_or(0, |d| d.block),
@@ -682,8 +695,24 @@ impl Engine {
             });
             first_row += block.wanted as u32 + 1;
         }
-        let blocks: Vec<BlockInput> = inputs.iter().map(|input| input.block).collect();
-        self.begin_blocks(&blocks)?;
+        let blocks = inputs.iter().map(|input| input.block).filter(|block| block.rows > 0);
+        self.begin_blocks(&blocks.collect::<Vec<_>>())?;
+        let plain = inputs.iter().filter(|input| input.block.rows == 0);
+        let plain =
+            plain.map(|RoundInput { block: BlockInput { token, position, sequence, .. }, .. }| RowInput {
+                token: *token,
+                position: *position,
+                sequence: *sequence,
+            });
+        let plain: Vec<RowInput> = plain.collect();
+        if !plain.is_empty() {
+            self.check(&plain, &[])?;
+        }
+        // What the draft knows of a text without guesses may end before it: then it stays.
+        for row in &plain {
+            let known = &mut self.draft_lengths[row.sequence as usize];
+            *known = (*known).min(row.position as usize);
+        }
         self.reserve(inputs.iter().map(|input| (input.block.sequence as usize, input.limit)))?;
         // The taps of all rounds are injected.
         self.tapped.clear();
@@ -701,7 +730,11 @@ impl Engine {
         for (input, added) in inputs.iter().zip(added) {
             let (sequence, position) = (input.block.sequence as usize, input.block.position as usize);
             if done.is_ok() {
-                (self.lengths[sequence], self.draft_lengths[sequence]) = (position + added, position + added);
+                self.lengths[sequence] = position + added;
+                // All rows become the draft's context, which may have a gap in front of them.
+                if self.draft_lengths[sequence] == position {
+                    self.draft_lengths[sequence] = position + added;
+                }
             }
             // Pages for rounds that did not run are for others.
             self.pages.trim(sequence, self.lengths[sequence]);

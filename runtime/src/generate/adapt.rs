@@ -219,7 +219,7 @@ pub(super) struct Company {
     pub room: usize,
     /// Whether many steps go into a launch if there are no guesses.
     pub launch: bool,
-    /// Whether many rounds go into a launch if each sequence has guesses.
+    /// Whether many rounds go into a launch if some sequence has guesses.
     pub rounds: bool,
 }
 
@@ -266,7 +266,7 @@ pub(super) fn choose(candidates: &mut [Candidate<'_>], company: Company, times: 
         if all == 0 {
             return Work { tokens, seconds: plain, least: times.least(Pass::Step, decode) };
         }
-        if company.rounds && times.fixed.is_none() && guesses.iter().all(|guesses| *guesses > 0) {
+        if company.rounds && times.fixed.is_none() {
             let (seconds, least) =
                 (times.seconds(Pass::Round, decode + all), times.least(Pass::Round, decode + all));
             return Work { tokens, seconds, least };

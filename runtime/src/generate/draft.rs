@@ -224,8 +224,11 @@ impl Generator {
         let blocks =
             able.iter().map(|(sequence, ..)| self.draft_rows_at(self.history[*sequence].len())).sum();
         let rounds = self.launches_rounds(active, requests)
-            && others == 0
-            && self.engine.has_rounds(blocks, able.len());
+            && decodes
+                .iter()
+                .all(|at| choice[*at] == Choice::Plain || able.iter().any(|(able, ..)| able == at))
+            && decodes.len() <= self.engine.max_round_sequences()
+            && self.engine.has_rounds(blocks, decodes.len());
         let company = Company { rows: others, room, launch, rounds };
         let rows = self.draft_rows_at(0);
         let mut paces: Vec<Option<&mut Active>> = active.iter_mut().map(Option::as_mut).collect();

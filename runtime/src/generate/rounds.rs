@@ -1,5 +1,5 @@
-//! Many rounds of a draft in one launch, where a GPU's kernel can choose all tokens and all sequences decode and have
-//! guesses. The host only reads tokens, which come round by round while the launch runs. Each
+//! Many rounds of a draft in one launch, where a GPU's kernel can choose all tokens and all sequences decode. Those
+//! that have no guesses for a while get a token a round. The host only reads tokens, which come round by round while the launch runs. Each
 //! sequence has the same number of guesses in all rounds of a launch; the next launch may have another.
 
 use super::adapt::Pass;
@@ -33,7 +33,8 @@ impl Generator {
             && (!drawn || active.iter().flatten().all(greedy))
     }
 
-    /// What the next launch is made of, if all active sequences have guesses and a launch can have them all.
+    /// What the next launch is made of, if some active sequence has guesses, the others none on purpose, and a launch can
+    /// have them all. Those without guesses come last: each round adds a token to them.
     pub(super) fn rounds_of(
         &mut self,
         active: &[Option<Active>],
@@ -45,25 +46,43 @@ impl Generator {
         }
         let context = self.engine.plan().limits.context;
         let mut inputs = Vec::new();
+        let mut plain = Vec::new();
         let mut rounds = LAUNCH_ROUNDS.min(self.launch_steps);
         // Tokens that a round adds to each, as far as is known.
         let mut expected = Vec::new();
         for (sequence, place) in active.iter().enumerate() {
             let Some(current) = place else { continue };
-            let Choice::Guesses { wanted, .. } = choice[sequence] else { return None };
             let position = self.history[sequence].len();
+            let (rows, wanted) = match choice[sequence] {
+                Choice::Guesses { wanted, .. } => (self.draft_rows_at(position), wanted),
+                Choice::Plain => (0, 0),
+                Choice::Nothing => return None,
+            };
             let block = BlockInput {
                 token: current.tokens[position],
                 position: position as u32,
                 sequence: sequence as u32,
-                rows: self.draft_rows_at(position),
+                rows,
                 wanted,
             };
             let left = requests[current.request].max_tokens - (current.tokens.len() - current.prompt);
+            if rows == 0 {
+                // Until its next guess is due.
+                if current.pace.rest() > 0 {
+                    rounds = rounds.min(current.pace.rest());
+                }
+                plain.push(RoundInput { block, left, limit: 0 });
+                continue;
+            }
             rounds = rounds.min((current.draft.rounds as usize).max(FIRST_ROUNDS));
             expected.push(1.0 + current.pace.chances(wanted).iter().sum::<f64>());
             inputs.push(RoundInput { block, left, limit: 0 });
         }
+        if inputs.is_empty() || inputs.len() + plain.len() > self.engine.max_round_sequences() {
+            return None;
+        }
+        expected.extend(plain.iter().map(|_| 1.0));
+        inputs.extend(plain);
         let sum = |of: fn(&BlockInput) -> usize| inputs.iter().map(|input| of(&input.block)).sum();
         if !self.engine.has_rounds(sum(|block| block.rows), sum(|block| block.wanted + 1)) {
             return None;
@@ -76,7 +95,7 @@ impl Generator {
         let limit = |input: &RoundInput, expected: f64, rounds: usize| {
             let RoundInput { block, left, .. } = input;
             let before = ((rounds - 1) as f64 * expected).ceil() as usize;
-            (block.position as usize + before.min(*left) + block.rows).min(context)
+            (block.position as usize + before.min(*left) + block.rows.max(1)).min(context)
         };
         let page = self.engine.plan().kv.page_tokens;
         let missing = |generator: &Generator, rounds: usize| {
@@ -134,6 +153,7 @@ impl Generator {
             let place = &mut active[block.sequence as usize];
             let current = place.as_mut().expect("the launch ends with the round of the first that ends");
             let request = &requests[current.request];
+            let plain = block.rows == 0;
             // Guesses that could become tokens.
             let left = request.max_tokens - (current.tokens.len() - current.prompt);
             let guessed = block.wanted.min(left - 1);
@@ -148,7 +168,10 @@ impl Generator {
                 }
             }
             tokens += taken;
-            if guessed > 0 {
+            if plain {
+                current.draft.plain += taken as u64;
+                current.pace.plain(taken);
+            } else if guessed > 0 {
                 let right = right.min(taken).min(guessed);
                 current.draft.note(guessed, right, taken, guessed == block.wanted && finish.is_none());
                 current.pace.round(taken.min(guessed), right, taken);

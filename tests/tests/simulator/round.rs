@@ -546,6 +546,46 @@ fn eight_sequences_accept_differently_until_one_ends() {
     assert_eq!(rounds.launch(&few, &Asked::rounds(3), 2, 13), wanted[..1]);
 }
 
+/// Sequences without guesses stand behind the others: a token each round, and the draft's context as well. Their rows
+/// fit behind blocks that fill a pass.
+#[test]
+fn sequences_without_guesses_ride_along() {
+    let name = "sliding-both-ways";
+    let pair = Pair::fixture(name, WIDE);
+    let reference = Reference::of(name);
+    let begun: Vec<&[u32]> =
+        (0..4).map(|number| &reference.whole[&format!("tokens.{}", number % 2)][..13 + 3 * number]).collect();
+    feed(&pair, &begun);
+    let before = [pair.target.cache(), pair.block.cache()];
+    let mut sequences = behind(&begun, 8, 5, 128);
+    for (number, of) in sequences.iter_mut().enumerate().skip(2) {
+        (of.rows, of.guesses, of.first_row) = (0, 0, 12 + number as u32 - 2);
+    }
+    let count = 4;
+    let guessed = by_host(&pair, &sequences[..2], count);
+    let rounds = Rounds::new(&pair);
+    rounds.restore(&before);
+    let found = rounds.launch_orders(&sequences, &Asked::rounds(count), 2);
+    assert_eq!(found.len(), count);
+    for (found, guessed) in found.iter().zip(&guessed) {
+        assert_eq!(found[..2], guessed[..]);
+        assert!(found[2..].iter().all(|added| (added.tokens.len(), added.right) == (1, 0)));
+    }
+    let vocab = pair.target.program.vocab;
+    for sequence in [2, 3] {
+        let wanted = text(begun[sequence], &found, sequence);
+        for position in begun[sequence].len() - 1..wanted.len() - 1 {
+            let logits = pair.step(&[row(wanted[position], position, sequence)]);
+            assert_eq!(
+                best(&logits[..vocab]),
+                wanted[position + 1],
+                "sequence {sequence}, position {position}"
+            );
+        }
+    }
+    check_context(&pair, &text(begun[3], &found, 3), 3);
+}
+
 /// Every SM has times of all stages of the last round, each step's behind those of the step before; they change no
 /// token.
 #[test]

@@ -128,7 +128,8 @@ fn requests(vocab: usize) -> Vec<Request> {
         stop_strings: Vec::new(),
         sampling,
         skip_special: true,
-        draft: DraftLimit::default(),
+        // Some have no guesses, and ride along with the others.
+        draft: if number % 7 == 5 { DraftLimit::off() } else { DraftLimit::default() },
     };
     (0..TEXTS).zip(samplings).map(request).collect()
 }
@@ -210,7 +211,7 @@ fn tells(run: &Run, way: Way, launches: bool) -> Result<(), String> {
     if draft.right == 0 || draft.right == draft.guesses {
         return Err(format!("{} of {} guesses were right", draft.right, draft.guesses));
     }
-    let neighbours = run.completions[..COMPANY].iter();
+    let neighbours = run.completions[..COMPANY].iter().filter(|done| done.draft.rounds > 0);
     let added: BTreeSet<u64> =
         neighbours.map(|done| 1000 * done.draft.tokens / done.draft.rounds.max(1)).collect();
     if added.len() < 3 {
