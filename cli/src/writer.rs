@@ -10,6 +10,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
+use tilec_ir::cost::StageCost;
 use tilec_ir::plan::Plan;
 use tilec_runtime::generate::{
     Completion, DraftLimit, DraftStats, FinishReason, Generator, Request, StepTime,
@@ -139,15 +140,25 @@ impl Writer {
         if let (Some(acceptance), Some(guesses)) = (draft.acceptance(), draft.mean_guesses()) {
             let share = |part: Duration| 100.0 * part.as_secs_f64() / figures.decode.as_secs_f64();
             let mut split = format!(
-                "draft {:.0} %, its context {:.0} %, verify {:.0} ",
+                "draft {:.0} %, its context {:.0} %, verify {:.0} % of decoding",
                 share(draft.draft),
                 share(draft.inject),
                 share(draft.verify)
             );
             if !draft.launch.is_zero() {
-                // What their parts take, only the GPU knows.
-                split = format!("whole rounds in launches {:.0} %, {split}", share(draft.launch));
+                // What their parts take, only the GPU knows; `tilec profile` asks it.
+                let [guess, context, verify] =
+                    round_bytes(self.plan(), guesses, written.middle()).map(|share| 100.0 * share);
+                split = format!(
+                    "whole rounds in launches {:.0} %, of whose bytes draft {guess:.0} %, its context {context:.0} %, \
+                     verify {verify:.0} %; rounds driven by the host: {split}",
+                    share(draft.launch)
+                );
             }
+            let reach: Vec<String> = (1..)
+                .zip(draft.reach())
+                .map(|(guess, share)| format!("{guess}: {:.0} %", 100.0 * share))
+                .collect();
             let total: u64 = draft.histogram.iter().sum();
             let shares: Vec<String> = (1..)
                 .zip(&draft.histogram)
@@ -156,13 +167,15 @@ impl Writer {
             lines.push_str(&format!(
                 "draft    {acceptance:.2} tokens a round in {} rounds, {} of {} guesses right ({})\n\
                  block    {guesses:.1} guesses on average, {} of {} tokens without any\n\
-                 split    {}% of decoding\n",
+                 guess    right with all before it: {}\n\
+                 split    {}\n",
                 draft.rounds,
                 draft.right,
                 draft.guesses,
                 shares.join(", "),
                 draft.plain,
                 figures.decoded,
+                if reach.is_empty() { "none".into() } else { reach.join(", ") },
                 split,
             ));
         } else if draft.plain > 0 {
@@ -176,7 +189,7 @@ impl Writer {
 
     /// A finished text with its figures as JSON.
     pub fn json(&self, written: &Written) -> Value {
-        let Written { prompt_tokens, completion, figures, draft } = written;
+        let Written { prompt_tokens, completion, figures, .. } = written;
         let memory = self.generator.engine().memory();
         let rate = |tokens: usize, time: Duration| {
             let rate = tokens as f64 / time.as_secs_f64();
@@ -194,7 +207,7 @@ impl Writer {
             "decoded_tokens": figures.decoded,
             "decode_s": figures.decode.as_secs_f64(),
             "decode_tokens_per_s": rate(figures.decoded, figures.decode),
-            "draft": draft_json(draft),
+            "draft": self.draft_json(written),
             "memory_bytes": {
                 "weights": memory.weights,
                 "kv": memory.kv,
@@ -207,7 +220,42 @@ impl Writer {
     }
 }
 
+impl Writer {
+    /// What became of a draft's guesses, as JSON.
+    fn draft_json(&self, written: &Written) -> Value {
+        let draft = &written.draft;
+        let mut json = draft_json(draft);
+        if let Some(guesses) = draft.mean_guesses().filter(|_| !draft.launch.is_zero()) {
+            let [guess, context, verify] = round_bytes(self.plan(), guesses, written.middle());
+            json["launch_share_of_bytes"] = json!({ "draft": guess, "inject": context, "verify": verify });
+        }
+        json
+    }
+}
+
+/// Shares of the bytes of a round with so many guesses behind `context` positions: those of the draft's block, of
+/// what tells it of a round, and of the model's step.
+fn round_bytes(plan: &Plan, guesses: f64, context: usize) -> [f64; 3] {
+    let Some(draft) = &plan.draft else { return [0.0; 3] };
+    let rows = guesses.round() as usize + 1;
+    let bytes = |costs: &[StageCost], rows| -> f64 {
+        costs.iter().map(|cost| cost.runs as f64 * cost.bytes(rows, context) as f64).sum()
+    };
+    let parts = [
+        bytes(&draft.block_pass.costs, draft.block),
+        bytes(&draft.inject.costs, rows),
+        bytes(&plan.costs, rows),
+    ];
+    let total: f64 = parts.iter().sum();
+    parts.map(|part| if total > 0.0 { part / total } else { 0.0 })
+}
+
 impl Written {
+    /// Positions in front of the middle of what was generated.
+    fn middle(&self) -> usize {
+        self.prompt_tokens + self.completion.tokens.len() / 2
+    }
+
     /// The text.
     pub fn text(&self) -> &str {
         &self.completion.text
@@ -295,6 +343,44 @@ fn finish(reason: FinishReason) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commands::bench::toy_plan;
+
+    #[test]
+    fn rounds_in_launches_are_split_by_their_bytes() {
+        let mut plan = toy_plan();
+        assert_eq!(round_bytes(&plan, 3.0, 100), [0.0; 3]);
+        let program = |costs: &[StageCost]| tilec_ir::plan::ProgramPlan {
+            buffers: Vec::new(),
+            scratch_bytes: 0,
+            stages: Vec::new(),
+            costs: costs.to_vec(),
+            code: plan.code.clone(),
+            resident: plan.resident,
+        };
+        let (inject, block) = (program(&plan.costs[1..2]), program(&plan.costs));
+        plan.draft = Some(tilec_ir::plan::DraftPlan {
+            weights: plan.weights.clone(),
+            block: 8,
+            mask_token: 0,
+            taps: vec![0],
+            taps_buffer: 0,
+            kv: plan.kv,
+            inject,
+            input: None,
+            block_pass: block,
+            logits: 0,
+            selector: None,
+            round: None,
+        });
+        // 7,000 bytes of weights, caches of 2 layers, and 148 bytes a row: 8 of the block, 4 of the step.
+        let step = |rows: f64| 7000.0 + 2.0 * 8.0 * 100.0 + 148.0 * rows;
+        let inject = 2.0 * (1000.0 + 4.0 * 10.0);
+        let total = step(8.0) + step(4.0) + inject;
+        let wanted = [step(8.0) / total, inject / total, step(4.0) / total];
+        for (found, wanted) in round_bytes(&plan, 3.2, 100).into_iter().zip(wanted) {
+            assert!((found - wanted).abs() < 1e-12, "{found} is not {wanted}");
+        }
+    }
 
     #[test]
     fn the_prompt_ends_with_the_first_logits() {
