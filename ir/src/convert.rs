@@ -409,6 +409,10 @@ pub fn to_row_format(view: &PlaneView<'_>) -> Planes {
             .chunks_exact(scale.bytes())
             .flat_map(|bytes| (scale.decode(bytes) * view.tensor_scale).to_le_bytes())
             .collect(),
+        // One of the whole row.
+        _ if view.format.block > format.block => {
+            view.row_scales(plane, row).repeat(view.cols.div_ceil(format.block))
+        }
         _ => view.row_scales(plane, row).to_vec(),
     };
     let expand_all = |plane: &[u8]| (0..view.rows).flat_map(|row| expand(plane, row)).collect::<Vec<u8>>();
@@ -583,11 +587,28 @@ impl Block<'_> {
 /// * MXFP4: the OCP scale `2^(floor(log2(amax)) - 2)` or twice that, whichever gives the block the
 ///   smaller squared error (the OCP scale clips magnitudes above 6 of the 8 that it admits).
 /// * NVFP4: tensor scale `amax / (6 * 448)`, block scale `amax / 6` over that, in E4M3.
-/// * E4M3 codes: `amax / 448`; bytes: `amax / 127`; nibbles with a zero: the extreme of larger
+/// * E4M3 codes: `amax / 448` of the block or row; bytes: `amax / 127`; nibbles with a zero: the extreme of larger
 ///   magnitude becomes code 0; nibbles with a minimum: the block's range over 15.
 ///
 /// Codes are chosen for the scale as stored, so a scale's own rounding costs no second error.
+///
+/// # Errors
+/// A weight is not finite, which no scaled format holds; or the format has none of the kinds above.
 pub fn quantize(format: Format, rows: usize, cols: usize, values: &[f32]) -> Result<Planes, ConvertError> {
+    quantize_under(format, rows, cols, values, None)
+}
+
+/// The same with this tensor scale, in formats that have one: part of a tensor is then as in the whole.
+///
+/// # Errors
+/// As [`quantize`].
+pub fn quantize_under(
+    format: Format,
+    rows: usize,
+    cols: usize,
+    values: &[f32],
+    tensor_scale: Option<f32>,
+) -> Result<Planes, ConvertError> {
     let mut planes = Planes::zeroed(format, rows, cols)?;
     if values.len() != rows * cols {
         let (expected, found) = (rows * cols, values.len());
@@ -606,7 +627,7 @@ pub fn quantize(format: Format, rows: usize, cols: usize, values: &[f32]) -> Res
     }
     if format.tensor_scale {
         let amax = values.iter().fold(0f32, |a, v| a.max(v.abs()));
-        let scale = amax / (E2M1_MAX * E4M3_MAX);
+        let scale = tensor_scale.unwrap_or(amax / (E2M1_MAX * E4M3_MAX));
         // A subnormal scale has too few bits to divide by; such a tensor is all but zero.
         planes.tensor_scale = if scale.is_normal() { scale } else { 1.0 };
     }

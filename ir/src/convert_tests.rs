@@ -121,7 +121,7 @@ fn every_code_times_every_scale_dequantizes_exactly() {
         }
     }
     for scale in [0.0f32, 1.0, -0.37, 1e-40, 3e30] {
-        for format in [Format::Q4_K, Format::Q6_K, Format::FP8_BLOCK] {
+        for format in [Format::Q4_K, Format::Q6_K, Format::FP8_BLOCK, Format::FP8_1X128] {
             check(&codes_under_scale(format, &scale.to_le_bytes()), f64::from(scale));
         }
     }
@@ -158,7 +158,7 @@ fn bound(format: Format, value: f32, amax: f32, range: f32) -> f32 {
         "mxfp4" => amax / 4.0,
         // Half of the widest gap at amax / 6, with the E4M3 scale off by 1/16.
         "nvfp4" => amax / 6.0 * 1.0625 + amax / 16.0,
-        "fp8" => value.abs() / 16.0 + amax / 448.0 / 512.0,
+        "fp8" | "fp8_1x128" | "fp8_channel" => value.abs() / 16.0 + amax / 448.0 / 512.0,
         // The extreme of the other sign has only seven steps.
         "q4_0" => amax / 8.0 * scale_slack,
         "q4_1" => range / 30.0 + amax / 500.0,
@@ -326,7 +326,7 @@ fn check_panel(format: Format, rows: usize, k: usize, seed: u64) {
     if let Some(scale) = layout.format.scale {
         for lane in 0..PANEL {
             for b in 0..layout.blocks() {
-                if lane < rows && b * format.block < k {
+                if lane < rows && b * layout.format.block < k {
                     continue;
                 }
                 let at = (b * PANEL + lane) * scale.bytes();

@@ -83,7 +83,7 @@ pub struct Format {
     pub code: Code,
     /// What is subtracted from the code before the scale applies.
     pub zero: i32,
-    /// Input columns that share a scale; 0 if there is no scale.
+    /// Input columns that share a scale; 0 if there is no scale, [`Format::WHOLE_ROW`] if all do.
     pub block: usize,
     /// Output rows that share a scale (128 in block FP8, else 1).
     pub block_rows: usize,
@@ -104,6 +104,9 @@ const fn blocked(code: Code, zero: i32, block: usize, scale: ScaleType, min: boo
 }
 
 impl Format {
+    /// The block of formats in which all columns of a row share a scale.
+    pub const WHOLE_ROW: usize = usize::MAX;
+
     /// IEEE single.
     pub const F32: Format = plain(Code::F32);
     /// IEEE half.
@@ -118,6 +121,10 @@ impl Format {
     /// E4M3 codes, one float32 scale per 128 x 128 block.
     pub const FP8_BLOCK: Format =
         Format { block_rows: 128, ..blocked(Code::E4m3, 0, 128, ScaleType::F32, false) };
+    /// E4M3 codes, one float32 scale per row and 128 columns.
+    pub const FP8_1X128: Format = blocked(Code::E4m3, 0, 128, ScaleType::F32, false);
+    /// E4M3 codes, one float32 scale per row ("per channel").
+    pub const FP8_CHANNEL: Format = blocked(Code::E4m3, 0, Format::WHOLE_ROW, ScaleType::F32, false);
     /// GGUF Q4_0: `d * (q - 8)`, blocks of 32.
     pub const Q4_0: Format = blocked(Code::U4, 8, 32, ScaleType::F16, false);
     /// GGUF Q4_1: `d * q + m`, blocks of 32.
@@ -137,6 +144,8 @@ impl Format {
         ("mxfp4", Format::MXFP4),
         ("nvfp4", Format::NVFP4),
         ("fp8", Format::FP8_BLOCK),
+        ("fp8_1x128", Format::FP8_1X128),
+        ("fp8_channel", Format::FP8_CHANNEL),
         ("q4_0", Format::Q4_0),
         ("q4_1", Format::Q4_1),
         ("q8_0", Format::Q8_0),
@@ -194,7 +203,8 @@ impl fmt::Display for Format {
 ///
 /// K is padded to [`ACT_BLOCK`] with codes that mean zero (for formats with a minimum the padded
 /// blocks have scale and minimum 0); features past the matrix's last row are padded in the same way.
-/// The float32 tensor scale of NVFP4 is multiplied into a plane of float32 scales by the packer.
+/// The float32 tensor scale of NVFP4 is multiplied into a plane of float32 scales by the packer; a scale of a
+/// whole row is repeated for every 128 columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PanelLayout {
     /// Format of the codes and scales in the panel (what the kernel decodes).
@@ -206,11 +216,14 @@ pub struct PanelLayout {
 impl PanelLayout {
     /// Layout of a panel over `k` columns in `format`.
     ///
-    /// Block FP8's scales are repeated per row, NVFP4's tensor scale is folded in: the layout's own
-    /// format is the one that results.
+    /// Block FP8's scales are repeated per row, a row's own for every 128 columns, NVFP4's tensor scale is
+    /// folded in: the layout's own format is the one that results.
     pub fn new(format: Format, k: usize) -> PanelLayout {
         let mut format = format;
         format.block_rows = 1;
+        if format.block == Format::WHOLE_ROW {
+            format.block = Format::FP8_BLOCK.block;
+        }
         if format.tensor_scale {
             format.tensor_scale = false;
             format.scale = Some(ScaleType::F32);
