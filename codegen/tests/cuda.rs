@@ -198,6 +198,9 @@ fn levels_of_the_resident_kernel() {
     let experts = fp4_experts();
     insta::assert_snapshot!("qwen3-moe-fp4.resident", experts.to_string());
     insta::assert_snapshot!("qwen3-moe-fp4.cuda", own_text(&experts));
+    let experts = mixture("qwen3-moe-scaled", Format::FP8_CHANNEL, Format::NVFP4);
+    insta::assert_snapshot!("qwen3-moe-scaled.resident", experts.to_string());
+    insta::assert_snapshot!("qwen3-moe-scaled.cuda", own_text(&experts));
     let [_, inject, block] = pair("pair", &odd_llama(), &mimo_draft(), Format::BF16, 200);
     insta::assert_snapshot!("mimo-draft.resident", format!("{inject}\n{block}"));
     let inject = emit(&inject, Arch::Sm90a).unwrap().text;
@@ -226,6 +229,9 @@ fn every_architecture_gets_machine_code() {
         program("fp8", &odd_llama(), Format::FP8_BLOCK, 200),
         fp4_experts(),
         program("mimo", &flash_mimo(), Format::FP8_BLOCK, 200),
+        mixture("qwen3-moe", Format::FP8_CHANNEL, Format::NVFP4),
+        mixture("qwen3-moe", Format::FP8_1X128, Format::FP8_BLOCK),
+        mixture("qwen3-moe", Format::NVFP4, Format::FP8_CHANNEL),
     ] {
         for arch in ARCHITECTURES {
             let text = emit(&program, arch).unwrap().text;
@@ -622,13 +628,51 @@ fn experts(program: &mut ResidentProgram, number: usize) -> &mut tilec_ir::resid
 
 /// Experts in FP4, all else in bfloat16.
 fn fp4_experts() -> ResidentProgram {
-    let config = qwen3_moe();
-    let tensors = frontends::synthetic_tensors(&config, Format::BF16).unwrap();
-    let mut graph = frontends::build(&config, &tensors).unwrap();
-    graph.name = "qwen3-moe-fp4".into();
+    mixture("qwen3-moe-fp4", Format::BF16, Format::MXFP4)
+}
+
+/// Experts in one format, all else in another.
+fn mixture(name: &str, weights: Format, experts: Format) -> ResidentProgram {
+    mixture_of(name, &qwen3_moe(), weights, experts, resident::Sizes { context: 200, step_rows: 8 })
+}
+
+fn mixture_of(
+    name: &str,
+    config: &Value,
+    weights: Format,
+    experts: Format,
+    sizes: resident::Sizes,
+) -> ResidentProgram {
+    let tensors = frontends::synthetic_tensors(config, Format::BF16).unwrap();
+    let mut graph = frontends::build(config, &tensors).unwrap();
+    graph.name = name.into();
     let mut precision = ModelSpec::for_checkpoint("unused").precision;
     precision.activations = Activations::F32;
-    precision.experts = Some(WeightFormat::Converted(Format::MXFP4));
+    precision.weights = WeightFormat::Converted(weights);
+    precision.experts = Some(WeightFormat::Converted(experts));
     precision::precision(&mut graph, &precision).unwrap();
-    resident::resident(&fuse::fuse(&graph).unwrap(), 200).unwrap()
+    resident::resident(&fuse::fuse(&graph).unwrap(), sizes).unwrap()
+}
+
+/// Mixtures of published shapes, whose experts are in FP8 and NVFP4, beside the formats that were there before.
+#[test]
+fn scaled_experts_keep_within_their_registers() {
+    let nvrtc = Nvrtc::find().unwrap();
+    let config = example("qwen3-30b-a3b", 2);
+    for (weights, experts, step_rows) in [
+        (Format::BF16, Format::NVFP4, 8),
+        (Format::FP8_CHANNEL, Format::NVFP4, 16),
+        (Format::FP8_BLOCK, Format::FP8_BLOCK, 8),
+        (Format::FP8_CHANNEL, Format::FP8_CHANNEL, 8),
+        (Format::FP8_1X128, Format::FP8_1X128, 8),
+    ] {
+        let sizes = resident::Sizes { context: 4096, step_rows };
+        let program = mixture_of("qwen3-30b-a3b", &config, weights, experts, sizes);
+        let text = emit(&program, Arch::Sm90a).unwrap().text;
+        let text = CudaText { name: "kernel.cu", text: &text };
+        let cubin = nvrtc.compile(&text, Arch::Sm90a, &Options::default()).unwrap();
+        cubin
+            .check(&[(KERNEL, budget(step_rows))])
+            .unwrap_or_else(|over| panic!("{weights} and {experts}, {step_rows} rows: {over}"));
+    }
 }

@@ -3,7 +3,7 @@
 
 use crate::format::{Format, PANEL, PanelLayout};
 use crate::launch::OCTET;
-use crate::octet::octet_bytes;
+use crate::octet::{apart_scales, octet_bytes};
 use serde::{Deserialize, Serialize};
 
 /// Alignment of every item, in bytes: a cache line, and a 512-bit vector.
@@ -112,6 +112,25 @@ impl RowView {
 /// Columns that share a scale of block FP8.
 pub const FP8_COLUMNS: usize = 128;
 
+/// Formats that octets hold.
+pub const OCTET_FORMATS: [Format; 7] = [
+    Format::F16,
+    Format::BF16,
+    Format::MXFP4,
+    Format::NVFP4,
+    Format::FP8_BLOCK,
+    Format::FP8_1X128,
+    Format::FP8_CHANNEL,
+];
+
+const fn block_fp8() -> Format {
+    Format::FP8_BLOCK
+}
+
+fn is_block_fp8(format: &Format) -> bool {
+    *format == Format::FP8_BLOCK
+}
+
 /// What one item of the packed weights holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -132,7 +151,7 @@ pub enum PackContent {
     /// Consecutive octets of 8 features each, for the tensor cores: see [`crate::octet`]. K and the last
     /// octet of a segment are padded with zeros.
     Octets {
-        /// Format of the codes: f16, bf16, mxfp4, or fp8 without its scales.
+        /// Format of the codes, one of [`OCTET_FORMATS`]; some scales lie apart, see [`crate::octet::apart_scales`].
         format: Format,
         /// Columns of every feature.
         k: usize,
@@ -143,9 +162,13 @@ pub enum PackContent {
         /// Octets in all: the sum over the segments.
         octets: usize,
     },
-    /// Scales of block FP8 for the features of an [`PackContent::Octets`] item, in its order:
-    /// `f32 [octets][k / 128]`. The 8 features of an octet lie in one block of 128 rows.
+    /// Scales for the features of an [`PackContent::Octets`] item that lie apart, in its order: of block FP8
+    /// `f32 [octets][k / 128]` (the 8 features of an octet lie in one block of 128 rows), of fp8_channel and NVFP4
+    /// (whose tensor's scale it is) `f32 [octets][8]`.
     OctetScales {
+        /// Format of the octets; block FP8 if there is no such entry.
+        #[serde(default = "block_fp8", skip_serializing_if = "is_block_fp8")]
+        format: Format,
         /// Columns of every feature.
         k: usize,
         /// As in the octets.
@@ -170,7 +193,7 @@ pub enum PackContent {
     /// Octets of all experts, one expert behind the other. Those of an expert are the octets of its
     /// sources, alternating as in [`PackContent::Octets`].
     ExpertOctets {
-        /// Format of the codes: f16, bf16 or mxfp4.
+        /// Format of the codes, as of [`PackContent::Octets`].
         format: Format,
         /// Columns of every feature.
         k: usize,
@@ -179,6 +202,20 @@ pub enum PackContent {
         /// Features that each source has of each expert.
         rows: usize,
         /// Where the features come from: one, or gate and up.
+        sources: Vec<RowView>,
+    },
+    /// Scales for the features of an [`PackContent::ExpertOctets`] item that lie apart, in its order, as
+    /// [`PackContent::OctetScales`]. Blocks of 128 rows of block FP8 are counted in the rows of an expert's source.
+    ExpertScales {
+        /// Format of the octets.
+        format: Format,
+        /// Columns of every feature.
+        k: usize,
+        /// As in the octets.
+        experts: usize,
+        /// As in the octets.
+        rows: usize,
+        /// As in the octets.
         sources: Vec<RowView>,
     },
     /// Elements of a tensor as float32: element `i` is the tensor's element
@@ -235,8 +272,12 @@ impl PackContent {
                 let octets = rows.div_ceil(OCTET).checked_mul(sources.len())?.checked_mul(*experts)?;
                 octet_bytes(*format, *k)?.checked_mul(octets)?
             }
-            PackContent::OctetScales { k, octets, .. } => {
-                k.div_ceil(FP8_COLUMNS).checked_mul(4)?.checked_mul(*octets)?
+            PackContent::OctetScales { format, k, octets, .. } => {
+                apart_scales(*format, *k).checked_mul(4)?.checked_mul(*octets)?
+            }
+            PackContent::ExpertScales { format, k, experts, rows, sources } => {
+                let octets = rows.div_ceil(OCTET).checked_mul(sources.len())?.checked_mul(*experts)?;
+                apart_scales(*format, *k).checked_mul(4)?.checked_mul(octets)?
             }
             PackContent::ExpertPanels { layout, experts, rows, sources } => {
                 if layout.k > 1 << 40 {
@@ -360,14 +401,13 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
             verify_segments(segments, *interleave, *panels, "panels", RowSegment::panels)
         }
         PackContent::Octets { format, k, segments, interleave, octets } => {
-            if ![Format::F16, Format::BF16, Format::MXFP4, Format::FP8_BLOCK].contains(format) {
-                return Err(format!("octets hold f16, bf16, mxfp4 or fp8, not {format}"));
-            }
-            verify_octets(*k, segments, *format == Format::FP8_BLOCK)?;
+            verify_octet_format(*format)?;
+            verify_octets(*format, *k, segments)?;
             verify_segments(segments, *interleave, *octets, "octets", RowSegment::octets)
         }
-        PackContent::OctetScales { k, segments, interleave, octets } => {
-            verify_octets(*k, segments, true)?;
+        PackContent::OctetScales { format, k, segments, interleave, octets } => {
+            verify_scales(*format)?;
+            verify_octets(*format, *k, segments)?;
             verify_segments(segments, *interleave, *octets, "octets", RowSegment::octets)
         }
         PackContent::ExpertPanels { layout, experts, rows, sources } => {
@@ -377,12 +417,13 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
             verify_experts(*experts, *rows, layout.k, sources)
         }
         PackContent::ExpertOctets { format, k, experts, rows, sources } => {
-            if ![Format::F16, Format::BF16, Format::MXFP4].contains(format) {
-                return Err(format!("octets of experts hold f16, bf16 or mxfp4, not {format}"));
-            }
-            if *k == 0 {
-                return Err("octets of no columns".into());
-            }
+            verify_octet_format(*format)?;
+            verify_expert_octets(*format, *k, sources)?;
+            verify_experts(*experts, *rows, *k, sources)
+        }
+        PackContent::ExpertScales { format, k, experts, rows, sources } => {
+            verify_scales(*format)?;
+            verify_expert_octets(*format, *k, sources)?;
             verify_experts(*experts, *rows, *k, sources)
         }
         PackContent::Elements { tensor, len, start, block, stride, share } => {
@@ -423,27 +464,70 @@ fn verify_columns(segments: &[RowSegment], k: usize) -> Result<(), String> {
     })
 }
 
-/// What octets want beyond sound segments: columns and, where blocks of 128 rows share scales, octets
-/// that lie in one block each.
-fn verify_octets(k: usize, segments: &[RowSegment], share_scales: bool) -> Result<(), String> {
+fn verify_octet_format(format: Format) -> Result<(), String> {
+    if OCTET_FORMATS.contains(&format) {
+        return Ok(());
+    }
+    let names: Vec<String> = OCTET_FORMATS.iter().map(Format::to_string).collect();
+    Err(format!("octets hold {}, not {format}", names.join(", ")))
+}
+
+fn verify_scales(format: Format) -> Result<(), String> {
+    verify_octet_format(format)?;
+    match apart_scales(format, FP8_COLUMNS) {
+        0 => Err(format!("octets of {format} have no scales that lie apart")),
+        _ => Ok(()),
+    }
+}
+
+/// Columns that share a scale and must not be torn.
+fn scale_columns(format: Format) -> usize {
+    if format.block == Format::WHOLE_ROW { 1 } else { format.block.max(1) }
+}
+
+fn torn(tensor: &str, share: Share, format: Format) -> String {
+    format!("the columns of {tensor} start inside of {} that share scales: {share:?}", scale_columns(format))
+}
+
+/// What octets of experts want beyond sound views: columns that begin where those do that share scales and, where
+/// blocks of 128 rows share some, rows that begin with an octet.
+fn verify_expert_octets(format: Format, k: usize, sources: &[RowView]) -> Result<(), String> {
+    if k == 0 {
+        return Err("octets of no columns".into());
+    }
+    for RowView { tensor, rows, columns, .. } in sources {
+        if let Some(share) = columns.filter(|share| !share.start.is_multiple_of(scale_columns(format))) {
+            return Err(torn(tensor, share, format));
+        }
+        let crooked = |share: &Share| format.block_rows > 1 && !share.start.is_multiple_of(OCTET);
+        if let Some(share) = rows.filter(crooked) {
+            return Err(crooked_octet(tensor, share.start));
+        }
+    }
+    Ok(())
+}
+
+fn crooked_octet(tensor: &str, row: usize) -> String {
+    format!(
+        "row {row} of {tensor} starts an octet of fp8, but is no multiple of {OCTET}: the octet would have two \
+         scales"
+    )
+}
+
+/// What octets want beyond sound segments: columns and, where columns share scales, shares that begin with some;
+/// where blocks of 128 rows share scales, octets that lie in one block each.
+fn verify_octets(format: Format, k: usize, segments: &[RowSegment]) -> Result<(), String> {
     if k == 0 {
         return Err("octets of no columns".into());
     }
     verify_columns(segments, k)?;
-    let torn = |s: &&RowSegment| s.columns.is_some_and(|c| !c.start.is_multiple_of(FP8_COLUMNS));
-    if let Some(segment) = segments.iter().find(torn).filter(|_| share_scales) {
-        return Err(format!(
-            "the columns of {} start inside of {FP8_COLUMNS} that share scales: {:?}",
-            segment.tensor, segment.columns
-        ));
+    for segment in segments {
+        if let Some(share) = segment.columns.filter(|c| !c.start.is_multiple_of(scale_columns(format))) {
+            return Err(torn(&segment.tensor, share, format));
+        }
     }
-    let crooked = segments.iter().find(|s| share_scales && !s.row_start.is_multiple_of(OCTET));
-    crooked.map_or(Ok(()), |RowSegment { tensor, row_start, .. }| {
-        Err(format!(
-            "row {row_start} of {tensor} starts an octet of fp8, but is no multiple of {OCTET}: the octet \
-             would have two scales"
-        ))
-    })
+    let crooked = segments.iter().find(|s| format.block_rows > 1 && !s.row_start.is_multiple_of(OCTET));
+    crooked.map_or(Ok(()), |segment| Err(crooked_octet(&segment.tensor, segment.row_start)))
 }
 
 fn verify_segments(
@@ -526,6 +610,9 @@ mod tests {
         }
     }
 
+    /// Names of the formats that octets hold.
+    const HELD: [&str; 7] = ["f16", "bf16", "mxfp4", "nvfp4", "fp8", "fp8_1x128", "fp8_channel"];
+
     fn octets(format: Format, k: usize, segments: Vec<RowSegment>, interleave: usize) -> PackContent {
         let octets = segments.iter().map(RowSegment::octets).sum();
         PackContent::Octets { format, k, segments, interleave, octets }
@@ -533,7 +620,7 @@ mod tests {
 
     fn octet_scales(k: usize, segments: Vec<RowSegment>, interleave: usize) -> PackContent {
         let octets = segments.iter().map(RowSegment::octets).sum();
-        PackContent::OctetScales { k, segments, interleave, octets }
+        PackContent::OctetScales { format: Format::FP8_BLOCK, k, segments, interleave, octets }
     }
 
     #[test]
@@ -583,8 +670,26 @@ mod tests {
         };
         for (name, format) in Format::NAMED {
             let result = octets(*format, 64, 3, 8, vec![view.clone()]);
-            assert_eq!(result.is_ok(), ["f16", "bf16", "mxfp4"].contains(name), "{name}: {result:?}");
+            assert_eq!(result.is_ok(), HELD.contains(name), "{name}: {result:?}");
+            let content = PackContent::ExpertScales {
+                format: *format,
+                k: 64,
+                experts: 3,
+                rows: 8,
+                sources: vec![view.clone()],
+            };
+            let result = check(vec![PackItem { offset: 0, content }], 1 << 40);
+            assert_eq!(result.is_ok(), ["fp8", "fp8_channel", "nvfp4"].contains(name), "{name}: {result:?}");
         }
+        let share = |start| Some(Share { start, len: 64, of: 512 });
+        let torn = RowView { columns: share(136), ..view.clone() };
+        assert!(octets(Format::FP8_BLOCK, 64, 3, 8, vec![torn.clone()]).is_err());
+        assert!(octets(Format::NVFP4, 64, 3, 8, vec![torn.clone()]).is_err());
+        assert!(octets(Format::FP8_CHANNEL, 64, 3, 8, vec![torn]).is_ok());
+        let rows = Some(Share { start: 12, len: 8, of: 32 });
+        let crooked = RowView { rows, ..view.clone() };
+        assert!(octets(Format::FP8_BLOCK, 64, 3, 8, vec![crooked.clone()]).is_err());
+        assert!(octets(Format::FP8_1X128, 64, 3, 8, vec![crooked]).is_ok());
         let crooked = RowView { block: 0, ..view.clone() };
         let vast = RowView { stride: usize::MAX, ..view.clone() };
         for (k, experts, rows, sources) in [
@@ -618,16 +723,22 @@ mod tests {
         };
         for (name, format) in Format::NAMED {
             let content = octets(*format, 64, segments(&[8]), 1);
-            match *name {
-                "f16" | "bf16" | "mxfp4" | "fp8" => {
-                    check(vec![PackItem { offset: 0, content }], 1 << 40).unwrap();
-                }
-                _ => refused(content, "not "),
+            match HELD.contains(name) {
+                true => check(vec![PackItem { offset: 0, content }], 1 << 40).unwrap(),
+                false => refused(content, "not "),
             }
         }
         // Codes alone are not a format that a checkpoint can be converted to.
         let bare = Format { block: 0, scale: None, ..Format::FP8_BLOCK };
-        refused(octets(bare, 64, segments(&[8]), 1), "octets hold f16, bf16, mxfp4 or fp8");
+        refused(octets(bare, 64, segments(&[8]), 1), "octets hold f16, bf16, mxfp4, nvfp4, fp8");
+        let none = PackContent::OctetScales {
+            format: Format::FP8_1X128,
+            k: 64,
+            segments: segments(&[8]),
+            interleave: 1,
+            octets: 1,
+        };
+        refused(none, "fp8_1x128 have no scales that lie apart");
 
         let both = |k: usize, rows: &[usize], interleave: usize, count: Option<usize>, words: &str| {
             let mut contents = [

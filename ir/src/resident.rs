@@ -10,8 +10,8 @@ use crate::cost::StageCost;
 use crate::format::{Code, Format};
 use crate::graph::{ActivationFn, RopeSpec, Scoring};
 use crate::launch::{LAUNCH_ROWS, OCTET, SLICE_ROWS};
-use crate::octet::{octet_block_bytes, octet_blocks};
-use crate::pack::{FP8_COLUMNS, Packing};
+use crate::octet::{apart_scales, feature_scales, octet_block_bytes, octet_blocks};
+use crate::pack::Packing;
 use crate::stages::{Buffer, BufferElem, BufferId, Layer, Routing, Slot};
 use std::collections::HashMap;
 use std::fmt;
@@ -136,7 +136,8 @@ pub struct Gemm {
     pub weights: Slot,
     /// Format of the weights.
     pub format: Format,
-    /// Scales of block FP8: see [`crate::pack::PackContent::OctetScales`].
+    /// Scales that lie apart: see [`crate::pack::PackContent::OctetScales`], of experts
+    /// [`crate::pack::PackContent::ExpertScales`].
     pub scales: Option<Slot>,
     /// Columns of the input.
     pub k: usize,
@@ -173,7 +174,7 @@ impl Gemm {
 
     /// Bytes of weights that the stage reads, scales included.
     pub const fn weight_bytes(&self) -> usize {
-        let scales = if self.scales.is_some() { 4 * self.k.div_ceil(FP8_COLUMNS) } else { 0 };
+        let scales = 4 * apart_scales(self.format, self.k);
         self.tiles() * self.operands * (self.blocks() * octet_block_bytes(self.format) + scales)
     }
 }
@@ -255,7 +256,7 @@ impl Experts {
     /// of a large chip has a tile.
     pub fn tile_octets(&self) -> usize {
         let bytes = self.gemm.blocks() * octet_block_bytes(self.gemm.format);
-        if self.route.is_some() || self.gemm.format != Format::MXFP4 {
+        if self.route.is_some() || !matches!(self.gemm.format.code, Code::E2m1) {
             return 1;
         }
         let most = (SHORT_TILE / bytes.max(1)).min(self.gemm.tiles().div_ceil(LARGE_CHIP));
@@ -537,8 +538,7 @@ fn gemm_defect(gemm: &Gemm) -> Option<String> {
     if matches!(gemm.epilogue, Epilogue::Gated(_)) != (gemm.operands == 2) {
         return Some("a gate has two operands".into());
     }
-    // Those of MXFP4 lie between its codes.
-    (gemm.scales.is_some() != (gemm.format == Format::FP8_BLOCK))
+    (gemm.scales.is_some() != (apart_scales(gemm.format, gemm.k) > 0))
         .then(|| format!("{} and its scales do not fit", gemm.format))
 }
 
@@ -617,7 +617,7 @@ impl ResidentProgram {
             };
             let (reads, writes, weights) = match &stage.kind {
                 Kind::Embed { table, format, scales, output, k, replaced, .. } => {
-                    if scales.is_some() != (*format == Format::FP8_BLOCK) {
+                    if scales.is_some() != (*format == Format::FP8_BLOCK) || feature_scales(*format) {
                         return fail(format!("{format} and its scales do not fit"));
                     }
                     if self.buffer(*output).cols != *k {

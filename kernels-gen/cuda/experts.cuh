@@ -18,7 +18,8 @@
 //   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32; SCORING, RENORMALIZE,
 //                        FACTOR, correction(b) [EXPERTS] or null
 //   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight; of tiles of
-//                        several octets, or that prepare rows, sum() where a row's sum lies, add_bias() and store()
+//                        several octets, or that prepare rows, sum() where a row's sum lies, add_bias() and store(),
+//                        of NVFP4 also scale() of an expert's features
 // The generated text defines MAX_EXPERTS and MAX_SLOTS, the most that any layer has.
 //
 // The scores are the one product in float32: they decide who works. They are few, so that no weights stream for
@@ -344,21 +345,43 @@ template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, con
   return true;
 }
 
+// Where octet number `n` of this team's is among those of all experts, in the order in which they are multiplied below.
+template <class S> __device__ __forceinline__ OctetPlace expert_place(const Consumer& b, const Routes& routes, u32 n) {
+  using T = Team<S>;
+  const u32 first = b.first_tile(), count = routes.count;
+  u32 number, tile;
+  if constexpr (S::FIRST) {
+    const u32 at = first + (T::group() + n / T::OCTETS * T::GROUPS) * gridDim.x;
+    number = at / S::TILES;
+    tile = at % S::TILES;
+  } else {
+    const u32 each = first < S::TILES ? (S::TILES - 1 - first) / gridDim.x + 1 : 0;
+    if (each == 0) return {false, 0, 0};
+    number = T::group() + n / each * T::GROUPS;
+    tile = first + n % each * gridDim.x;
+  }
+  if (number >= count) return {false, 0, 0};
+  return {true, 0, ((u64)routes.expert[number] * S::TILES + tile) * S::OPERANDS + T::operand() + n % T::OCTETS};
+}
+
 template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b) {
   using T = Team<S>;
   static_assert(Slots<S>::PARTS == 1, "the emitter refuses longer rows");
   const Routes& routes = routes_of(b);
   u32 octet = 0;
+  auto place = [&](u32 n) { return expert_place<S>(b, routes, n); };
+  if constexpr (!S::FIRST) fetch_first_scales<S>(b, place);
   b.wait_inputs();
   if constexpr (S::FIRST) {
     choose_experts<typename S::Route>(b);
+    fetch_first_scales<S>(b, place);
     const u32 tiles = routes.count * S::TILES;
     if (b.first_tile() < tiles) {
       Activations<S> a;
       load_inputs<S>(b, a);
       u32 group = 0;
       for (u32 n = b.first_tile(); n < tiles; n += gridDim.x) {
-        if (T::GROUPS == 1 || group == T::group()) multiply_tile<S>(b, a, 0, octet);
+        if (T::GROUPS == 1 || group == T::group()) multiply_tile<S>(b, a, 0, octet, place);
         else pass_tile<S>(b);
         if (++group == T::GROUPS) group = 0;
       }
@@ -384,7 +407,7 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
       if constexpr (T::GROUPS > 1) pass_tiles<S>(b, (least(item, items) - next) * tiles);
       if (!there) break;
 #pragma unroll 1
-      for (u32 tile = 0; tile < tiles; ++tile) multiply_tile<S>(b, a, 0, octet);
+      for (u32 tile = 0; tile < tiles; ++tile) multiply_tile<S>(b, a, 0, octet, place);
       if constexpr (S::ROW_SCALE) T::meet();  // sums of rows were read
       next = item + 1;
     }
@@ -461,6 +484,13 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
         for (u32 number = 0; number < count; ++number) {
           Chosen own[SLICES];
           each_slice(rows, [&](u32 slice) { own[slice] = chosen_by(row_of(slice), number); });
+          float2 scale[EACH];
+          if constexpr (S::Weights::FEATURE_SCALES) {
+#pragma unroll
+            for (u32 i = 0; i < EACH; ++i) {
+              if (there(0, i)) scale[i] = S::scale(b, routes.expert[number], feature(i));
+            }
+          }
           b.wait_sums();
           const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
           each_slice(rows, [&](u32 slice) {
@@ -476,6 +506,7 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
                 v.x += more.x;
                 v.y += more.y;
               }
+              if constexpr (S::Weights::FEATURE_SCALES) { v.x *= scale[i].x; v.y *= scale[i].y; }
               S::add_bias(b, feature(i), chosen, v);
               sum[slice][i].x = fmaf(chosen.weight, v.x, sum[slice][i].x);
               sum[slice][i].y = fmaf(chosen.weight, v.y, sum[slice][i].y);

@@ -1,10 +1,15 @@
 // Number formats of activations and weights.
 
+// Where weights have their scales: nowhere, or an octet's by 128 columns lie apart, or its features' follow the codes
+// of a block; or sums alone are multiplied by them, which is the epilogue's work.
+enum Scaling : u32 { UNSCALED, BY_OCTET, BY_FEATURE, BY_SUM };
+
 // Halves in pairs, the first in the lower half. As weights: `Act` is the type of the activations that they
 // are multiplied with, a block of an octet has BLOCK_BYTES and BLOCK_COLUMNS of each feature, a lane
 // LANE_COLUMNS of them.
 struct Bf16 {
   using Act = Bf16;
+  static constexpr Scaling SCALING = UNSCALED;
   static constexpr u32 BLOCK_BYTES = OCTET_BLOCK, BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
   __device__ __forceinline__ static u32 pack(float low, float high) { return pack_bf16(low, high); }
   __device__ __forceinline__ static float low(u32 pair) { return __uint_as_float(pair << 16); }
@@ -12,6 +17,7 @@ struct Bf16 {
 };
 struct F16 {
   using Act = F16;
+  static constexpr Scaling SCALING = UNSCALED;
   static constexpr u32 BLOCK_BYTES = OCTET_BLOCK, BLOCK_COLUMNS = 32, LANE_COLUMNS = 8;
   __device__ __forceinline__ static u32 pack(float low, float high) { return pack_f16(low, high); }
   __device__ __forceinline__ static float low(u32 pair) { return widen_f16((u16)pair); }
@@ -22,6 +28,7 @@ struct F32 {};
 // they are, which makes it 2^120 times too small (the subnormal ones too), and the scale makes up for that.
 struct E4m3 {
   using Act = Bf16;
+  static constexpr Scaling SCALING = BY_OCTET;
   static constexpr u32 BLOCK_BYTES = OCTET_BLOCK, BLOCK_COLUMNS = 64, LANE_COLUMNS = 16;
   static constexpr float UNIT = 1.329227995784916e36f;  // 2^120
   // The codes 2 * PAIR and 2 * PAIR + 1 of four.
@@ -31,14 +38,22 @@ struct E4m3 {
   }
 };
 
-// Codes of MXFP4, eight in a word, as ir/src/octet.rs lays them; a lane's scale follows the codes of a block.
-// Masked, a code is a bfloat16 that is 2^126 times too small; its scale makes up for all but 2^64 of that.
-struct Mxfp4 {
+// The same with scales of each feature by 128 columns, and with one of all its columns.
+struct E4m3Rows : E4m3 {
+  static constexpr Scaling SCALING = BY_FEATURE;
+  static constexpr u32 BLOCK_BYTES = OCTET_BLOCK + OCTET * sizeof(float);
+};
+struct E4m3Channel : E4m3 {
+  static constexpr Scaling SCALING = BY_SUM;
+};
+
+// Codes of FP4, eight in a word, as ir/src/octet.rs lays them; scales follow the codes of a block.
+// Masked, a code is a bfloat16 that is 2^126 times too small; its factor makes up for all but 2^64 of that.
+struct Fp4 {
   using Act = Bf16;
-  static constexpr u32 BLOCK_BYTES = OCTET_BLOCK + LANES, BLOCK_COLUMNS = 128, LANE_COLUMNS = 32;
+  static constexpr Scaling SCALING = BY_SUM;
+  static constexpr u32 BLOCK_COLUMNS = 128, LANE_COLUMNS = 32;
   static constexpr float UNIT = 1.8446744073709552e19f;  // 2^64
-  // A pair of bfloat16 that are both the scale.
-  __device__ __forceinline__ static u32 factor(u8 exponent) { return (u32)exponent * 0x00800080u; }
   // The codes 2 * PAIR and 2 * PAIR + 1 of eight.
   template <u32 PAIR> __device__ __forceinline__ static u32 pair(u32 codes, u32 factor) {
     constexpr u32 MAGNITUDE = 0x01c001c0u, SIGN = 0x80008000u;
@@ -48,6 +63,32 @@ struct Mxfp4 {
     else bits = (codes >> 3 & MAGNITUDE) | (codes << 1 & SIGN);
     return multiply_bf16(bits, factor);
   }
+};
+// A power of two for a lane's columns.
+struct Mxfp4 : Fp4 {
+  static constexpr bool FEATURE_SCALES = false;
+  static constexpr u32 BLOCK_BYTES = OCTET_BLOCK + LANES;
+  // Pairs of bfloat16 that are both the factor of words of a lane's codes.
+  struct Factors {
+    u32 all;
+    __device__ __forceinline__ u32 of(u32) const { return all; }
+  };
+  // A lane's scales in a block, and what becomes of them.
+  __device__ __forceinline__ static u32 scales(const u8* block, u32 lane) { return block[OCTET_BLOCK + lane]; }
+  __device__ __forceinline__ static Factors factors(u32 scales) { return {(u32)(u8)scales * 0x00800080u}; }
+};
+// A number with four significant bits for 16 columns, so two for a lane's; codes have two bits, and their product is
+// exact. The scale of the tensor is the epilogue's.
+struct Nvfp4 : Fp4 {
+  static constexpr bool FEATURE_SCALES = true;
+  static constexpr u32 BLOCK_BYTES = OCTET_BLOCK + 2 * LANES;
+  struct Factors {
+    u32 first, second;
+    __device__ __forceinline__ u32 of(u32 word) const { return word < 2 ? first : second; }
+  };
+  __device__ __forceinline__ static u32 scales(const u8* block, u32 lane) { return reinterpret_cast<const u16*>(block + OCTET_BLOCK)[lane]; }
+  __device__ __forceinline__ static Factors factors(u32 scales) { return {factor(scales & 0xff), factor(scales >> 8)}; }
+  __device__ __forceinline__ static u32 factor(u32 scale) { return scale * 0x00100010u + 0x5a005a00u; }
 };
 
 // Floats as unsigned integers in the same order.

@@ -22,13 +22,13 @@
 // chain has an even and an odd sum, these are added in order, then the warps' in order, then the parts'. A
 // row's bits depend on no other row.
 //
-// Block FP8 and MXFP4 are widened to bfloat16 in registers, which loses nothing: a lane then has 16 (32) columns
-// of a row in a block, two (four) such sets of pairs. Of FP8 a block's sums are multiplied by its scale before
-// they join, of MXFP4 each weight is multiplied by its own.
+// FP8 and FP4 are widened to bfloat16 in registers, which loses nothing: a lane then has 16 (32) columns
+// of a row in a block, two (four) such sets of pairs. Of FP8 a block's sums are multiplied by its scales before
+// they join, or all are by the feature's in the epilogue; of FP4 each weight is multiplied by its own.
 //
 // A stage S says:
-//   Weights              Bf16, F16, E4m3, Mxfp4
-//   SCALES, scales(b)    of E4m3: scales of an octet, and all of them
+//   Weights              Bf16, F16, E4m3, E4m3Rows, E4m3Channel, Mxfp4, Nvfp4
+//   SCALES, scales(b)    of E4m3: scales of an octet, and all of them (of experts: an expert behind the other)
 //   K, BLOCKS, COLS      columns of x, blocks of an octet, features of one operand
 //   OPERANDS, TILES      operands, and tiles of the stage
 //   TILE_OCTETS          octets of a tile, of each operand; an even number if they are short, of experts only; else 1
@@ -54,22 +54,25 @@ __device__ __forceinline__ float clamped_gate(float alpha, float limit, float ga
 // Tiles of the stage in this launch: a step whose logits nobody wants has no head.
 template <class S> __device__ __forceinline__ u32 tiles(const Block& b) { return !ROUND && S::LOGITS && b.args.logit_rows == 0 ? 0 : S::TILES; }
 
+// Blocks that fit a slot of the ring: a fixed number, whatever else the kernel has longer slots for.
+template <class W> constexpr u32 SLOT_BLOCKS = SLOT_BYTES / W::BLOCK_BYTES < 4 * CONSUMERS ? SLOT_BYTES / W::BLOCK_BYTES : 4 * CONSUMERS;
+
 // Who multiplies a tile.
 template <class S> struct Team {
   // Registers of the rows' columns that a lane keeps, if an octet is shared by so many warps.
   __device__ static constexpr u32 registers(u32 warps) { return (S::BLOCKS + warps - 1) / warps * (S::Weights::LANE_COLUMNS / 2) * SLICES; }
   __device__ static constexpr u32 idle(u32 warps) { return (warps - S::BLOCKS % warps) % warps; }
   static constexpr u32 HALF = CONSUMERS / 2;
-  static constexpr u32 HALF_SLOTS = (S::BLOCKS + SLOT_BYTES / S::Weights::BLOCK_BYTES / HALF * HALF - 1) / (SLOT_BYTES / S::Weights::BLOCK_BYTES / HALF * HALF);
+  static constexpr u32 HALF_SLOTS = (S::BLOCKS + SLOT_BLOCKS<typename S::Weights> / HALF * HALF - 1) / (SLOT_BLOCKS<typename S::Weights> / HALF * HALF);
   // Octets of halves are long: one team, unless it would have more idle warps. Octets of codes are short.
   static constexpr bool TWO = registers(HALF) <= KEPT_REGISTERS * 3 / 4 && 2 * S::OPERANDS * HALF_SLOTS <= RING_SLOTS &&
                               (S::Weights::LANE_COLUMNS > 8 || idle(HALF) < idle(CONSUMERS));
   // Tiles of several octets (gemm.cuh, `TILE_OCTETS`) are short work: the more of them at a time, the better. A pair of
-  // MXFP4 is long: what it takes counts where an SM has few of them.
+  // FP4 is long: what it takes counts where an SM has few of them.
   static constexpr bool PAIR = S::Weights::LANE_COLUMNS == 32 && S::OPERANDS == 2;
   static constexpr u32 WARPS = S::TILE_OCTETS > 1 ? 2 : TWO && !PAIR ? HALF : CONSUMERS;
   static constexpr u32 TEAMS = CONSUMERS / WARPS;
-  // Octets of a tile, by the same team. Two of MXFP4 are multiplied together.
+  // Octets of a tile, by the same team. Two of FP4 are multiplied together.
   static constexpr u32 OCTETS = S::Weights::LANE_COLUMNS == 32 ? S::OPERANDS : S::OPERANDS > TEAMS ? S::OPERANDS / TEAMS : 1;
   static constexpr u32 SHARE = S::OPERANDS / OCTETS;                            // teams that share a tile
   static constexpr u32 GROUPS = TEAMS / SHARE;                                  // tiles that are in work at a time
@@ -83,7 +86,7 @@ template <class S> struct Team {
 
 // How an octet lies in slots of the ring: as many blocks in each as there are whole rounds of a team.
 template <class S> struct Slots {
-  static constexpr u32 WARP_BLOCKS = SLOT_BYTES / S::Weights::BLOCK_BYTES / Team<S>::WARPS;  // of a slot
+  static constexpr u32 WARP_BLOCKS = SLOT_BLOCKS<typename S::Weights> / Team<S>::WARPS;  // of a slot
   static constexpr u32 BLOCKS = WARP_BLOCKS * Team<S>::WARPS;
   static constexpr u32 COUNT = (S::BLOCKS + BLOCKS - 1) / BLOCKS;  // of an octet
   // Octets of a tile that are one behind the other are as one to the ring.
@@ -399,12 +402,19 @@ constexpr u32 SCALES_AHEAD = 4;
 typedef float ScaleRing[SCALES_AHEAD][LANES];
 
 template <class S> __device__ __forceinline__ ScaleRing& scale_ring(const Block& b) {
-  static_assert(S::Weights::LANE_COLUMNS != 16 || SCALE_BYTES == sizeof(ScaleRing) * CONSUMERS, "the emitter's size");
+  static_assert(S::Weights::SCALING != BY_OCTET || SCALE_BYTES == sizeof(ScaleRing) * CONSUMERS, "the emitter's size");
   return reinterpret_cast<ScaleRing*>(b.scratch + SCRATCH_BYTES - SCALE_BYTES)[warp_id()];
 }
 
-// Asks for the scales of octet number `n` of this team's: lane i has that of the warp's block i of the part.
-template <class S> __device__ __forceinline__ void fetch_scales(const Consumer& b, u32 n) {
+// Where an octet of a team's is among all of the weights, and the part of its columns; or that there is none.
+struct OctetPlace {
+  bool there;
+  u32 part;
+  u64 octet;
+};
+
+// Octet number `n` of this team's, of a product with all weights.
+template <class S> __device__ __forceinline__ OctetPlace place_of(const Consumer& b, u32 n) {
   using T = Team<S>;
   // Tiles of a part that this group has.
   const u32 all = tiles<S>(b), own = b.first_tile() + T::group() * gridDim.x, step = gridDim.x * T::GROUPS;
@@ -413,41 +423,56 @@ template <class S> __device__ __forceinline__ void fetch_scales(const Consumer& 
     const u32 count = own < all ? (all - own + step - 1) / step : 0;
     if (count > 0) { part = number / count; number %= count; }
   }
-  const u32 tile = own + number * step, round = part * Activations<S>::COUNT + lane_id(), block = T::warp() + round * T::WARPS;
+  const u32 tile = own + number * step;
+  return {tile < all && part < Slots<S>::PARTS, part, (u64)tile * S::OPERANDS + T::operand() + n % T::OCTETS};
+}
+
+// Asks for the scales of octet number `n` of this team's: lane i has that of the warp's block i of the part.
+template <class S> __device__ __forceinline__ void fetch_scales(const Consumer& b, u32 n, const OctetPlace& place) {
+  using T = Team<S>;
+  const u32 round = place.part * Activations<S>::COUNT + lane_id(), block = T::warp() + round * T::WARPS;
   float& to = scale_ring<S>(b)[n % SCALES_AHEAD][lane_id()];
   if (block >= S::BLOCKS || lane_id() >= Activations<S>::COUNT) {
     to = 0.f;  // of no block: its codes are 0, and the scale must not be NaN
-  } else if (tile < all && part < Slots<S>::PARTS) {
-    const u64 octet = (u64)tile * S::OPERANDS + T::operand() + n % T::OCTETS;
-    copy_word(&to, S::scales(b) + octet * S::SCALES + block / 2);
+  } else if (place.there) {
+    copy_word(&to, S::scales(b) + place.octet * S::SCALES + block / 2);
   }
   copy_group();
 }
 
-// Products of one block of E4m3 and the activations.
-__device__ __forceinline__ Chain multiply_codes(const u32 (&x)[2][SLICES][4], const uint4& w) {
-  Chain chain;
-  chain.add(Bf16(), x[0], E4m3::pair<0>(w.x), E4m3::pair<1>(w.x), E4m3::pair<0>(w.y), E4m3::pair<1>(w.y));
-  chain.add(Bf16(), x[1], E4m3::pair<0>(w.z), E4m3::pair<1>(w.z), E4m3::pair<0>(w.w), E4m3::pair<1>(w.w));
-  return chain;
+// Those of the first octets; `place(n)` says where octet number `n` is.
+template <class S, class F> __device__ __forceinline__ void fetch_first_scales(const Consumer& b, F place) {
+  if constexpr (S::Weights::SCALING == BY_OCTET) {
+    static_assert(Activations<S>::COUNT <= LANES, "a lane for the scale of each block");
+#pragma unroll
+    for (u32 n = 0; n < SCALES_AHEAD; ++n) fetch_scales<S>(b, n, place(n));
+  }
 }
 
-// Products of a block of two octets of MXFP4 and the activations. Here the weights are the 16 rows of a product and
-// the activations its columns: widening is what MXFP4 costs most, but on this chip a tensor-core product holds the
+// Products of one block of E4m3 and the activations, onto the sums of a chain.
+__device__ __forceinline__ void multiply_codes(Chain& chain, const u32 (&x)[2][SLICES][4], const uint4& w) {
+  chain.add(Bf16(), x[0], E4m3::pair<0>(w.x), E4m3::pair<1>(w.x), E4m3::pair<0>(w.y), E4m3::pair<1>(w.y));
+  chain.add(Bf16(), x[1], E4m3::pair<0>(w.z), E4m3::pair<1>(w.z), E4m3::pair<0>(w.w), E4m3::pair<1>(w.w));
+}
+
+// Products of a block of two octets of FP4 and the activations. Here the weights are the 16 rows of a product and
+// the activations its columns: widening is what FP4 costs most, but on this chip a tensor-core product holds the
 // other instructions up, and this way there are half as many. A lane has feature g = lane / 4 of both octets and the
 // rows 2t and 2t + 1 of each slice, t = lane % 4. The sums of a word go to the chains (word % 2) * 2 and the next.
 constexpr u32 PAIR_CHAINS = 4;
 typedef float PairSums[SLICES][PAIR_CHAINS][4];
-__device__ __forceinline__ void multiply_pair(PairSums& d, const u32 (&x)[4][SLICES][4], const uint4& w, const uint4& v, u32 w_factor, u32 v_factor) {
+template <class F>
+__device__ __forceinline__ void multiply_pair(PairSums& d, const u32 (&x)[4][SLICES][4], const uint4& w, const uint4& v, const F& w_factors, const F& v_factors) {
   const u32 first[4] = {w.x, w.y, w.z, w.w}, second[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (u32 set = 0; set < 4; ++set) {
-    const u32 front[4] = {Mxfp4::pair<0>(first[set], w_factor), Mxfp4::pair<0>(second[set], v_factor),
-                          Mxfp4::pair<1>(first[set], w_factor), Mxfp4::pair<1>(second[set], v_factor)};
+    const u32 w_factor = w_factors.of(set), v_factor = v_factors.of(set);
+    const u32 front[4] = {Fp4::pair<0>(first[set], w_factor), Fp4::pair<0>(second[set], v_factor),
+                          Fp4::pair<1>(first[set], w_factor), Fp4::pair<1>(second[set], v_factor)};
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d[slice][set % 2 * 2], front, x[set][slice][0], x[set][slice][1]);
-    const u32 back[4] = {Mxfp4::pair<2>(first[set], w_factor), Mxfp4::pair<2>(second[set], v_factor),
-                         Mxfp4::pair<3>(first[set], w_factor), Mxfp4::pair<3>(second[set], v_factor)};
+    const u32 back[4] = {Fp4::pair<2>(first[set], w_factor), Fp4::pair<2>(second[set], v_factor),
+                         Fp4::pair<3>(first[set], w_factor), Fp4::pair<3>(second[set], v_factor)};
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d[slice][set % 2 * 2 + 1], back, x[set][slice][2], x[set][slice][3]);
   }
@@ -461,7 +486,7 @@ __device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, co
     const float(&d)[PAIR_CHAINS][4] = sums[slice];
     float total[4];
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) total[i] = ((d[0][i] + d[1][i]) + (d[2][i] + d[3][i])) * Mxfp4::UNIT;
+    for (u32 i = 0; i < 4; ++i) total[i] = ((d[0][i] + d[1][i]) + (d[2][i] + d[3][i])) * Fp4::UNIT;
     float* const to = reinterpret_cast<float*>(&first[slice]);
     float* const also = reinterpret_cast<float*>(&second[slice]);
     to[at] = total[0];
@@ -471,33 +496,35 @@ __device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, co
   }
 }
 
-// Products of one block of MXFP4 and the activations, onto the sums of a chain.
-__device__ __forceinline__ void multiply_codes(Chain& chain, const u32 (&x)[4][SLICES][4], const uint4& w, u32 factor) {
+// Products of one block of FP4 and the activations, onto the sums of a chain.
+template <class F> __device__ __forceinline__ void multiply_codes(Chain& chain, const u32 (&x)[4][SLICES][4], const uint4& w, const F& factors) {
   const u32 words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
   for (u32 set = 0; set < 4; ++set) {
-    chain.add(Bf16(), x[set], Mxfp4::pair<0>(words[set], factor), Mxfp4::pair<1>(words[set], factor), Mxfp4::pair<2>(words[set], factor), Mxfp4::pair<3>(words[set], factor));
+    const u32 factor = factors.of(set);
+    chain.add(Bf16(), x[set], Fp4::pair<0>(words[set], factor), Fp4::pair<1>(words[set], factor), Fp4::pair<2>(words[set], factor), Fp4::pair<3>(words[set], factor));
   }
 }
 
-// What a lane has of a block of MXFP4: 32 columns and their scale. Zeros, if there is no such block.
-struct MxPiece {
+// What a lane has of a block of FP4: 32 columns and their scales. Zeros, if there is no such block.
+template <class W> struct Fp4Piece {
   uint4 codes;
-  u32 exponent;
+  u32 scales;
   __device__ __forceinline__ void load(bool there, const u8* block, u32 lane) {
     codes = make_uint4(0, 0, 0, 0);
-    exponent = 0;
+    scales = 0;
     if (!there) return;
     codes = reinterpret_cast<const uint4*>(block)[lane];
-    exponent = block[OCTET_BLOCK + lane];
+    scales = W::scales(block, lane);
   }
-  __device__ __forceinline__ u32 factor() const { return Mxfp4::factor((u8)exponent); }
+  __device__ __forceinline__ typename W::Factors factors() const { return W::factors(scales); }
   // Bits of all that was loaded.
-  __device__ __forceinline__ u32 read() const { return codes.x | exponent; }
+  __device__ __forceinline__ u32 read() const { return codes.x | scales; }
 };
 
-// One tile of MXFP4: an octet, or a pair of them side by side.
-template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b, const Activations<S>& a) {
+// One tile of FP4: an octet, or a pair of them side by side.
+template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b, const Activations<S>& a) {
+  using W = typename S::Weights;
   using T = Team<S>;
   constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, COUNT = Slots<S>::COUNT, OCTETS = T::OCTETS;
   static_assert(S::OPERANDS * COUNT < RING_SLOTS && Slots<S>::PARTS == 1, "a tile is in the ring as a whole");
@@ -517,14 +544,14 @@ template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b,
       const u32 block = s * WARP_BLOCKS + i, first = s * Slots<S>::BLOCKS + i * T::WARPS;
       if (block >= Activations<S>::COUNT) continue;
       const bool there = first + T::WARPS <= S::BLOCKS || first + warp < S::BLOCKS;
-      MxPiece w[OCTETS];
+      Fp4Piece<W> w[OCTETS];
 #pragma unroll
       for (u32 octet = 0; octet < OCTETS; ++octet) {
-        w[octet].load(there, slot[octet] + (i * T::WARPS + warp) * Mxfp4::BLOCK_BYTES, lane);
+        w[octet].load(there, slot[octet] + (i * T::WARPS + warp) * W::BLOCK_BYTES, lane);
         read[octet] |= w[octet].read();
       }
-      if constexpr (OCTETS == 2) multiply_pair(pair, a.pair[block], w[0].codes, w[1].codes, w[0].factor(), w[1].factor());
-      else multiply_codes(chain[i % CHAINS], a.pair[block], w[0].codes, w[0].factor());
+      if constexpr (OCTETS == 2) multiply_pair(pair, a.pair[block], w[0].codes, w[1].codes, w[0].factors(), w[1].factors());
+      else multiply_codes(chain[i % CHAINS], a.pair[block], w[0].codes, w[0].factors());
     }
 #pragma unroll
     for (u32 octet = 0; octet < OCTETS; ++octet) b.release_slot(octet * COUNT + s, read[octet], T::TEAMS);
@@ -537,14 +564,15 @@ template <class S> __device__ __forceinline__ void multiply_mx_tile(Consumer& b,
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) {
       const float2 total = chains_total(chain, slice);
-      sums[0][slice][lane] = make_float2(total.x * Mxfp4::UNIT, total.y * Mxfp4::UNIT);
+      sums[0][slice][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
     }
   }
   b.pass_sums(Sums<S>::BUFFERS);
 }
 
-// One tile of several octets of MXFP4 that share a slot, each a few blocks long.
+// One tile of several octets of FP4 that share a slot, each a few blocks long.
 template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer& b, const Activations<S>& a) {
+  using W = typename S::Weights;
   using T = Team<S>;
   constexpr u32 COUNT = Activations<S>::COUNT;
   static_assert(S::TILE_OCTETS % 2 == 0, "they are multiplied in pairs");
@@ -559,12 +587,12 @@ template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer&
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
       const bool there = (i + 1) * T::WARPS <= S::BLOCKS || i * T::WARPS + warp < S::BLOCKS;
-      const u8* block = slot + (octet * S::BLOCKS + i * T::WARPS + warp) * Mxfp4::BLOCK_BYTES;
-      MxPiece w, v;
+      const u8* block = slot + (octet * S::BLOCKS + i * T::WARPS + warp) * W::BLOCK_BYTES;
+      Fp4Piece<W> w, v;
       w.load(there, block, lane);
-      v.load(there, block + S::BLOCKS * Mxfp4::BLOCK_BYTES, lane);
+      v.load(there, block + S::BLOCKS * W::BLOCK_BYTES, lane);
       read |= w.read() | v.read();
-      multiply_pair(pair, a.pair[i], w.codes, v.codes, w.factor(), v.factor());
+      multiply_pair(pair, a.pair[i], w.codes, v.codes, w.factors(), v.factors());
     }
     WarpSums* to = sums + octet * T::WARPS + warp;
     store_pair(to[0], to[T::WARPS], pair, lane);
@@ -573,11 +601,13 @@ template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer&
   b.pass_sums(Sums<S>::BUFFERS);
 }
 
-// One tile from the ring: its sums by this warp, into the next buffer. `octet` counts those with scales apart.
-template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, const Activations<S>& a, u32 part, u32& octet) {
+// One tile from the ring: its sums by this warp, into the next buffer. `octet` counts those with scales apart, and
+// `place(octet)` is where they are.
+template <class S, class F> __device__ __forceinline__ void multiply_octets(Consumer& b, const Activations<S>& a, u32 part, u32& octet, F place) {
   using W = typename S::Weights;
   using T = Team<S>;
-  constexpr bool SCALED = W::LANE_COLUMNS == 16;
+  constexpr Scaling SCALING = W::SCALING;
+  constexpr u32 BLOCK_VECTORS = W::BLOCK_BYTES / 16;
   constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, PARTS = Slots<S>::PARTS, PART = Slots<S>::PART;
   const u32 warp = T::warp(), lane = anew(lane_id()), in_part = Slots<S>::in_part(part);
   b.wait_sums();
@@ -586,61 +616,74 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
   // Not unrolled, so that a stage's instructions are few: a layer's should stay in the SM's cache.
 #pragma unroll 1
   for (u32 n = 0; n < T::OCTETS; ++n) {
-    if constexpr (SCALED) {
+    if constexpr (SCALING == BY_OCTET) {
       copy_wait<SCALES_AHEAD - 1>();
       __syncwarp();  // the other lanes' as well
     }
-    Chain chain[CHAINS];         // of halves
-    float2 total[SLICES] = {};   // of FP8
+    Chain chain[CHAINS];         // of what has no scales here
+    float2 total[SLICES] = {};   // of FP8 that has
 #pragma unroll
     for (u32 s = 0; s < PART; ++s) {
       if (Slots<S>::COUNT % PART != 0 && s >= in_part) break;
       float factor[WARP_BLOCKS];
-      if constexpr (SCALED) {
+      float2 factors[WARP_BLOCKS];
+      if constexpr (SCALING == BY_OCTET) {
 #pragma unroll
         for (u32 i = 0; i < WARP_BLOCKS; ++i) factor[i] = scale_ring<S>(b)[octet % SCALES_AHEAD][(s * WARP_BLOCKS + i) % LANES] * W::UNIT;
       }
-      const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + warp * LANES + lane;
+      const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + warp * BLOCK_VECTORS + lane;
       uint4 w[WARP_BLOCKS];
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) {
         w[i] = make_uint4(0, 0, 0, 0);
+        if constexpr (SCALING == BY_FEATURE) factors[i] = make_float2(0, 0);
         const u32 first = (part * PART + s) * Slots<S>::BLOCKS + i * T::WARPS;
         if ((PARTS == 1 && first + T::WARPS <= S::BLOCKS) || S::BLOCKS % (PART * Slots<S>::BLOCKS) == 0 || first + warp < S::BLOCKS) {
-          w[i] = from[i * T::WARPS * LANES];
+          w[i] = from[i * T::WARPS * BLOCK_VECTORS];
+          // Those of the features 2q and 2q + 1, whose sums this lane has.
+          if constexpr (SCALING == BY_FEATURE) factors[i] = reinterpret_cast<const float2*>(from + i * T::WARPS * BLOCK_VECTORS - lane + LANES)[lane % 4];
         }
       }
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) {
         const u32 block = s * WARP_BLOCKS + i;
         if (block >= Activations<S>::COUNT) continue;
-        if constexpr (SCALED) {
-          const Chain products = multiply_codes(a.pair[block], w[i]);
+        if constexpr (SCALING == BY_OCTET || SCALING == BY_FEATURE) {
+          Chain products;
+          multiply_codes(products, a.pair[block], w[i]);
+          if constexpr (SCALING == BY_OCTET) factors[i] = make_float2(factor[i], factor[i]);
+          else factors[i] = make_float2(factors[i].x * W::UNIT, factors[i].y * W::UNIT);
 #pragma unroll
           for (u32 slice = 0; slice < SLICES; ++slice) {
             const float2 of = products.total(slice);
-            total[slice].x = fmaf(factor[i], of.x, total[slice].x);
-            total[slice].y = fmaf(factor[i], of.y, total[slice].y);
+            total[slice].x = fmaf(factors[i].x, of.x, total[slice].x);
+            total[slice].y = fmaf(factors[i].y, of.y, total[slice].y);
           }
+        } else if constexpr (SCALING == BY_SUM) {
+          multiply_codes(chain[i % CHAINS], a.pair[block], w[i]);
         } else {
           chain[i % CHAINS].add(W(), a.pair[block][0], w[i].x, w[i].y, w[i].z, w[i].w);
         }
       }
       u32 read = 0;
 #pragma unroll
-      for (u32 i = 0; i < WARP_BLOCKS; ++i) read |= w[i].x;
+      for (u32 i = 0; i < WARP_BLOCKS; ++i) {
+        read |= w[i].x;
+        if constexpr (SCALING == BY_FEATURE) read |= __float_as_uint(factors[i].x);
+      }
       b.release_slot(read, T::TEAMS);
     }
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) {
-      if constexpr (!SCALED) total[slice] = chains_total(chain, slice);
+      if constexpr (SCALING == UNSCALED || SCALING == BY_SUM) total[slice] = chains_total(chain, slice);
+      if constexpr (SCALING == BY_SUM) total[slice] = make_float2(total[slice].x * W::UNIT, total[slice].y * W::UNIT);
       // That of a norm is control's to multiply by.
       if constexpr (S::ROW_SCALE && !S::NORM) { total[slice].x *= a.scale[slice]; total[slice].y *= a.scale[slice]; }
       sums[n * T::WARPS + warp][slice][lane] = total[slice];
     }
-    if constexpr (SCALED) {
+    if constexpr (SCALING == BY_OCTET) {
       __syncwarp();  // all lanes have read the octet's scales
-      fetch_scales<S>(b, octet + SCALES_AHEAD);
+      fetch_scales<S>(b, octet + SCALES_AHEAD, place(octet + SCALES_AHEAD));
       ++octet;
     }
   }
@@ -648,10 +691,10 @@ template <class S> __device__ __forceinline__ void multiply_octets(Consumer& b, 
   b.pass_sums(Sums<S>::BUFFERS);
 }
 
-template <class S> __device__ __forceinline__ void multiply_tile(Consumer& b, const Activations<S>& a, u32 part, u32& octet) {
+template <class S, class F> __device__ __forceinline__ void multiply_tile(Consumer& b, const Activations<S>& a, u32 part, u32& octet, F place) {
   if constexpr (S::TILE_OCTETS > 1) multiply_short_tile<S>(b, a);
-  else if constexpr (S::Weights::LANE_COLUMNS == 32) multiply_mx_tile<S>(b, a);
-  else multiply_octets<S>(b, a, part, octet);
+  else if constexpr (S::Weights::LANE_COLUMNS == 32) multiply_fp4_tile<S>(b, a);
+  else multiply_octets<S>(b, a, part, octet, place);
 }
 
 // Tiles that are another group's. Their buffers are waited for and passed on all the same: a barrier tells one
@@ -676,7 +719,6 @@ template <class S> __device__ __forceinline__ void pass_tile(Consumer& b, u32 pa
 }
 
 template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
-  static_assert(S::Weights::LANE_COLUMNS != 16 || Activations<S>::COUNT <= LANES, "a lane for the scale of each block");
   u32 octet = 0;  // of this team's
 #pragma unroll 1
   for (u32 part = 0; part < Slots<S>::PARTS; ++part) {
@@ -690,7 +732,7 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
     load_inputs<S>(b, a, part);
     u32 group = 0;
     for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
-      if (Team<S>::GROUPS == 1 || group == Team<S>::group()) multiply_tile<S>(b, a, part, octet);
+      if (Team<S>::GROUPS == 1 || group == Team<S>::group()) multiply_tile<S>(b, a, part, octet, [&](u32 n) { return place_of<S>(b, n); });
       else pass_tile<S>(b, part);
       if (++group == Team<S>::GROUPS) group = 0;
     }
@@ -698,10 +740,7 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
 }
 
 template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
-  if constexpr (S::Weights::LANE_COLUMNS == 16) {
-#pragma unroll
-    for (u32 n = 0; n < SCALES_AHEAD; ++n) fetch_scales<S>(b, n);
-  }
+  fetch_first_scales<S>(b, [&](u32 n) { return place_of<S>(b, n); });
   b.wait_inputs();
   // An SM without a tile has no use for the rows. The activations live only inside: declared out here,
   // and filled on one path, they would hold their registers through all other stages.

@@ -91,10 +91,10 @@ pub struct SharedNeeds {
     pub row_columns: usize,
     /// Octets of the largest tile: 2 with gated pairs.
     pub operands: usize,
-    /// Whether weights have scales.
+    /// Whether octets have scales by 128 columns that lie apart.
     pub scaled: bool,
-    /// Whether there are weights in MXFP4, whose blocks are longer by their scales.
-    pub mxfp4: bool,
+    /// Most bytes by which blocks are longer for the scales that follow their codes.
+    pub block_scales: usize,
     /// Columns of a key.
     pub qk: usize,
     /// Columns of a value.
@@ -116,7 +116,7 @@ impl SharedNeeds {
             row_columns: self.row_columns.max(other.row_columns),
             operands: self.operands.max(other.operands),
             scaled: self.scaled | other.scaled,
-            mxfp4: self.mxfp4 | other.mxfp4,
+            block_scales: self.block_scales.max(other.block_scales),
             qk: self.qk.max(other.qk),
             v: self.v.max(other.v),
             experts: self.experts.max(other.experts),
@@ -170,7 +170,7 @@ impl SharedNeeds {
 
     /// Bytes of a slot of the ring: what the copy engine moves at once, and four blocks for each consumer.
     pub const fn slot(&self) -> usize {
-        if self.mxfp4 { SLOT_BYTES + SLOT_BYTES / 16 } else { SLOT_BYTES }
+        SLOT_BYTES + 4 * CONSUMERS * self.block_scales
     }
 
     /// Bytes of the scales that are on their way: of 32 blocks a consumer, four octets ahead. They are at

@@ -30,8 +30,15 @@ use tilec_ir::convert::{ConvertError, dequantize, pack_panel, quantize, row_form
 use tilec_ir::format::{Code, Format, PANEL, PanelLayout};
 use tilec_ir::graph::EXPERT;
 use tilec_ir::launch::{OCTET, OCTET_BLOCK};
-use tilec_ir::octet::{ScaleError, lay_fp8, lay_mxfp4, octet_block_bytes, octet_blocks};
+use tilec_ir::octet::{
+    ScaleError, apart_scales, feature_scales, lay_fp8, lay_fp8_rows, lay_mxfp4, octet_block_bytes,
+    octet_blocks,
+};
 use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, RowView, Share};
+
+mod scaled;
+
+use scaled::{FP8_ROWS, Scaled, Wanted, block_fp8, check_codes, gather};
 
 /// Raised whenever the layout of the file or the packing of a format changes.
 pub const PACKED_VERSION: u32 = 2;
@@ -292,7 +299,8 @@ fn hex(bytes: &[u8]) -> String {
 enum Job<'a> {
     Panels { layout: PanelLayout, groups: Vec<Group<'a>>, out: &'a mut [u8] },
     Octets { format: Format, k: usize, groups: Vec<Group<'a>>, out: &'a mut [u8] },
-    OctetScales { k: usize, groups: Vec<Group<'a>>, out: &'a mut [u8] },
+    OctetScales { format: Format, k: usize, groups: Vec<Group<'a>>, out: &'a mut [u8] },
+    ExpertScales { experts: Experts<'a>, expert: usize, out: &'a mut [u8] },
     Experts { experts: Experts<'a>, expert: usize, out: &'a mut [u8] },
     Elements { tensor: &'a str, view: RowView, out: &'a mut [u8] },
     F32 { tensor: &'a str, len: usize, out: &'a mut [u8] },
@@ -329,6 +337,14 @@ impl Layout {
         }
     }
 
+    /// Bytes of the scales of an octet that lie apart.
+    fn apart_bytes(&self) -> usize {
+        match self {
+            Layout::Panels(_) => 0,
+            Layout::Octets { format, k } => apart_scales(*format, *k) * 4,
+        }
+    }
+
     /// Bytes of a panel or octet, which a verified recipe can count.
     fn unit_bytes(&self) -> usize {
         match self {
@@ -352,9 +368,14 @@ struct Experts<'a> {
 }
 
 impl Experts<'_> {
+    /// Panels or octets of one expert.
+    fn units(&self) -> usize {
+        self.rows.div_ceil(self.layout.unit_rows()) * self.sources.len()
+    }
+
     /// Bytes of one expert.
     fn bytes(&self) -> usize {
-        self.rows.div_ceil(self.layout.unit_rows()) * self.sources.len() * self.layout.unit_bytes()
+        self.units() * self.layout.unit_bytes()
     }
 }
 
@@ -432,6 +453,14 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
                 let view = elements_view(tensor, *start, *block, *stride, *share);
                 jobs.push(Job::Elements { tensor, view, out: own });
             }
+            PackContent::ExpertScales { format, k, experts, rows, sources } => {
+                let layout = Layout::Octets { format: *format, k: *k };
+                let each = Experts { layout, rows: *rows, sources };
+                for expert in 0..*experts {
+                    let out = take(&mut own, each.units(), layout.apart_bytes());
+                    jobs.push(Job::ExpertScales { experts: each, expert, out });
+                }
+            }
             PackContent::ExpertPanels { experts, rows, sources, .. }
             | PackContent::ExpertOctets { experts, rows, sources, .. } => {
                 let layout = match &item.content {
@@ -465,13 +494,13 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
                     jobs.push(Job::Octets { format, k, groups, out });
                 });
             }
-            PackContent::OctetScales { k, segments, interleave, .. } => {
-                let k = *k;
+            PackContent::OctetScales { format, k, segments, interleave, .. } => {
+                let (format, k) = (*format, *k);
                 // What is read counts, not the few bytes that are written.
-                let limit = octets_per_job(Format::FP8_BLOCK, k, *interleave);
+                let limit = octets_per_job(format, k, *interleave);
                 split(segments, *interleave, limit, RowSegment::octets, |groups| {
-                    let out = take(&mut own, count(&groups), k.div_ceil(FP8_COLUMNS) * 4);
-                    jobs.push(Job::OctetScales { k, groups, out });
+                    let out = take(&mut own, count(&groups), apart_scales(format, k) * 4);
+                    jobs.push(Job::OctetScales { format, k, groups, out });
                 });
             }
         }
@@ -580,7 +609,8 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
                     check_experts(checkpoint, &layout, *experts, *rows, view)?;
                 }
             }
-            PackContent::ExpertOctets { format, k, experts, rows, sources } => {
+            PackContent::ExpertOctets { format, k, experts, rows, sources }
+            | PackContent::ExpertScales { format, k, experts, rows, sources } => {
                 let layout = Layout::Octets { format: *format, k: *k };
                 for view in sources {
                     check_experts(checkpoint, &layout, *experts, *rows, view)?;
@@ -637,7 +667,8 @@ fn check_experts(
         }
         first.get_or_insert(info.format);
     }
-    if let Some(from) = first.filter(|from| row_format(*from) != layout.format()) {
+    if let Some(from) = first.filter(|from| *from != layout.format() && row_format(*from) != layout.format())
+    {
         let (tensor, to) = (&view.tensor, layout.format());
         tracing::info!(%tensor, %from, %to, "converting through float32");
     }
@@ -666,21 +697,72 @@ fn pack_expert(
         // Rows of experts in one tensor are counted through.
         let first = if view.tensor.contains(EXPERT) { 0 } else { expert * rows };
         let at = |row: usize| view.row(first + row).expect("the recipe is verified");
+        let read = |span| stored_rows(checkpoint, &name, span, view.columns);
+        let stored = gather(&at, 0..*rows, read)?;
         let lowest = at(0);
-        let span = lowest..at(rows - 1) + 1;
-        let mut stored = stored_rows(checkpoint, &name, span.clone(), view.columns)?;
-        if span.len() != *rows {
-            let pick = |plane: &[u8]| -> Vec<u8> {
-                let width = plane.len() / span.len();
-                (0..*rows).flat_map(|row| &plane[(at(row) - lowest) * width..][..width]).copied().collect()
-            };
-            (stored.codes, stored.scales, stored.mins) =
-                (pick(&stored.codes).into(), pick(&stored.scales).into(), pick(&stored.mins).into());
-            stored.rows = *rows;
-        }
         let places = out.chunks_exact_mut(layout.unit_bytes()).skip(index).step_by(sources.len());
         let first = (lowest, view.columns.map_or(0, |share| share.start));
         pack_rows(checkpoint, layout, ("experts", &name, first), &stored, ledger, places)?;
+    }
+    Ok(())
+}
+
+/// One expert's octets or their scales, of all sources, alternating, in a format whose scales lie apart: `fill` is
+/// given each source's rows and, octet by octet, the parts of `out`, of `unit` bytes each.
+fn fill_expert(
+    checkpoint: &Checkpoint,
+    experts: &Experts<'_>,
+    expert: usize,
+    ledger: Option<&Ledger>,
+    (unit, out): (usize, &mut [u8]),
+    fill: impl Fn(&Scaled, usize, &mut [u8]) -> Result<(), ScaleError>,
+) -> Result<(), CheckpointError> {
+    let Experts { layout, rows, sources } = experts;
+    for (index, view) in sources.iter().enumerate() {
+        let name = tensor_of(view, expert);
+        // Rows of the whole expert, of which this may be a share: blocks of rows are counted in those.
+        let (start, all) = view.rows.map_or((0, *rows), |share| (share.start, share.of));
+        let whole = RowView { rows: None, ..view.clone() };
+        let first = if view.tensor.contains(EXPERT) { 0 } else { expert * all };
+        let at = |row: usize| whole.row(first + row).expect("the recipe is verified");
+        let wanted = Wanted { tensor: &name, at: &at, all, rows: start..start + rows, columns: view.columns };
+        let ledger = ledger.map(|ledger| (ledger, "experts"));
+        let scaled = Scaled::read(checkpoint, layout.format(), &wanted, ledger)?;
+        let places = out.chunks_exact_mut(unit).skip(index).step_by(sources.len());
+        for (octet, out) in places.enumerate() {
+            let row = at(start + octet * OCTET);
+            fill(&scaled, octet, out).map_err(|error| scale_fault(checkpoint, &name, row, error))?;
+        }
+    }
+    Ok(())
+}
+
+/// An octet whose scales are at fault.
+fn scale_fault(checkpoint: &Checkpoint, name: &str, first: usize, error: ScaleError) -> CheckpointError {
+    let problem = format!("in the rows from {first} on, {error}");
+    let remedy = "check that the checkpoint is sound, or take these weights in bf16";
+    checkpoint.fault(name, ErrorKind::Value, problem, remedy)
+}
+
+/// Octets `units` of a segment, or their scales, in a format with scales of features: `fill` is given the rows and,
+/// octet by octet, the parts of `places`.
+fn fill_segment<'a>(
+    checkpoint: &Checkpoint,
+    format: Format,
+    segment: &RowSegment,
+    units: Range<usize>,
+    ledger: Option<&Ledger>,
+    places: impl Iterator<Item = &'a mut [u8]>,
+    fill: impl Fn(&Scaled, usize, &mut [u8]) -> Result<(), ScaleError>,
+) -> Result<(), CheckpointError> {
+    let RowSegment { tensor, row_start, rows, columns } = segment;
+    let rows = units.start * OCTET..(*rows).min(units.end * OCTET);
+    let at = |row: usize| row_start + row;
+    let wanted = Wanted { tensor, at: &at, all: segment.rows, rows: rows.clone(), columns: *columns };
+    let scaled = Scaled::read(checkpoint, format, &wanted, ledger.map(|ledger| (ledger, "matrices")))?;
+    for (octet, out) in places.enumerate() {
+        let row = at(rows.start + octet * OCTET);
+        fill(&scaled, octet, out).map_err(|error| scale_fault(checkpoint, tensor, row, error))?;
     }
     Ok(())
 }
@@ -696,8 +778,18 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
             }
             Ok(out.len() as u64)
         }
+        Job::Experts { experts, expert, out } if experts.layout.apart_bytes() > 0 => {
+            let unit = (experts.layout.unit_bytes(), &mut *out);
+            fill_expert(checkpoint, &experts, expert, Some(ledger), unit, Scaled::lay)?;
+            Ok(out.len() as u64)
+        }
         Job::Experts { experts, expert, out } => {
             pack_expert(checkpoint, &experts, expert, ledger, out)?;
+            Ok(out.len() as u64)
+        }
+        Job::ExpertScales { experts, expert, out } => {
+            let unit = (experts.layout.apart_bytes(), &mut *out);
+            fill_expert(checkpoint, &experts, expert, None, unit, scales_of)?;
             Ok(out.len() as u64)
         }
         Job::Elements { tensor, view, out } => {
@@ -743,6 +835,18 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
             })?;
             Ok(out.len() as u64)
         }
+        Job::Octets { format, k, groups, out } if feature_scales(format) => {
+            for_each_part(&groups, octet_unit(format, k), out, |segment, units, octets| {
+                fill_segment(checkpoint, format, segment, units, Some(ledger), octets, Scaled::lay)
+            })?;
+            Ok(out.len() as u64)
+        }
+        Job::OctetScales { format, k, groups, out } if feature_scales(format) => {
+            for_each_part(&groups, apart_scales(format, k) * 4, out, |segment, units, octets| {
+                fill_segment(checkpoint, format, segment, units, None, octets, scales_of)
+            })?;
+            Ok(out.len() as u64)
+        }
         Job::Octets { format, k, groups, out } => {
             let layout = Layout::Octets { format, k };
             for_each_part(&groups, layout.unit_bytes(), out, |segment, units, octets| {
@@ -750,7 +854,7 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
             })?;
             Ok(out.len() as u64)
         }
-        Job::OctetScales { k, groups, out } => {
+        Job::OctetScales { format: _, k, groups, out } => {
             let mut source = Fp8Source::new(checkpoint, &groups);
             for_each_part(&groups, k.div_ceil(FP8_COLUMNS) * 4, out, |part, units, octets| {
                 for (octet, out) in units.zip(octets) {
@@ -763,6 +867,12 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
             Ok(out.len() as u64)
         }
     }
+}
+
+/// The scales of an octet, which cannot be at fault.
+fn scales_of(scaled: &Scaled, octet: usize, out: &mut [u8]) -> Result<(), ScaleError> {
+    scaled.scales(octet, out);
+    Ok(())
 }
 
 /// Calls `pack(segment, units, places)` for every segment of every group: the units of the segment and,
@@ -832,7 +942,13 @@ fn pack_rows<'a>(
     if stored.format != layout.format() {
         let mut values = vec![0.0; stored.rows * stored.cols];
         dequantize(&view, &mut values).map_err(fault)?;
-        converted = quantize(layout.format(), stored.rows, stored.cols, &values).map_err(fault)?;
+        converted =
+            quantize(layout.format(), stored.rows, stored.cols, &values).map_err(|error| match error {
+                ConvertError::NotFinite { row, col, value } => {
+                    fault(ConvertError::NotFinite { row: first + row, col: first_col + col, value })
+                }
+                error => fault(error),
+            })?;
         if let Layout::Octets { format, .. } = layout
             && let Some(at) = not_finite(format.code, &converted.codes)
         {
@@ -845,6 +961,8 @@ fn pack_rows<'a>(
         view = converted.view();
         let (from, to) = (stored.format.to_string(), layout.format().to_string());
         ledger.add(what, from, to, &values, &view).map_err(fault)?;
+    } else if matches!(layout, Layout::Octets { format: Format::FP8_1X128, .. }) {
+        check_codes(checkpoint, name, stored, &|row| first + row)?;
     }
     for (index, out) in places.enumerate() {
         let start = index * layout.unit_rows();
@@ -853,10 +971,9 @@ fn pack_rows<'a>(
             Layout::Panels(layout) => pack_panel(layout, &rows, out).map_err(fault)?,
             Layout::Octets { format: Format::MXFP4, .. } => lay_mxfp4(&rows, out).map_err(|error| {
                 let error = ScaleError { column: first_col + error.column, ..error };
-                let problem = format!("in the rows from {} on, {error}", first + start);
-                let remedy = "check that the checkpoint is sound, or take these weights in bf16";
-                checkpoint.fault(name, ErrorKind::Value, problem, remedy)
+                scale_fault(checkpoint, name, first + start, error)
             })?,
+            Layout::Octets { format: Format::FP8_1X128, .. } => lay_fp8_rows(&rows, out),
             Layout::Octets { format, k } => lay_octet(rows.codes(), k * format.code.bits() / 8, out),
         }
     }
@@ -951,13 +1068,8 @@ impl<'a> Fp8Source<'a> {
     }
 }
 
-/// Rows that share a scale of block FP8.
-const FP8_ROWS: usize = Format::FP8_BLOCK.block_rows;
-
 impl<'a> Fp8Rows<'a> {
-    /// Rows `block * 128..` of a tensor: as stored if the rows of every octet share their scales (whether
-    /// the checkpoint has them per block or per tensor), else quantized again, as
-    /// [`quantize`] would the whole tensor.
+    /// Rows `block * 128..` of a tensor, as [`block_fp8`] has them.
     fn read(
         checkpoint: &'a Checkpoint,
         tensor: &'a str,
@@ -966,39 +1078,15 @@ impl<'a> Fp8Rows<'a> {
         let have = checkpoint.tensor(tensor)?.rows().unwrap_or(0);
         let first = block * FP8_ROWS;
         let stored = checkpoint.rows(tensor, first..have.min(first + FP8_ROWS))?;
-        let (rows, cols) = (stored.rows, stored.cols);
-        let scale_row = cols.div_ceil(FP8_COLUMNS) * 4;
-        let same_format = stored.format == row_format(Format::FP8_BLOCK);
-        // A kernel reads the bits of a code without asking what they mean.
-        if let Some(at) = stored.codes.iter().position(|code| code & 0x7f == 0x7f).filter(|_| same_format) {
-            let problem = format!("the weight in row {}, column {} is NaN", first + at / cols, at % cols);
-            return Err(checkpoint.fault(
-                tensor,
-                ErrorKind::Value,
-                problem,
-                "check that the checkpoint is sound",
-            ));
-        }
-        let octets = || stored.scales.chunks(OCTET * scale_row).map(|scales| scales.split_at(scale_row));
-        if same_format && octets().all(|(first, rest)| rest.chunks_exact(scale_row).all(|row| row == first)) {
-            let scales = octets().flat_map(|(first, _)| first.iter().copied()).collect();
-            return Ok(Fp8Rows { tensor, block, codes: stored.codes, scales, cols });
-        }
-        if same_format && block == 0 {
-            // A format of the same name: what `check` has seen does not tell.
-            tracing::info!(%tensor, "its rows have scales of their own: quantizing to 128 x 128 blocks");
-        }
-        let fault = |error| match error {
-            ConvertError::NotFinite { row, col, value } => {
-                checkpoint.convert_fault(tensor, &ConvertError::NotFinite { row: first + row, col, value })
+        let (cols, same_format) = (stored.cols, stored.format == row_format(Format::FP8_BLOCK));
+        let (codes, scales) = block_fp8(checkpoint, tensor, stored, &|row| first + row, |_, _, _| {
+            if same_format && block == 0 {
+                // A format of the same name: what `check` has seen does not tell.
+                tracing::info!(%tensor, "its rows have scales of their own: quantizing to 128 x 128 blocks");
             }
-            error => checkpoint.convert_fault(tensor, &error),
-        };
-        let mut values = vec![0.0; rows * cols];
-        dequantize(&stored.view().map_err(fault)?, &mut values).map_err(fault)?;
-        let converted = quantize(Format::FP8_BLOCK, rows, cols, &values).map_err(fault)?;
-        let scales = converted.scales.repeat(rows.div_ceil(OCTET));
-        Ok(Fp8Rows { tensor, block, codes: Cow::Owned(converted.codes), scales, cols })
+            Ok(())
+        })?;
+        Ok(Fp8Rows { tensor, block, codes, scales, cols })
     }
 }
 

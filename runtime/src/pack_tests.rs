@@ -472,7 +472,7 @@ fn octets(format: Format, k: usize, segments: Vec<RowSegment>, interleave: usize
 
 fn octet_scales(k: usize, segments: Vec<RowSegment>, interleave: usize) -> PackContent {
     let octets = segments.iter().map(RowSegment::octets).sum();
-    PackContent::OctetScales { k, segments, interleave, octets }
+    PackContent::OctetScales { format: Format::FP8_BLOCK, k, segments, interleave, octets }
 }
 
 /// Segment and octet of the segment, in the order in which an item has its octets.
@@ -1139,4 +1139,91 @@ fn octet_speed() {
             gigabytes / copying_time
         );
     }
+}
+
+/// The same of another format than block FP8.
+fn scales_of(format: Format, k: usize, segments: Vec<RowSegment>, interleave: usize) -> PackContent {
+    let octets = segments.iter().map(RowSegment::octets).sum();
+    PackContent::OctetScales { format, k, segments, interleave, octets }
+}
+
+/// FP8 with a scale a row, as published: codes as stored, and scales in the order of the octets' features, with zeros
+/// where there is none. Segments may begin with any row.
+#[test]
+fn fp8_with_scales_of_rows_is_copied_as_stored() {
+    for (k, rows, first, interleave) in [(1, 9, 3, 1), (130, 41, 0, 2), (256, 16, 5, 2), (64, 7, 1, 1)] {
+        let all = rows + first;
+        let codes = ["a", "b"].map(|name| {
+            let mut codes = noise((k + rows) as u64 + name.len() as u64 * 7, all * k);
+            codes.iter_mut().for_each(|code| *code &= 0xfe); // no NaN
+            codes
+        });
+        let scales =
+            [1.0f32, -3.0].map(|by| (0..all).map(|row| by * (row as f32 + 0.25)).collect::<Vec<_>>());
+        let bytes = |of: &[f32]| of.iter().flat_map(|scale| scale.to_le_bytes()).collect::<Vec<u8>>();
+        let (_folder, checkpoint) = folder(&[
+            ("a", "F8_E4M3", vec![all, k], codes[0].clone()),
+            ("a_scale", "F32", vec![all, 1], bytes(&scales[0])),
+            ("b", "F8_E4M3", vec![all, k], codes[1].clone()),
+            ("b_scale", "F32", vec![all], bytes(&scales[1])),
+        ]);
+        let segments = vec![segment("a", first, rows), segment("b", first, rows)];
+        let format = Format::FP8_CHANNEL;
+        let found = packed_over_poison(
+            &checkpoint,
+            vec![
+                octets(format, k, segments.clone(), interleave),
+                scales_of(format, k, segments.clone(), interleave),
+            ],
+        );
+        let number = |tensor: &str| usize::from(tensor == "b");
+        let code = |tensor: &str, row: usize, i: usize| codes[number(tensor)][row * k + i];
+        assert!(found[0] == slow_fp8_octets(&segments, interleave, k, &code), "{rows} rows of {k}");
+        let mut wanted = Vec::new();
+        for (index, octet) in octet_order(&segments, interleave) {
+            wanted.extend(
+                (octet * 8..octet * 8 + 8)
+                    .map(|row| if row < rows { scales[index][first + row] } else { 0.0 }),
+            );
+        }
+        assert_eq!(floats(&found[1]), wanted, "{rows} rows of {k}");
+    }
+}
+
+/// Experts' codes that are NaN, scales that are, and weights that no scaled format can hold: errors that name the
+/// place.
+#[test]
+fn experts_that_mean_nothing_are_refused() {
+    let mut codes = vec![0x38; 2 * 8 * 64];
+    codes[8 * 64 + 3 * 64 + 5] = 0xff;
+    let ones: Vec<u8> = (0..16).flat_map(|_| 1f32.to_le_bytes()).collect();
+    let mut brains: Vec<u8> = (0..16 * 64).flat_map(|_| half::bf16::ONE.to_le_bytes()).collect();
+    brains[(9 * 64 + 7) * 2..][..2].copy_from_slice(&half::bf16::INFINITY.to_le_bytes());
+    let mut scales = vec![0x38; 16 * 4];
+    scales[11 * 4 + 2] = 0x7f;
+    let (_folder, checkpoint) = folder(&[
+        ("codes", "F8_E4M3", vec![2, 8, 64], codes),
+        ("codes_scale", "F32", vec![2, 8, 1], ones),
+        ("brain", "BF16", vec![2, 8, 64], brains),
+        ("nv", "U8", vec![2, 8, 32], vec![0x22; 16 * 32]),
+        ("nv_scale", "F8_E4M3", vec![2, 8, 4], scales),
+        ("nv_scale_2", "F32", vec![], 1f32.to_le_bytes().to_vec()),
+    ]);
+    let refused = |tensor: &str, format, words: &[&str]| {
+        let content = PackContent::ExpertOctets {
+            format,
+            k: 64,
+            experts: 2,
+            rows: 8,
+            sources: vec![RowView::whole(tensor)],
+        };
+        let error = pack(&checkpoint, &recipe(vec![content]), &mut |_, _| {}).unwrap_err().to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "no {word:?} in {error}"));
+    };
+    for format in [Format::FP8_CHANNEL, Format::FP8_1X128, Format::FP8_BLOCK] {
+        refused("codes", format, &["codes", "row 11, column 5 is NaN", "sound"]);
+        refused("brain", format, &["brain", "row 9, ", "column 7 is inf", "as stored"]);
+    }
+    refused("brain", Format::NVFP4, &["brain", "row 9, ", "column 7 is inf", "as stored"]);
+    refused("nv", Format::NVFP4, &["nv", "row 11 from column 32 on is NaN", "quantize"]);
 }

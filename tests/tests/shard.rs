@@ -45,27 +45,37 @@ impl<'c> Held<'c> {
     fn pack(checkpoint: &'c Checkpoint, packing: &Packing) -> Held<'c> {
         let packed = pack(checkpoint, packing, &mut |_, _| {}).unwrap();
         let mut held = Held { checkpoint, tensors: BTreeMap::new() };
-        // Scales of block FP8 by the features that they belong to.
-        let mut scales: Vec<(&[RowSegment], usize, &[u8])> = Vec::new();
+        // Scales that lie apart, by the features that they belong to.
+        let mut scales: Vec<(Format, &[RowSegment], usize, &[u8])> = Vec::new();
+        let mut expert_scales: Vec<(&[RowView], usize, &[u8])> = Vec::new();
         let bytes = |offset: u64, content: &PackContent| {
             &packed.as_slice()[offset as usize..][..content.bytes().unwrap() as usize]
         };
         for item in &packing.items {
-            if let PackContent::OctetScales { k, segments, .. } = &item.content {
-                scales.push((segments, k.div_ceil(128) * 4, bytes(item.offset, &item.content)));
+            let bytes = bytes(item.offset, &item.content);
+            let each =
+                |format: Format, k: usize| if format == Format::FP8_BLOCK { k.div_ceil(128) * 4 } else { 32 };
+            match &item.content {
+                PackContent::OctetScales { format, k, segments, .. } => {
+                    scales.push((*format, segments, each(*format, *k), bytes));
+                }
+                PackContent::ExpertScales { format, k, sources, .. } => {
+                    expert_scales.push((sources, each(*format, *k), bytes));
+                }
+                _ => {}
             }
         }
         for item in &packing.items {
             let bytes = bytes(item.offset, &item.content);
             match &item.content {
                 PackContent::Octets { format, k, segments, interleave, .. } => {
-                    let own = scales.iter().find(|(others, ..)| *others == &segments[..]);
+                    let own = scales.iter().find(|(of, others, ..)| of == format && *others == &segments[..]);
                     let mut octet = 0;
                     for group in segments.chunks(*interleave) {
                         for row in (0..group[0].rows.next_multiple_of(OCTET)).step_by(OCTET) {
                             for segment in group {
                                 let scales =
-                                    own.map_or(&[][..], |(_, each, all)| &all[octet * each..][..*each]);
+                                    own.map_or(&[][..], |(_, _, each, all)| &all[octet * each..][..*each]);
                                 let values = open(*format, *k, bytes, octet, scales);
                                 let columns = segment.columns.map_or(0, |share| share.start);
                                 for (feature, values) in values.chunks_exact(*k).enumerate() {
@@ -80,11 +90,14 @@ impl<'c> Held<'c> {
                     }
                 }
                 PackContent::ExpertOctets { format, k, experts, rows, sources } => {
+                    let own = expert_scales.iter().find(|(others, ..)| *others == &sources[..]);
                     let mut octet = 0;
                     for expert in 0..*experts {
                         for first in (0..*rows).step_by(OCTET) {
                             for view in sources {
-                                let values = open(*format, *k, bytes, octet, &[]);
+                                let scales =
+                                    own.map_or(&[][..], |(_, each, all)| &all[octet * each..][..*each]);
+                                let values = open(*format, *k, bytes, octet, scales);
                                 for (feature, values) in values.chunks_exact(*k).enumerate() {
                                     if first + feature < *rows {
                                         held.set_expert(view, expert, *rows, first + feature, values);
@@ -108,7 +121,9 @@ impl<'c> Held<'c> {
                         held.set(tensor, 0, at, &[f32::from_le_bytes(*value)]);
                     }
                 }
-                PackContent::OctetScales { .. } | PackContent::RopeTable { .. } => {}
+                PackContent::OctetScales { .. }
+                | PackContent::ExpertScales { .. }
+                | PackContent::RopeTable { .. } => {}
                 other => panic!("no layout of a GPU: {other:?}"),
             }
         }
@@ -150,8 +165,13 @@ fn open(format: Format, k: usize, bytes: &[u8], octet: usize, scales: &[u8]) -> 
             values.push(match format {
                 Format::F16 => f16::from_bits(half()).to_f32(),
                 Format::BF16 => bf16::from_bits(half()).to_f32(),
-                Format::FP8_BLOCK => {
-                    let scale = scales[column / 128 * 4..][..4].try_into().unwrap();
+                Format::FP8_BLOCK | Format::FP8_1X128 | Format::FP8_CHANNEL => {
+                    let scale = match format {
+                        Format::FP8_BLOCK => &scales[column / 128 * 4..],
+                        Format::FP8_CHANNEL => &scales[feature * 4..],
+                        _ => &block[OCTET_BLOCK + feature * 4..],
+                    };
+                    let scale = scale[..4].try_into().unwrap();
                     // The tables in `octet.rs`.
                     let word = u32::from_le_bytes(piece[at / 4 * 4..][..4].try_into().unwrap());
                     let half = word >> (at % 2 * 16);
@@ -161,8 +181,7 @@ fn open(format: Format, k: usize, bytes: &[u8], octet: usize, scales: &[u8]) -> 
                     };
                     e4m3_to_f32(code as u8) * f32::from_le_bytes(scale)
                 }
-                Format::MXFP4 => {
-                    let scale = block[OCTET_BLOCK + feature * 4 + at / 32];
+                Format::MXFP4 | Format::NVFP4 => {
                     let word = u32::from_le_bytes(piece[at / 8 * 4..][..4].try_into().unwrap());
                     let half = word >> (at % 2 * 16);
                     let bit = |number: u32| half >> number & 1;
@@ -172,8 +191,18 @@ fn open(format: Format, k: usize, bytes: &[u8], octet: usize, scales: &[u8]) -> 
                         2 => (bit(13), half & 7),
                         _ => (bit(14), half >> 9 & 7),
                     };
-                    let exponent = i32::from(scale) - 62 - 127;
-                    e2m1_to_f32((sign << 3 | magnitude) as u8) * 2f32.powi(exponent)
+                    let code = e2m1_to_f32((sign << 3 | magnitude) as u8);
+                    if format == Format::MXFP4 {
+                        let scale = block[OCTET_BLOCK + feature * 4 + at / 32];
+                        code * 2f32.powi(i32::from(scale) - 62 - 127)
+                    } else {
+                        let scale = block[OCTET_BLOCK + (feature * 4 + at / 32) * 2 + at % 32 / 16];
+                        let (exponent, eighths) = (i32::from(scale >> 3) - 9, f32::from(scale & 7));
+                        let scale = (1.0 + eighths / 8.0) * 2f32.powi(exponent);
+                        let tensor = f32::from_le_bytes(scales[feature * 4..][..4].try_into().unwrap());
+                        // In the order in which the checkpoint's values are made.
+                        code * (scale * tensor)
+                    }
                 }
                 other => panic!("no octets of {other}"),
             });
@@ -399,6 +428,72 @@ fn mimo() -> Model {
     }))
 }
 
+/// MiMo with its layers' products in one format and its experts in another, which it is not published in.
+fn mimo_in(weights: Format, experts: Format) -> Model {
+    let mut config = mimo().config;
+    config["moe_intermediate_size"] = json!(512);
+    let mut tensors = frontends::published_tensors(&config).unwrap();
+    for (name, info) in &mut tensors {
+        // Its columns are too few for blocks of 128 on 4 ranks.
+        if name.contains("o_proj") && weights.block == 128 {
+            info.format = Format::BF16;
+        } else if name.contains("_proj.weight") {
+            info.format = if name.contains("experts") { experts } else { weights };
+        }
+    }
+    let checkpoint = Checkpoint::synthetic(config.clone(), 7, tensors.clone());
+    let weights = WeightsFrom::Synthetic { seed: 7, config: config.clone(), tensors };
+    Model { name: "made-up".into(), config, checkpoint, weights }
+}
+
+/// What a kernel keeps as it is stored is packed without a loss. (Synthetic weights have scales of rows, so that those
+/// of 128 rows are chosen when block FP8 is packed.)
+#[test]
+fn what_is_packed_as_stored_is_what_is_stored() {
+    for (weights, experts) in [
+        (Format::FP8_CHANNEL, Format::NVFP4),
+        (Format::FP8_1X128, Format::FP8_CHANNEL),
+        (Format::NVFP4, Format::FP8_1X128),
+        (Format::MXFP4, Format::MXFP4),
+    ] {
+        let model = mimo_in(weights, experts);
+        let (_, held) = program(&model, &model.spec()).unwrap();
+        let mut seen = 0;
+        for (name, found) in held.tensors.iter().filter(|(name, _)| name.contains("_proj.weight")) {
+            let stored = model.checkpoint.tensor_f32(name).unwrap();
+            assert_eq!(found, &stored, "{name} in {weights} and {experts}");
+            seen += 1;
+        }
+        assert!(seen > 40, "{seen}");
+    }
+}
+
+/// What is converted is off by no more than its format's rounding.
+#[test]
+fn what_is_converted_is_close_to_what_is_stored() {
+    let model = mimo_in(Format::BF16, Format::BF16);
+    for (format, bound) in [
+        (Format::FP8_BLOCK, 0.03),
+        (Format::FP8_1X128, 0.03),
+        (Format::FP8_CHANNEL, 0.03),
+        (Format::NVFP4, 0.11),
+        (Format::MXFP4, 0.13),
+    ] {
+        let mut spec = model.spec();
+        spec.precision.weights = WeightFormat::Converted(format);
+        spec.precision.experts = Some(WeightFormat::Converted(format));
+        let (_, held) = program(&model, &spec).unwrap();
+        for (name, found) in held.tensors.iter().filter(|(name, _)| name.contains("_proj.weight")) {
+            let stored = model.checkpoint.tensor_f32(name).unwrap();
+            let square =
+                |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+            let off = square(&mut found.iter().zip(&stored).map(|(a, b)| a - b));
+            let off = (off / square(&mut stored.iter().copied())).sqrt();
+            assert!(off < bound && off > bound / 4.0, "{name} in {format}: {off}");
+        }
+    }
+}
+
 /// Some tokens in steps of several rows.
 fn some_steps(vocab: u32) -> Vec<Vec<u32>> {
     vec![(0..5).map(|at| at * 7 % vocab).collect(), vec![3], (0..4).map(|at| (at * 11 + 2) % vocab).collect()]
@@ -408,7 +503,14 @@ fn some_steps(vocab: u32) -> Vec<Vec<u32>> {
 /// together have all of them, and their logits are the whole model's.
 #[test]
 fn shares_in_blocks_are_the_whole_models() {
-    for (model, vocab) in [(biased_llama(), 96), (mimo(), 64)] {
+    for (model, vocab) in [
+        (biased_llama(), 96),
+        (mimo(), 64),
+        (mimo_in(Format::FP8_CHANNEL, Format::NVFP4), 64),
+        (mimo_in(Format::FP8_1X128, Format::FP8_BLOCK), 64),
+        (mimo_in(Format::NVFP4, Format::FP8_CHANNEL), 64),
+        (mimo_in(Format::FP8_BLOCK, Format::FP8_1X128), 64),
+    ] {
         let spec = model.spec();
         let (_, whole) = program(&model, &spec).unwrap();
         let steps = some_steps(vocab as u32);

@@ -132,7 +132,10 @@ impl WeightSource for Weights<'_> {
         };
         let known = self.0.graph.weights.iter().find(|(own, weight)| read(weight.tensor(own)));
         let (_, weight) = known.ok_or("no weight lies there")?;
-        if let [rows, cols] = self.0.checkpoint.tensor(name).map_err(|error| error.to_string())?.shape[..] {
+        let shape = &self.0.checkpoint.tensor(name).map_err(|error| error.to_string())?.shape;
+        // Scales that are stored are kept, and need not be those that would be chosen.
+        if let ([rows, cols], true) = (&shape[..], weight.format != weight.stored) {
+            let (rows, cols) = (*rows, *cols);
             let planes = quantize(weight.format, rows, cols, &values).map_err(|error| error.to_string())?;
             dequantize(&planes.view(), &mut values).map_err(|error| error.to_string())?;
         }
@@ -183,13 +186,25 @@ impl Simulation {
         sizes: impl Into<resident::Sizes>,
         rank: Option<Shard>,
     ) -> Simulation {
-        let tensors = frontends::synthetic_tensors(config, Format::BF16).unwrap();
-        let mut graph = frontends::build(config, &tensors).unwrap();
+        let mut tensors = frontends::synthetic_tensors(config, Format::BF16).unwrap();
         let mut spec = ModelSpec::for_checkpoint("unused").precision;
         spec.activations = Activations::F32;
         spec.kv_cache = Some(KvType::Bf16);
-        spec.weights = WeightFormat::Converted(weights);
-        spec.experts = experts.map(WeightFormat::Converted);
+        // What packing would make of each row by itself is stored so, of the layers' products.
+        let by_row =
+            |format: Format| [Format::NVFP4, Format::FP8_CHANNEL, Format::FP8_1X128].contains(&format);
+        for (name, info) in &mut tensors {
+            let own = if name.contains("experts") { experts.unwrap_or(weights) } else { weights };
+            if name.contains("_proj") && info.shape.len() > 1 && !name.contains("bias") && by_row(own) {
+                info.format = own;
+            }
+        }
+        let mut graph = frontends::build(config, &tensors).unwrap();
+        let asked = |format: Format| match by_row(format) {
+            true => WeightFormat::AsStored,
+            false => WeightFormat::Converted(format),
+        };
+        (spec.weights, spec.experts) = (asked(weights), experts.map(asked));
         precision::precision(&mut graph, &spec).unwrap();
         if let Some(rank) = rank {
             graph = shard::shard(&graph, rank).unwrap();

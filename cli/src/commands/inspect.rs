@@ -95,7 +95,9 @@ pub fn parameters(plan: &Plan) -> u64 {
                     total = total.saturating_add(*len as u64);
                 }
             }
-            PackContent::OctetScales { .. } | PackContent::RopeTable { .. } => {}
+            PackContent::OctetScales { .. }
+            | PackContent::ExpertScales { .. }
+            | PackContent::RopeTable { .. } => {}
         }
     }
     total

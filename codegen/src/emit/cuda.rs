@@ -3,11 +3,10 @@
 
 use std::fmt::Write as _;
 use tilec_ir::abi::KvType;
-use tilec_ir::format::Format;
+use tilec_ir::format::{Code, Format};
 use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::launch::{KERNEL, SLICE_ROWS, SYNC_BYTES, SYNC_HEAD};
-use tilec_ir::octet::octet_blocks;
-use tilec_ir::pack::FP8_COLUMNS;
+use tilec_ir::octet::{apart_scales, feature_scales, octet_block_scales, octet_blocks};
 use tilec_ir::resident::{
     Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, PREPARED_BLOCK, Pairs,
     Prepared, Reader, Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps, TopK, part_columns,
@@ -41,9 +40,9 @@ pub struct CudaText {
 /// Why a program has no kernel.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CudaError {
-    /// An expert's row, or one that is multiplied with MXFP4, is too long.
+    /// An expert's row, or one that is multiplied with FP4, is too long.
     #[error(
-        "stage {stage} has rows of {k} columns; a kernel with {rows} rows a step keeps at most {most} of experts and of MXFP4 in registers{}",
+        "stage {stage} has rows of {k} columns; a kernel with {rows} rows a step keeps at most {most} of experts and of FP4 in registers{}",
         if *rows > SLICE_ROWS { "; lower limits.pass_rows" } else { "" }
     )]
     Columns {
@@ -236,7 +235,7 @@ fn check(program: &ResidentProgram) -> Result<(), CudaError> {
     }
     let (rows, most) = (program.step_rows, part_columns(program.step_rows));
     for (stage, _, Stage { kind, .. }) in program.sequence() {
-        let whole = |gemm: &&Gemm| matches!(kind, Kind::Experts(_)) || gemm.format == Format::MXFP4;
+        let whole = |gemm: &&Gemm| matches!(kind, Kind::Experts(_)) || gemm.format.code == Code::E2m1;
         if let Some(k) = kind.gemm().filter(whole).map(|gemm| gemm.k).filter(|k| *k > most) {
             return Err(CudaError::Columns { stage, k, rows, most });
         }
@@ -289,8 +288,8 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
     for (_, _, stage) in program.sequence() {
         if let Some(gemm) = stage.kind.gemm() {
             needs.operands = needs.operands.max(gemm.operands);
-            needs.scaled |= gemm.scales.is_some();
-            needs.mxfp4 |= gemm.format == Format::MXFP4;
+            needs.scaled |= gemm.format == Format::FP8_BLOCK;
+            needs.block_scales = needs.block_scales.max(octet_block_scales(gemm.format));
             if program.buffer(gemm.input).elem == BufferElem::F32 {
                 needs.row_columns = needs.row_columns.max(gemm.k);
             }
@@ -525,7 +524,7 @@ impl<'p> Writer<'p> {
                 line!(self, "  static constexpr u32 K = {k}, BLOCKS = {};", octet_blocks(*format, *k));
                 let table = self.weight(*table);
                 self.function("const u8*", "table", "const Block& b", &format!("return {table};"));
-                self.scales(*scales, *k);
+                self.scales(*format, *scales, *k);
                 let (token, vector) = match replaced {
                     Some(Replaced { token, vector }) => (
                         format!("{token}u"),
@@ -647,10 +646,10 @@ impl<'p> Writer<'p> {
         line!(self, "  __device__ __forceinline__ static {result} {name}({arguments}) {{ {body} }}");
     }
 
-    /// Scales of block FP8, a row for each octet.
-    fn scales(&mut self, slot: Option<Slot>, k: usize) {
-        if let Some(slot) = slot {
-            line!(self, "  static constexpr u32 SCALES = {};", k.div_ceil(FP8_COLUMNS));
+    /// Scales of block FP8, a row for each octet. (Those of features are the epilogue's.)
+    fn scales(&mut self, format: Format, slot: Option<Slot>, k: usize) {
+        if let Some(slot) = slot.filter(|_| !feature_scales(format)) {
+            line!(self, "  static constexpr u32 SCALES = {};", apart_scales(format, k));
             let scales = format!("return reinterpret_cast<const float*>({});", self.weight(slot));
             self.function("const float*", "scales", "const Block& b", &scales);
         }
@@ -699,7 +698,7 @@ impl<'p> Writer<'p> {
         line!(self, "  static constexpr float EPS = {};", float(gemm.norm.map_or(0.0, |norm| norm.eps)));
         let weights = self.weight(gemm.weights);
         self.function("const u8*", "weights", "const Block& b", &format!("return {weights};"));
-        self.scales(gemm.scales, gemm.k);
+        self.scales(gemm.format, gemm.scales, gemm.k);
         let input = self.buffer(gemm.input);
         let elem = if half { "u16" } else { "float" };
         self.function(&format!("const {elem}*"), "input", "const Block& b", &format!("return {input};"));
@@ -832,6 +831,11 @@ impl<'p> Writer<'p> {
         let at = "u32 row, u32 feature";
         let sum = format!("return reinterpret_cast<const float2*>({out});");
         self.function("const float2*", "sum", &format!("const Control& b, {at}"), &sum);
+        if feature_scales(gemm.format) {
+            let scale = self.feature_scale(gemm, 0, Some("expert"));
+            let arguments = "const Control& b, u32 expert, u32 feature";
+            self.function("float2", "scale", arguments, &format!("return {scale};"));
+        }
         let bias = match &gemm.bias[..] {
             [] => String::new(),
             biases => {
@@ -852,13 +856,38 @@ impl<'p> Writer<'p> {
         self.function("void", "store", &format!("const Control& b, {at}, float2 v"), &store);
     }
 
-    /// The epilogue's pieces, composed: what it loads ahead, then bias, gate, residual and store.
+    /// The scales of a pair of features of an operand, whose octets alternate with the others'.
+    fn feature_scale(&self, gemm: &Gemm, operand: usize, expert: Option<&str>) -> String {
+        // A verified program has them.
+        let scales = gemm.scales.map_or("nullptr".into(), |slot| self.weight(slot));
+        let octets = match gemm.operands {
+            1 => "feature / 2".to_string(),
+            operands => {
+                format!("feature / 8 * {} + {} + feature % 8 / 2", operands * 4, operand * 4)
+            }
+        };
+        let pairs = gemm.tiles() * gemm.operands * 4;
+        let before = expert.map_or(String::new(), |expert| format!("(u64){expert} * {pairs} + "));
+        format!("reinterpret_cast<const float2*>({scales})[{before}{octets}]")
+    }
+
+    /// The epilogue's pieces, composed: what it loads ahead, then scale, bias, gate, residual and store.
     fn epilogue(&mut self, gemm: &Gemm, experts: Option<&Experts>) {
         let mut carried = Vec::new();
         let mut before = Vec::new();
         let mut body = Vec::new();
         let operands = gemm.operands;
         let chosen = if experts.is_some() { "const Chosen& chosen, " } else { "" };
+        if feature_scales(gemm.format) {
+            carried.push(format!("float2 scale[{operands}];"));
+            for operand in 0..operands {
+                let scale = self.feature_scale(gemm, operand, experts.map(|_| "chosen.expert"));
+                before.push(format!("carry.scale[{operand}] = {scale};"));
+                body.push(format!(
+                    "v[{operand}].x *= carry.scale[{operand}].x; v[{operand}].y *= carry.scale[{operand}].y;"
+                ));
+            }
+        }
         if !gemm.bias.is_empty() {
             carried.push(format!("float2 bias[{operands}];"));
             for bias in &gemm.bias {
@@ -1309,7 +1338,10 @@ fn weights_type(format: Format) -> &'static str {
     match format {
         Format::BF16 => "Bf16",
         Format::FP8_BLOCK => "E4m3",
+        Format::FP8_1X128 => "E4m3Rows",
+        Format::FP8_CHANNEL => "E4m3Channel",
         Format::MXFP4 => "Mxfp4",
+        Format::NVFP4 => "Nvfp4",
         _ => "F16",
     }
 }

@@ -7,6 +7,7 @@ use tilec_ir::format::{Code, Format};
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
 use tilec_ir::graph::Router;
 use tilec_ir::launch::{OCTET, SLICE_ROWS};
+use tilec_ir::octet::apart_scales;
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{
     Attention, Bias, CHUNK, Conv, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, Replaced,
@@ -25,28 +26,24 @@ pub const WEIGHT_ALIGN: u64 = 256;
 
 /// The format that a matrix has in the kernel: what the tensor cores multiply. Formats without
 /// tensor-core products of their own are widened to halves, which hold all their digits but those
-/// of a float32. Block FP8 and MXFP4 stay as they are in memory; the kernel widens their codes.
+/// of a float32. FP8 and FP4 stay as they are in memory; the kernel widens their codes.
 pub const fn kernel_format(format: Format) -> Format {
     match (format.code, format.block, format.block_rows) {
         (Code::Bf16, ..) => Format::BF16,
         (Code::E4m3, 128, 128) => Format::FP8_BLOCK,
+        (Code::E4m3, 128, 1) => Format::FP8_1X128,
+        (Code::E4m3, Format::WHOLE_ROW, 1) => Format::FP8_CHANNEL,
         (Code::E2m1, 32, 1) => Format::MXFP4,
+        (Code::E2m1, 16, 1) if format.tensor_scale => Format::NVFP4,
         _ => Format::F16,
     }
 }
 
-/// The format of an embedding table: no row of it is multiplied, so that its octets are opened by column.
+/// The format of an embedding table: no row of it is multiplied, so that its octets are opened by column, which only
+/// scales of whole octets do not stand in the way of.
 const fn table_format(format: Format) -> Format {
     match kernel_format(format) {
-        Format { code: Code::E2m1, .. } => Format::F16,
-        format => format,
-    }
-}
-
-/// The format of an expert's matrices: block FP8 has its scales apart, which experts have no ring for.
-pub const fn expert_format(format: Format) -> Format {
-    match kernel_format(format) {
-        Format { code: Code::E4m3, .. } => Format::BF16,
+        Format { code: Code::E2m1, .. } | Format { code: Code::E4m3, block_rows: 1, .. } => Format::F16,
         format => format,
     }
 }
@@ -184,12 +181,14 @@ fn goes_on_alone(piece: &Piece) -> bool {
     matches!(piece, Piece::AllReduce(_))
 }
 
-/// The scales of octets of block FP8.
+/// The scales of octets that lie apart.
 pub(super) fn octet_scales(octets: &PackContent) -> Option<PackContent> {
-    match octets {
-        PackContent::Octets { format: Format::FP8_BLOCK, k, segments, interleave, octets } => {
-            let (k, segments, interleave, octets) = (*k, segments.clone(), *interleave, *octets);
-            Some(PackContent::OctetScales { k, segments, interleave, octets })
+    match octets.clone() {
+        PackContent::Octets { format, k, segments, interleave, octets } if apart_scales(format, k) > 0 => {
+            Some(PackContent::OctetScales { format, k, segments, interleave, octets })
+        }
+        PackContent::ExpertOctets { format, k, experts, rows, sources } if apart_scales(format, k) > 0 => {
+            Some(PackContent::ExpertScales { format, k, experts, rows, sources })
         }
         _ => None,
     }
@@ -682,8 +681,8 @@ impl Lowering<'_> {
         if per_slot == route.is_some() {
             return Err(error(op, "experts are chosen once, by the product that reads no slots"));
         }
-        let format = expert_format(self.fused.weights[&weights[0]].format);
-        if weights.iter().any(|name| expert_format(self.fused.weights[name].format) != format) {
+        let format = kernel_format(self.fused.weights[&weights[0]].format);
+        if weights.iter().any(|name| kernel_format(self.fused.weights[name].format) != format) {
             return Err(error(op, "its weights are in different formats"));
         }
         let route = route.map(|(scores, Router { scoring, renormalize, top_k, factor, correction })| Route {
@@ -724,6 +723,7 @@ impl Lowering<'_> {
         };
         let sources = expert_rows(self.fused, op, weights)?;
         let octets = PackContent::ExpertOctets { format, k, experts, rows, sources };
+        let scales = octet_scales(&octets).map(|scales| self.packer.slot(scales, offsets.as_mut()));
         let weights = self.packer.slot(octets, offsets.as_mut());
         let gemm = Gemm {
             input: buffer,
@@ -732,7 +732,7 @@ impl Lowering<'_> {
             select: false,
             weights,
             format,
-            scales: None,
+            scales,
             k: k.next_multiple_of(OCTET),
             operands,
             bias,
@@ -820,8 +820,8 @@ impl Lowering<'_> {
         let reader = self.fused.ops.iter().find(|op| op.inputs.contains(&value));
         let weight = reader.and_then(|op| op.parts.first()?.weights.first());
         let elem = match weight.map(|name| kernel_format(self.fused.weights[name].format)) {
-            Some(Format::BF16 | Format::FP8_BLOCK | Format::MXFP4) => BufferElem::Bf16,
-            _ => BufferElem::F32,
+            Some(Format::F16) | None => BufferElem::F32,
+            Some(_) => BufferElem::Bf16,
         };
         let buffer = self.buffer(name, elem, cols);
         self.of_value.insert(value, buffer);
@@ -882,7 +882,7 @@ impl Lowering<'_> {
             segments.extend(parts);
         }
         // Scales belong to blocks of 128 stored rows, and an octet has one scale for its columns.
-        if format.scale.is_some()
+        if format.block_rows > 1
             && let Some(crooked) = segments.iter().find(|segment| !segment.row_start.is_multiple_of(OCTET))
         {
             let RowSegment { tensor, row_start, .. } = crooked;

@@ -14,9 +14,9 @@
 //! Biases: that of a product with a part of a sum is added behind the sum, so that all ranks run the same
 //! program. That of experts lies before the sum over slots; only rank 0 has it.
 
-use super::resident::{expert_format, kernel_format};
+use super::resident::kernel_format;
 use std::collections::{BTreeMap, BTreeSet};
-use tilec_ir::format::ACT_BLOCK;
+use tilec_ir::format::{ACT_BLOCK, Format};
 use tilec_ir::graph::{Graph, GraphError, NodeId, Op, Slice, View, Weight, verify};
 use tilec_ir::launch::OCTET;
 use tilec_ir::pack::Share;
@@ -456,8 +456,9 @@ impl Sharding<'_> {
         if weight.shape.len() != matrix {
             return Ok(());
         }
-        let format = if expert { expert_format(weight.format) } else { kernel_format(weight.format) };
+        let format = kernel_format(weight.format);
         let (axis, block) = match axis + 1 == matrix {
+            true if format.block == Format::WHOLE_ROW => ("columns", 0),
             true => ("columns", format.block),
             // An octet has one row of scales.
             false if format.block_rows > 1 => ("rows", OCTET),

@@ -223,6 +223,31 @@ impl Checkpoint {
         Ok(planes)
     }
 
+    /// The float32 scale that all of a tensor has on top of its blocks' (NVFP4); `None` if it has none.
+    ///
+    /// # Errors
+    /// If there is no such tensor.
+    pub fn tensor_scale(&self, name: &str) -> Result<Option<f32>, CheckpointError> {
+        let info = self.tensor(name)?;
+        Ok(self.stored[name].tensor_scale(info))
+    }
+
+    /// Rows of a tensor with a [`Checkpoint::tensor_scale`], which is left out: codes and scales as stored.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::rows`].
+    pub(crate) fn nvfp4_rows(
+        &self,
+        name: &str,
+        range: Range<usize>,
+    ) -> Result<StoredRows<'_>, CheckpointError> {
+        // It says what is wrong with the range and with scales.
+        self.rows(name, range.clone())?;
+        let info = self.tensor(name)?;
+        let rows = self.stored[name].under_tensor_scale(&self.files, info, range);
+        rows.map_err(|error| self.convert_fault(name, &error))
+    }
+
     /// Columns `columns` of rows of a tensor, as [`Checkpoint::rows`] gives all of them. Columns that begin or
     /// end inside of a block with one scale are given as float32.
     ///

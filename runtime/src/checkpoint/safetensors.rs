@@ -214,7 +214,8 @@ pub(super) struct Joined {
 /// | codes | beside them | format |
 /// | --- | --- | --- |
 /// | F32, F16, BF16 | | the same |
-/// | F8_E4M3 `X` | F32 or BF16 `X_scale_inv` or `X_scale`: per block, row or tensor | block FP8 |
+/// | F8_E4M3 `X` | F32 or BF16 `X_scale_inv` or `X_scale`: per block or tensor | block FP8 |
+/// | F8_E4M3 `X` | the same per row | fp8_channel |
 /// | U8 or F4 `X` | U8 or F8_E8M0 `X_scale`, per 32 | MXFP4 |
 /// | U8 `X_blocks [.., k / 32, 16]` | U8 `X_scales` | MXFP4, as `X` |
 /// | U8 or F4 `X` | F8_E4M3 `X_scale`, per 16, and F32 `X_scale_2` | NVFP4 |
@@ -360,7 +361,7 @@ impl<'a> Joiner<'a> {
         } else if matrix && scale.shape == expected(block_rows, block_cols) {
             (block_rows, block_cols, Format { block: block_cols, block_rows, ..Format::FP8_BLOCK })
         } else if tensor.shape.len() > 1 && (scale.shape == expected(1, cols) || scale.shape == [rows]) {
-            (1, cols, Format::FP8_BLOCK)
+            (1, cols, Format::FP8_CHANNEL)
         } else {
             let problem = format!(
                 "scales of shape {:?} fit {:?} neither per {block_rows} x {block_cols} block (that would be \

@@ -6,7 +6,7 @@ use super::synthetic::Synthetic;
 use half::{bf16, f16};
 use std::borrow::Cow;
 use std::ops::Range;
-use tilec_ir::convert::{ConvertError, PlaneView, dequantize, e4m3_to_f32, row_format};
+use tilec_ir::convert::{ConvertError, PlaneView, Planes, dequantize, e4m3_to_f32, row_format};
 use tilec_ir::format::{Format, ScaleType};
 use tilec_ir::tensor::TensorInfo;
 
@@ -192,6 +192,45 @@ impl Stored {
                 let (rows, format) = (planes.rows, planes.format);
                 Ok(StoredRows::owned(format, rows, cols, planes.codes, planes.scales, planes.mins))
             }
+        }
+    }
+}
+
+impl Stored {
+    /// The scale of the whole tensor, if it has one.
+    pub fn tensor_scale(&self, info: &TensorInfo) -> Option<f32> {
+        match self {
+            _ if !info.format.tensor_scale => None,
+            Stored::Planes { scales: Some(grid), .. } if grid.storage == ScaleStorage::E4m3 => {
+                Some(grid.factor)
+            }
+            Stored::Synthetic(synthetic) => Some(synthetic.tensor_scale()),
+            _ => None,
+        }
+    }
+
+    /// Rows `range` of a tensor with a scale of its own, which is left out, in its format.
+    pub fn under_tensor_scale<'a>(
+        &self,
+        files: &'a [MappedFile],
+        info: &TensorInfo,
+        range: Range<usize>,
+    ) -> Result<StoredRows<'a>, ConvertError> {
+        let (format, cols) = (info.format, info.cols());
+        match self {
+            Stored::Planes { scales: Some(grid), .. } => {
+                let row_bytes = cols.div_ceil(grid.per_cols) * grid.storage.bytes();
+                let scales = &slice(files, &grid.span)[range.start * row_bytes..range.end * row_bytes];
+                let rows = self.rows(files, info, range)?;
+                Ok(StoredRows { format, scales: Cow::Borrowed(scales), ..rows })
+            }
+            Stored::Synthetic(synthetic) => {
+                let planes = synthetic.own_rows(info, range, 0..cols)?;
+                let Planes { rows, codes, scales, mins, .. } = planes;
+                Ok(StoredRows::owned(format, rows, cols, codes, scales, mins))
+            }
+            // None of them has one.
+            _ => self.rows(files, info, range),
         }
     }
 }

@@ -5,7 +5,10 @@
 
 use super::stored::{StoredRows, whole_blocks};
 use std::ops::Range;
-use tilec_ir::convert::{ConvertError, Planes, quantize, row_format};
+use tilec_ir::convert::{
+    ConvertError, E2M1_MAX, E4M3_MAX, Planes, quantize_under, row_format, to_row_format,
+};
+use tilec_ir::format::Format;
 use tilec_ir::tensor::TensorInfo;
 
 /// How to make the weights of one tensor.
@@ -61,7 +64,7 @@ impl Synthetic {
         columns: Range<usize>,
     ) -> Option<Result<StoredRows<'static>, ConvertError>> {
         let format = row_format(info.format);
-        if !whole_blocks(format, info.cols(), &columns) || format.tensor_scale {
+        if !whole_blocks(format, info.cols(), &columns) || info.format.block == Format::WHOLE_ROW {
             return None;
         }
         Some(self.block(info, range, columns).map(|planes| {
@@ -70,7 +73,24 @@ impl Synthetic {
         }))
     }
 
+    /// In the row format. Scales that the stored format has for a whole row or tensor are kept.
     fn block(
+        &self,
+        info: &TensorInfo,
+        range: Range<usize>,
+        columns: Range<usize>,
+    ) -> Result<Planes, ConvertError> {
+        let planes = self.own_rows(info, range, columns)?;
+        Ok(if row_format(planes.format) == planes.format { planes } else { to_row_format(&planes.view()) })
+    }
+
+    /// The scale of the whole tensor in formats that have one: no weight is beyond its range.
+    pub fn tensor_scale(&self) -> f32 {
+        (self.mean.abs() + 3.5 * self.deviation) / (E2M1_MAX * E4M3_MAX)
+    }
+
+    /// The same in the stored format, but that every row has scales of its own.
+    pub fn own_rows(
         &self,
         info: &TensorInfo,
         range: Range<usize>,
@@ -82,7 +102,8 @@ impl Synthetic {
             let first = row as u64 * info.cols() as u64;
             values.extend(columns.clone().map(|column| self.weight(first + column as u64)));
         }
-        quantize(row_format(info.format), rows, cols, &values)
+        let format = Format { block_rows: 1, ..info.format };
+        quantize_under(format, rows, cols, &values, Some(self.tensor_scale()))
     }
 }
 
@@ -90,7 +111,6 @@ impl Synthetic {
 mod tests {
     use super::*;
     use tilec_ir::convert::dequantize;
-    use tilec_ir::format::Format;
 
     fn values(synthetic: &Synthetic, info: &TensorInfo, range: Range<usize>) -> Vec<f32> {
         let planes = synthetic.rows(info, range).unwrap();

@@ -272,7 +272,7 @@ fn codes_join_their_scales() {
         ("mx4.weight", Format::MXFP4, &mx),
         ("nv.weight", Format::NVFP4, &nv),
         ("packed.weight", Format::NVFP4, &nv),
-        ("rows.weight", Format::FP8_BLOCK, &rows8),
+        ("rows.weight", Format::FP8_CHANNEL, &rows8),
         ("tensor.weight", Format::FP8_BLOCK, &tensor8),
     ];
     assert_eq!(names, expected.map(|(name, ..)| name));
@@ -289,6 +289,16 @@ fn codes_join_their_scales() {
         assert_eq!(rows, found[120 * 256..140 * 256], "{name}");
     }
     assert_eq!(checkpoint.tensors()["experts.down_proj"].shape, [2, 80, 256]);
+    // What NVFP4 has on top of its blocks stays apart for whoever wants it.
+    for (name, wanted) in [("nv.weight", Some(nv.tensor_scale)), ("mx.weight", None), ("rows.weight", None)] {
+        assert_eq!(checkpoint.tensor_scale(name).unwrap(), wanted, "{name}");
+    }
+    let rows = checkpoint.nvfp4_rows("nv.weight", 120..140).unwrap();
+    assert_eq!((rows.format, rows.rows), (Format::NVFP4, 20));
+    assert_eq!(
+        (&rows.codes[..], &rows.scales[..]),
+        (&nv.codes[120 * 128..140 * 128], &nv.scales[1920..2240])
+    );
 }
 
 /// A fused projection of 2 groups of 160 rows, 64 columns: two rows of scales a group.

@@ -9,8 +9,8 @@ use crate::pack::{PackError, PackedWeights, pack};
 use std::collections::BTreeMap;
 use tilec_ir::format::Format;
 use tilec_ir::launch::OCTET;
-use tilec_ir::octet::octet_bytes;
-use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, RowSegment};
+use tilec_ir::octet::{apart_scales, octet_bytes};
+use tilec_ir::pack::{OCTET_FORMATS, PackContent, PackItem, Packing, RowSegment};
 use tilec_ir::plan::{Plan, WeightsFrom};
 use tilec_ir::tensor::TensorInfo;
 
@@ -30,7 +30,7 @@ const BLOCK: usize = 64 << 20;
 ///
 /// Synthetic weights of more than 2 GiB would take minutes to make: of their octets only 64 MiB for every
 /// format and number of columns are made, of the same distribution, and repeated all over from varying
-/// places (and so are the scales of block FP8, which are much alike). They are as good for measuring, but they are not the weights that the same plan has on the
+/// places (and so are scales that lie apart, which are much alike). They are as good for measuring, but they are not the weights that the same plan has on the
 /// processor.
 ///
 /// # Errors
@@ -190,54 +190,45 @@ fn fill(
     Ok(())
 }
 
-/// What is repeated.
+/// What is repeated: octets, or the scales of some that lie apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
-    F16,
-    Bf16,
-    Mxfp4,
-    Fp8,
-    Fp8Scales,
+struct Kind {
+    /// Format of the octets, by its place among [`OCTET_FORMATS`].
+    format: usize,
+    scales: bool,
 }
 
 impl Kind {
+    fn new(format: Format, scales: bool) -> Option<Kind> {
+        let format = OCTET_FORMATS.iter().position(|known| *known == format)?;
+        Some(Kind { format, scales })
+    }
+
     fn format(self) -> Format {
-        match self {
-            Kind::F16 => Format::F16,
-            Kind::Bf16 => Format::BF16,
-            Kind::Mxfp4 => Format::MXFP4,
-            Kind::Fp8 | Kind::Fp8Scales => Format::FP8_BLOCK,
-        }
+        OCTET_FORMATS[self.format]
     }
 
     /// Bytes of an octet, or of its scales: what is copied as a whole, so that padding stays where it is.
     fn unit(self, k: usize) -> usize {
-        match self {
-            Kind::Fp8Scales => k.div_ceil(FP8_COLUMNS) * 4,
+        match self.scales {
+            true => apart_scales(self.format(), k) * 4,
             // Of a plan that was verified: it can be counted.
-            kind => octet_bytes(kind.format(), k).unwrap_or(1),
+            false => octet_bytes(self.format(), k).unwrap_or(1),
         }
-    }
-
-    /// The kind of octets of this format.
-    fn of(format: Format) -> Option<Kind> {
-        [Kind::F16, Kind::Bf16, Kind::Mxfp4, Kind::Fp8].into_iter().find(|kind| kind.format() == format)
     }
 }
 
 /// Kind and columns of an item that may be repeated: octets of eight features each, and their scales.
 fn repeatable(content: &PackContent) -> Option<(Kind, usize)> {
     let whole = |segments: &[RowSegment]| segments.iter().all(|segment| segment.rows.is_multiple_of(OCTET));
-    match content {
-        PackContent::Octets { format, k, segments, .. } => {
-            Kind::of(*format).filter(|_| whole(segments)).map(|kind| (kind, *k))
-        }
-        PackContent::ExpertOctets { format, k, rows, .. } => {
-            Kind::of(*format).filter(|_| rows.is_multiple_of(OCTET)).map(|kind| (kind, *k))
-        }
-        PackContent::OctetScales { k, segments, .. } => whole(segments).then_some((Kind::Fp8Scales, *k)),
-        _ => None,
-    }
+    let (format, k, scales, whole) = match content {
+        PackContent::Octets { format, k, segments, .. } => (format, k, false, whole(segments)),
+        PackContent::ExpertOctets { format, k, rows, .. } => (format, k, false, rows.is_multiple_of(OCTET)),
+        PackContent::OctetScales { format, k, segments, .. } => (format, k, true, whole(segments)),
+        PackContent::ExpertScales { format, k, rows, .. } => (format, k, true, rows.is_multiple_of(OCTET)),
+        _ => return None,
+    };
+    Kind::new(*format, scales).filter(|_| whole).map(|kind| (kind, *k))
 }
 
 /// An item of a kind, of about as many features as `bytes` of codes hold.
@@ -250,9 +241,9 @@ fn random_item(kind: Kind, k: usize, seed: u64, bytes: usize) -> Result<PackedWe
     let name = format!("block of {k} columns");
     let tensors = BTreeMap::from([(name.clone(), TensorInfo::new([rows, k], format))]);
     let segments = vec![RowSegment::new(name, 0, rows)];
-    let content = match kind {
-        Kind::Fp8Scales => PackContent::OctetScales { k, segments, interleave: 1, octets },
-        _ => PackContent::Octets { format, k, segments, interleave: 1, octets },
+    let content = match kind.scales {
+        true => PackContent::OctetScales { format, k, segments, interleave: 1, octets },
+        false => PackContent::Octets { format, k, segments, interleave: 1, octets },
     };
     // Of a plan that was verified: `k` is a matrix's, and `bytes` small.
     let bytes = content.bytes().unwrap_or(0);
@@ -336,8 +327,8 @@ mod tests {
         // 40 columns: most of an octet is padding.
         add(PackContent::ExpertOctets { format: Format::MXFP4, k: 40, experts: 3, rows: 24, sources });
         let fp8 = octets(Format::FP8_BLOCK, 192, &[("e", 512)]);
-        if let PackContent::Octets { k, segments, interleave, octets, .. } = fp8.clone() {
-            add(PackContent::OctetScales { k, segments, interleave, octets });
+        if let PackContent::Octets { format, k, segments, interleave, octets } = fp8.clone() {
+            add(PackContent::OctetScales { format, k, segments, interleave, octets });
         }
         add(fp8);
         (checkpoint, packing)
@@ -379,7 +370,7 @@ mod tests {
                 seen.insert(piece);
             }
             // The few octets of the source lie in one block of 128 rows, with the same scales.
-            assert!(seen.len() > 1 || kind == Kind::Fp8Scales, "copies start at different places");
+            assert!(seen.len() > 1 || kind.scales, "copies start at different places");
         }
         assert!(found[at..].iter().all(|byte| *byte == 0));
         // The one with a padded octet is not repeated.

@@ -294,3 +294,103 @@ fn a_rank_of_mimo() {
     }
     check_ranks(&mimo, Format::FP8_BLOCK, Format::MXFP4, 0.03);
 }
+
+#[test]
+fn llama_in_fp8_with_scales_of_rows() {
+    for weights in [Format::FP8_CHANNEL, Format::FP8_1X128] {
+        check_steps(&llama(), weights, None, 1, 0.03);
+    }
+}
+
+#[test]
+fn llama_in_nvfp4() {
+    check_steps(&llama(), Format::NVFP4, None, 1, 0.03);
+}
+
+#[test]
+fn long_rows_in_fp8_with_scales_of_rows() {
+    for weights in [Format::FP8_CHANNEL, Format::FP8_1X128] {
+        check_long(&long(40, 8264), weights, None, 0.03);
+    }
+}
+
+#[test]
+fn mixtures_in_fp8() {
+    for experts in [Format::FP8_BLOCK, Format::FP8_CHANNEL, Format::FP8_1X128] {
+        check_steps(&qwen3_moe(), Format::BF16, Some(experts), 1, 0.03);
+    }
+    check_steps(&mimo_fused(), Format::FP8_BLOCK, Some(Format::FP8_BLOCK), 1, 0.03);
+}
+
+#[test]
+fn mixtures_in_nvfp4() {
+    check_steps(&qwen3_moe(), Format::BF16, Some(Format::NVFP4), 1, 0.03);
+    check_steps(&mimo_fused(), Format::FP8_CHANNEL, Some(Format::NVFP4), 1, 0.03);
+    // All experts in one tensor, gate and up in turns, with biases.
+    for experts in [Format::NVFP4, Format::FP8_CHANNEL, Format::FP8_1X128] {
+        check_steps(&gpt_oss(), Format::BF16, Some(experts), 0, 0.03);
+    }
+}
+
+#[test]
+fn short_experts_in_nvfp4() {
+    check_long(&short_experts(), Format::BF16, Some(Format::NVFP4), 0.03);
+}
+
+/// Every row takes all experts, so that no rounding of a router's input decides. (Kernels of all widths have the same
+/// bits, with experts that are chosen: `width_changes_no_bit_of_scaled_weights`.)
+fn all_experts(mut config: Value) -> Value {
+    for key in ["num_experts", "n_routed_experts", "num_experts_per_tok"] {
+        config[key] = 5.into();
+    }
+    config
+}
+
+#[test]
+fn sixteen_rows_of_scaled_mixtures() {
+    for experts in [Format::FP8_BLOCK, Format::FP8_CHANNEL, Format::FP8_1X128, Format::NVFP4] {
+        check_wide_steps(&all_experts(qwen3_moe()), Format::BF16, Some(experts), 16, 0, 0.03);
+    }
+}
+
+#[test]
+fn thirty_two_rows_of_scaled_mixtures() {
+    for (weights, experts) in [
+        (Format::FP8_CHANNEL, Format::FP8_BLOCK),
+        (Format::FP8_1X128, Format::NVFP4),
+        (Format::NVFP4, Format::FP8_CHANNEL),
+    ] {
+        check_wide_steps(&all_experts(mimo_fused()), weights, Some(experts), 32, 0, 0.03);
+    }
+}
+
+#[test]
+fn width_changes_no_bit_of_scaled_weights() {
+    for weights in [Format::FP8_CHANNEL, Format::FP8_1X128, Format::NVFP4] {
+        check_widths(&llama(), weights, None);
+    }
+    for experts in [Format::FP8_BLOCK, Format::FP8_1X128, Format::NVFP4] {
+        check_widths(&qwen3_moe(), Format::BF16, Some(experts));
+    }
+}
+
+#[test]
+fn ranks_of_scaled_mixtures() {
+    for (weights, experts) in [
+        (Format::FP8_CHANNEL, Format::NVFP4),
+        (Format::FP8_1X128, Format::FP8_CHANNEL),
+        (Format::FP8_BLOCK, Format::FP8_BLOCK),
+    ] {
+        let mut mimo = all_experts(mimo_fused());
+        for (key, value) in [
+            ("num_attention_heads", 8),
+            ("swa_num_key_value_heads", 4),
+            ("v_head_dim", 32),
+            ("intermediate_size", 256),
+            ("moe_intermediate_size", 256),
+        ] {
+            mimo[key] = value.into();
+        }
+        check_ranks(&mimo, weights, experts, 0.03);
+    }
+}

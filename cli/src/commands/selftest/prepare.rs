@@ -7,11 +7,11 @@ use anyhow::{Context, Result};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use tilec_codegen::compile::{self, DraftGraphs, DraftInput, Host, Input};
-use tilec_codegen::passes::resident::{expert_format, kernel_format};
+use tilec_codegen::passes::resident::kernel_format;
 use tilec_ir::abi::KvType;
 use tilec_ir::convert::{dequantize, quantize};
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
-use tilec_ir::graph::{EXPERT, Graph};
+use tilec_ir::graph::{EXPERT, Graph, Weight};
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::spec::ModelSpec;
 use tilec_runtime::checkpoint::Checkpoint;
@@ -173,11 +173,10 @@ impl WeightSource for KernelWeights<'_> {
         };
         let known = self.graph.weights.iter().find(|(own, weight)| is_read(weight.tensor(own)));
         let shape = &self.checkpoint.tensor(name).map_err(|error| error.to_string())?.shape;
-        if let (Some((_, weight)), [rows, cols]) = (known, &shape[..]) {
-            let format = match weight.shape.len() {
-                3 => expert_format(weight.format),
-                _ => kernel_format(weight.format),
-            };
+        // Scales that are stored are kept, and need not be those that would be chosen.
+        let as_stored = |weight: &Weight| kernel_format(weight.format) == weight.stored;
+        if let (Some((_, weight)), [rows, cols]) = (known.filter(|(_, own)| !as_stored(own)), &shape[..]) {
+            let format = kernel_format(weight.format);
             let planes = quantize(format, *rows, *cols, &values);
             let planes = planes.map_err(|error| error.to_string())?;
             dequantize(&planes.view(), &mut values).map_err(|error| error.to_string())?;
