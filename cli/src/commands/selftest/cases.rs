@@ -1,6 +1,7 @@
 //! Random models: configurations of the known families, and weights that leave no part without effect.
 
 use super::drafts::DraftCase;
+use super::scaled::{KIND_COUNT, Scaled};
 use anyhow::{Context, Result, ensure};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -45,6 +46,9 @@ pub const SHARES: std::ops::Range<usize> = EXPERTS.end..EXPERTS.end + 3;
 /// The cases with a draft.
 pub const DRAFTS: std::ops::Range<usize> = SHARES.end..SHARES.end + 8;
 
+/// The cases stored in FP8 with scales of rows, in NVFP4, or with experts in block FP8.
+pub const SCALED: std::ops::Range<usize> = DRAFTS.end..DRAFTS.end + KIND_COUNT;
+
 /// Rows of a pass, in turn.
 const PASS_ROWS: [usize; 3] = [8, 16, 32];
 
@@ -52,7 +56,7 @@ const PASS_ROWS: [usize; 3] = [8, 16, 32];
 pub const DRAFT_FOLDER: &str = "dflash";
 
 /// Cases in all.
-pub const CASES: usize = DRAFTS.end;
+pub const CASES: usize = SCALED.end;
 
 /// Deviation of a router's scores. What a rounded input can change is then a choice between experts that
 /// weigh little.
@@ -124,6 +128,8 @@ pub struct Case {
     pub fp8: bool,
     /// Whether its experts are converted to FP4.
     pub fp4_experts: bool,
+    /// Formats of the matrices, if they have scales that lie otherwise.
+    pub scaled: Option<Scaled>,
     /// Rows of a pass: 8, 16 or 32.
     pub pass_rows: usize,
     /// Elements of its KV cache.
@@ -137,7 +143,7 @@ pub struct Case {
     /// Multiplications of a row in all matrices.
     pub products: usize,
     /// Factor on the gains of the last feed-forward layer's norm.
-    loud: f32,
+    pub(super) loud: f32,
     /// Its draft.
     pub draft: Option<DraftCase>,
 }
@@ -152,6 +158,9 @@ impl Case {
         }
         if SHARES.contains(&number) {
             return Case::share(random, number);
+        }
+        if SCALED.contains(&number) {
+            return Case::scaled(random, number, number - SCALED.start, PASS_ROWS[number % 3]);
         }
         let moe = EXPERTS.contains(&number);
         let qwen = moe || !number.is_multiple_of(2);
@@ -276,6 +285,7 @@ impl Case {
             stored,
             fp8,
             fp4_experts,
+            scaled: None,
             pass_rows: PASS_ROWS[number % 3],
             kv,
             layers,
@@ -341,6 +351,7 @@ impl Case {
             stored: Format::BF16,
             fp8,
             fp4_experts: false,
+            scaled: None,
             pass_rows: PASS_ROWS[number % 3],
             kv,
             layers: 2,
@@ -425,6 +436,7 @@ impl Case {
             stored: Format::BF16,
             fp8: kind == 2,
             fp4_experts: kind == 1,
+            scaled: None,
             pass_rows: PASS_ROWS[number % 3],
             kv,
             layers,
@@ -482,6 +494,9 @@ impl Case {
         }
         if self.fp4_experts {
             spec.precision.experts = Some(spec::WeightFormat::Converted(Format::MXFP4));
+        }
+        if let Some(scaled) = &self.scaled {
+            scaled.precision(&mut spec.precision);
         }
         spec.precision.activations = spec::Activations::F32;
         spec.target.device = spec::Device::Cuda;
@@ -575,6 +590,10 @@ impl Case {
             let values: Vec<f32> = (0..count).map(|_| mean + deviation * random.normal()).collect();
             let format = if shape.len() == 1 { Format::F32 } else { self.stored };
             let cols = shape.last().copied().unwrap_or(1);
+            if let Some(scaled) = self.scaled.and_then(|scaled| scaled.stored(&name)) {
+                parts.extend(Scaled::parts(&name, scaled, [count / cols, cols], &values)?);
+                continue;
+            }
             let dtype = match format {
                 Format::BF16 => Dtype::BF16,
                 Format::F16 => Dtype::F16,

@@ -6,6 +6,7 @@ mod compare;
 mod drafts;
 mod pairs;
 mod prepare;
+mod scaled;
 #[cfg(test)]
 mod tests;
 
