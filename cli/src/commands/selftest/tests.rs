@@ -164,7 +164,7 @@ impl WeightSource for Noisy<'_> {
 fn light_cases() -> impl Iterator<Item = Case> {
     let all = MIMO.chain(0..40).chain(EXPERTS).chain(SHARES).chain(SCALED);
     let all = all.map(|number| Case::new(1, number));
-    all.filter(|case| case.products < 1_500_000 || case.fp4_experts)
+    all.filter(|case| case.products < 1_500_000 || case.fp4_experts || case.scaled.is_some())
 }
 
 #[test]
