@@ -15,6 +15,7 @@ use tilec_codegen::passes::{fuse, precision, resident};
 use tilec_ir::format::Format;
 use tilec_ir::fused::Fused;
 use tilec_ir::graph::View;
+use tilec_ir::handoff::Handoff;
 use tilec_ir::launch::KERNEL;
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::resident::{Epilogue, Kind, ResidentProgram};
@@ -341,6 +342,43 @@ fn the_text_grows_by_a_line_of_offsets_a_layer() {
         emit(&program, Arch::Sm90a).unwrap().text.lines().count()
     };
     assert_eq!(text(70) - text(2), 68);
+}
+
+#[test]
+fn handoffs_that_are_not_in_time_are_refused() {
+    let llama = program("llama", &example("llama-3.2-1b", 3), Format::BF16, 4096);
+    let sound = llama.handoffs();
+    // Embedding, then five stages a layer, then the head: only the crossing behind the embedding is not checked.
+    let checked: Vec<bool> = sound.iter().map(Handoff::checked).collect();
+    assert_eq!(checked, [&[false; 2][..], &[true; 15]].concat());
+    llama.verify_handoffs(&sound).unwrap();
+    type Late = fn(&mut [Handoff]);
+    let damages: [(&str, Late); 6] = [
+        ("mailboxes that only the first stage clears", |of| {
+            of.iter_mut().skip(1).for_each(|stage| stage.clears.clear());
+        }),
+        ("mailboxes that the first stage does not clear", |of| of[0].clears.clear()),
+        ("a mailbox that is cleared while it is read", |of| of[2].clears = of[2].checks.clone()),
+        ("a mailbox that is cleared in front of its maker", |of| {
+            let queries = of[2].checks[0];
+            of[5].clears.push(queries);
+        }),
+        ("squares at which nobody looks", |of| of[4].checks.truncate(1)),
+        ("a checked crossing behind the embedding", |of| of[1].checks = of[6].checks.clone()),
+    ];
+    for (what, damage) in damages {
+        let mut damaged = sound.clone();
+        damage(&mut damaged);
+        assert!(llama.verify_handoffs(&damaged).is_err(), "{what}");
+    }
+    // Where looking costs more than it brings.
+    let wide = resident::Sizes { context: 4096, step_rows: 32 };
+    let wide = resident::resident(&fused("llama", &example("llama-3.2-1b", 3), Format::BF16), wide).unwrap();
+    let mixture = program("qwen3_moe", &example("qwen3-30b-a3b", 2), Format::BF16, 4096);
+    for program in [wide, mixture] {
+        assert!(program.handoffs().iter().all(|handoff| *handoff == Handoff::default()));
+        assert!(emit(&program, Arch::Sm90a).unwrap().text.contains("constexpr u32 MAILBOXES = 0;"));
+    }
 }
 
 #[test]

@@ -34,7 +34,7 @@ pub const STOP_TOKENS: usize = 8;
 pub const SYNC_BYTES: usize = 512 << 10;
 
 /// Bytes of it in front of attention's counters.
-pub const SYNC_HEAD: usize = 256 + 3 * LAUNCH_ROWS * 8;
+pub const SYNC_HEAD: usize = 384 + 3 * LAUNCH_ROWS * 8;
 
 /// Words of the record that a stuck wait leaves: see [`StallRecord`].
 pub const STALL_WORDS: usize = 8;
@@ -290,6 +290,7 @@ impl StallRecord {
             6 => "the control warp, for the other SMs",
             7 => "the loader, for the choice of experts",
             8 => "the control warp, for the choice of experts",
+            9 => "the control warp, for what other SMs wrote",
             _ => "an unknown part",
         }
     }

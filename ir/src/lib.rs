@@ -7,6 +7,7 @@ pub mod cost;
 pub mod format;
 pub mod fused;
 pub mod graph;
+pub mod handoff;
 pub mod launch;
 pub mod octet;
 pub mod pack;

@@ -852,7 +852,8 @@ impl ResidentProgram {
                 written[prepared.squares.0 as usize] = true;
             }
         }
-        self.readers().map(|_| ())
+        self.readers()?;
+        self.verify_handoffs(&self.handoffs())
     }
 
     /// For each stage of the step that prepares rows, who reads them next; nothing for the others.

@@ -70,6 +70,14 @@ impl Buffer {
         }
     }
 
+    /// Bytes of a row of numbers.
+    pub const fn row_bytes(&self) -> usize {
+        match self.elem {
+            BufferElem::Bf16 => self.cols * 2,
+            _ => self.cols * 4,
+        }
+    }
+
     /// Where the weights of routes start, in bytes from the buffer's start.
     pub fn route_weights(&self) -> usize {
         (self.rows * self.cols * 4).next_multiple_of(64)

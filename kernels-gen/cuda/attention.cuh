@@ -39,6 +39,7 @@
 //   SINKS, sinks(b)            whether each head has a score that carries no value, and these [HEADS]
 //   ROPE                       leading columns of a head that are rotated, 0 for none
 //   PAGE_TOKENS, V_PAD, MAX_CHUNKS
+//   CHECKED                    whether queries, keys and values may be late (handoff.cuh)
 //   kv(b)                      the cache: that of the model, or of a draft
 //   q_gain(b), k_gain(b), rope(b) [positions][ROPE/2] cosines then sines, input(b) [rows][(HEADS +
 //   KV_HEADS) * QK + KV_HEADS * V] f32, out(b) [rows][HEADS * V], parts(b)
@@ -157,9 +158,16 @@ template <class A, bool NORMS> struct AttentionHead {
 #pragma unroll
     for (u32 i = 0; i < EACH; ++i) {
       const u32 d = lane_id() + i * LANES;
-      v[i] = A::QK % LANES == 0 || d < A::QK ? raw[d] : 0.f;
+      v[i] = A::QK % LANES == 0 || d < A::QK ? take1<A::CHECKED>(raw + d) : 0.f;
       if (NORMS && gains) gain[i] = A::QK % LANES == 0 || d < A::QK ? gains[d] : 0.f;
     }
+  }
+  // A lane's largest word of the head.
+  __device__ __forceinline__ u32 word() const {
+    u32 m = 0;
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) m = largest_word(m, __float_as_uint(v[i]));
+    return m;
   }
   __device__ __forceinline__ void turn(bool norm) {
     if (NORMS && norm) {
@@ -201,8 +209,8 @@ template <class A, bool NORMS> struct AttentionHead {
   }
 };
 
-__device__ __forceinline__ void store_out(Bf16, u16* out, float2 v) { *reinterpret_cast<u32*>(out) = Bf16::pack(v.x, v.y); }
-__device__ __forceinline__ void store_out(F32, float* out, float2 v) { *reinterpret_cast<float2*>(out) = v; }
+__device__ __forceinline__ void store_out(Bf16, u16* out, float2 v) { hand_on(reinterpret_cast<u32*>(out), Bf16::pack(v.x, v.y)); }
+__device__ __forceinline__ void store_out(F32, float* out, float2 v) { hand_on(out, v); }
 
 // The first chunk that a row sees.
 template <class A> __device__ __forceinline__ u32 first_chunk(const Block& b, u32 position) {
@@ -496,6 +504,11 @@ template <class A> struct Fresh {
     // The last warps, since the first have queries.
     if (CONSUMERS - 1 - warp < count) load_row(b, at, CONSUMERS - 1 - warp);
   }
+  // Query n of the run, once more.
+  __device__ __forceinline__ void load_query(const Consumer& b, const Place<A>& at, u32 n) {
+    const u32 r = at.row + n / GROUP, head = at.kv_head * GROUP + n % GROUP;
+    query.load(A::input(b) + (u64)r * QKV + head * A::QK, A::q_gain(b), A::rope(b), b.shared.position[r]);
+  }
   // Key and value of row `own` of those in the chunk.
   __device__ __forceinline__ void load_row(const Consumer& b, const Place<A>& at, u32 own) {
     const float* raw = A::input(b) + (u64)(at.row + (from - b.shared.position[at.row]) + own) * QKV + A::HEADS * A::QK;
@@ -504,8 +517,15 @@ template <class A> struct Fresh {
 #pragma unroll
     for (u32 i = 0; i < V_EACH; ++i) {
       const u32 d = lane_id() + i * LANES;
-      value[i] = A::V % LANES == 0 || d < A::V ? raw[A::KV_HEADS * A::QK + at.kv_head * A::V + d] : 0.f;
+      value[i] = A::V % LANES == 0 || d < A::V ? take1<A::CHECKED>(raw + A::KV_HEADS * A::QK + at.kv_head * A::V + d) : 0.f;
     }
+  }
+  // A lane's largest word of them.
+  __device__ __forceinline__ u32 row_word() const {
+    u32 m = key.word();
+#pragma unroll
+    for (u32 i = 0; i < V_EACH; ++i) m = largest_word(m, __float_as_uint(value[i]));
+    return m;
   }
 
   // Norms, rotates and rounds, into shared memory and the cache.
@@ -520,7 +540,15 @@ template <class A> struct Fresh {
       if (kind > 0) {
         if (own >= count) break;
         if (SLICES > 1 && kind > 1) load_row(b, at, own);
+        if constexpr (A::CHECKED) {
+#pragma unroll 1
+          while (b.late(row_word())) load_row(b, at, own);
+        }
         query = key;
+      } else if constexpr (A::CHECKED) {
+        const u32 n = at.pass * QUERIES + warp;
+#pragma unroll 1
+        while (b.late(n < at.queries() ? query.word() : 0)) load_query(b, at, n);
       }
       query.turn(kind == 0 ? A::Q_NORM : A::K_NORM);
       if (kind == 0) {

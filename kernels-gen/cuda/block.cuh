@@ -6,13 +6,22 @@
 //   control    1 warp:  adds up the consumers' partial sums, runs the epilogues, publishes the
 //                       results, and waits for the other SMs
 //   second     1 warp:  runs every other epilogue beside control
-//   watchdog   1 warp:  ends a launch in which nothing happens any more, and says who waits for what
+//   watchdog   1 warp:  releases what the SM wrote behind checked crossings; ends a launch in which nothing
+//                       happens any more, and says who waits for what
 //
 // Every stage ends with a crossing: each SM adds one to `Sync::arrived` when all that it makes in the
 // stage is written, and starts the next stage when all SMs have. The stream of weights does not stop
 // at a crossing: the loader goes on until the ring is full.
 //
-// The generated text defines STEP_ROWS, SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory.
+// To be sure that what it wrote is in sight, an SM waits for memory. If the next stage checks what it reads
+// (handoff.cuh), the crossing is a checked one: control adds one to `Sync::hints`, which orders nothing, and goes on when
+// all SMs have; the watchdog's warp adds to `arrived` meanwhile. The next stage's results begin when all SMs have
+// arrived, which they have long when there are any (`Control::settle`). So every stage's consumers see all of the
+// stage before the last, and epilogues all of the last.
+//
+// The generated text defines STEP_ROWS, SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory; and
+// of mailboxes: MAILBOX_AT, where they are in arena(args, kind), and MAILBOX_ROW_BYTES; STAGE_CLEARS, a bit for each
+// that a stage clears; CROSSING_CHECKED, whether the crossing behind a stage is a checked one.
 //
 // A kernel of rounds with a draft has three kinds of steps (round.cuh): ROUND says so. Its stages are numbered through
 // all three; first_stage(kind) says where a step begins. Where there is only one kind of steps, that is 0.
@@ -27,6 +36,8 @@ struct Sync {
   u32 arrived;                // SMs that finished a stage, summed over all stages of the launch
   u32 stalled;                // somebody gave up waiting and writes the record
   u32 pad0[30];
+  u32 hints;                  // SMs that came to a checked crossing, summed over all of the launch
+  u32 pad2[31];
   u32 halted;                 // SM 0 says that this step is the last
   u32 rounds;                 // of choices by chance that rows have asked for in this launch
   u32 pad1[30];
@@ -70,7 +81,8 @@ struct Shared {
   u64 sums_empty[SUM_BUFFERS];
   u32 stage;                    // that control is in, of the step
   u32 loader_stage;
-  u64 finished;                 // barrier: control has left
+  u64 passed;                   // barrier: control is through a checked crossing, or has left
+  u32 left;                     // that it has left
   u32 crossings;                // of this launch: what the watchdog wants to see grow
   u32 step;                     // that control is in, of the launch
   u32 round;                    // of a choice by chance, from 1 on in each step; 0 outside of it
@@ -139,7 +151,7 @@ struct Block {
 
 enum Role : u32 {
   LOADER_SLOT = 1, CONSUMER_WEIGHTS = 2, CONSUMER_INPUTS = 3, CONSUMER_SUMS = 4, CONTROL_CONSUMERS = 5, CONTROL_SMS = 6,
-  LOADER_ROUTES = 7, CONTROL_ROUTES = 8
+  LOADER_ROUTES = 7, CONTROL_ROUTES = 8, CONTROL_WRITES = 9
 };
 
 // Waits until the phase of this parity is over; a whole warp. Lanes may see the end at different tries,
@@ -348,6 +360,12 @@ struct Consumer : Block {
     sum_parities ^= 1u << sum_buffer;
     if (++sum_buffer == buffers) sum_buffer = 0;
   }
+  // Whether any of the warp's words, of which this is each lane's largest, is late, so that they are to be asked for again.
+  __device__ __forceinline__ bool late(u32 word) {
+    if (!__any_sync(~0u, word == LATE)) return false;
+    shared.waiting[anew(warp_id())] = CONSUMER_INPUTS;
+    return true;
+  }
   // All that this warp reads and writes in the stage is read and written.
   __device__ __forceinline__ void finish_stage() {
     __syncwarp();
@@ -366,6 +384,8 @@ struct Control : Block {
   u32 sum_parities = 0;    // a bit a buffer
   u32 routes_parity = 0;
   u32 crossings = 0;       // of this launch
+  u32 checked = 0;         // of these
+  bool settled = true;     // what all SMs wrote in front of the last crossing is in sight
 
   // Nanoseconds at which this SM began to wait for a stage, could start it, and had its part written.
   __device__ __forceinline__ u64* trace_row() const {
@@ -419,6 +439,13 @@ struct Control : Block {
     }
   }
 
+  // This was the last step.
+  __device__ __forceinline__ void leave() {
+    if (lane_id() != 0 || second) return;
+    *(volatile u32*)&shared.left = 1;
+    barrier_arrive(&shared.passed);
+  }
+
   // Behind the head's crossing: rounds, until no row asks for another. All SMs come to the same: who asks
   // does so in front of a crossing.
   __device__ __forceinline__ void choose_by_chance() {
@@ -434,9 +461,44 @@ struct Control : Block {
     if (lane_id() == 0) *(volatile u32*)&shared.round = 0;
   }
 
+  // Until all SMs have released what they wrote in front of the last crossing; lane 0 acquires it.
+  __device__ __forceinline__ void wait_arrived() {
+    const u32 expected = crossings * gridDim.x;
+#pragma unroll 1
+    while ((int)(load_acquire(&sync().arrived) - expected) < 0) {}
+  }
+
+  // In front of the results of stage n, which may read what the stage before wrote, and write what stages before
+  // that read. Clears this SM's share of the mailboxes that nobody reads any more.
+  __device__ __forceinline__ void settle(u32 n) {
+    if constexpr (MAILBOXES == 0) return;
+    if (!settled) {
+      if (lane_id() == 0) {
+        shared.waiting[warp_id()] = CONTROL_WRITES;
+        wait_arrived();
+      }
+      __syncwarp();
+      settled = true;
+    }
+    if (second) return;
+#pragma unroll 1
+    for (u32 left = STAGE_CLEARS[n]; left != 0; left &= left - 1) {
+      const u32 box = __ffs(left) - 1, bytes = MAILBOX_ROW_BYTES[box] * rows();
+      u8* const mailbox = arena(args, kind()) + MAILBOX_AT[box];
+#pragma unroll 1
+      for (u32 at = (blockIdx.x * LANES + lane_id()) * 16; at < bytes; at += gridDim.x * (LANES * 16)) {
+        store4_relaxed(reinterpret_cast<u32*>(mailbox + at), LATE);
+      }
+    }
+  }
+
   // What this SM makes in the stage is written: says so, and waits for the other SMs. Lane 0 releases
-  // what all lanes wrote (ordered by __syncwarp) and what the consumers wrote (ordered by `done`).
-  __device__ __forceinline__ void cross() {
+  // what all lanes wrote (ordered by __syncwarp) and what the consumers wrote (ordered by `done`); behind a
+  // checked crossing the watchdog's does, which this warp's arrival comes before.
+  __device__ __forceinline__ void cross(bool check = false) {
+    if constexpr (MAILBOXES == 0) check = false;
+    ++crossings;
+    settled = !check;
     if (second) {
       __syncwarp();
       if (lane_id() == 0) barrier_arrive(&shared.done);
@@ -445,14 +507,23 @@ struct Control : Block {
     barrier_wait(*this, &shared.done, done_parity, CONTROL_CONSUMERS);
     done_parity ^= 1;
     __syncwarp();
-    ++crossings;
+    checked += check;
     if (lane_id() == 0) {
-      add_release(&sync().arrived, 1);
-      const u32 expected = crossings * gridDim.x;
+      if (check) {
+        add_relaxed(&sync().hints, 1);
+        barrier_arrive(&shared.passed);
+      } else {
+        add_release(&sync().arrived, 1);
+      }
       const u64 finished = args.trace ? global_timer() : 0;
       shared.waiting[CONTROL] = CONTROL_SMS;
+      if (check) {
+        const u32 expected = checked * gridDim.x;
 #pragma unroll 1
-      while ((int)(load_acquire(&sync().arrived) - expected) < 0) {}
+        while (!hinted(&sync().hints, expected)) {}
+      } else {
+        wait_arrived();
+      }
       shared.crossings = crossings;
       if (args.trace && shared.stage < STAGES) {  // a choice by chance has no times
         trace_row()[2] = finished;
@@ -489,21 +560,29 @@ __device__ __forceinline__ void give_up(const Block& b, u32 role, u32 seen, u32 
   trap();
 }
 
-// Looks on until control has left. If this SM passes no crossing for as long as the host has patience, it is
+// Looks on until control has left, and releases what the SM wrote when it is through a checked crossing. Control has that
+// released before it comes to the next crossing, so no phase of `passed` is missed. If this SM passes no crossing for as long as the host has patience, it is
 // stuck, or another one is. That one should speak: whoever waits for other SMs is a quarter more patient.
 __device__ __forceinline__ void watch(const Block& b) {
   if (lane_id() != 0) return;
   const volatile Shared& shared = b.shared;
   u32 seen = 0;
   u64 since = global_timer();
+  u32 parity = 0;
 #pragma unroll 1
-  while (!barrier_try(&b.shared.finished, 0)) {
+  for (;;) {
+    if (barrier_try(&b.shared.passed, parity)) {
+      if (MAILBOXES == 0 || shared.left) return;
+      add_release(&b.sync().arrived, 1);
+      parity ^= 1;
+    }
     const u32 crossings = shared.crossings;
     const u64 now = global_timer();
     if (crossings != seen) { seen = crossings; since = now; }
     u32 role = shared.waiting[CONTROL];
-    if (now - since <= b.args.patience_ns + (role == CONTROL_SMS ? b.args.patience_ns / 4 : 0)) continue;
-    if (role == CONTROL_SMS) give_up(b, role, load_acquire(&b.sync().arrived), (crossings + 1) * gridDim.x);
+    const bool others = role == CONTROL_SMS || role == CONTROL_WRITES;
+    if (now - since <= b.args.patience_ns + (others ? b.args.patience_ns / 4 : 0)) continue;
+    if (others) give_up(b, role, load_acquire(&b.sync().arrived), (crossings + (role == CONTROL_SMS)) * gridDim.x);
     // What control waits for is the consumers' work, and what they wait for may be the loader's.
     if (shared.waiting[0] != 0) role = shared.waiting[0];
     if (role == CONSUMER_WEIGHTS && shared.waiting[LOADER] == LOADER_ROUTES) role = LOADER_ROUTES;

@@ -97,7 +97,7 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   };
   load_weights(b.first_tile());
   b.wait_inputs();
-  Squares<R> squares = {};
+  Squares<R, false> squares = {};
   // The experts that begin with `first`, of the slice that begins with row `start`.
 #pragma unroll 1
   for (u32 first = b.first_tile(), start = 0; first < R::EXPERTS;) {

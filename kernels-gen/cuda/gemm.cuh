@@ -33,6 +33,7 @@
 //   OPERANDS, TILES      operands, and tiles of the stage
 //   TILE_OCTETS          octets of a tile, of each operand; an even number if they are short, of experts only; else 1
 //   Input                F32, or the half type of the products
+//   CHECKED              whether x, and its squares, may be late (handoff.cuh)
 //   PREPARED             whether x is bf16 that its maker has prepared for a norm (prepared.cuh)
 //   squares(b)           then: [rows][K / 8, padded to four] f32
 //   NORM, gain(b), EPS   whether x is normed first, or was prepared for that; its gains
@@ -209,13 +210,13 @@ template <class S> __device__ __forceinline__ void load_slice(Consumer& b, Activ
 #pragma unroll
       for (u32 set = 0; set < Activations<S>::SETS; ++set) {
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (inside(first + i, set * 2)) v = load4(reinterpret_cast<const u32*>(x + (first + i) * STRIDE + set * SET));
+        if (inside(first + i, set * 2)) v = take4<S::CHECKED>(reinterpret_cast<const u32*>(x + (first + i) * STRIDE + set * SET));
         u32(&pair)[4] = a.pair[i][set][slice];
         pair[0] = v.x; pair[1] = v.y; pair[2] = v.z; pair[3] = v.w;
       }
     }
   } else {
-    static_assert(!S::NORM && Slots<S>::PARTS == 1);
+    static_assert(!S::NORM && !S::CHECKED && Slots<S>::PARTS == 1);
     const float* x = S::input(b) + (u64)source.row * S::K + column;
     if constexpr (S::ROW_SCALE) {
       float amax = 0.f;
@@ -249,7 +250,24 @@ template <class S> __device__ __forceinline__ void load_slice(Consumer& b, Activ
   }
 }
 
-// All slices; `source(row)` says what each row is.
+// A lane's largest word of rows that lie in half types.
+template <class S> __device__ __forceinline__ u32 row_word(const Activations<S>& a) {
+  u32 m = 0;
+#pragma unroll
+  for (u32 i = 0; i < Activations<S>::COUNT; ++i) {
+#pragma unroll
+    for (u32 set = 0; set < Activations<S>::SETS; ++set) {
+#pragma unroll
+      for (u32 slice = 0; slice < SLICES; ++slice) {
+#pragma unroll
+        for (u32 n = 0; n < 4; ++n) m = largest_word(m, a.pair[i][set][slice][n]);
+      }
+    }
+  }
+  return m;
+}
+
+// All slices; `source(row)` says what each row is. Of rows that may be late, whoever asks looks at the words.
 template <class S, class F> __device__ __forceinline__ void load_rows(Consumer& b, Activations<S>& a, F source, u32 part = 0) {
 #pragma unroll
   for (u32 slice = 0; slice < SLICES; ++slice) load_slice<S>(b, a, slice, source(slice * SLICE_ROWS + anew(lane_id()) / 4), part);
@@ -339,13 +357,18 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
     return Source{there, S::LOGITS ? b.shared.logit_row[row] : row};
   };
   if constexpr (S::HALF_INPUT) {
-    load_rows<S>(b, a, source, part);
+    bool scales = S::PREPARED && part == 0;
+    do {
+      load_rows<S>(b, a, source, part);
+      // The squares come while the rows do.
+      if constexpr (S::PREPARED) {
+        if (scales) scale_rows<S>(b);
+        scales = false;
+      }
+    } while (S::CHECKED && b.late(row_word<S>(a)));
   } else {
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) share_slice<S>(b, a, slice, source(slice * SLICE_ROWS + anew(warp_id())), part);
-  }
-  if constexpr (S::PREPARED) {
-    if (part == 0) scale_rows<S>(b);
   }
 }
 

@@ -28,8 +28,8 @@ template <class S> __device__ __forceinline__ void prepare(const Block& b, bool 
   square += __shfl_xor_sync(~0u, square, 2);
   if (!there) return;
   const u32 place = prepared_place(feature, STAGE_ORDER[b.number]);
-  *reinterpret_cast<u32*>(S::halves(b) + row * padded(S::COLS) + place) = Bf16::pack(v.x * gain.x, v.y * gain.y);
-  if (feature % OCTET == 0) S::next_squares(b)[row * padded_squares(S::COLS) + feature / OCTET] = square;
+  hand_on(reinterpret_cast<u32*>(S::halves(b) + row * padded(S::COLS) + place), Bf16::pack(v.x * gain.x, v.y * gain.y));
+  if (feature % OCTET == 0) hand_on(S::next_squares(b) + row * padded_squares(S::COLS) + feature / OCTET, square);
 }
 template <class S> __device__ __forceinline__ float2 gain_ahead(const Block& b, u32 feature) {
   return *reinterpret_cast<const float2*>(S::next_gain(b) + feature);
@@ -42,7 +42,7 @@ __device__ __forceinline__ float warp_sum(float v) {
 }
 
 // The squares of a row, by a warp: all are asked for at once, and added up in the order of the lanes.
-template <class S> struct Squares {
+template <class S, bool CHECKED> struct Squares {
   static constexpr u32 OCTETS = S::K / OCTET, LOADS = (OCTETS + LANES * 4 - 1) / (LANES * 4);
   float4 v[LOADS];
 
@@ -52,13 +52,20 @@ template <class S> struct Squares {
     for (u32 n = 0; n < LOADS; ++n) {
       const u32 at = (n * LANES + anew(lane_id())) * 4;
       v[n] = make_float4(0, 0, 0, 0);
-      if (at < OCTETS) v[n] = load4(squares + at);
+      if (at < OCTETS) v[n] = take4<CHECKED>(squares + at);
       if (OCTETS % 4 != 0 && at + 4 > OCTETS) {  // behind the row
         if (at + 1 >= OCTETS) v[n].y = 0.f;
         if (at + 2 >= OCTETS) v[n].z = 0.f;
         v[n].w = 0.f;
       }
     }
+  }
+  // A lane's largest word.
+  __device__ __forceinline__ u32 word() const {
+    u32 m = 0;
+#pragma unroll
+    for (u32 n = 0; n < LOADS; ++n) m = largest_word(m, v[n]);
+    return m;
   }
   // What the row is multiplied by to be normed.
   __device__ __forceinline__ float normalizer() const {
@@ -75,8 +82,10 @@ template <class S> __device__ __forceinline__ void scale_rows(Consumer& b) {
   static_assert(CONSUMERS == SLICE_ROWS, "a warp a row");
 #pragma unroll 1
   for (u32 row = anew(warp_id()); row < (S::LOGITS ? b.logit_rows() : b.rows()); row += SLICE_ROWS) {
-    Squares<S> squares;
-    squares.load(b, S::LOGITS ? b.shared.logit_row[row] : row);
+    Squares<S, S::CHECKED> squares;
+    do {
+      squares.load(b, S::LOGITS ? b.shared.logit_row[row] : row);
+    } while (S::CHECKED && b.late(squares.word()));
     const float normalizer = squares.normalizer();
     if (lane_id() == 0) b.shared.row_scale[row] = normalizer;
   }

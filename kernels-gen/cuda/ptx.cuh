@@ -66,6 +66,24 @@ __device__ __forceinline__ void add_relaxed(u32* p, u32 n) {
 __device__ __forceinline__ void add_relaxed(u64* p, u64 n) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(n) : "memory");
 }
+// Whether a count that orders nothing has come so far.
+__device__ __forceinline__ bool hinted(const u32* p, u32 expected) { return (int)(load_relaxed(p) - expected) >= 0; }
+// Words that are told by what they are (handoff.cuh).
+__device__ __forceinline__ uint4 load4_relaxed(const u32* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_relaxed(u32* p, u32 v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store2_relaxed(u32* p, u32 v, u32 w) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(v), "r"(w) : "memory");
+}
+__device__ __forceinline__ void store4_relaxed(u32* p, u32 v) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%1,%1,%1};" ::"l"(p), "r"(v) : "memory");
+}
 // What it was before.
 __device__ __forceinline__ u32 fetch_add_relaxed(u32* p, u32 n) {
   u32 v;

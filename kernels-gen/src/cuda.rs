@@ -19,6 +19,9 @@ pub const PTX: Header = Header { name: "ptx.cuh", text: include_str!("../cuda/pt
 /// Number formats. Behind [`PTX`].
 pub const FORMATS: Header = Header { name: "formats.cuh", text: include_str!("../cuda/formats.cuh") };
 
+/// Words that stages hand on. Behind [`PTX`].
+pub const HANDOFF: Header = Header { name: "handoff.cuh", text: include_str!("../cuda/handoff.cuh") };
+
 /// Roles, barriers, crossings. Behind the constants that size a block.
 pub const BLOCK: Header = Header { name: "block.cuh", text: include_str!("../cuda/block.cuh") };
 

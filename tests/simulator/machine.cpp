@@ -242,6 +242,8 @@ uint8_t* shared() {
   return reinterpret_cast<uint8_t*>(start) + shared_bytes * current->block;
 }
 
+bool luck(uint32_t of) { return dice() % of == 0; }
+
 void yield() {
   if (_setjmp(current->fiber->place) == 0) _longjmp(scheduler, 1);
 }

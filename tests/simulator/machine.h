@@ -22,6 +22,8 @@ uint64_t time();
 
 // Lets others run.
 void yield();
+// Whether one of so many things happens that are equally likely.
+bool luck(uint32_t of);
 // Lets others run until a condition holds.
 void wait(std::function<bool()> condition);
 // Waits for all lanes of the warp; their values, by lane.

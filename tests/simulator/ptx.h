@@ -19,6 +19,21 @@ __device__ __forceinline__ u32 load_relaxed(const u32* p) { machine::yield(); re
 __device__ __forceinline__ void add_relaxed(u32* p, u32 n) { machine::yield(); *p += n; }
 __device__ __forceinline__ void add_relaxed(u64* p, u64 n) { machine::yield(); *p += n; }
 __device__ __forceinline__ u32 fetch_add_relaxed(u32* p, u32 n) { machine::yield(); const u32 old = *p; *p += n; return old; }
+// A hint is not to be relied on: half of the time it comes before what it speaks of.
+__device__ __forceinline__ bool hinted(const u32* p, u32 expected) {
+  machine::yield();
+  return machine::luck(2) || (int)(*(const volatile u32*)p - expected) >= 0;
+}
+// Whoever asks again for what is not there lets the others go on.
+__device__ __forceinline__ uint4 load4_relaxed(const u32* p) {
+  uint4 v;
+  memcpy(&v, p, sizeof v);
+  if (v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u) machine::yield();
+  return v;
+}
+__device__ __forceinline__ void store_relaxed(u32* p, u32 v) { *p = v; }
+__device__ __forceinline__ void store2_relaxed(u32* p, u32 v, u32 w) { p[0] = v; p[1] = w; }
+__device__ __forceinline__ void store4_relaxed(u32* p, u32 v) { p[0] = p[1] = p[2] = p[3] = v; }
 __device__ __forceinline__ u32 load_host(const u32* p) { return *(const volatile u32*)p; }
 __device__ __forceinline__ void store_host(u32* p, u32 v) { *(volatile u32*)p = v; }
 __device__ __forceinline__ float4 load4(const float* p) { float4 v; memcpy(&v, p, sizeof v); return v; }

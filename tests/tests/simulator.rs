@@ -31,10 +31,11 @@ use tilec_ir::convert::{dequantize, quantize};
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{Row, WeightSource};
 use tilec_ir::graph::{EXPERT, Graph};
+use tilec_ir::handoff::Handoff;
 use tilec_ir::launch::{LAUNCH_ROWS, SAMPLE_WORDS, SYNC_BYTES, SampleRow};
 use tilec_ir::resident::{Attention, Kind, ResidentProgram};
 use tilec_ir::spec::{Activations, ModelSpec, Shard, WeightFormat};
-use tilec_ir::stages::Slot;
+use tilec_ir::stages::{BufferId, Slot};
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::pack::pack;
 
@@ -81,6 +82,37 @@ fn build(folder: &Path, text: &str) {
         object
     });
     compile(&[kernel.as_ref(), machine.as_ref()], &folder.join("simulator"));
+}
+
+/// The text without the clearing of what the last layer's attention reads and makes: nobody writes it any more in the
+/// step, and it is looked at.
+fn keep_attention(text: &str, program: &ResidentProgram) -> String {
+    let Some(last) = program.layers.len().checked_sub(1) else { return text.to_string() };
+    let handoffs = program.handoffs();
+    let mut boxes: Vec<BufferId> = handoffs.iter().flat_map(|handoff| handoff.clears.clone()).collect();
+    boxes.sort_unstable();
+    boxes.dedup();
+    let kept: Vec<BufferId> = program
+        .sequence()
+        .into_iter()
+        .filter_map(|(_, _, stage)| match &stage.kind {
+            Kind::Attention(attention) => Some([attention.input, attention.output]),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    let first = program.sequence().iter().position(|(_, layer, _)| *layer == Some(last));
+    let clears = |(n, handoff): (usize, &Handoff)| {
+        let behind = first.is_some_and(|first| n > first);
+        let cleared = handoff.clears.iter().filter(|id| !(behind && kept.contains(id)));
+        let bit = |id: &BufferId| 1u32 << boxes.binary_search(id).unwrap();
+        format!("{:#x}", cleared.map(bit).sum::<u32>())
+    };
+    let name = "u32 STAGE_CLEARS[STAGES] = {";
+    let (before, rest) = text.split_once(name).unwrap();
+    let (_, behind) = rest.split_once('}').unwrap();
+    let clears: Vec<String> = handoffs.iter().enumerate().map(clears).collect();
+    format!("{before}{name}{}}}{behind}", clears.join(", "))
 }
 
 /// Compiles a kernel's text behind the simulator's own headers.
@@ -223,7 +255,7 @@ impl Simulation {
         std::fs::write(folder.path().join("taps.bin"), []).unwrap();
         std::fs::write(folder.path().join("draft_kv.bin"), []).unwrap();
         let simulation = Simulation { folder, program, graph, checkpoint, shared_bytes: text.shared.bytes() };
-        build_kernel(simulation.folder.path(), &text.text);
+        build_kernel(simulation.folder.path(), &keep_attention(&text.text, &simulation.program));
         // Whoever reads what was never written gets NaN.
         simulation.write_cache(&vec![0xff; simulation.cache_bytes()]);
         simulation

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::{Code, Format};
 use tilec_ir::graph::{ActivationFn, Scoring};
+use tilec_ir::handoff::Handoff;
 use tilec_ir::launch::{KERNEL, SLICE_ROWS, SYNC_BYTES, SYNC_HEAD};
 use tilec_ir::octet::{apart_scales, feature_scales, octet_block_scales, octet_blocks};
 use tilec_ir::resident::{
@@ -13,8 +14,8 @@ use tilec_ir::resident::{
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, CONTEXT, CONV, EXPERTS, FORMATS, GEMM, Header, PREPARED, PTX, ROUND, SAMPLE,
-    SELECTOR, STEP, SharedLayout, SharedNeeds,
+    ATTENTION, BASE, BLOCK, CONTEXT, CONV, EXPERTS, FORMATS, GEMM, HANDOFF, Header, PREPARED, PTX, ROUND,
+    SAMPLE, SELECTOR, STEP, SharedLayout, SharedNeeds,
 };
 
 use crate::nvrtc::Arch;
@@ -174,9 +175,10 @@ fn emit_parts(
     let parts = programs.iter().zip(&merged).map(|((program, [prefix, arena, kv]), (merged, windows))| {
         // A verified program has readers.
         let readers = program.readers().unwrap_or_default();
-        Part { program: merged, windows, readers, prefix, arena, kv }
+        Part { program: merged, windows, readers, handoffs: merged.handoffs(), prefix, arena, kv }
     });
-    let mut out = Writer { text: String::new(), parts: parts.collect(), at: 0, mask_token };
+    let mut out =
+        Writer { text: String::new(), parts: parts.collect(), at: 0, checks: Vec::new(), mask_token };
     out.head(&shared, &needs);
     out.tables();
     out.order();
@@ -209,8 +211,10 @@ fn emit_parts(
     }
     for part in 0..out.parts.len() {
         out.at = part;
+        let mut checks = out.parts[part].checks().into_iter();
         for (prefix, stages) in out.parts[part].lists() {
             for stage in stages {
+                out.checks = checks.next().unwrap_or_default();
                 out.stage(&prefix, stage);
             }
         }
@@ -313,6 +317,8 @@ struct Part<'p> {
     windows: &'p [u32],
     /// Who reads what the stages of the step prepare.
     readers: Vec<Reader>,
+    /// How the stages of the step hand on what they make.
+    handoffs: Vec<Handoff>,
     /// What the names of its structures begin with.
     prefix: &'p str,
     /// Where its activations are, and its cache.
@@ -325,6 +331,8 @@ struct Writer<'p> {
     parts: Vec<Part<'p>>,
     /// The part whose stages are written.
     at: usize,
+    /// Mailboxes at whose words the stage that is written looks.
+    checks: Vec<BufferId>,
     /// Token of a row to be guessed, of a kernel of rounds.
     mask_token: Option<u32>,
 }
@@ -343,6 +351,24 @@ impl<'p> Part<'p> {
     /// Kinds of stages.
     fn kinds(&self) -> usize {
         self.lists().iter().map(|(_, stages)| stages.len()).sum()
+    }
+
+    /// The mailboxes that each kind of stage looks at, in one layer or another.
+    fn checks(&self) -> Vec<Vec<BufferId>> {
+        let mut checks = vec![Vec::new(); self.kinds()];
+        for ((kind, _), handoff) in self.program.step_order().into_iter().zip(&self.handoffs) {
+            checks[kind].extend(&handoff.checks);
+        }
+        checks
+    }
+
+    /// The mailboxes that the step's stages clear.
+    fn mailboxes(&self) -> Vec<BufferId> {
+        let mut boxes: Vec<_> =
+            self.handoffs.iter().flat_map(|handoff| handoff.clears.iter().copied()).collect();
+        boxes.sort_unstable();
+        boxes.dedup();
+        boxes
     }
 }
 
@@ -417,7 +443,52 @@ impl<'p> Writer<'p> {
             let ends = format!("n == {block} || n == {} || n == STAGES", block + model);
             line!(self, "__device__ __forceinline__ bool ends_step(u32 n) {{ return {ends}; }}");
         }
+        self.mailboxes();
+        self.header(&HANDOFF);
         self.header(&BLOCK);
+    }
+
+    /// Where mailboxes are, who clears them, and which crossings they check.
+    fn mailboxes(&mut self) {
+        let list = |values: Vec<String>| values.join(", ");
+        let arena = match self.parts.len() {
+            1 => "args.arena",
+            _ => "kind == 0 ? args.block_arena : kind == 1 ? args.arena : args.inject_arena",
+        };
+        let (mut at, mut bytes, mut clears, mut checked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for part in &self.parts {
+            let (boxes, first) = (part.mailboxes(), at.len());
+            for buffer in boxes.iter().map(|id| part.program.buffer(*id)) {
+                at.push(format!("{:#x}", buffer.offset));
+                bytes.push(buffer.row_bytes().to_string());
+            }
+            for (n, handoff) in part.handoffs.iter().enumerate() {
+                let bit = |id: &BufferId| 1u32 << (first + boxes.binary_search(id).unwrap_or_default());
+                clears.push(format!("{:#x}", handoff.clears.iter().map(bit).sum::<u32>()));
+                let next = part.handoffs.get(n + 1).is_some_and(Handoff::checked);
+                checked.push(u8::from(next).to_string());
+            }
+        }
+        debug_assert!(at.len() <= 32, "a bit each");
+        line!(
+            self,
+            "// Mailboxes of an arena, the stages that clear them, and the crossings that they check."
+        );
+        line!(self, "constexpr u32 MAILBOXES = {};", at.len());
+        let count = at.len().max(1);
+        line!(self, "__constant__ u64 MAILBOX_AT[{count}] = {{{}}};", list(at));
+        line!(self, "__constant__ u32 MAILBOX_ROW_BYTES[{count}] = {{{}}};", list(bytes));
+        line!(self, "__constant__ u32 STAGE_CLEARS[STAGES] = {{{}}};", list(clears));
+        line!(self, "__constant__ u8 CROSSING_CHECKED[STAGES] = {{{}}};", list(checked));
+        line!(
+            self,
+            "__device__ __forceinline__ u8* arena(const LaunchArgs& args, u32 kind) {{ return {arena}; }}"
+        );
+    }
+
+    /// Whether a stage looks at the words of a buffer.
+    fn checked(&self, buffer: BufferId) -> bool {
+        self.checks.contains(&buffer)
     }
 
     /// The program that leaves taps, or the only one.
@@ -695,6 +766,7 @@ impl<'p> Writer<'p> {
             gemm.prepared.is_some(),
             gemm.format == Format::F16
         );
+        line!(self, "  static constexpr bool CHECKED = {};", self.checked(gemm.input));
         line!(self, "  static constexpr float EPS = {};", float(gemm.norm.map_or(0.0, |norm| norm.eps)));
         let weights = self.weight(gemm.weights);
         self.function("const u8*", "weights", "const Block& b", &format!("return {weights};"));
@@ -911,8 +983,11 @@ impl<'p> Writer<'p> {
         };
         let out = format!("{} + {place} * {cols}u + feature", self.buffer(gemm.output));
         let store = match self.program().buffer(gemm.output).elem {
-            BufferElem::Bf16 => format!("*reinterpret_cast<u32*>({out}) = Bf16::pack(v[0].x, v[0].y);"),
-            _ => format!("*reinterpret_cast<float2*>({out}) = v[0];"),
+            _ if gemm.epilogue == Epilogue::Residual => format!("*reinterpret_cast<float2*>({out}) = v[0];"),
+            BufferElem::Bf16 => {
+                format!("hand_on(reinterpret_cast<u32*>({out}), Bf16::pack(v[0].x, v[0].y));")
+            }
+            _ => format!("hand_on({out}, v[0]);"),
         };
         match gemm.epilogue {
             Epilogue::Store => body.push(store),
@@ -1013,10 +1088,11 @@ impl<'p> Writer<'p> {
         let eps = attention.q_norm.or(attention.k_norm).map_or(0.0, |norm| norm.eps);
         line!(
             self,
-            "  static constexpr bool Q_NORM = {}, K_NORM = {}, SINKS = {};",
+            "  static constexpr bool Q_NORM = {}, K_NORM = {}, SINKS = {}, CHECKED = {};",
             attention.q_norm.is_some(),
             attention.k_norm.is_some(),
-            attention.sinks.is_some()
+            attention.sinks.is_some(),
+            self.checked(attention.input)
         );
         line!(self, "  static constexpr float EPS = {};", float(eps));
         let (dims, positions) = attention.rope.map_or((0, 0), |rope| (rope.dims, rope.positions));
@@ -1085,7 +1161,7 @@ impl<'p> Writer<'p> {
             kv.v_dim
         );
         let norm = k_norms.first().copied().flatten();
-        line!(self, "  static constexpr bool K_NORM = {};", norm.is_some());
+        line!(self, "  static constexpr bool K_NORM = {}, CHECKED = false;", norm.is_some());
         let eps = norm.map_or(0.0, |norm| norm.eps);
         line!(self, "  static constexpr float EPS = {}, VALUE_SCALE = {};", float(eps), float(*value_scale));
         let (dims, positions) = rope.map_or((0, 0), |rope| (rope.dims, rope.positions));
@@ -1136,15 +1212,22 @@ impl<'p> Writer<'p> {
             Some(_) => "if (n > 0 && !ends_step(n)) b.open_stage();  // the first with the step",
             None => "if (n > 0) b.open_stage();  // the first with the step",
         };
-        self.role("void control_step(Control& b)", open, "", "b.cross();", |name, kind| match kind {
-            Kind::Embed { .. } | Kind::Taps { .. } | Kind::Context(_) => String::new(),
-            Kind::Gemm(_) => format!("finish<{name}>(b);"),
-            Kind::Scores(scores) => format!("b.pass_tiles({});", scores.experts),
-            Kind::Experts(_) => format!("finish_experts<{name}>(b);"),
-            Kind::Attention(_) | Kind::Conv(_) | Kind::TopK(_) | Kind::Pairs(_) | Kind::Walk { .. } => {
-                String::new()
-            }
-        });
+        let open = &format!("{open}\n    b.settle(n);");
+        self.role(
+            "void control_step(Control& b)",
+            open,
+            "",
+            "b.cross(CROSSING_CHECKED[n]);",
+            |name, kind| match kind {
+                Kind::Embed { .. } | Kind::Taps { .. } | Kind::Context(_) => String::new(),
+                Kind::Gemm(_) => format!("finish<{name}>(b);"),
+                Kind::Scores(scores) => format!("b.pass_tiles({});", scores.experts),
+                Kind::Experts(_) => format!("finish_experts<{name}>(b);"),
+                Kind::Attention(_) | Kind::Conv(_) | Kind::TopK(_) | Kind::Pairs(_) | Kind::Walk { .. } => {
+                    String::new()
+                }
+            },
+        );
     }
 
     /// The kinds of stages, in the order of their numbers, with the prefix of their names.
@@ -1256,7 +1339,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       barrier_init(&shared.empty[i], CONSUMERS);
     }}
     barrier_init(&shared.ready, 1);
-    barrier_init(&shared.finished, 1);
+    barrier_init(&shared.passed, 1);
+    shared.left = 0;
     barrier_init(&shared.done, CONSUMERS + 1);  // and the second{routed}
     for (u32 i = 0; i < SUM_BUFFERS; ++i) {{
       barrier_init(&shared.sums_full[i], CONSUMERS);
@@ -1295,7 +1379,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
         control_step(b);{sampled}
         {choose}(b);
       }}{report}
-      if (!b.second && lane_id() == 0) barrier_arrive(&shared.finished);
+      b.leave();
     }} else {{
       watch(block);
     }}

@@ -32,14 +32,35 @@ pub(super) fn rows(lowering: &mut Lowering<'_>, program: &mut ResidentProgram) {
         let known = lowering.buffers.len();
         let halves = cols.next_multiple_of(PREPARED_BLOCK);
         let squares = (cols / OCTET).next_multiple_of(4);
-        let prepared = Prepared {
+        let mut set = |name: String| Prepared {
             halves: lowering.buffer(&format!("{name}.halves"), BufferElem::Bf16, halves),
             squares: lowering.buffer(&format!("{name}.squares"), BufferElem::F32, squares),
         };
+        // What a layer's last maker leaves, and what those in its middle do: a set is cleared between its readers and
+        // its next maker (`tilec_ir::handoff`), which takes a few stages.
+        let makers =
+            |list: &Vec<Stage>| list.iter().filter(|stage| output(&stage.kind) == Some(source)).count();
+        let last = set(name.clone());
+        let middle = if program.bodies.iter().any(|body| makers(body) > 1) {
+            set(format!("{name}.middle"))
+        } else {
+            last
+        };
+        let sets = [last, middle];
         let mut changed = program.clone();
         changed.buffers.clone_from(&lowering.buffers);
-        for stage in stages_mut(&mut changed) {
-            prepare(stage, source, prepared);
+        for list in lists_mut(&mut changed) {
+            let makers = makers(list);
+            let (mut made, mut read) = (0, sets[0]);
+            for stage in list {
+                let makes = output(&stage.kind) == Some(source);
+                made += usize::from(makes);
+                let own = sets[usize::from(made < makers)];
+                prepare(stage, source, read, own);
+                if makes {
+                    read = own;
+                }
+            }
         }
         // Two norms of the same rows would need two preparations.
         if changed.readers().is_ok() {
@@ -50,21 +71,22 @@ pub(super) fn rows(lowering: &mut Lowering<'_>, program: &mut ResidentProgram) {
     }
 }
 
-fn prepare(stage: &mut Stage, source: BufferId, prepared: Prepared) {
+/// Has a stage read the rows of one set, and make those of another.
+fn prepare(stage: &mut Stage, source: BufferId, read: Prepared, made: Prepared) {
     let makes = output(&stage.kind) == Some(source);
     match &mut stage.kind {
-        Kind::Embed { prepares, .. } if makes => *prepares = Some(prepared),
+        Kind::Embed { prepares, .. } if makes => *prepares = Some(made),
         // A router reads the rows in float32, but does not have to look at them twice.
         Kind::Scores(scores) if scores.input == source && scores.norm.is_some() => {
-            scores.squares = Some(prepared.squares);
+            scores.squares = Some(read.squares);
         }
         Kind::Gemm(gemm) | Kind::Experts(tilec_ir::resident::Experts { gemm, .. }) => {
             if makes {
-                gemm.prepares = Some(prepared);
+                gemm.prepares = Some(made);
             }
             if gemm.input == source && wants(gemm) {
-                gemm.input = prepared.halves;
-                gemm.prepared = Some(prepared);
+                gemm.input = read.halves;
+                gemm.prepared = Some(read);
             }
         }
         _ => {}
@@ -102,6 +124,7 @@ fn stages(program: &ResidentProgram) -> impl Iterator<Item = &Stage> {
     program.before.iter().chain(program.bodies.iter().flatten()).chain(&program.after)
 }
 
-fn stages_mut(program: &mut ResidentProgram) -> impl Iterator<Item = &mut Stage> {
-    program.before.iter_mut().chain(program.bodies.iter_mut().flatten()).chain(&mut program.after)
+/// The lists of stages. What the first makes, and the last stage of a layer, is what the next one reads.
+fn lists_mut(program: &mut ResidentProgram) -> impl Iterator<Item = &mut Vec<Stage>> {
+    [&mut program.before].into_iter().chain(&mut program.bodies).chain([&mut program.after])
 }

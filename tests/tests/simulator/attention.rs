@@ -19,7 +19,7 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
     let counters = words(&outcome.sync);
     // The counts of parts lie behind the three cells of the best logits; a crossing's count stays.
     assert!(
-        counters[64 + 6 * program.step_rows..].iter().all(|count| *count == 0),
+        counters[96 + 6 * program.step_rows..].iter().all(|count| *count == 0),
         "counts are left for the next stage"
     );
     let buffer = |id| {

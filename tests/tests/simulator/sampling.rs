@@ -1,7 +1,7 @@
 //! The choice of tokens in the kernel against the host's sampler: the very same tokens.
 
 use super::*;
-use tilec_kernels_gen::cuda::{BASE, BLOCK, FORMATS, SAMPLE};
+use tilec_kernels_gen::cuda::{BASE, BLOCK, FORMATS, HANDOFF, SAMPLE};
 use tilec_runtime::sampling::{Sampler, SamplingError, SamplingParams, uniform};
 
 /// The choice behind a head that only finds each row's best one of given logits; step by step, positions rise.
@@ -74,7 +74,10 @@ extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
 /// Sizes that the headers ask for.
 const SIZES: &str = "constexpr u32 STEP_ROWS = 32, SLOT_BYTES = 16384, RING_SLOTS = 4, STAGES = 1, SCRATCH_BYTES = 15616, SCALE_BYTES = 0;
 constexpr bool ROUND = false;
-__device__ __forceinline__ u32 first_stage(u32) { return 0; }";
+__device__ __forceinline__ u32 first_stage(u32) { return 0; }
+constexpr u32 MAILBOXES = 0, MAILBOX_ROW_BYTES[1] = {}, STAGE_CLEARS[1] = {};
+constexpr u64 MAILBOX_AT[1] = {};
+__device__ __forceinline__ u8* arena(const LaunchArgs& args, u32) { return args.arena; }";
 
 /// The choice alone, of logits of any kind.
 struct Chooser(tempfile::TempDir);
@@ -90,7 +93,16 @@ struct Run {
 impl Chooser {
     fn new() -> Chooser {
         let folder = tempfile::tempdir().unwrap();
-        let texts = [BASE.text, "#include \"ptx.h\"", FORMATS.text, SIZES, BLOCK.text, SAMPLE.text, CHOOSER];
+        let texts = [
+            BASE.text,
+            "#include \"ptx.h\"",
+            FORMATS.text,
+            SIZES,
+            HANDOFF.text,
+            BLOCK.text,
+            SAMPLE.text,
+            CHOOSER,
+        ];
         build(folder.path(), &texts.join("\n"));
         for name in ["kv.bin", "draft_kv.bin", "taps.bin"] {
             std::fs::write(folder.path().join(name), []).unwrap();

@@ -1,0 +1,237 @@
+//! How the rows that a stage makes get to the next one.
+//!
+//! A crossing of the chip that orders memory has two parts that cost a microsecond each: an SM waits until all
+//! that it wrote is where everybody sees it, and says so; and only then can the next SM see that it was said. Where
+//! the next stage's consumers can tell by the words themselves whether they have been written, nobody has to wait
+//! for that. A buffer whose words can be told is a *mailbox*: it is full of [`LATE`] words, which no product of
+//! numbers is, until it is written, and is filled with them again when it has been read. A crossing in front
+//! of a stage that checks its mailboxes is *checked*: SMs only say that they have come to the end of a stage, and
+//! what says so does not wait for what they wrote.
+//!
+//! Looking at words costs instructions, and a look that comes too early costs another way to memory. In dense models that is
+//! less than what it saves where weights are halves. In mixtures, whose stages wait for much else, with codes, which
+//! leave too few registers, and in steps of many rows it is more (`ARCHITECTURE.md`): they have no mailboxes.
+//!
+//! What a stage reads of stages further back has no such words. It is ordered as ever: every SM also releases what it
+//! wrote, beside its work, and nobody begins the results of a stage before all SMs have released the stage before. So a
+//! consumer may read, without a look, what was written two stages ago, and an epilogue what was written one stage ago.
+//!
+//! For a mailbox that is written in stage `w`, and read up to stage `r`, this means: it can be cleared in stage
+//! `r + 1`, in front of its results, and whoever writes it next must be two stages behind that. The first stage of a
+//! step clears all mailboxes but those that it writes itself, and the crossing behind it is none that is checked.
+
+use crate::format::Format;
+use crate::resident::{Defect, Epilogue, Kind, ResidentProgram};
+use crate::stages::{BufferElem, BufferId};
+
+/// A word that nobody has written. Hardware makes one kind of NaN, which is another one.
+pub const LATE: u32 = u32::MAX;
+
+/// Rows of a step, at most, that look at words.
+const WIDEST: usize = 16;
+
+/// What a stage of the step has to do with mailboxes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Handoff {
+    /// Mailboxes whose words the stage looks at, since the stage before writes them. The crossing in front of it is
+    /// checked if there are any.
+    pub checks: Vec<BufferId>,
+    /// Mailboxes that it fills with [`LATE`] words.
+    pub clears: Vec<BufferId>,
+}
+
+impl Handoff {
+    /// Whether the crossing in front of the stage is a checked one.
+    pub fn checked(&self) -> bool {
+        !self.checks.is_empty()
+    }
+}
+
+/// What a stage's consumers read, and whether they can look at the words. `None` of a stage that reads more than
+/// buffers, such as the logits.
+fn reads(program: &ResidentProgram, kind: &Kind) -> Option<Vec<(BufferId, bool)>> {
+    let halves = |id: BufferId| program.buffer(id).elem != BufferElem::F32;
+    match kind {
+        Kind::Gemm(gemm) => {
+            let mut reads = vec![(gemm.input, halves(gemm.input))];
+            reads.extend(gemm.prepared.map(|prepared| (prepared.squares, true)));
+            Some(reads)
+        }
+        Kind::Attention(attention) => Some(vec![(attention.input, true)]),
+        Kind::Scores(_)
+        | Kind::Experts(_)
+        | Kind::Embed { .. }
+        | Kind::Taps { .. }
+        | Kind::Context(_)
+        | Kind::Conv(_)
+        | Kind::TopK(_)
+        | Kind::Pairs(_)
+        | Kind::Walk { .. } => None,
+    }
+}
+
+/// What a stage writes, and whether all of it as whole words that its makers say are to be looked at.
+fn writes(kind: &Kind) -> Vec<(BufferId, bool)> {
+    let (output, whole) = match kind {
+        Kind::Embed { output, .. } | Kind::Taps { output } => (Some(*output), false),
+        Kind::Scores(scores) => (Some(scores.output), true),
+        Kind::Attention(attention) => (Some(attention.output), true),
+        Kind::Conv(conv) => (Some(conv.output), false),
+        Kind::TopK(top) => (Some(top.lists), false),
+        Kind::Pairs(pairs) => (Some(pairs.scores), false),
+        Kind::Context(_) | Kind::Walk { .. } => (None, false),
+        Kind::Gemm(_) | Kind::Experts(_) => match kind.gemm() {
+            Some(gemm) if gemm.epilogue != Epilogue::Logits => {
+                (Some(gemm.output), gemm.epilogue != Epilogue::Residual)
+            }
+            _ => (None, false),
+        },
+    };
+    let mut writes: Vec<_> = output.map(|output| (output, whole)).into_iter().collect();
+    if let Kind::Pairs(pairs) = kind {
+        writes.push((pairs.tokens, false));
+    }
+    if let Some(prepared) = kind.prepares() {
+        // The first stage's crossing is never checked: it may write them as it likes.
+        let whole = true;
+        writes.extend([(prepared.halves, whole), (prepared.squares, whole)]);
+    }
+    writes
+}
+
+/// When a buffer is written, and read, by number of the stage.
+#[derive(Clone, Default)]
+struct Uses {
+    /// Each time it is written, and the last stage that reads that.
+    lives: Vec<(usize, usize)>,
+    /// Whether all words are written whole, and it has whole pieces of 16 bytes a row.
+    whole: bool,
+}
+
+impl Uses {
+    /// Whether there is always a stage that can clear it, between the last that reads and the next that writes.
+    fn is_mailbox(&self) -> bool {
+        let clearable = |pair: &[(usize, usize)]| pair[1].0 >= pair[0].1.max(pair[0].0 + 1) + 3;
+        self.whole && self.lives.windows(2).all(clearable)
+    }
+}
+
+impl ResidentProgram {
+    /// Of each stage of the step, what it checks and what it clears.
+    pub fn handoffs(&self) -> Vec<Handoff> {
+        let sequence = self.sequence();
+        let mut uses: Vec<Uses> = self
+            .buffers
+            .iter()
+            .map(|buffer| Uses { lives: Vec::new(), whole: buffer.row_bytes().is_multiple_of(16) })
+            .collect();
+        for (number, (_, _, stage)) in sequence.iter().enumerate() {
+            for (id, _) in reads(self, &stage.kind).unwrap_or_default() {
+                if let Some((_, last)) = uses[id.0 as usize].lives.last_mut() {
+                    *last = number;
+                }
+            }
+            for (id, whole) in writes(&stage.kind) {
+                let of = &mut uses[id.0 as usize];
+                of.whole &= whole;
+                of.lives.push((number, number));
+            }
+        }
+        let mut handoffs = vec![Handoff::default(); sequence.len()];
+        let codes = |kind: &Kind| {
+            let halves = [Format::BF16, Format::F16];
+            matches!(kind, Kind::Experts(_)) || kind.gemm().is_some_and(|gemm| !halves.contains(&gemm.format))
+        };
+        if self.step_rows > WIDEST || sequence.iter().any(|(_, _, stage)| codes(&stage.kind)) {
+            return handoffs;
+        }
+        let mut checked = vec![false; self.buffers.len()];
+        for (number, (_, _, stage)) in sequence.iter().enumerate().skip(2) {
+            let Some(reads) = reads(self, &stage.kind) else { continue };
+            let fresh = |id: &BufferId| {
+                let mut written = uses[id.0 as usize].lives.iter().map(|(written, _)| *written);
+                written.rfind(|written| *written < number) == Some(number - 1)
+            };
+            let fresh: Vec<_> = reads.into_iter().filter(|(id, _)| fresh(id)).collect();
+            if fresh.iter().all(|(id, looks)| *looks && uses[id.0 as usize].is_mailbox()) {
+                handoffs[number].checks = fresh.into_iter().map(|(id, _)| id).collect();
+                for id in &handoffs[number].checks {
+                    checked[id.0 as usize] = true;
+                }
+            }
+        }
+        for (id, uses) in uses.iter().enumerate().filter(|(id, _)| checked[*id]) {
+            let id = BufferId(u32::try_from(id).unwrap_or_default());
+            if uses.lives.first().is_none_or(|(written, _)| *written > 0) {
+                handoffs[0].clears.push(id);
+            }
+            for (written, read) in &uses.lives {
+                if let Some(stage) = handoffs.get_mut(read.max(&(written + 1)) + 1) {
+                    stage.clears.push(id);
+                }
+            }
+        }
+        handoffs
+    }
+
+    /// Proves that every word that a stage reads behind a checked crossing is one that it looks at, and
+    /// that it was [`LATE`] before it was written; by going through two steps in a row.
+    ///
+    /// # Errors
+    /// The first stage that would read too early.
+    pub fn verify_handoffs(&self, handoffs: &[Handoff]) -> Result<(), Defect> {
+        #[derive(Clone, Copy)]
+        struct State {
+            /// Stages since it was written, two behind a crossing that is not checked.
+            written: usize,
+            /// The same since it was cleared, if it has not been written since.
+            cleared: Option<usize>,
+        }
+        let sequence = self.sequence();
+        let mut states = vec![State { written: usize::MAX, cleared: None }; self.buffers.len()];
+        // Whether what is in a mailbox was cleared before it was written.
+        let mut tellable = vec![false; self.buffers.len()];
+        for (number, ((name, _, stage), handoff)) in
+            sequence.iter().zip(handoffs).enumerate().chain(sequence.iter().zip(handoffs).enumerate())
+        {
+            let fail = |what: String| Err(Defect { stage: name.clone(), what });
+            // A crossing that is not checked orders everything.
+            let stages = if handoff.checked() { 1 } else { 2 };
+            for state in &mut states {
+                state.written = state.written.saturating_add(stages);
+                state.cleared = state.cleared.map(|since| since + stages);
+            }
+            let reads = reads(self, &stage.kind);
+            if handoff.checked() && (number < 2 || reads.is_none()) {
+                return fail("cannot check what it reads".into());
+            }
+            for (id, looks) in reads.iter().flatten() {
+                let (buffer, state) = (&self.buffer(*id).name, states[id.0 as usize]);
+                if state.cleared.is_some() {
+                    return fail(format!("reads {buffer}, which has been cleared"));
+                }
+                let looked_at = *looks && handoff.checks.contains(id) && tellable[id.0 as usize];
+                if handoff.checked() && state.written == 1 && !looked_at {
+                    return fail(format!("does not see whether {buffer} is written"));
+                }
+            }
+            for id in &handoff.clears {
+                // All SMs are through with the stage before; not so with this one.
+                if reads.iter().flatten().any(|(read, _)| read == id) {
+                    return fail(format!("clears {} while it is read", self.buffer(*id).name));
+                }
+                states[id.0 as usize].cleared = Some(0);
+            }
+            for (id, _) in writes(&stage.kind) {
+                let state = &mut states[id.0 as usize];
+                // Consumers see what was done two stages ago.
+                if state.cleared.is_some_and(|since| since < 2) {
+                    return fail(format!("writes {} while it is cleared", self.buffer(id).name));
+                }
+                tellable[id.0 as usize] = state.cleared.is_some();
+                *state = State { written: 0, cleared: None };
+            }
+        }
+        Ok(())
+    }
+}
