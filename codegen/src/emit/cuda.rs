@@ -175,7 +175,12 @@ fn emit_parts(
     let parts = programs.iter().zip(&merged).map(|((program, [prefix, arena, kv]), (merged, windows))| {
         // A verified program has readers.
         let readers = program.readers().unwrap_or_default();
-        Part { program: merged, windows, readers, handoffs: merged.handoffs(), prefix, arena, kv }
+        // In rounds, whose text is that of three programs, looks cost more than they save.
+        let handoffs = match mask_token {
+            Some(_) => vec![Handoff::default(); merged.sequence().len()],
+            None => merged.handoffs(),
+        };
+        Part { program: merged, windows, readers, handoffs, prefix, arena, kv }
     });
     let mut out =
         Writer { text: String::new(), parts: parts.collect(), at: 0, checks: Vec::new(), mask_token };
