@@ -343,35 +343,15 @@ fn finish(reason: FinishReason) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::commands::bench::toy_plan;
+    use crate::commands::bench::{toy_draft, toy_plan, toy_program};
 
     #[test]
     fn rounds_in_launches_are_split_by_their_bytes() {
         let mut plan = toy_plan();
         assert_eq!(round_bytes(&plan, 3.0, 100), [0.0; 3]);
-        let program = |costs: &[StageCost]| tilec_ir::plan::ProgramPlan {
-            buffers: Vec::new(),
-            scratch_bytes: 0,
-            stages: Vec::new(),
-            costs: costs.to_vec(),
-            code: plan.code.clone(),
-            resident: plan.resident,
-        };
-        let (inject, block) = (program(&plan.costs[1..2]), program(&plan.costs));
-        plan.draft = Some(tilec_ir::plan::DraftPlan {
-            weights: plan.weights.clone(),
-            block: 8,
-            mask_token: 0,
-            taps: vec![0],
-            taps_buffer: 0,
-            kv: plan.kv,
-            inject,
-            input: None,
-            block_pass: block,
-            logits: 0,
-            selector: None,
-            round: None,
-        });
+        let inject = toy_program(&plan, &[], &plan.costs[1..2]);
+        let block = toy_program(&plan, &[], &plan.costs);
+        plan.draft = Some(toy_draft(&plan, 8, [inject, block], None));
         // 7,000 bytes of weights, caches of 2 layers, and 148 bytes a row: 8 of the block, 4 of the step.
         let step = |rows: f64| 7000.0 + 2.0 * 8.0 * 100.0 + 148.0 * rows;
         let inject = 2.0 * (1000.0 + 4.0 * 10.0);

@@ -3,14 +3,14 @@
 //! A crossing of the chip that orders memory has two parts that cost a microsecond each: an SM waits until all
 //! that it wrote is where everybody sees it, and says so; and only then can the next SM see that it was said. Where
 //! the next stage's consumers can tell by the words themselves whether they have been written, nobody has to wait
-//! for that. A buffer whose words can be told is a *mailbox*: it is full of [`LATE`] words, which no product of
-//! numbers is, until it is written, and is filled with them again when it has been read. A crossing in front
+//! for that. A buffer whose words can be told is a *mailbox*: it is full of late words (`handoff.cuh`), which no product
+//! of numbers is, until it is written, and is filled with them again when it has been read. A crossing in front
 //! of a stage that checks its mailboxes is *checked*: SMs only say that they have come to the end of a stage, and
 //! what says so does not wait for what they wrote.
 //!
-//! Looking at words costs instructions, and a look that comes too early costs another way to memory. In dense models that is
-//! less than what it saves where weights are halves. In mixtures, whose stages wait for much else, with codes, which
-//! leave too few registers, and in steps of many rows it is more (`ARCHITECTURE.md`): they have no mailboxes.
+//! Looking at words costs instructions, and a look that comes too early costs another way to memory. In dense models
+//! that is less than what it saves where weights are halves. In mixtures, whose stages wait for much else, with codes,
+//! which leave too few registers, and in steps of many rows it is more (`ARCHITECTURE.md`): they have no mailboxes.
 //!
 //! What a stage reads of stages further back has no such words. It is ordered as ever: every SM also releases what it
 //! wrote, beside its work, and nobody begins the results of a stage before all SMs have released the stage before. So a
@@ -21,11 +21,8 @@
 //! step clears all mailboxes but those that it writes itself, and the crossing behind it is none that is checked.
 
 use crate::format::Format;
-use crate::resident::{Defect, Epilogue, Kind, ResidentProgram};
+use crate::resident::{Defect, Epilogue, Experts, Kind, ResidentProgram};
 use crate::stages::{BufferElem, BufferId};
-
-/// A word that nobody has written. Hardware makes one kind of NaN, which is another one.
-pub const LATE: u32 = u32::MAX;
 
 /// Rows of a step, at most, that look at words.
 const WIDEST: usize = 16;
@@ -36,7 +33,7 @@ pub struct Handoff {
     /// Mailboxes whose words the stage looks at, since the stage before writes them. The crossing in front of it is
     /// checked if there are any.
     pub checks: Vec<BufferId>,
-    /// Mailboxes that it fills with [`LATE`] words.
+    /// Mailboxes that it fills with late words.
     pub clears: Vec<BufferId>,
 }
 
@@ -47,34 +44,44 @@ impl Handoff {
     }
 }
 
-/// What a stage's consumers read, and whether they can look at the words. `None` of a stage that reads more than
-/// buffers, such as the logits.
-fn reads(program: &ResidentProgram, kind: &Kind) -> Option<Vec<(BufferId, bool)>> {
+/// Whether a stage's consumers can look at the words of all that they read of the stage before. Others read more than
+/// buffers, such as the logits, or do not look.
+fn looks(kind: &Kind) -> bool {
+    matches!(kind, Kind::Gemm(_) | Kind::Attention(_))
+}
+
+/// The buffers that a stage's consumers read, and whether they can look at their words.
+fn reads(program: &ResidentProgram, kind: &Kind) -> Vec<(BufferId, bool)> {
     let halves = |id: BufferId| program.buffer(id).elem != BufferElem::F32;
+    let blind = |ids: &[BufferId]| ids.iter().map(|id| (*id, false)).collect();
     match kind {
         Kind::Gemm(gemm) => {
             let mut reads = vec![(gemm.input, halves(gemm.input))];
             reads.extend(gemm.prepared.map(|prepared| (prepared.squares, true)));
-            Some(reads)
+            reads
         }
-        Kind::Attention(attention) => Some(vec![(attention.input, true)]),
-        Kind::Scores(_)
-        | Kind::Experts(_)
-        | Kind::Embed { .. }
-        | Kind::Taps { .. }
-        | Kind::Context(_)
-        | Kind::Conv(_)
-        | Kind::TopK(_)
-        | Kind::Pairs(_)
-        | Kind::Walk { .. } => None,
+        Kind::Attention(attention) => vec![(attention.input, true)],
+        Kind::Experts(Experts { gemm, route, .. }) => {
+            let squares = gemm.prepared.map(|prepared| prepared.squares);
+            let scores = route.as_ref().map(|route| route.scores);
+            [gemm.input].into_iter().chain(squares).chain(scores).map(|id| (id, false)).collect()
+        }
+        Kind::Scores(scores) => {
+            [scores.input].into_iter().chain(scores.squares).map(|id| (id, false)).collect()
+        }
+        Kind::Context(context) => blind(&[context.input]),
+        Kind::Conv(conv) => blind(&[conv.input, conv.kernels]),
+        Kind::Pairs(pairs) => blind(&[pairs.top.lists, pairs.hidden]),
+        Kind::Walk { tokens, scores, .. } => blind(&[*tokens, *scores]),
+        Kind::Embed { .. } | Kind::Taps { .. } | Kind::TopK(_) => Vec::new(),
     }
 }
 
-/// What a stage writes, and whether all of it as whole words that its makers say are to be looked at.
+/// What a stage writes, and whether all of it as words that somebody may look at.
 fn writes(kind: &Kind) -> Vec<(BufferId, bool)> {
     let (output, whole) = match kind {
         Kind::Embed { output, .. } | Kind::Taps { output } => (Some(*output), false),
-        Kind::Scores(scores) => (Some(scores.output), true),
+        Kind::Scores(scores) => (Some(scores.output), false),
         Kind::Attention(attention) => (Some(attention.output), true),
         Kind::Conv(conv) => (Some(conv.output), false),
         Kind::TopK(top) => (Some(top.lists), false),
@@ -92,9 +99,8 @@ fn writes(kind: &Kind) -> Vec<(BufferId, bool)> {
         writes.push((pairs.tokens, false));
     }
     if let Some(prepared) = kind.prepares() {
-        // The first stage's crossing is never checked: it may write them as it likes.
-        let whole = true;
-        writes.extend([(prepared.halves, whole), (prepared.squares, whole)]);
+        // Those of the first stage are not, but the crossing behind it is never checked.
+        writes.extend([(prepared.halves, true), (prepared.squares, true)]);
     }
     writes
 }
@@ -126,7 +132,7 @@ impl ResidentProgram {
             .map(|buffer| Uses { lives: Vec::new(), whole: buffer.row_bytes().is_multiple_of(16) })
             .collect();
         for (number, (_, _, stage)) in sequence.iter().enumerate() {
-            for (id, _) in reads(self, &stage.kind).unwrap_or_default() {
+            for (id, _) in reads(self, &stage.kind) {
                 if let Some((_, last)) = uses[id.0 as usize].lives.last_mut() {
                     *last = number;
                 }
@@ -147,12 +153,14 @@ impl ResidentProgram {
         }
         let mut checked = vec![false; self.buffers.len()];
         for (number, (_, _, stage)) in sequence.iter().enumerate().skip(2) {
-            let Some(reads) = reads(self, &stage.kind) else { continue };
+            if !looks(&stage.kind) {
+                continue;
+            }
             let fresh = |id: &BufferId| {
                 let mut written = uses[id.0 as usize].lives.iter().map(|(written, _)| *written);
                 written.rfind(|written| *written < number) == Some(number - 1)
             };
-            let fresh: Vec<_> = reads.into_iter().filter(|(id, _)| fresh(id)).collect();
+            let fresh: Vec<_> = reads(self, &stage.kind).into_iter().filter(|(id, _)| fresh(id)).collect();
             if fresh.iter().all(|(id, looks)| *looks && uses[id.0 as usize].is_mailbox()) {
                 handoffs[number].checks = fresh.into_iter().map(|(id, _)| id).collect();
                 for id in &handoffs[number].checks {
@@ -202,10 +210,10 @@ impl ResidentProgram {
                 state.cleared = state.cleared.map(|since| since + stages);
             }
             let reads = reads(self, &stage.kind);
-            if handoff.checked() && (number < 2 || reads.is_none()) {
+            if handoff.checked() && (number < 2 || !looks(&stage.kind)) {
                 return fail("cannot check what it reads".into());
             }
-            for (id, looks) in reads.iter().flatten() {
+            for (id, looks) in &reads {
                 let (buffer, state) = (&self.buffer(*id).name, states[id.0 as usize]);
                 if state.cleared.is_some() {
                     return fail(format!("reads {buffer}, which has been cleared"));
@@ -217,7 +225,7 @@ impl ResidentProgram {
             }
             for id in &handoff.clears {
                 // All SMs are through with the stage before; not so with this one.
-                if reads.iter().flatten().any(|(read, _)| read == id) {
+                if reads.iter().any(|(read, _)| read == id) {
                     return fail(format!("clears {} while it is read", self.buffer(*id).name));
                 }
                 states[id.0 as usize].cleared = Some(0);

@@ -20,7 +20,7 @@
 // stage before the last, and epilogues all of the last.
 //
 // The generated text defines STEP_ROWS, SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory; and
-// of mailboxes: MAILBOX_AT, where they are in arena(args, kind), and MAILBOX_ROW_BYTES; STAGE_CLEARS, a bit for each
+// of mailboxes: MAILBOX_AT, where they are in the arena, and MAILBOX_ROW_BYTES; STAGE_CLEARS, a bit for each
 // that a stage clears; CROSSING_CHECKED, whether the crossing behind a stage is a checked one.
 //
 // A kernel of rounds with a draft has three kinds of steps (round.cuh): ROUND says so. Its stages are numbered through
@@ -484,7 +484,7 @@ struct Control : Block {
 #pragma unroll 1
     for (u32 left = STAGE_CLEARS[n]; left != 0; left &= left - 1) {
       const u32 box = __ffs(left) - 1, bytes = MAILBOX_ROW_BYTES[box] * rows();
-      u8* const mailbox = arena(args, kind()) + MAILBOX_AT[box];
+      u8* const mailbox = args.arena + MAILBOX_AT[box];
 #pragma unroll 1
       for (u32 at = (blockIdx.x * LANES + lane_id()) * 16; at < bytes; at += gridDim.x * (LANES * 16)) {
         store4_relaxed(reinterpret_cast<u32*>(mailbox + at), LATE);

@@ -456,28 +456,27 @@ impl<'p> Writer<'p> {
     /// Where mailboxes are, who clears them, and which crossings they check.
     fn mailboxes(&mut self) {
         let list = |values: Vec<String>| values.join(", ");
-        let arena = match self.parts.len() {
-            1 => "args.arena",
-            _ => "kind == 0 ? args.block_arena : kind == 1 ? args.arena : args.inject_arena",
-        };
         let (mut at, mut bytes, mut clears, mut checked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for part in &self.parts {
-            let (boxes, first) = (part.mailboxes(), at.len());
+            let boxes = part.mailboxes();
             for buffer in boxes.iter().map(|id| part.program.buffer(*id)) {
                 at.push(format!("{:#x}", buffer.offset));
                 bytes.push(buffer.row_bytes().to_string());
             }
             for (n, handoff) in part.handoffs.iter().enumerate() {
-                let bit = |id: &BufferId| 1u32 << (first + boxes.binary_search(id).unwrap_or_default());
+                let bit = |id: &BufferId| 1u32 << boxes.binary_search(id).unwrap_or_default();
                 clears.push(format!("{:#x}", handoff.clears.iter().map(bit).sum::<u32>()));
                 let next = part.handoffs.get(n + 1).is_some_and(Handoff::checked);
                 checked.push(u8::from(next).to_string());
             }
         }
-        debug_assert!(at.len() <= 32, "a bit each");
+        debug_assert!(
+            at.len() <= 32 && (at.is_empty() || self.parts.len() == 1),
+            "a bit each, of one program"
+        );
         line!(
             self,
-            "// Mailboxes of an arena, the stages that clear them, and the crossings that they check."
+            "// Mailboxes, where there are any, the stages that clear them, and the crossings that are checked."
         );
         line!(self, "constexpr u32 MAILBOXES = {};", at.len());
         let count = at.len().max(1);
@@ -485,10 +484,6 @@ impl<'p> Writer<'p> {
         line!(self, "__constant__ u32 MAILBOX_ROW_BYTES[{count}] = {{{}}};", list(bytes));
         line!(self, "__constant__ u32 STAGE_CLEARS[STAGES] = {{{}}};", list(clears));
         line!(self, "__constant__ u8 CROSSING_CHECKED[STAGES] = {{{}}};", list(checked));
-        line!(
-            self,
-            "__device__ __forceinline__ u8* arena(const LaunchArgs& args, u32 kind) {{ return {arena}; }}"
-        );
     }
 
     /// Whether a stage looks at the words of a buffer.

@@ -76,8 +76,7 @@ const SIZES: &str = "constexpr u32 STEP_ROWS = 32, SLOT_BYTES = 16384, RING_SLOT
 constexpr bool ROUND = false;
 __device__ __forceinline__ u32 first_stage(u32) { return 0; }
 constexpr u32 MAILBOXES = 0, MAILBOX_ROW_BYTES[1] = {}, STAGE_CLEARS[1] = {};
-constexpr u64 MAILBOX_AT[1] = {};
-__device__ __forceinline__ u8* arena(const LaunchArgs& args, u32) { return args.arena; }";
+constexpr u64 MAILBOX_AT[1] = {};";
 
 /// The choice alone, of logits of any kind.
 struct Chooser(tempfile::TempDir);

@@ -682,6 +682,41 @@ pub mod tests {
     use tilec_ir::spec::Shard;
     use tilec_ir::stages::{Buffer, BufferElem};
 
+    /// A program of the plan's, of these stages and costs.
+    pub fn toy_program(plan: &Plan, stages: &[&str], costs: &[StageCost]) -> ProgramPlan {
+        ProgramPlan {
+            buffers: Vec::new(),
+            scratch_bytes: 0,
+            stages: stages.iter().map(|stage| stage.to_string()).collect(),
+            costs: costs.to_vec(),
+            code: plan.code.clone(),
+            resident: plan.resident,
+        }
+    }
+
+    /// A draft of the plan's, of its inject and its block.
+    pub fn toy_draft(
+        plan: &Plan,
+        block: usize,
+        [inject, block_pass]: [ProgramPlan; 2],
+        round: Option<ProgramPlan>,
+    ) -> DraftPlan {
+        DraftPlan {
+            weights: plan.weights.clone(),
+            block,
+            mask_token: 0,
+            taps: vec![0],
+            taps_buffer: 0,
+            kv: plan.kv,
+            inject,
+            input: None,
+            block_pass,
+            logits: 0,
+            selector: None,
+            round,
+        }
+    }
+
     /// Two layers of a product and an attention, between an embedding and a head.
     pub fn toy_plan() -> Plan {
         let cost =
@@ -867,28 +902,8 @@ pub mod tests {
         assert_eq!(cases.tests[3..], [rounds]);
         assert_eq!((rounds.rows(&toy_plan()), rounds.tokens(), rounds.passes(&toy_plan())), (8, 3.5, 19));
         let mut plan = toy_plan();
-        let program = ProgramPlan {
-            buffers: Vec::new(),
-            scratch_bytes: 0,
-            stages: Vec::new(),
-            costs: plan.costs.clone(),
-            code: plan.code.clone(),
-            resident: plan.resident,
-        };
-        plan.draft = Some(DraftPlan {
-            weights: plan.weights.clone(),
-            block: 8,
-            mask_token: 0,
-            taps: vec![0],
-            taps_buffer: 0,
-            kv: plan.kv,
-            inject: program.clone(),
-            input: None,
-            block_pass: program,
-            logits: 0,
-            selector: None,
-            round: None,
-        });
+        let program = || toy_program(&plan, &[], &plan.costs);
+        plan.draft = Some(toy_draft(&plan, 8, [program(), program()], None));
         // Contexts of 512 positions; 4 rows injected without a head, 8 of the block with 7 guesses, 8 verified.
         let step = |rows: f64, logits: f64| 2000.0 + 2.0 * 8.0 * 512.0 + rows * 128.0 + logits * 20.0;
         let wanted = step(4.0, 0.0) + step(8.0, 7.0) + step(8.0, 8.0) + 2.0 * 5000.0;

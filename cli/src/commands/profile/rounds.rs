@@ -322,21 +322,13 @@ impl Rounds<'_> {
 mod tests {
     use super::*;
     use crate::args::{Cli, Command};
-    use crate::commands::bench::toy_plan;
+    use crate::commands::bench::{toy_draft, toy_plan, toy_program};
     use clap::Parser;
-    use tilec_ir::plan::ProgramPlan;
 
     /// The toy plan with a draft of blocks of 4 rows: the block has the stages of the model, the inject two.
     fn toy_round() -> Plan {
         let mut plan = toy_plan();
-        let program = |stages: &[&str], costs: &[StageCost]| ProgramPlan {
-            buffers: Vec::new(),
-            scratch_bytes: 0,
-            stages: stages.iter().map(|stage| stage.to_string()).collect(),
-            costs: costs.to_vec(),
-            code: plan.code.clone(),
-            resident: plan.resident,
-        };
+        let program = |stages: &[&str], costs: &[StageCost]| toy_program(&plan, stages, costs);
         let names: Vec<&str> = plan.stages.iter().map(String::as_str).collect();
         let block = program(&names, &plan.costs);
         // A product of 1000 bytes, and a context of 30 a row.
@@ -350,20 +342,7 @@ mod tests {
             });
         let inject = program(&["fc", "context"], &costs);
         let round = program(&[&names[..], &names[..], &["fc", "context"]].concat(), &[]);
-        plan.draft = Some(DraftPlan {
-            weights: plan.weights.clone(),
-            block: 4,
-            mask_token: 0,
-            taps: vec![0],
-            taps_buffer: 0,
-            kv: plan.kv,
-            inject,
-            input: None,
-            block_pass: block,
-            logits: 0,
-            selector: None,
-            round: Some(round),
-        });
+        plan.draft = Some(toy_draft(&plan, 4, [inject, block], Some(round)));
         plan
     }
 
