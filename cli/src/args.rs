@@ -7,7 +7,6 @@ use tilec_ir::abi::KvType;
 use tilec_ir::resident::is_step_rows;
 use tilec_ir::spec::{Activations, Device, WeightFormat};
 use tilec_runtime::engine::MAX_ROUNDS;
-use tilec_runtime::generate::LAUNCH_ROUNDS;
 use tilec_runtime::sampling::SamplingParams;
 
 /// Compiles language models to native code and runs them.
@@ -495,8 +494,9 @@ pub struct BenchArgs {
     #[arg(long, value_name = "TOKENS", value_parser = non_negative, help_heading = "Draft")]
     pub accept: Option<f32>,
     /// On a GPU, with a draft: rounds of a launch, up to 512; 0 launches the kernels of each round one by one
-    #[arg(long, value_name = "N", default_value_t = LAUNCH_ROUNDS as u64, value_parser = clap::value_parser!(u64).range(0..=MAX_ROUNDS as u64), help_heading = "Draft")]
-    pub launch_rounds: u64,
+    /// [default: 32 where rounds are short, 0 where they take milliseconds]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=MAX_ROUNDS as u64), help_heading = "Draft")]
+    pub launch_rounds: Option<u64>,
     /// Its draft
     #[command(flatten)]
     pub draft: DraftArgs,

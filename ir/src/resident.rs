@@ -198,11 +198,20 @@ pub struct Scores {
     pub experts: usize,
     /// Columns of the input.
     pub k: usize,
-    /// `[rows][experts, padded to whole octets]`, f32.
+    /// Whether experts are compared by their scores' sigmoids, which stand behind the scores then.
+    pub sigmoid: bool,
+    /// f32 `[experts]`, added to the sigmoids, for the choice alone.
+    pub correction: Option<Slot>,
+    /// `[rows][experts, padded to whole octets]`, f32; with sigmoids as many columns again.
     pub output: BufferId,
 }
 
 impl Scores {
+    /// Columns of the output.
+    pub const fn output_cols(&self) -> usize {
+        self.experts.next_multiple_of(OCTET) * if self.sigmoid { 2 } else { 1 }
+    }
+
     /// Bytes of the weights.
     pub const fn weight_bytes(&self) -> usize {
         match self.format.code {
@@ -219,12 +228,10 @@ impl Scores {
 /// How the experts of each row are found, from a router's scores. Every SM does it for itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Route {
-    /// `[rows][experts, padded to whole octets]`, f32.
+    /// What [`Scores`] stores.
     pub scores: BufferId,
     /// How they are chosen; see [`crate::graph::Router`].
     pub routing: Routing,
-    /// f32 `[experts]`, added for the choice alone.
-    pub correction: Option<Slot>,
 }
 
 /// Rows times the weights of the experts that they chose, of which only those stream that any row chose.
@@ -467,6 +474,63 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// The attention of a stage that is one.
+    pub fn attention(&self) -> Option<&Attention> {
+        match self {
+            Kind::Attention(attention) => Some(attention),
+            _ => None,
+        }
+    }
+
+    /// All packed weights that a stage reads.
+    pub fn slots_mut(&mut self) -> Vec<&mut Slot> {
+        fn gains<'a>(norms: impl IntoIterator<Item = &'a mut Option<Norm>>) -> Vec<&'a mut Slot> {
+            norms.into_iter().flatten().map(|norm| &mut norm.gain).collect()
+        }
+        fn of_gemm(gemm: &mut Gemm) -> Vec<&mut Slot> {
+            let mut slots = gains([&mut gemm.norm]);
+            slots.push(&mut gemm.weights);
+            slots.extend(&mut gemm.scales);
+            slots.extend(gemm.bias.iter_mut().map(|bias| &mut bias.slot));
+            slots
+        }
+        match self {
+            Kind::Gemm(gemm) => of_gemm(gemm),
+            Kind::Scores(scores) => {
+                let mut slots = gains([&mut scores.norm]);
+                slots.push(&mut scores.weights);
+                slots.extend(&mut scores.bias);
+                slots.extend(&mut scores.correction);
+                slots
+            }
+            Kind::Experts(experts) => of_gemm(&mut experts.gemm),
+            Kind::Attention(attention) => {
+                let mut slots = gains([&mut attention.q_norm, &mut attention.k_norm]);
+                slots.extend(attention.rope.as_mut().map(|rope| &mut rope.table));
+                slots.extend(&mut attention.sinks);
+                slots
+            }
+            Kind::Conv(conv) => {
+                let mut slots = gains([&mut conv.norm]);
+                slots.push(&mut conv.base);
+                slots
+            }
+            Kind::Embed { table, scales, replaced, .. } => {
+                let mut slots = vec![table];
+                slots.extend(scales);
+                slots.extend(replaced.as_mut().map(|replaced| &mut replaced.vector));
+                slots
+            }
+            Kind::Pairs(pairs) => pairs.tables.iter_mut().map(|(table, _)| table).collect(),
+            Kind::Context(context) => {
+                let mut slots = gains(&mut context.k_norms);
+                slots.extend(context.rope.as_mut().map(|rope| &mut rope.table));
+                slots
+            }
+            Kind::Taps { .. } | Kind::TopK(_) | Kind::Walk { .. } => Vec::new(),
+        }
+    }
+
     /// The product of a stage that has one.
     pub fn gemm(&self) -> Option<&Gemm> {
         match self {
@@ -696,7 +760,7 @@ impl ResidentProgram {
                     let (input, output) = (self.buffer(scores.input), self.buffer(scores.output));
                     if input.cols != scores.k
                         || input.elem != BufferElem::F32
-                        || output.cols != scores.experts.next_multiple_of(OCTET)
+                        || output.cols != scores.output_cols()
                         || output.elem != BufferElem::F32
                         || ![Format::BF16, Format::F32].contains(&scores.format)
                     {
@@ -704,6 +768,7 @@ impl ResidentProgram {
                     }
                     let mut slots = vec![scores.weights];
                     slots.extend(scores.bias);
+                    slots.extend(scores.correction);
                     slots.extend(scores.norm.map(|norm| norm.gain));
                     if let Some(squares) = scores.squares
                         && (scores.norm.is_none()
@@ -730,10 +795,12 @@ impl ResidentProgram {
                         return fail(format!("slots do not fit {} and {}", input.name, output.name));
                     }
                     let mut reads = vec![gemm.input];
-                    let mut slots = gemm_slots(gemm);
+                    let slots = gemm_slots(gemm);
                     match route {
-                        Some(Route { scores, routing, correction }) => {
-                            if self.buffer(*scores).cols != count.next_multiple_of(OCTET)
+                        Some(Route { scores, routing }) => {
+                            let sigmoid = routing.scoring == Scoring::Sigmoid;
+                            if self.buffer(*scores).cols
+                                != count.next_multiple_of(OCTET) * if sigmoid { 2 } else { 1 }
                                 || self.buffer(*scores).elem != BufferElem::F32
                                 || routing.top_k != *top_k
                                 || !matches!(gemm.epilogue, Epilogue::Gated(_))
@@ -741,7 +808,6 @@ impl ResidentProgram {
                                 return fail("the choice does not fit the experts".into());
                             }
                             reads.push(*scores);
-                            slots.extend(*correction);
                             chosen = layer;
                         }
                         None => {
@@ -1129,8 +1195,12 @@ impl ResidentProgram {
             Kind::Scores(scores) => {
                 let Scores { weights, format, experts, k, bias, .. } = scores;
                 let bias = bias.map_or(String::new(), |bias| format!(" -> bias {bias}"));
+                let correction =
+                    scores.correction.map_or(String::new(), |slot| format!(" corrected by {slot}"));
+                let sigmoid =
+                    if scores.sigmoid { format!(" and sigmoid{correction}") } else { String::new() };
                 format!(
-                    "{} -> {}scores of {experts} experts {format} {experts}x{k} {weights}, {} B{bias} -> store {}",
+                    "{} -> {}scores of {experts} experts {format} {experts}x{k} {weights}, {} B{bias}{sigmoid} -> store {}",
                     name(&scores.input),
                     norm("rms_norm", &scores.norm),
                     scores.weight_bytes(),
@@ -1148,9 +1218,7 @@ impl ResidentProgram {
                     };
                     let renormalize = if *renormalize { " renormalized" } else { "" };
                     let factor = if *factor == 1.0 { String::new() } else { format!(" factor={factor}") };
-                    let correction =
-                        route.correction.map_or(String::new(), |slot| format!(" correction={slot}"));
-                    format!("by {} {scoring}{renormalize}{factor}{correction} -> ", name(&route.scores))
+                    format!("by {} {scoring}{renormalize}{factor} -> ", name(&route.scores))
                 });
                 format!(
                     "{} -> {}{route}experts {top_k} of {count} {}, {} B{}{prepares}",

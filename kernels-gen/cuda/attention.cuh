@@ -36,7 +36,7 @@
 //   BOTH_WAYS                  whether a row sees the rows of its run behind it, as far as a window goes
 //   Kv, Out                    Bf16 or F16; Bf16 or F32
 //   Q_NORM, K_NORM, EPS        whether heads are normed
-//   SINKS, sinks(b)            whether each head has a score that carries no value, and these [HEADS]
+//   SINKS, sinks(b)            whether heads have a score that carries no value, and these [HEADS]; null of a layer without
 //   ROPE                       leading columns of a head that are rotated, 0 for none
 //   PAGE_TOKENS, V_PAD, MAX_CHUNKS
 //   CHECKED                    whether queries, keys and values may be late (handoff.cuh)
@@ -50,7 +50,6 @@ constexpr u32 SPAN = 8;     // chunks
 constexpr u32 NO_WINDOW = 0x7fffffff;  // no position is so large
 constexpr u32 QUERIES = 8;  // of a pass
 constexpr u32 SUMMED = 64;  // columns whose sums are in shared memory at a time
-constexpr float LOG2_E = 1.44269504f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
 static_assert(WARP_POSITIONS == 16 && QUERIES == CONSUMERS, "a warp's share of a product; a warp prepares a query");
 
@@ -68,6 +67,11 @@ __device__ __forceinline__ bool whole_warp(bool condition) { return __all_sync(~
 // Brings numbers into L2, a line of 128 bytes a lane.
 __device__ __forceinline__ void prefetch(const float* from, u32 count) {
   if (lane_id() * 32 < count) prefetch_line(from + lane_id() * 32);
+}
+
+// The sink of a head; where the layer has none, one that adds nothing.
+template <class A> __device__ __forceinline__ float sink_of(const Block& b, u32 head) {
+  return A::sinks(b) ? A::sinks(b)[head] : MINUS_INFINITY;
 }
 
 template <class A> struct AttentionSpace {
@@ -176,7 +180,7 @@ template <class A, bool NORMS> struct AttentionHead {
       for (u32 i = 0; i < EACH; ++i) sum = fmaf(v[i], v[i], sum);
 #pragma unroll
       for (u32 x = LANES / 2; x > 0; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
-      const float rms = 1.f / sqrtf(sum / (float)A::QK + A::EPS);
+      const float rms = normalizing(sum, A::QK, A::EPS);
 #pragma unroll
       for (u32 i = 0; i < EACH; ++i) v[i] = v[i] * rms * gain[i];
     }
@@ -495,7 +499,7 @@ template <class A> struct Fresh {
       const u32 r = at.row + n / GROUP;
       const u32 head = at.kv_head * GROUP + n % GROUP;
       query.load(A::input(b) + (u64)r * QKV + head * A::QK, A::q_gain(b), A::rope(b), b.shared.position[r]);
-      if constexpr (A::SINKS) next_sink = A::sinks(b)[head];
+      if constexpr (A::SINKS) next_sink = sink_of<A>(b, head);
     }
     const u32 start = at.chunk * CHUNK, first = b.shared.position[at.row];
     from = max(start, first);
@@ -659,7 +663,7 @@ template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 ru
     sums.clear();
     const u32 place = parts.at(r, kv_head, slot, h);
     float sink = 0.f;
-    if constexpr (A::SINKS) sink = A::sinks(b)[kv_head * GROUP + h];
+    if constexpr (A::SINKS) sink = sink_of<A>(b, kv_head * GROUP + h);
     const float2 *of = parts.sum(place), *weights = parts.weight(place);
 #pragma unroll 1
     for (u32 c = 0; whole_warp(c < count); c += SPAN, of += SPAN * GROUP * A::V / 2, weights += SPAN * GROUP) {
@@ -786,7 +790,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         if (!ready) {
           if constexpr (A::Q_NORM) prefetch(A::q_gain(b), A::QK);
           if constexpr (A::K_NORM) prefetch(A::k_gain(b), A::QK);
-          if constexpr (A::SINKS) prefetch(A::sinks(b), A::HEADS);
+          if (A::SINKS && A::sinks(b)) prefetch(A::sinks(b), A::HEADS);
           b.wait_inputs();
         }
         ready = true;

@@ -159,10 +159,8 @@ enum Role : u32 {
 // The watchdog is told what for, unless there is nothing to wait for. There are a hundred waits, and a layer's
 // instructions should stay in the SM's cache, so that a wait itself is as short as can be.
 __device__ __forceinline__ void barrier_wait(const Block& b, u64* barrier, u32 parity, Role role) {
-  if (__all_sync(~0u, barrier_try(barrier, parity))) return;
-  b.shared.waiting[anew(warp_id())] = role;
 #pragma unroll 1
-  while (!__all_sync(~0u, barrier_try(barrier, parity))) {}
+  while (!__all_sync(~0u, barrier_try(barrier, parity))) b.shared.waiting[anew(warp_id())] = role;
 }
 
 // All consumer warps, and no other.

@@ -23,7 +23,7 @@ template <class C> __device__ __forceinline__ float row_normalizer(const float* 
     sum = fmaf(v.z, v.z, sum);
     sum = fmaf(v.w, v.w, sum);
   }
-  return 1.f / sqrtf(warp_sum(sum) / (float)C::COLS + C::EPS);
+  return normalizing(warp_sum(sum), C::COLS, C::EPS);
 }
 
 template <class C> __device__ __forceinline__ void convolve(Consumer& b) {

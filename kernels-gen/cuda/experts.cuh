@@ -15,8 +15,7 @@
 // A stage S says what a product says (gemm.cuh; BLOCKS, TILES and COLS are of one expert), and
 //   FIRST                whether it makes the choice and reads rows as they are; else it reads their slots
 //   SLOTS                experts of a row
-//   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32; SCORING, RENORMALIZE,
-//                        FACTOR, correction(b) [EXPERTS] or null
+//   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32; SCORING, RENORMALIZE, FACTOR
 //   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight; of tiles of
 //                        several octets, or that prepare rows, sum() where a row's sum lies, add_bias() and store(),
 //                        of NVFP4 also scale() of an expert's features
@@ -24,8 +23,9 @@
 //
 // The scores are the one product in float32: they decide who works. They are few, so that no weights stream for
 // them: an SM has an expert or none, and its weights are in registers before the rows are there. A stage R says:
-// K, EXPERTS, STRIDE, NORM, gain(b), EPS, PREPARED, squares(b) (gemm.cuh); weights4(b, expert, column) four columns; bias(b) or null; input(b), out(b)
-// [rows][STRIDE].
+// K, EXPERTS, STRIDE, NORM, gain(b), EPS, PREPARED, squares(b) (gemm.cuh); weights4(b, expert, column) four columns;
+// bias(b) [EXPERTS] or null; input(b), out(b) [rows][STRIDE]. If experts are compared by SIGMOID, a row's second half has
+// what is compared, the sigmoid and correction(b) [EXPERTS] or null: made once, where every SM would make it for itself.
 
 enum Scoring : u32 { SOFTMAX, CHOSEN_SOFTMAX, SIGMOID };
 
@@ -95,68 +95,74 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
     for (u32 n = 0; n < CONSUMERS; ++n) sum += of[warp][n * LANES + lane];
     return warp_sum(sum);
   };
-  load_weights(b.first_tile());
-  b.wait_inputs();
-  Squares<R, false> squares = {};
-  // The experts that begin with `first`, of the slice that begins with row `start`.
+  bool ready = false;  // the stage's inputs are there
 #pragma unroll 1
-  for (u32 first = b.first_tile(), start = 0; first < R::EXPERTS;) {
-    const u32 own = start + warp;
-    if constexpr (R::PREPARED) {
-      if (own < b.rows()) squares.load(b, own);
+  for (u32 first = b.first_tile(); first < R::EXPERTS; first += EACH * gridDim.x) {
+    load_weights(first);
+    if (!ready) b.wait_inputs();
+    else consumers_sync();  // the sums were read
+    ready = true;
+    // A lane an expert, for what is added to its scores.
+    const u32 expert = lane < EACH ? first + lane * gridDim.x : R::EXPERTS;
+    float bias = 0.f, correction = 0.f;
+    if (expert < R::EXPERTS) {
+      if (R::bias(b)) bias = R::bias(b)[expert];
+      if (R::SIGMOID && R::correction(b)) correction = R::correction(b)[expert];
     }
-    // Row by row: loads of several rows at once would wait together, but their text costs more than that.
 #pragma unroll 1
-    for (u32 row = 0; row < least(b.rows() - start, SLICE_ROWS); ++row) {
-      const float* x = R::input(b) + (start + row) * R::K;
-      float4 v[ROUNDS];
-#pragma unroll
-      for (u32 i = 0; i < ROUNDS; ++i) {
-        v[i] = load4(x + at(i));
-        if (!there(i)) v[i] = make_float4(0, 0, 0, 0);
+    for (u32 start = 0; start < b.rows(); start += SLICE_ROWS) {
+      const u32 own = start + warp;
+      Squares<R, false> squares = {};
+      if constexpr (R::PREPARED) {
+        if (own < b.rows()) squares.load(b, own);
       }
-      float dot[EACH] = {}, square = 0.f;
+      if (start > 0) consumers_sync();  // the sums were read
+      // Row by row: loads of several rows at once would wait together, but their text costs more than that.
+#pragma unroll 1
+      for (u32 row = 0; row < least(b.rows() - start, SLICE_ROWS); ++row) {
+        const float* x = R::input(b) + (start + row) * R::K;
+        float4 v[ROUNDS];
 #pragma unroll
-      for (u32 i = 0; i < ROUNDS; ++i) {
-        if constexpr (OWN != 0) square = ::squares(square, v[i]);
-#pragma unroll
-        for (u32 e = 0; e < EACH; ++e) {
-          dot[e] = fmaf(v[i].w, w[e][i].w, fmaf(v[i].z, w[e][i].z, fmaf(v[i].y, w[e][i].y, fmaf(v[i].x, w[e][i].x, dot[e]))));
+        for (u32 i = 0; i < ROUNDS; ++i) {
+          v[i] = load4(x + at(i));
+          if (!there(i)) v[i] = make_float4(0, 0, 0, 0);
         }
-      }
+        float dot[EACH] = {}, square = 0.f;
 #pragma unroll
-      for (u32 e = 0; e < EACH; ++e) parts[e][row][thread] = dot[e];
-      if constexpr (OWN != 0) parts[EACH][row][thread] = square;
-    }
-    consumers_sync();
-    if (own < b.rows()) {
-      float scale = 1.f;
+        for (u32 i = 0; i < ROUNDS; ++i) {
+          if constexpr (OWN != 0) square = ::squares(square, v[i]);
+#pragma unroll
+          for (u32 e = 0; e < EACH; ++e) {
+            dot[e] = fmaf(v[i].w, w[e][i].w, fmaf(v[i].z, w[e][i].z, fmaf(v[i].y, w[e][i].y, fmaf(v[i].x, w[e][i].x, dot[e]))));
+          }
+        }
+#pragma unroll
+        for (u32 e = 0; e < EACH; ++e) parts[e][row][thread] = dot[e];
+        if constexpr (OWN != 0) parts[EACH][row][thread] = square;
+      }
+      consumers_sync();
+      if (own >= b.rows()) continue;
+      float scale = 1.f, score = 0.f;
       if constexpr (R::PREPARED) scale = squares.normalizer();
-      else if constexpr (R::NORM) scale = 1.f / sqrtf(whole(parts[EACH]) / (float)R::K + R::EPS);
+      else if constexpr (R::NORM) scale = normalizing(whole(parts[EACH]), R::K, R::EPS);
 #pragma unroll 1
-      for (u32 e = 0; e < EACH && first + e * gridDim.x < R::EXPERTS; ++e) {
-        const u32 expert = first + e * gridDim.x;
+      for (u32 e = 0; e < EACH; ++e) {
         const float dot = whole(parts[e]);
-        if (lane == 0) R::out(b)[own * R::STRIDE + expert] = dot * scale + (R::bias(b) ? R::bias(b)[expert] : 0.f);
+        if (lane == e) score = dot * scale + bias;
+      }
+      if (expert < R::EXPERTS) {
+        float* const to = R::out(b) + own * R::STRIDE + expert;
+        to[0] = score;
+        if constexpr (R::SIGMOID) to[R::STRIDE / 2] = sigmoid(score) + correction;
       }
     }
-    start += SLICE_ROWS;
-    if (start >= b.rows()) {
-      start = 0;
-      first += EACH * gridDim.x;
-      if (first >= R::EXPERTS) break;
-      load_weights(first);
-    }
-    consumers_sync();  // the sums were read
   }
+  if (!ready) b.wait_inputs();
   b.pass_tiles(R::EXPERTS);
   b.finish_stage();
 }
 
 // ---- The choice ------------------------------------------------------------------------------
-
-// Within three units of the last place, in a few instructions.
-__device__ __forceinline__ float sigmoid(float v) { return reciprocal(1.f + power_of_two(-v * LOG2_E)); }
 
 // Any number, from several: for experts that are chosen at random.
 __device__ __forceinline__ u32 mixed(u32 a, u32 b) {
@@ -172,49 +178,52 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
   constexpr u32 EACH = (R::EXPERTS + LANES - 1) / LANES;
   static_assert(R::SLOTS <= LANES && SLICE_ROWS * EACH * LANES * sizeof(u32) <= SCRATCH_BYTES - SCALE_BYTES);
   const u32 lane = lane_id();
-  const float* scores = R::scores(b) + row * R::STRIDE;
-  const float* correction = R::correction(b);
+  const float* const scores = R::scores(b) + row * R::STRIDE;
+  const float* const compared = scores + (R::SCORING == SIGMOID ? R::STRIDE / 2 : 0);
   // For measurements: `alike` experts that all rows choose alike, then some of the row's own; all weigh the same.
   const bool random = b.args.routing != 0;
   const u32 alike = random ? (b.args.routing - 1) * R::SLOTS / 1000 : 0;
   const u32 seed = mixed(b.args.routing_seed + b.step, b.layer);
   u32* const keys = reinterpret_cast<u32*>(b.scratch) + row % SLICE_ROWS * (EACH * LANES) + lane;
-  // What is compared; 0 is no expert. Every lane knows the largest of its own, the lowest expert among equals.
-  u32 best = 0, at = ~0u;
-  auto offer = [&](u32 i, u32 key) {
-    keys[i * LANES] = key;
-    if (key > best) { best = key; at = i * LANES + lane; }
-  };
   // All loads together: one after the other they would take a thousand cycles each.
-  float compared[EACH], corrections[EACH];
+  float loaded[EACH];
 #pragma unroll
-  for (u32 i = 0; i < EACH; ++i) compared[i] = load1(scores + least(i * LANES + lane, R::EXPERTS - 1));
-  if (R::SCORING == SIGMOID && correction) {
+  for (u32 i = 0; i < EACH; ++i) loaded[i] = load1(compared + least(i * LANES + lane, R::EXPERTS - 1));
+  // 0 is no expert. The addition makes -0 equal to 0.
 #pragma unroll
-    for (u32 i = 0; i < EACH; ++i) corrections[i] = correction[least(i * LANES + lane, R::EXPERTS - 1)];
-  }
-#pragma unroll
-  for (u32 i = 0; i < EACH; ++i) {
-    if constexpr (R::SCORING == SIGMOID) {
-      compared[i] = sigmoid(compared[i]);
-      if (correction) compared[i] += corrections[i];
-    }
-    // The addition makes -0 equal to 0.
-    offer(i, i * LANES + lane < R::EXPERTS ? max(ordered(compared[i] + 0.f), 1u) : 0);
-  }
+  for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = i * LANES + lane < R::EXPERTS ? max(ordered(loaded[i] + 0.f), 1u) : 0;
+  // A lane knows the largest two of its own, the lowest expert first among equals, or, behind these, none (`known`):
+  // few lanes ever have to look again.
+  u32 best = 0, second = 0, at = ~0u, second_at = ~0u, known = 0;
   u32 mine = ~0u, largest = 0;
   float score = 0.f;  // of `mine`; it comes while others are chosen
 #pragma unroll 1
   for (u32 n = 0; n < R::SLOTS; ++n) {
     if (random && (n == 0 || n == alike)) {
-      best = 0;
       const u32 own = mixed(seed, n < alike ? ~0u : row);
 #pragma unroll 1
+      for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = keys[i * LANES] ? mixed(own, i * LANES + lane) | 1 : 0;
+      known = 0;
+    }
+    if (known == 0) {
+      best = second = 0;
+      at = second_at = ~0u;
+      known = 2;
+#pragma unroll 4
       for (u32 i = 0; i < EACH; ++i) {
-        const u32 expert = i * LANES + lane;
-        offer(i, keys[i * LANES] ? mixed(own, expert) | 1 : 0);
+        const u32 key = keys[i * LANES], expert = i * LANES + lane;
+        if (key > best) {
+          second = best;
+          second_at = at;
+          best = key;
+          at = expert;
+        } else if (key > second) {
+          second = key;
+          second_at = expert;
+        }
       }
     }
+    __syncwarp();  // together again
     const u32 top = warp_max(best), expert = warp_min(best == top ? at : ~0u);
     if (n == 0) largest = top;
     if (lane == n) {
@@ -223,20 +232,16 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
     }
     if (lane == expert % LANES) {
       keys[expert - lane] = 0;
-      best = 0;
-#pragma unroll 4
-      for (u32 i = 0; i < EACH; ++i) {
-        const u32 key = keys[i * LANES];
-        if (key > best) { best = key; at = i * LANES + lane; }
-      }
+      best = second;
+      at = second_at;
+      --known;
     }
-    __syncwarp();  // together again
   }
   // Shares of the chosen, and what they are divided by.
   const float top = __uint_as_float(largest & 0x80000000u ? largest & 0x7fffffffu : ~largest);
   auto share_of = [&](float score) {
     if constexpr (R::SCORING == SIGMOID) return random ? 1.f : sigmoid(score);
-    return random ? 1.f : expf(score - top);
+    return random ? 1.f : power_of_two((score - top) * LOG2_E);
   };
   const float share = lane < R::SLOTS ? share_of(score) : 0.f;
   float sum = share;

@@ -97,6 +97,16 @@ __device__ __forceinline__ u32 ordered(float v) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// A division, a root or an exponential to the last bit is half a kilobyte of instructions, which are cold in every
+// layer; these are a few, within three units of the last place.
+constexpr float LOG2_E = 1.44269504f;
+__device__ __forceinline__ float sigmoid(float v) { return reciprocal(1.f + power_of_two(-v * LOG2_E)); }
+// What a row of so many columns is multiplied by to be normed, by the sum of its squares.
+__device__ __forceinline__ float normalizing(float squares, u32 columns, float eps) {
+  const float mean = fmaf(squares, 1.f / (float)columns, eps), root = reciprocal_root(mean);
+  return fmaf(root * 0.5f, fmaf(-mean * root, root, 1.f), root);  // one step of Newton's
+}
+
 // One value of a half format.
 template <class T> __device__ __forceinline__ u16 narrow(float v) { return (u16)T::pack(v, 0.f); }
 template <class T> __device__ __forceinline__ float widen(u16 v) { return T::low((u32)v); }

@@ -43,13 +43,13 @@
 //   Carry, before(), finish()  the epilogue: what to load ahead, and what to do with a pair of results
 //   PREPARES             whether it prepares its results for a norm (prepared.cuh)
 
-__device__ __forceinline__ float silu_gate(float gate, float up) { return gate / (1.f + expf(-gate)) * up; }
+__device__ __forceinline__ float silu_gate(float gate, float up) { return gate * sigmoid(gate) * up; }
 // gpt-oss: the gate bounded from above, what it opens from both sides, and one added. NaN stays NaN, which
 // fminf would not see to.
 __device__ __forceinline__ float clamped_gate(float alpha, float limit, float gate, float up) {
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : up < -limit ? -limit : up;
-  return gate / (1.f + expf(-alpha * gate)) * (up + 1.f);
+  return gate * sigmoid(alpha * gate) * (up + 1.f);
 }
 
 // Tiles of the stage in this launch: a step whose logits nobody wants has no head.
@@ -346,7 +346,7 @@ template <class S> __device__ __forceinline__ void share_slice(Consumer& b, Acti
 #pragma unroll
     for (u32 n = LANES / 2; n > 0; n /= 2) total += __shfl_xor_sync(~0u, total, n);
   }
-  if (lane == 0) b.shared.row_scale[slice * SLICE_ROWS + own] = S::NORM ? scale / sqrtf(total / (float)S::K + S::EPS) : scale;
+  if (lane == 0) b.shared.row_scale[slice * SLICE_ROWS + own] = S::NORM ? scale * normalizing(total, S::K, S::EPS) : scale;
   consumers_sync();  // behind this, sums of tiles come to where the halves were
   a.scale[slice] = b.shared.row_scale[slice * SLICE_ROWS + lane / 4];
 }
@@ -467,7 +467,7 @@ template <class S> __device__ __forceinline__ void fetch_scales(const Consumer& 
 template <class S, class F> __device__ __forceinline__ void fetch_first_scales(const Consumer& b, F place) {
   if constexpr (S::Weights::SCALING == BY_OCTET) {
     static_assert(Activations<S>::COUNT <= LANES, "a lane for the scale of each block");
-#pragma unroll
+#pragma unroll 1
     for (u32 n = 0; n < SCALES_AHEAD; ++n) fetch_scales<S>(b, n, place(n));
   }
 }

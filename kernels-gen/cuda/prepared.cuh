@@ -72,7 +72,7 @@ template <class S, bool CHECKED> struct Squares {
     float sum = 0.f;
 #pragma unroll
     for (u32 n = 0; n < LOADS; ++n) sum += (v[n].x + v[n].y) + (v[n].z + v[n].w);
-    return 1.f / sqrtf(warp_sum(sum) / (float)S::K + S::EPS);
+    return normalizing(warp_sum(sum), S::K, S::EPS);
   }
 };
 

@@ -153,7 +153,7 @@ __device__ __forceinline__ float widen_f16(u16 h) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
   return f;
 }
-// 2^v and 1 / v within two units of the last place; what is below the normal numbers is 0.
+// 2^v, 1 / v and 1 / sqrt(v) within two units of the last place; what is below the normal numbers is 0.
 __device__ __forceinline__ float power_of_two(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
@@ -162,6 +162,11 @@ __device__ __forceinline__ float power_of_two(float v) {
 __device__ __forceinline__ float reciprocal(float v) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+__device__ __forceinline__ float reciprocal_root(float v) {
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
 // Products of two pairs of bfloat16, rounded to nearest even; the third operand is -0, which adds nothing.

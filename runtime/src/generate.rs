@@ -27,7 +27,7 @@ mod tests;
 
 pub use adapt::{DraftLimit, FixedTimes, Pass};
 pub use draft::{DraftSampleMethod, DraftStats};
-pub use rounds::LAUNCH_ROUNDS;
+pub use rounds::{LAUNCH_ROUNDS, launch_rounds};
 pub use score::{ScoreError, score};
 pub use stats::{RequestStats, StepTime};
 
@@ -205,12 +205,17 @@ struct Active {
     last: Option<Instant>,
 }
 
+/// What passes of an engine take, before any was measured.
+fn pass_times(engine: &Engine) -> PassTimes {
+    PassTimes::new(CostModel::new(engine.plan(), engine.pass_rows(), engine.memory_rate()))
+}
+
 impl Generator {
     /// A generator on `engine`. Without a tokenizer there is no text, only tokens.
     pub fn new(mut engine: Engine, tokenizer: Option<Arc<Tokenizer>>) -> Generator {
         let sequences = engine.plan().limits.sequences;
         (0..sequences).for_each(|sequence| engine.reset(sequence));
-        let times = PassTimes::new(CostModel::new(engine.plan(), engine.pass_rows(), engine.memory_rate()));
+        let times = pass_times(&engine);
         Generator {
             times,
             draft_min: 0,

@@ -23,6 +23,7 @@ use std::time::Instant;
 use tilec_ir::cost::StageCost;
 use tilec_ir::plan::Plan;
 use tilec_runtime::engine::{BlockInput, Engine, RoundInput, RoundOptions, RowInput};
+use tilec_runtime::generate::launch_rounds;
 use tilec_runtime::sampling::SamplingParams;
 
 /// Measures the ceiling of memory, then the model.
@@ -210,15 +211,15 @@ pub struct Forced {
     pub block: usize,
     /// Tokens that a round adds on average.
     pub accept: f64,
-    /// Rounds of a launch; 0 launches each kernel by itself.
-    launch: usize,
+    /// Rounds of a launch; 0 launches each kernel by itself. As the engine has them where nobody says.
+    launch: Option<usize>,
 }
 
 impl Forced {
     /// As [`Forced::new`], with as many rounds a launch as the command line says.
     fn of(args: &BenchArgs, most: Option<usize>) -> Result<Option<Forced>> {
         let forced = Forced::new(args.accept, &args.draft, most)?;
-        Ok(forced.map(|forced| Forced { launch: args.launch_rounds as usize, ..forced }))
+        Ok(forced.map(|forced| Forced { launch: args.launch_rounds.map(|rounds| rounds as usize), ..forced }))
     }
 
     /// What options say, with a draft of at most so many rows; `None` without one.
@@ -242,7 +243,7 @@ impl Forced {
         if !(1.0..=block as f64).contains(&accept) {
             bail!("--accept {accept}: a round adds from 1 token to the {block} of a block");
         }
-        Ok(Some(Forced { block, accept, launch: 0 }))
+        Ok(Some(Forced { block, accept, launch: None }))
     }
 }
 
@@ -320,12 +321,14 @@ fn rounds(
 ) -> Result<Rounds> {
     let row = |position: usize, token: u32| RowInput { token, position: position as u32, sequence: 0 };
     let mut sum = Rounds::default();
+    let launch = forced.launch.unwrap_or_else(|| launch_rounds(engine));
     let (vocab, context) = (engine.plan().vocab, engine.plan().limits.context);
     while prompt + sum.tokens < tokens.len() {
         let position = prompt + sum.tokens;
         let rows = forced.block.min(context - position);
-        if rows >= 2 && forced.launch > 0 && engine.has_rounds(rows, rows) {
-            launched_rounds(engine, (&tokens[position..], position, rows), forced, sampling, &mut sum)?;
+        if rows >= 2 && launch > 0 && engine.has_rounds(rows, rows) {
+            let text = (&tokens[position..], position, rows);
+            launched_rounds(engine, text, (launch, forced.accept), sampling, &mut sum)?;
             continue;
         }
         let start = Instant::now();
@@ -361,7 +364,7 @@ fn rounds(
 fn launched_rounds(
     engine: &mut Engine,
     (tokens, position, rows): (&[u32], usize, usize),
-    forced: Forced,
+    (rounds, accept): (usize, f64),
     sampling: &SamplingParams,
     sum: &mut Rounds,
 ) -> Result<()> {
@@ -369,7 +372,7 @@ fn launched_rounds(
     let block =
         BlockInput { token: tokens[0], position: position as u32, sequence: 0, rows, wanted: rows - 1 };
     let input = RoundInput { block, left: tokens.len(), limit };
-    let options = RoundOptions { rounds: forced.launch, stop_tokens: &[], accept: Some(forced.accept) };
+    let options = RoundOptions { rounds, stop_tokens: &[], accept: Some(accept) };
     let start = Instant::now();
     engine.rounds(&[input], &[sampling], options, &mut |news| {
         sum.note(news.tokens.len());

@@ -18,6 +18,7 @@ use tilec_kernels_gen::cuda::{
     SAMPLE, SELECTOR, STEP, SharedLayout, SharedNeeds,
 };
 
+use super::merge::{NO_OFFSET, NO_WINDOW, merge_layers};
 use crate::nvrtc::Arch;
 
 /// A line of the text; `writeln!` to a string cannot fail.
@@ -171,7 +172,7 @@ fn emit_parts(
     for (program, _) in programs {
         check(program)?;
     }
-    let merged: Vec<_> = programs.iter().map(|(program, _)| merge_windows(program)).collect();
+    let merged: Vec<_> = programs.iter().map(|(program, _)| merge_layers(program)).collect();
     let parts = programs.iter().zip(&merged).map(|((program, [prefix, arena, kv]), (merged, windows))| {
         // A verified program has readers.
         let readers = program.readers().unwrap_or_default();
@@ -252,38 +253,8 @@ fn check(program: &ResidentProgram) -> Result<(), CudaError> {
     Ok(())
 }
 
-/// A program whose layers differ only by their windows has one body for them, so that its instructions are
-/// there once; with the window of each layer. No windows if there is nothing to merge.
-fn merge_windows(program: &ResidentProgram) -> (ResidentProgram, Vec<u32>) {
-    let mut merged = program.clone();
-    let mut window = vec![NO_WINDOW; merged.bodies.len()];
-    for (body, window) in merged.bodies.iter_mut().zip(&mut window) {
-        for stage in body {
-            if let Kind::Attention(attention) = &mut stage.kind {
-                *window = attention.window.take().map_or(NO_WINDOW, |window| window as u32);
-            }
-        }
-    }
-    let first: Vec<usize> = (0..merged.bodies.len())
-        .map(|body| merged.bodies.iter().position(|other| *other == merged.bodies[body]).unwrap_or(body))
-        .collect();
-    if first.iter().enumerate().all(|(body, first)| body == *first) {
-        return (program.clone(), Vec::new());
-    }
-    let kept: Vec<usize> = (0..first.len()).filter(|body| first[*body] == *body).collect();
-    let windows = program.layers.iter().map(|layer| window[layer.body]).collect();
-    for layer in &mut merged.layers {
-        layer.body = kept.iter().position(|body| *body == first[layer.body]).unwrap_or(0);
-    }
-    merged.bodies = kept.iter().map(|body| merged.bodies[*body].clone()).collect();
-    (merged, windows)
-}
-
 /// The tap of a layer that has none.
 const NO_TAP: u32 = u32::MAX;
-
-/// The window of a layer without one: no position is so large.
-const NO_WINDOW: u32 = 0x7fff_ffff;
 
 fn needs(program: &ResidentProgram) -> SharedNeeds {
     let mut needs = SharedNeeds {
@@ -838,6 +809,11 @@ impl<'p> Writer<'p> {
             format!("reinterpret_cast<const float*>({})", self.weight(slot))
         });
         self.function("const float*", "bias", "const Block& b", &format!("return {bias};"));
+        line!(self, "  static constexpr bool SIGMOID = {};", scores.sigmoid);
+        let correction = scores.correction.map_or("nullptr".into(), |slot| {
+            format!("reinterpret_cast<const float*>({})", self.weight(slot))
+        });
+        self.function("const float*", "correction", "const Block& b", &format!("return {correction};"));
         let (input, out) = (self.buffer(scores.input), self.buffer(scores.output));
         self.function("const float*", "input", "const Block& b", &format!("return {input};"));
         self.function("float*", "out", "const Block& b", &format!("return {out};"));
@@ -848,7 +824,7 @@ impl<'p> Writer<'p> {
     fn experts(&mut self, name: &str, stage: &str, experts: &Experts) {
         let Experts { gemm, experts: count, top_k, route } = experts;
         let routes = type_name(name, "route");
-        if let Some(Route { scores, routing, correction }) = route {
+        if let Some(Route { scores, routing }) = route {
             let scoring = match routing.scoring {
                 Scoring::Softmax => "SOFTMAX",
                 Scoring::ChosenSoftmax => "CHOSEN_SOFTMAX",
@@ -866,10 +842,6 @@ impl<'p> Writer<'p> {
             line!(self, "  static constexpr float FACTOR = {factor};");
             let scores = format!("return {};", self.buffer(*scores));
             self.function("const float*", "scores", "const Block& b", &scores);
-            let correction = correction.map_or("nullptr".into(), |slot| {
-                format!("reinterpret_cast<const float*>({})", self.weight(slot))
-            });
-            self.function("const float*", "correction", "const Block& b", &format!("return {correction};"));
             line!(self, "}};");
         }
         let bytes = (*top_k * gemm.weight_bytes()) as u64;
@@ -1112,7 +1084,7 @@ impl<'p> Writer<'p> {
             ("q_gain", floats(attention.q_norm.map(|norm| norm.gain))),
             ("k_gain", floats(attention.k_norm.map(|norm| norm.gain))),
             ("rope", floats(attention.rope.map(|rope| rope.table))),
-            ("sinks", floats(attention.sinks)),
+            ("sinks", self.sinks(attention.sinks, floats)),
         ];
         for (function, body) in gains {
             self.function("const float*", function, "const Block& b", &body);
@@ -1124,6 +1096,18 @@ impl<'p> Writer<'p> {
         self.function("float*", "parts", "const Block& b", &format!("return {parts};"));
         line!(self, "}};");
         debug_assert_eq!((CHUNK, SPAN), (128, 8), "attention.cuh says so too");
+    }
+
+    /// Where sinks are: in some layers of a text nowhere.
+    fn sinks(&self, sinks: Option<Slot>, floats: impl Fn(Option<Slot>) -> String) -> String {
+        let all = floats(sinks);
+        let Some(Slot::Layer(n)) = sinks else { return all };
+        let layers = &self.program().layers;
+        // Layers of other bodies have other numbers, so that this may be said where it need not be.
+        match layers.iter().any(|layer| layer.offsets.get(n) == Some(&NO_OFFSET)) {
+            true => format!("if (LAYER_OFFSETS[b.layer][{n}] == ~0ull) return nullptr; {all}"),
+            false => all,
+        }
     }
 
     /// Where the cache is.

@@ -3,3 +3,4 @@
 pub mod cuda;
 #[cfg(feature = "llvm")]
 pub mod llvm;
+mod merge;

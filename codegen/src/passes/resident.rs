@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use tilec_ir::abi::{KvLayout, KvType};
 use tilec_ir::format::{Code, Format};
 use tilec_ir::fused::{Anchor, Fused, FusedOp, Part, Piece, ValueId};
-use tilec_ir::graph::Router;
+use tilec_ir::graph::{Router, Scoring};
 use tilec_ir::launch::{OCTET, SLICE_ROWS};
 use tilec_ir::octet::apart_scales;
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
@@ -252,7 +252,7 @@ pub(super) struct Lowering<'a> {
     pub(super) packer: &'a mut Packer,
 }
 
-impl Lowering<'_> {
+impl<'a> Lowering<'a> {
     /// The stages of an operator; none for a norm, which the next product takes along, several for a product
     /// of long rows.
     pub(super) fn stage(
@@ -428,9 +428,9 @@ impl Lowering<'_> {
         let names: Vec<String> = op.parts.iter().flat_map(|part| part.weights.clone()).collect();
         let first = &self.fused.weights[&names[0]];
         if let [value] = op.writes()[..]
-            && self.feeds_a_choice(value)
+            && let Some(router) = self.choice_by(value)
         {
-            return self.scores(op, value, input, normed, offsets);
+            return self.scores(op, (value, router), input, normed, offsets);
         }
         // Rows that a product wrote are padded to whole octets of zeros, and so are the weights.
         let (format, k) = (kernel_format(first.format), self.buffers[input.0 as usize].cols);
@@ -569,16 +569,20 @@ impl Lowering<'_> {
         Rope { table: self.packer.fixed(content), positions: self.context, dims: spec.dims }
     }
 
-    fn feeds_a_choice(&self, value: ValueId) -> bool {
+    /// The choice that is made by a value, if it is a router's scores.
+    fn choice_by(&self, value: ValueId) -> Option<&'a Router> {
         let mut readers = self.fused.ops.iter().filter(|op| op.inputs.contains(&value));
-        readers.any(|op| matches!(op.anchor, Anchor::Route(_)))
+        readers.find_map(|op| match &op.anchor {
+            Anchor::Route(router) => Some(router),
+            _ => None,
+        })
     }
 
     /// A router's scores, in float32: they decide who works.
     fn scores(
         &mut self,
         op: &FusedOp,
-        value: ValueId,
+        (value, router): (ValueId, &Router),
         input: BufferId,
         normed: Option<Normed>,
         offsets: &mut Option<Vec<u64>>,
@@ -612,8 +616,26 @@ impl Lowering<'_> {
             _ => vector_content(self.fused, name, experts * k),
         };
         let weights = self.packer.slot(content, offsets.as_mut());
-        let output = self.half_buffer("scores", value, experts.next_multiple_of(OCTET));
-        Ok(Kind::Scores(Scores { input, norm, squares: None, weights, format, bias, experts, k, output }))
+        let sigmoid = router.scoring == Scoring::Sigmoid;
+        let correction = router.correction.as_ref().map(|name| {
+            let content = vector_content(self.fused, name, experts);
+            self.packer.slot(content, offsets.as_mut())
+        });
+        let mut scores = Scores {
+            input,
+            norm,
+            squares: None,
+            weights,
+            format,
+            bias,
+            experts,
+            k,
+            sigmoid,
+            correction,
+            output: BufferId(0),
+        };
+        scores.output = self.half_buffer("scores", value, scores.output_cols());
+        Ok(Kind::Scores(scores))
     }
 
     /// A convolution of rows, normed first where a norm stands in front.
@@ -685,13 +707,9 @@ impl Lowering<'_> {
         if weights.iter().any(|name| kernel_format(self.fused.weights[name].format) != format) {
             return Err(error(op, "its weights are in different formats"));
         }
-        let route = route.map(|(scores, Router { scoring, renormalize, top_k, factor, correction })| Route {
+        let route = route.map(|(scores, Router { scoring, renormalize, top_k, factor, .. })| Route {
             scores,
             routing: Routing { scoring, renormalize, top_k, factor },
-            correction: correction.map(|name| {
-                let content = vector_content(self.fused, &name, experts);
-                self.packer.slot(content, offsets.as_mut())
-            }),
         });
         let norm = normed.map(|normed| {
             let content = PackContent::F32 { tensor: normed.gain, len: normed.len };

@@ -405,6 +405,11 @@ impl PassTimes {
         }
     }
 
+    /// Seconds that the cost model says, whatever was measured.
+    pub fn predicted(&self, pass: Pass, rows: usize) -> f64 {
+        self.model.seconds(pass, rows)
+    }
+
     /// The least that a pass may take, if what is known of its time is old or nothing: no less than fewer
     /// rows, no less a row than more rows; half of what the cost model says if no others were measured, but
     /// steps were.

@@ -896,7 +896,7 @@ pub mod tests {
     fn rounds_are_measured_where_steps_are() {
         let mut cases = Cases::of(&args("-n 64"), &toy_plan().limits, 8).unwrap();
         let forced = Forced::of(&args("--accept 3.5"), Some(8)).unwrap().unwrap();
-        assert_eq!(forced, Forced { block: 8, accept: 3.5, launch: 32 });
+        assert_eq!(forced, Forced { block: 8, accept: 3.5, launch: None });
         cases.add_rounds(&args("-n 64"), &toy_plan().limits, forced);
         let rounds = Test::Rounds { forced, context: 512, start: 480, tokens: 64 };
         assert_eq!(cases.tests[3..], [rounds]);
