@@ -185,6 +185,24 @@ fn own_text(program: &ResidentProgram) -> String {
 }
 
 #[test]
+fn layers_that_differ_in_tables_share_a_text() {
+    let attentions = |config: &Value| {
+        let text = emit(&program("mimo", config, Format::BF16, 200), Arch::Sm90a).unwrap().text;
+        let sinks = text.matches("== ~0ull) return nullptr;").count();
+        (text.matches(": attend<").count(), sinks, text.contains("LAYER_WINDOW[b.layer]"))
+    };
+    // More KV heads where there is a window.
+    let mut config = dense_mimo();
+    assert_eq!(attentions(&config), (2, 0, false));
+    // Windows, rotations and sinks alone.
+    config["swa_num_key_value_heads"] = config["num_key_value_heads"].clone();
+    assert_eq!(attentions(&config), (1, 1, true));
+    // Nothing to tell apart.
+    config["hybrid_layer_pattern"] = vec![0, 0].into();
+    assert_eq!(attentions(&config), (1, 0, false));
+}
+
+#[test]
 fn levels_of_the_resident_kernel() {
     for (name, config, format) in [
         ("llama-q4_1", odd_llama(), Format::Q4_1),

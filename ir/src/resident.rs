@@ -483,6 +483,11 @@ impl Kind {
     }
 
     /// All packed weights that a stage reads.
+    pub fn slots(&self) -> Vec<Slot> {
+        self.clone().slots_mut().into_iter().map(|slot| *slot).collect()
+    }
+
+    /// The same, to be found elsewhere.
     pub fn slots_mut(&mut self) -> Vec<&mut Slot> {
         fn gains<'a>(norms: impl IntoIterator<Item = &'a mut Option<Norm>>) -> Vec<&'a mut Slot> {
             norms.into_iter().flatten().map(|norm| &mut norm.gain).collect()
@@ -606,15 +611,6 @@ fn gemm_defect(gemm: &Gemm) -> Option<String> {
         .then(|| format!("{} and its scales do not fit", gemm.format))
 }
 
-/// The packed weights that a product reads.
-fn gemm_slots(gemm: &Gemm) -> Vec<Slot> {
-    let mut slots = vec![gemm.weights];
-    slots.extend(gemm.scales);
-    slots.extend(gemm.bias.iter().map(|bias| bias.slot));
-    slots.extend(gemm.norm.map(|norm| norm.gain));
-    slots
-}
-
 /// Why a resident program must not run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("stage {stage}: {what}")]
@@ -672,32 +668,29 @@ impl ResidentProgram {
         self.verify_taps()?;
         for (name, layer, stage) in self.sequence() {
             let fail = |what: String| Err(Defect { stage: name.clone(), what });
-            let slots = |slot: Slot| match (slot, layer) {
+            let packed = |slot: Slot| match (slot, layer) {
                 (Slot::Fixed(at), _) => at < self.packing.bytes,
                 (Slot::Layer(n), Some(layer)) => {
                     self.layers[layer].offsets.get(n).is_some_and(|at| *at < self.packing.bytes)
                 }
                 (Slot::Layer(_), None) => false,
             };
-            let (reads, writes, weights) = match &stage.kind {
-                Kind::Embed { table, format, scales, output, k, replaced, .. } => {
+            let (reads, writes) = match &stage.kind {
+                Kind::Embed { format, scales, output, k, .. } => {
                     if scales.is_some() != (*format == Format::FP8_BLOCK) || feature_scales(*format) {
                         return fail(format!("{format} and its scales do not fit"));
                     }
                     if self.buffer(*output).cols != *k {
                         return fail(format!("{k} columns do not fit {}", self.buffer(*output).name));
                     }
-                    let mut slots = vec![*table];
-                    slots.extend(scales);
-                    slots.extend(replaced.map(|replaced| replaced.vector));
-                    (Vec::new(), Some(*output), slots)
+                    (Vec::new(), Some(*output))
                 }
                 Kind::Taps { output } => {
                     let first = self.before.first().is_some_and(|first| std::ptr::eq(first, stage));
                     if !first || !self.buffer(*output).cols.is_multiple_of(OCTET) {
                         return fail("taps are whole octets, and a program begins with them".into());
                     }
-                    (Vec::new(), Some(*output), Vec::new())
+                    (Vec::new(), Some(*output))
                 }
                 Kind::Context(context) => {
                     let layer = context.kv_heads * (self.kv.qk_dim + self.kv.v_dim);
@@ -711,10 +704,7 @@ impl ResidentProgram {
                     {
                         return fail("layers, heads and buffers do not fit".into());
                     }
-                    let mut slots: Vec<Slot> =
-                        context.k_norms.iter().flatten().map(|norm| norm.gain).collect();
-                    slots.extend(context.rope.map(|rope| rope.table));
-                    (vec![context.input], None, slots)
+                    (vec![context.input], None)
                 }
                 Kind::Gemm(gemm) => {
                     if gemm.prepared.is_none() && self.buffer(gemm.input).cols != gemm.k {
@@ -754,7 +744,7 @@ impl ResidentProgram {
                     {
                         return fail(format!("{} columns and room for their parts do not fit", gemm.k));
                     }
-                    (vec![gemm.input], Some(gemm.output), gemm_slots(gemm))
+                    (vec![gemm.input], Some(gemm.output))
                 }
                 Kind::Scores(scores) => {
                     let (input, output) = (self.buffer(scores.input), self.buffer(scores.output));
@@ -766,10 +756,6 @@ impl ResidentProgram {
                     {
                         return fail("scores and buffers do not fit".into());
                     }
-                    let mut slots = vec![scores.weights];
-                    slots.extend(scores.bias);
-                    slots.extend(scores.correction);
-                    slots.extend(scores.norm.map(|norm| norm.gain));
                     if let Some(squares) = scores.squares
                         && (scores.norm.is_none()
                             || self.buffer(squares).elem != BufferElem::F32
@@ -779,7 +765,7 @@ impl ResidentProgram {
                     }
                     let mut reads = vec![scores.input];
                     reads.extend(scores.squares);
-                    (reads, Some(scores.output), slots)
+                    (reads, Some(scores.output))
                 }
                 Kind::Experts(experts) => {
                     let Experts { gemm, experts: count, top_k, route } = experts;
@@ -795,7 +781,6 @@ impl ResidentProgram {
                         return fail(format!("slots do not fit {} and {}", input.name, output.name));
                     }
                     let mut reads = vec![gemm.input];
-                    let slots = gemm_slots(gemm);
                     match route {
                         Some(Route { scores, routing }) => {
                             let sigmoid = routing.scoring == Scoring::Sigmoid;
@@ -822,7 +807,7 @@ impl ResidentProgram {
                             }
                         }
                     }
-                    (reads, Some(gemm.output), slots)
+                    (reads, Some(gemm.output))
                 }
                 Kind::Attention(attention) => {
                     let qk = (attention.heads + attention.kv_heads) * self.kv.qk_dim;
@@ -833,11 +818,7 @@ impl ResidentProgram {
                     {
                         return fail("heads and buffers do not fit".into());
                     }
-                    let norms = [attention.q_norm, attention.k_norm].into_iter().flatten();
-                    let mut slots: Vec<Slot> = norms.map(|norm| norm.gain).collect();
-                    slots.extend(attention.rope.map(|rope| rope.table));
-                    slots.extend(attention.sinks);
-                    (vec![attention.input], Some(attention.output), slots)
+                    (vec![attention.input], Some(attention.output))
                 }
                 Kind::Conv(conv) => {
                     let (input, kernels) = (self.buffer(conv.input), self.buffer(conv.kernels));
@@ -856,14 +837,13 @@ impl ResidentProgram {
                     if conv.residual && !written[conv.output.0 as usize] {
                         return fail(format!("adds to {} before it is written", output.name));
                     }
-                    let slots = conv.norm.map(|norm| norm.gain).into_iter().chain([conv.base]).collect();
-                    (vec![conv.input, conv.kernels], Some(conv.output), slots)
+                    (vec![conv.input, conv.kernels], Some(conv.output))
                 }
                 Kind::TopK(top) => {
                     if !logits || top.vocab != self.vocab || !self.fits_lists(top) {
                         return fail("candidates do not fit the logits in front of them".into());
                     }
-                    (Vec::new(), Some(top.lists), Vec::new())
+                    (Vec::new(), Some(top.lists))
                 }
                 Kind::Pairs(pairs) => {
                     let (k, hidden) = (pairs.top.k, self.buffer(pairs.hidden));
@@ -879,18 +859,17 @@ impl ResidentProgram {
                         return fail("pairs and their buffers do not fit".into());
                     }
                     written[pairs.tokens.0 as usize] = true;
-                    let slots = pairs.tables.iter().map(|(slot, _)| *slot).collect();
-                    (vec![pairs.top.lists, pairs.hidden], Some(pairs.scores), slots)
+                    (vec![pairs.top.lists, pairs.hidden], Some(pairs.scores))
                 }
                 Kind::Walk { k, tokens, scores } => {
                     if (self.buffer(*tokens).cols, self.buffer(*scores).cols) != (*k, k * k) || *k > MAX_KEPT
                     {
                         return fail("a walk and its scores do not fit".into());
                     }
-                    (vec![*tokens, *scores], None, Vec::new())
+                    (vec![*tokens, *scores], None)
                 }
             };
-            if let Some(bad) = weights.into_iter().find(|slot| !slots(*slot)) {
+            if let Some(bad) = stage.kind.slots().into_iter().find(|slot| !packed(*slot)) {
                 return fail(format!("weights at {bad} are not packed"));
             }
             for read in reads {

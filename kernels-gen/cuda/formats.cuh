@@ -98,7 +98,7 @@ __device__ __forceinline__ u32 ordered(float v) {
 }
 
 // A division, a root or an exponential to the last bit is half a kilobyte of instructions, which are cold in every
-// layer; these are a few, within three units of the last place.
+// layer; these are a few, within three units of the last place (of an exponential, of its exponent).
 constexpr float LOG2_E = 1.44269504f;
 __device__ __forceinline__ float sigmoid(float v) { return reciprocal(1.f + power_of_two(-v * LOG2_E)); }
 // What a row of so many columns is multiplied by to be normed, by the sum of its squares.

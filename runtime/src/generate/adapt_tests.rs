@@ -2,8 +2,11 @@
 //! machines whose passes take known times.
 
 use super::adapt::*;
+use super::rounds::are_short;
+use crate::engine::tests::toy_plan;
 use std::sync::Arc;
 use std::time::Duration;
+use tilec_ir::cost::StageCost;
 
 /// Random numbers from 0 to 1, the same ones every time.
 struct Dice(u64);
@@ -313,4 +316,29 @@ fn the_least_is_kept_as_far_as_there_is_room() {
     assert_eq!(fit([7, 7, 7], 64), [7, 7, 7]);
     assert_eq!(fit([2, 0, 7], 64), [2, 0, 7]);
     assert_eq!(fit([7, 7, 7], 10), [7, 3, 0]);
+}
+
+/// A round of 4 GB on a GPU of 4 TB/s is short, one of 16 is not.
+#[test]
+fn long_rounds_are_the_hosts() {
+    let of = |bytes: u64| {
+        let mut plan = toy_plan(1);
+        plan.costs = vec![StageCost {
+            stage: String::new(),
+            anchor: String::new(),
+            runs: 1,
+            weight_bytes: bytes,
+            experts: 0,
+            experts_per_row: 0,
+            macs_per_row: 0,
+            kv_bytes_per_position: 0,
+            kv_macs_per_position: 0,
+            kv_window: None,
+            activation_bytes_per_row: 0,
+            logit_rows_only: false,
+        }];
+        are_short(&PassTimes::new(CostModel::new(&plan, Some(8), Some(4e12))))
+    };
+    assert!(of(4_000_000_000));
+    assert!(!of(16_000_000_000));
 }

@@ -2,7 +2,7 @@
 //! that have no guesses for a while get a token a round. The host only reads tokens, which come round by round while the launch runs. Each
 //! sequence has the same number of guesses in all rounds of a launch; the next launch may have another.
 
-use super::adapt::Pass;
+use super::adapt::{Pass, PassTimes};
 use super::draft::{Choice, DraftSampleMethod};
 use super::{Active, Completion, Generator, Piece, Request, StepTime, pass_times};
 use crate::engine::{BlockInput, Engine, RoundInput, RoundNews, RoundOptions, StepError};
@@ -20,8 +20,15 @@ const LONG_ROUND: f64 = 2e-3;
 
 /// How many rounds of its draft an engine's launches best have: 0 if the host better drives them.
 pub fn launch_rounds(engine: &Engine) -> usize {
-    let times = pass_times(engine);
-    if engine.has_rounds(0, 0) && times.predicted(Pass::Round, 1) < LONG_ROUND { LAUNCH_ROUNDS } else { 0 }
+    if launches(engine, &pass_times(engine)) { LAUNCH_ROUNDS } else { 0 }
+}
+
+fn launches(engine: &Engine, times: &PassTimes) -> bool {
+    engine.has_rounds(0, 0) && are_short(times)
+}
+
+pub(super) fn are_short(times: &PassTimes) -> bool {
+    times.predicted(Pass::Round, 1) < LONG_ROUND
 }
 
 /// Rounds of a text's first launch, when little is known of its guesses.
@@ -34,13 +41,12 @@ pub(super) struct RoundLaunch {
 }
 
 impl Generator {
-    /// Whether a launch may have many rounds: they are short, all active sequences decode, the kernel can choose their tokens, and guesses are the draft's most likely
-    /// tokens: those that are drawn come with what they were drawn from, which is the host's work.
+    /// Whether a launch may have many rounds: they are short, all active sequences decode, the kernel can choose their
+    /// tokens, and guesses are the draft's most likely tokens: those that are drawn come with what they were drawn from, which is the host's work.
     pub(super) fn launches_rounds(&self, active: &[Option<Active>], requests: &[Request]) -> bool {
         let greedy = |current: &Active| requests[current.request].sampling.is_greedy();
         let drawn = self.draft_sample_method == DraftSampleMethod::Probabilistic;
-        self.engine.has_rounds(0, 0)
-            && self.times.predicted(Pass::Round, 1) < LONG_ROUND
+        launches(&self.engine, &self.times)
             && self.launches(active, requests)
             && (!drawn || active.iter().flatten().all(greedy))
     }

@@ -246,6 +246,15 @@ fn mimo_in_fp8_with_mxfp4() {
     check_steps(&mimo_fused(), Format::FP8_BLOCK, Some(Format::MXFP4), 1, 0.03);
 }
 
+/// Two layers with experts and as many KV heads share a text, though they differ in windows, rotations and sinks.
+#[test]
+fn layers_of_mimo_that_share_a_text() {
+    let mut config = mimo_fused();
+    config["swa_num_key_value_heads"] = config["num_key_value_heads"].clone();
+    config["moe_layer_freq"] = [1, 1].into_iter().collect();
+    check_steps(&config, Format::BF16, Some(Format::MXFP4), 1, 0.03);
+}
+
 /// Experts that chance chooses for 8 rows, 3 each in two layers: all alike, one alike, each by itself.
 #[test]
 fn experts_by_chance() {

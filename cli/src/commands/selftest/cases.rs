@@ -406,7 +406,8 @@ impl Case {
                 3 * 256 * 5 + 24,
                 (8 + 1) * 2 * 64,
             ),
-            // 128 columns of FP8 share a scale: 256 of values, 256 between gate and down, each.
+            // 128 columns of FP8 share a scale: 256 of values, 256 or 128 between gate and down, each. Its experts are compared by
+            // sigmoids.
             _ => (
                 json!({
                     "architectures": ["MiMoV2ForCausalLM"], "model_type": "mimo_v2",
@@ -414,11 +415,12 @@ impl Case {
                     "swa_num_key_value_heads": 4, "head_dim": 48, "v_head_dim": 32,
                     "partial_rotary_factor": 0.334, "layernorm_epsilon": 1e-5,
                     "rope_theta": 5_000_000.0, "swa_rope_theta": 10_000.0, "sliding_window": 64,
-                    "hybrid_layer_pattern": [1, 0], "moe_layer_freq": [0, 0],
+                    "hybrid_layer_pattern": [1, 0], "moe_layer_freq": [0, 1],
+                    "n_routed_experts": 40, "num_experts_per_tok": 3, "moe_intermediate_size": 256,
                     "attention_value_scale": 0.612, "attention_projection_layout": "fused_qkv",
                     "tie_word_embeddings": false,
                 }),
-                3 * 512,
+                (3 * 512 + 3 * 3 * 256 + 40) / 2,
                 (2 * 16 + 2 + 4) * (48 + 32) / 2,
             ),
         };
