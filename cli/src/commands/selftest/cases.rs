@@ -455,21 +455,26 @@ impl Case {
         self.stored == Format::BF16 || self.fp8 || self.fp4_experts
     }
 
-    /// Deviation of a router's scores; 0 without one. Where all experts are chosen anyway, sharp scores would
-    /// only make their rounding loud.
+    /// Deviation of a router's scores; 0 without one. Where all experts are chosen anyway, or are compared by
+    /// sigmoids, of which the chosen ones would all be 1, sharp scores would only make their rounding loud.
     pub fn decision(&self) -> f64 {
-        match (self.config.get("num_experts"), self.undecided(ROWS)) {
+        match (self.experts(), self.undecided(ROWS)) {
             (None, _) => 0.0,
             (Some(_), 0) => 1.0,
+            _ if self.config.get("n_routed_experts").is_some() => 1.0,
             _ => DECISION,
         }
+    }
+
+    /// Experts of a layer, under the name of either family.
+    fn experts(&self) -> Option<u64> {
+        ["num_experts", "n_routed_experts"].iter().find_map(|key| self.config[*key].as_u64())
     }
 
     /// Of so many rows, those that may be far from the reference: where two experts have nearly the same
     /// score, a rounded input decides between them, and that may be an expert that weighs much.
     pub fn undecided(&self, rows: usize) -> usize {
-        let of = |key: &str| self.config[key].as_u64();
-        match (of("num_experts"), of("num_experts_per_tok")) {
+        match (self.experts(), self.config["num_experts_per_tok"].as_u64()) {
             (Some(experts), Some(top_k)) if top_k < experts => rows / 8,
             _ => 0,
         }
