@@ -3,13 +3,21 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 10;
+pub const LAUNCH_VERSION: u32 = 11;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
 
 /// Bytes of a slot of the ring; a sixteenth more where weights are MXFP4, whose blocks are longer.
 pub const SLOT_BYTES: usize = 16 << 10;
+
+/// A launch with a row behind so many positions takes the kernel for long contexts, if the plan has one. On an H200 a
+/// step of one row is as fast with either behind 1,000 positions (Llama-3.2-1B), 2,700 (Qwen3-8B) and 6,000
+/// (gpt-oss-20b).
+pub const LONG_CONTEXT: usize = 4096;
+
+/// Positions of a span of the context: [`SPAN`](crate::resident::SPAN) chunks.
+pub const SPAN_POSITIONS: usize = crate::resident::CHUNK * crate::resident::SPAN;
 
 /// Rows of a slice of a step: the columns of one tensor-core tile. A kernel's step has one, two or four slices
 /// ([`ResidentProgram::step_rows`](crate::resident::ResidentProgram::step_rows)); the runtime runs longer steps as
@@ -137,8 +145,8 @@ pub struct LaunchArgs {
     /// For measurements: a thousand times the tokens that a round adds on average, whatever was guessed. 0 takes
     /// the guesses that are right.
     pub accept: u32,
-    /// 0.
-    pub reserved: u32,
+    /// 1 for the plan's kernel for long contexts ([`Plan::long`](crate::plan::Plan::long)), else 0.
+    pub long: u32,
 }
 
 /// A sequence of a launch of rounds, at most half as many as the kernel's step has rows. In each round a block behind the last token guesses, a step of the model
@@ -291,6 +299,7 @@ impl StallRecord {
             7 => "the loader, for the choice of experts",
             8 => "the control warp, for the choice of experts",
             9 => "the control warp, for what other SMs wrote",
+            10 => "the loader, for the step's rows",
             _ => "an unknown part",
         }
     }

@@ -106,11 +106,19 @@ template <class A> struct Attended {
   }
   // Adds those of the positions that follow. One of two factors is 1.
   __device__ __forceinline__ void add(const Attended& next) {
-    const float factor = power_of_two(-fabsf(top - next.top));
-    const bool higher = next.top > top;
-    const float own = higher ? factor : 1.f, others = higher ? 1.f : factor;
-    top = higher ? next.top : top;
-    add(own, others, next.total, next.v);
+    float own, others;
+    follow(make_float2(next.top, next.total), own, others);
+#pragma unroll
+    for (u32 s = 0; s < V_STEPS; ++s) v[s] = make_float2(fmaf(others, next.v[s].x, own * v[s].x), fmaf(others, next.v[s].y, own * v[s].y));
+  }
+  // The same of the largest score and the sum of the weights: gives the factors of what is there and of what follows.
+  __device__ __forceinline__ void follow(float2 next, float& own, float& others) {
+    const float factor = power_of_two(-fabsf(top - next.x));
+    const bool higher = next.x > top;
+    own = higher ? factor : 1.f;
+    others = higher ? 1.f : factor;
+    top = higher ? next.x : top;
+    total = fmaf(others, next.y, own * total);
   }
   __device__ __forceinline__ void add(float own, float others, float next, const float2 (&of)[V_STEPS]) {
     total = fmaf(others, next, own * total);
@@ -227,6 +235,27 @@ template <class A> __device__ __forceinline__ u32 last_seen(const Block& b, u32 
   return A::WINDOWED && position + A::window(b) - 1 < last ? position + A::window(b) - 1 : last;
 }
 
+// Which spans come through the ring, and how (spans.cuh).
+template <class A> struct SpanShape {
+  static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
+  static constexpr u32 KEY_BYTES = A::PAGE_TOKENS * A::QK * 2, VALUE_BYTES = A::PAGE_TOKENS * A::V_PAD * 2;
+  static constexpr u32 PIECES = KEY_BYTES + VALUE_BYTES <= SLOT_BYTES ? 1 : 2;  // of a page
+  static constexpr u32 PAGES = CHUNK / A::PAGE_TOKENS;                          // of a chunk
+  static constexpr u32 PAGE_TILES = A::PAGE_TOKENS / WARP_POSITIONS;
+  static constexpr bool ANY = SPANS && !A::BOTH_WAYS && GROUP <= QUERIES && A::MAX_CHUNKS > SPAN && CHUNK % A::PAGE_TOKENS == 0 &&
+                              KEY_BYTES <= SLOT_BYTES && VALUE_BYTES <= SLOT_BYTES && PAGES * PIECES < RING_SLOTS;
+  static_assert(CHUNK * SPAN == SPAN_POSITIONS && SPAN == CONSUMERS, "a chunk of a span a warp");
+  // A layer's window cuts most spans: it has none.
+  __device__ __forceinline__ static bool any(const Block& b) {
+    if constexpr (!ANY) return false;
+    return !A::WINDOWED || A::window(b) == NO_WINDOW;
+  }
+  // The spans of the run that begins in a row; all of its positions are behind them.
+  __device__ __forceinline__ static u32 of(const Block& b, u32 row, u32 rows) {
+    return rows * GROUP <= QUERIES ? b.shared.position[row] / SPAN_POSITIONS : 0;
+  }
+};
+
 // A run, and a unit and a pass in it. Units are ordered by run, KV head, group and chunk.
 template <class A> struct Place {
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
@@ -237,7 +266,13 @@ template <class A> struct Place {
   u32 groups;
   u32 kv_head, group, chunk, pass;
 
+  // Chunks of them that have no unit: those of spans that come through the ring.
+  __device__ __forceinline__ u32 behind(const Block& b) const {
+    if constexpr (!SpanShape<A>::ANY) return 0;
+    return SpanShape<A>::any(b) ? SpanShape<A>::of(b, row, rows) * SPAN : 0;
+  }
   __device__ __forceinline__ u32 queries() const { return rows * GROUP; }
+  __device__ __forceinline__ u32 units(const Block& b) const { return (chunks - behind(b)) * groups * A::KV_HEADS; }
   __device__ __forceinline__ u32 passes() const { return (queries() + QUERIES - 1) / QUERIES; }
   __device__ __forceinline__ u32 run_end(const Consumer& b) const { return b.shared.position[row] + rows; }
   // What the run has of the span that the chunk lies in: chunks `share` to `share_end`.
@@ -267,12 +302,13 @@ template <class A> struct Place {
     unit = target;
     enter(b, 0, together);
 #pragma unroll 1
-    while (whole_warp(target >= chunks * groups * A::KV_HEADS)) {
-      target -= chunks * groups * A::KV_HEADS;
+    while (whole_warp(target >= units(b))) {
+      target -= units(b);
       enter(b, row + rows, together);
     }
-    chunk = from + target % chunks;
-    target /= chunks;
+    const u32 old = behind(b);
+    chunk = from + old + target % (chunks - old);
+    target /= chunks - old;
     group = target % groups;
     kv_head = target / groups;
     pass = group * together;
@@ -282,13 +318,13 @@ template <class A> struct Place {
     if (++pass < pass_end(together)) return;
     ++unit;
     if (++chunk == from + chunks) {
-      chunk = from;
+      chunk = from + behind(b);
       if (++group == groups) {
         group = 0;
         if (++kv_head == A::KV_HEADS) {
           kv_head = 0;
           enter(b, row + rows, together);
-          chunk = from;
+          chunk = from + behind(b);
         }
       }
     }
@@ -316,8 +352,8 @@ template <class A> __device__ __forceinline__ Deal deal(const Consumer& b, u32 r
       Place<A> run = {};
       run.runs = runs;
       run.enter(b, row, together);
-      units = run.chunks * run.groups * A::KV_HEADS;
-      longest = least(run.chunks, SPAN) + (run.spans() > 1 ? 16 : 0);
+      units = run.units(b);
+      longest = least(run.chunks - run.behind(b), SPAN) + (run.spans() > 1 ? 16 : 0);
     }
     longest = warp_max(longest);
 #pragma unroll
@@ -476,6 +512,35 @@ template <class A> __device__ __forceinline__ void scores(const AttentionSpace<A
   for (u32 i = 0; i < 2; ++i) {
     score[2 * i] = (even[i][0] + odd[i][0]) + (even[i][2] + odd[i][2]);
     score[2 * i + 1] = (even[i][1] + odd[i][1]) + (even[i][3] + odd[i][3]);
+  }
+}
+
+// Weights of a tile's scores, relative to the largest, `top`, of which this lane has its own part at first: as pairs of
+// halves; gives their sum.
+template <class A> __device__ __forceinline__ float weigh(float (&score)[4], float& top, u32 (&weight)[4]) {
+  top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+  top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+  const float relative_to = top == MINUS_INFINITY ? 0.f : top;
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) score[i] = power_of_two(score[i] - relative_to);
+  float total = (score[0] + score[1]) + (score[2] + score[3]);
+  total += __shfl_xor_sync(~0u, total, 1);
+  total += __shfl_xor_sync(~0u, total, 2);
+  split_pair<typename A::Kv>(score[0], score[1], weight[0], weight[1]);
+  split_pair<typename A::Kv>(score[2], score[3], weight[2], weight[3]);
+  return total;
+}
+
+// Weights times a tile's values: of query g the columns 16t to 16t + 15 of 64.
+template <class A> __device__ __forceinline__ void weighted(const u32 (&weight)[4], const uint4 (&v)[4], float (&products)[16]) {
+  const u32 one[4] = {v[0].x, v[0].y, v[0].z, v[0].w}, two[4] = {v[1].x, v[1].y, v[1].z, v[1].w};
+  const u32 three[4] = {v[2].x, v[2].y, v[2].z, v[2].w}, four[4] = {v[3].x, v[3].y, v[3].z, v[3].w};
+#pragma unroll
+  for (u32 j = 0; j < 8; ++j) {
+    float d[4] = {};
+    mma(typename A::Kv(), d, weight, pair_up(one[j / 2], two[j / 2], j % 2), pair_up(three[j / 2], four[j / 2], j % 2));
+    products[j] = d[0] + d[2];
+    products[8 + j] = d[1] + d[3];
   }
 }
 
@@ -743,6 +808,8 @@ template <class A> __device__ __forceinline__ void join(Consumer& b, u32 runs, B
   }
 }
 
+template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32 cache, u32& left, Brought<A>& brought);  // spans.cuh
+
 template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache) {
   using Space = AttentionSpace<A>;
   constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_STEPS = Space::V_STEPS;
@@ -751,15 +818,21 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   float2(&weights)[CONSUMERS][QUERIES] = *reinterpret_cast<float2(*)[CONSUMERS][QUERIES]>(b.shared.row_sums);
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
   const u32 g = lane / 4, t = lane % 4;
+  u32 left = 0;              // parts of spans in memory
+  Brought<A> brought = {0};  // a lane each
+  bool ready = false;        // the stage's inputs are there
+  if constexpr (SpanShape<A>::ANY) ready = attend_spans<A>(b, cache, left, brought);
   const Own<A> own = own_units<A>(b);
   Place<A> next = own.next;
   const u32 first = next.unit, end = own.end, together = own.together;
   if (whole_warp(first >= end)) {
-    b.wait_inputs();
+    if (!ready) b.wait_inputs();
+    if constexpr (SpanShape<A>::ANY) {
+      if (whole_warp(left > 0)) join<A>(b, own.next.runs, brought, left, 1);
+    }
     b.finish_stage();
     return;
   }
-  bool ready = false;          // the stage's inputs are there
 #pragma unroll 1
   while (whole_warp(next.unit < end)) {
     Cached<A> cached = {};
@@ -768,8 +841,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     sums.clear();
     Place<A> now = next;
     bool there = false;          // a pass to multiply
-    u32 chunks = 0, left = 0;    // of the span so far; parts of spans in memory
-    Brought<A> brought = {0};    // a lane each
+    u32 chunks = 0;              // of the span so far
 #pragma unroll 1
     while (true) {
       const bool more = next.unit < end, new_unit = !there || next.unit != now.unit;
@@ -802,6 +874,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       if (whole_warp(there)) {
         // Weights relative to the query's largest score among the warp's positions.
         const u32 last = now.run_end(b) - 1;
+        u32 weight[4];
         {
           const bool asked = query + g < now.queries();
           const u32 position = b.shared.position[now.row + (asked ? (query + g) / GROUP : 0)];
@@ -814,36 +887,17 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
             if (!asked || p > seen || (A::WINDOWED && p < from)) score[i] = MINUS_INFINITY;
             top = fmaxf(top, score[i]);
           }
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-          const float relative_to = top == MINUS_INFINITY ? 0.f : top;
-#pragma unroll
-          for (u32 i = 0; i < 4; ++i) score[i] = power_of_two(score[i] - relative_to);
-          float total = (score[0] + score[1]) + (score[2] + score[3]);
-          total += __shfl_xor_sync(~0u, total, 1);
-          total += __shfl_xor_sync(~0u, total, 2);
+          const float total = weigh<A>(score, top, weight);
           if (t == 0) weights[warp][g] = make_float2(top, total);
         }
-        u32 weight[4];
-        split_pair<typename A::Kv>(score[0], score[1], weight[0], weight[1]);
-        split_pair<typename A::Kv>(score[2], score[3], weight[2], weight[3]);
 
         // Weights times values, and their sums over the warps: of query `warp` of the pass.
         Attended<A> chunk;
         float factor = 0.f;  // of the sums of warp `lane % 8`
 #pragma unroll
         for (u32 s = 0; s < V_STEPS; ++s) {
-          const uint4(&v)[4] = cached.v[s];
-          const u32 one[4] = {v[0].x, v[0].y, v[0].z, v[0].w}, two[4] = {v[1].x, v[1].y, v[1].z, v[1].w};
-          const u32 three[4] = {v[2].x, v[2].y, v[2].z, v[2].w}, four[4] = {v[3].x, v[3].y, v[3].z, v[3].w};
           float products[16];
-#pragma unroll
-          for (u32 j = 0; j < 8; ++j) {
-            float d[4] = {};
-            mma(typename A::Kv(), d, weight, pair_up(one[j / 2], two[j / 2], j % 2), pair_up(three[j / 2], four[j / 2], j % 2));
-            products[j] = d[0] + d[2];
-            products[8 + j] = d[1] + d[3];
-          }
+          weighted<A>(weight, cached.v[s], products);
           if (s > 0) consumers_sync();  // the columns before have been read
           float* to = space.sums[warp][g];
           const u32 at = sums_at(g, t);
@@ -859,7 +913,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
 #pragma unroll
             for (u32 x = 1; x < CONSUMERS; x *= 2) chunk.top = fmaxf(chunk.top, __shfl_xor_sync(~0u, chunk.top, x));
             factor = power_of_two(own.x - chunk.top);
-            chunk.total = factor * own.y;
+            chunk.total = multiply(factor, own.y);
 #pragma unroll
             for (u32 x = 1; x < CONSUMERS; x *= 2) chunk.total += __shfl_xor_sync(~0u, chunk.total, x);
           }
@@ -907,6 +961,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     }
     // What has been asked for already is asked for again if there is more.
     if (whole_warp(left > 0)) join<A>(b, next.runs, brought, left, together);
+    left = 0;
   }
   b.finish_stage();
 }

@@ -23,6 +23,8 @@
 // of mailboxes: MAILBOX_AT, where they are in the arena, and MAILBOX_ROW_BYTES; STAGE_CLEARS, a bit for each
 // that a stage clears; CROSSING_CHECKED, whether the crossing behind a stage is a checked one.
 //
+// SPANS says whether this is the kernel for long contexts (spans.cuh).
+//
 // A kernel of rounds with a draft has three kinds of steps (round.cuh): ROUND says so. Its stages are numbered through
 // all three; first_stage(kind) says where a step begins. Where there is only one kind of steps, that is 0.
 
@@ -60,6 +62,7 @@ constexpr u32 KEPT_REGISTERS = 128;  // of a consumer, for activations
 constexpr u32 SUM_BUFFERS = 8;       // that a stage has at most
 constexpr u32 AHEAD_BYTES = 256 << 10;  // that an SM brings into L2 behind what its ring holds
 constexpr u32 AHEAD_CYCLES = 1600;      // from one piece of them to the next, twice what memory takes for it
+constexpr u32 SPAN_POSITIONS = 1024;    // of a span of the context, see attention.cuh
 
 #if __CUDA_ARCH__ >= 900
 constexpr u32 FULL_ARRIVALS = 1;      // the loader's announcement; the bytes are counted beside it
@@ -82,6 +85,7 @@ struct Shared {
   u32 stage;                    // that control is in, of the step
   u32 loader_stage;
   u64 passed;                   // barrier: control is through a checked crossing, or has left
+  u64 opened;                   // barrier: the step's rows are there (a phase a step)
   u32 left;                     // that it has left
   u32 crossings;                // of this launch: what the watchdog wants to see grow
   u32 step;                     // that control is in, of the launch
@@ -94,6 +98,7 @@ struct Shared {
   u32 sequence[STEP_ROWS];
   u32 first_row[STEP_ROWS];     // first row of the step that is of the row's sequence
   u32 logit_row[STEP_ROWS];
+  u32 runs, long_runs;          // rows that are the first of their sequence, and those with spans behind them, a bit each
   u32 steps;                    // steps of this launch, lowered by control when it ends early
   u32 rows, logit_rows;         // of a step of a round
   RoundSequence rounds_of[ROUND ? STEP_ROWS / 2 : 1];  // what becomes of the launch's sequences
@@ -151,7 +156,7 @@ struct Block {
 
 enum Role : u32 {
   LOADER_SLOT = 1, CONSUMER_WEIGHTS = 2, CONSUMER_INPUTS = 3, CONSUMER_SUMS = 4, CONTROL_CONSUMERS = 5, CONTROL_SMS = 6,
-  LOADER_ROUTES = 7, CONTROL_ROUTES = 8, CONTROL_WRITES = 9
+  LOADER_ROUTES = 7, CONTROL_ROUTES = 8, CONTROL_WRITES = 9, LOADER_STEP = 10
 };
 
 // Waits until the phase of this parity is over; a whole warp. Lanes may see the end at different tries,
@@ -178,6 +183,7 @@ struct Loader : Block {
   u32 oldest_parity = 0;
   u32 in_flight = 0;  // copies that may still be on their way
   u32 routes_parity = 0;
+  u32 opened = 0;   // steps whose beginning was waited for
   // This SM's weights of the stage, tiles of so many bytes that are gridDim.x tiles apart: how many of their bytes have
   // gone to the ring, and how many were asked for, there or in L2.
   const u8* tape = nullptr;
@@ -257,6 +263,15 @@ struct Loader : Block {
     return there;
   }
 
+  // The rows of this step are there, and what was written before it is in sight of the copy engine.
+  __device__ __forceinline__ bool wait_step() {
+    if (opened == step + 1) return true;
+    opened = step + 1;
+    if (!wait_unless_ended(&shared.opened, step & 1, LOADER_STEP)) return false;
+    copies_see_writes();
+    return true;
+  }
+
   // Streams one piece of at most SLOT_BYTES; `usual` bytes is what the stage's pieces have.
   __device__ __forceinline__ bool piece(const u8* from, u32 bytes, u32 usual) {
     if (!wait_empty()) return false;
@@ -334,6 +349,11 @@ struct Consumer : Block {
     __syncwarp();
     if (lane_id() == 0) barrier_arrive(&shared.empty[slot] + (read & args.zero), teams);
     if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
+  }
+  // One that other warps read; it was filled, so that this warp cannot mistake its next phase for this one.
+  __device__ __forceinline__ void pass_slot() {
+    wait_slot();
+    release_slot(0, 1);
   }
   // Those ahead are given back one by one, and passed together.
   __device__ __forceinline__ void release_slot(u32 ahead, u32 read, u32 teams) {
@@ -420,8 +440,22 @@ struct Control : Block {
     routes_parity ^= 1;
   }
 
+  // Which rows begin sequences, and which of these have spans behind them; for the loader as well.
+  __device__ __forceinline__ void note_runs() {
+    const u32 row = lane_id();
+    const bool first = row < rows() && shared.first_row[row] == row;
+    const u32 runs = __ballot_sync(~0u, first);
+    const u32 long_runs = __ballot_sync(~0u, first && shared.position[row] >= SPAN_POSITIONS);
+    if (row == 0) {
+      shared.runs = runs;
+      shared.long_runs = long_runs;
+      barrier_arrive(&shared.opened);
+    }
+  }
+
   // The beginning of a step: its tokens lie in shared memory, or there is no such step.
   __device__ __forceinline__ void open_step() {
+    if (SPANS && !second) note_runs();
     if (lane_id() == 0 && !second) {
       shared.stage = first_stage(kind());
       shared.step = step;

@@ -270,6 +270,13 @@ __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) { return barrier
 __device__ __forceinline__ void prefetch_bulk(const void*, u32) {}
 #endif
 
+// What this thread has acquired is in sight of the copies that it asks for from here on: the copy engine is a proxy of its own.
+__device__ __forceinline__ void copies_see_writes() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+
 // Four bytes into shared memory, by the lane that asks; a group of them is what was asked for since the last.
 __device__ __forceinline__ void copy_word(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");

@@ -37,6 +37,9 @@ pub const EXPERTS: Header = Header { name: "experts.cuh", text: include_str!("..
 /// Attention over the paged cache.
 pub const ATTENTION: Header = Header { name: "attention.cuh", text: include_str!("../cuda/attention.cuh") };
 
+/// Attention over spans of a long context, through the ring. Behind [`ATTENTION`].
+pub const SPANS: Header = Header { name: "spans.cuh", text: include_str!("../cuda/spans.cuh") };
+
 /// Convolutions of a draft's rows. Behind [`PREPARED`].
 pub const CONV: Header = Header { name: "conv.cuh", text: include_str!("../cuda/conv.cuh") };
 

@@ -114,6 +114,7 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0
 
 __device__ __forceinline__ void barrier_init(u64* b, u32 arrivals) { machine::barrier_init((uint64_t*)b, arrivals); }
 __device__ __forceinline__ void barriers_visible() {}
+__device__ __forceinline__ void copies_see_writes() {}
 __device__ __forceinline__ void barrier_arrive(u64* b) { machine::barrier_arrive((uint64_t*)b); }
 __device__ __forceinline__ void barrier_arrive(u64* b, u32 count) {
   for (u32 i = 0; i < count; ++i) barrier_arrive(b);

@@ -6,7 +6,7 @@ use tilec_ir::abi::KvType;
 use tilec_ir::format::{Code, Format};
 use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::handoff::Handoff;
-use tilec_ir::launch::{KERNEL, SLICE_ROWS, SYNC_BYTES, SYNC_HEAD};
+use tilec_ir::launch::{KERNEL, SLICE_ROWS, SLOT_BYTES, SYNC_BYTES, SYNC_HEAD};
 use tilec_ir::octet::{apart_scales, feature_scales, octet_block_scales, octet_blocks};
 use tilec_ir::resident::{
     Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, PREPARED_BLOCK, Pairs,
@@ -15,7 +15,7 @@ use tilec_ir::resident::{
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
     ATTENTION, BASE, BLOCK, CONTEXT, CONV, EXPERTS, FORMATS, GEMM, HANDOFF, Header, PREPARED, PTX, ROUND,
-    SAMPLE, SELECTOR, STEP, SharedLayout, SharedNeeds,
+    SAMPLE, SELECTOR, SPANS, STEP, SharedLayout, SharedNeeds,
 };
 
 use super::merge::{NO_OFFSET, NO_WINDOW, merge_layers};
@@ -123,7 +123,27 @@ impl RoundPrograms<'_> {
 /// # Errors
 /// [`CudaError`].
 pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError> {
-    emit_parts(&[(program, ["", "b.args.arena", "b.args.kv"])], None, arch)
+    emit_parts(&[(program, ["", "b.args.arena", "b.args.kv"])], None, false, arch)
+}
+
+/// Emits the same program's kernel for long contexts, which streams spans that are older than the step (`spans.cuh`).
+/// `None` where no attention has such spans. It gives the same bits, and takes as much shared memory.
+///
+/// # Errors
+/// [`CudaError`].
+pub fn emit_long(program: &ResidentProgram, arch: Arch) -> Result<Option<CudaText>, CudaError> {
+    let kv = program.kv;
+    let row = kv.qk_dim.max(kv.v_pad()) * kv.kv_type.bytes();
+    let fits = kv.page_tokens * row <= SLOT_BYTES && kv.kv_type.bytes() == 2;
+    // As `SpanShape` says.
+    let streams = |stage: &Stage| {
+        matches!(&stage.kind, Kind::Attention(of)
+            if of.window.is_none() && !of.bidirectional && of.heads / of.kv_heads <= SLICE_ROWS)
+    };
+    if !fits || program.max_spans() < 2 || !program.sequence().iter().any(|(_, _, stage)| streams(stage)) {
+        return Ok(None);
+    }
+    emit_parts(&[(program, ["", "b.args.arena", "b.args.kv"])], None, true, arch).map(Some)
 }
 
 /// Emits the kernel that runs whole rounds of a draft. `None` where the programs do not fit together into one
@@ -145,7 +165,7 @@ pub fn emit_round(round: RoundPrograms<'_>, arch: Arch) -> Result<Option<CudaTex
     if !fits || together(&parts).slot() != needs(model).slot() || block.vocab != model.vocab {
         return Ok(None);
     }
-    match emit_parts(&parts, Some(mask_token), arch) {
+    match emit_parts(&parts, Some(mask_token), false, arch) {
         Err(CudaError::Shared { .. }) => Ok(None),
         text => text.map(Some),
     }
@@ -163,6 +183,7 @@ fn together(parts: &[NamedProgram<'_>]) -> SharedNeeds {
 fn emit_parts(
     programs: &[NamedProgram<'_>],
     mask_token: Option<u32>,
+    long: bool,
     arch: Arch,
 ) -> Result<CudaText, CudaError> {
     let needs = together(programs);
@@ -184,11 +205,14 @@ fn emit_parts(
         Part { program: merged, windows, readers, handoffs, prefix, arena, kv }
     });
     let mut out =
-        Writer { text: String::new(), parts: parts.collect(), at: 0, checks: Vec::new(), mask_token };
+        Writer { text: String::new(), parts: parts.collect(), at: 0, checks: Vec::new(), mask_token, long };
     out.head(&shared, &needs);
     out.tables();
     out.order();
     out.header(&ATTENTION);
+    if long {
+        out.header(&SPANS);
+    }
     out.header(&PREPARED);
     out.header(&GEMM);
     if needs.experts > 0 {
@@ -311,6 +335,8 @@ struct Writer<'p> {
     checks: Vec<BufferId>,
     /// Token of a row to be guessed, of a kernel of rounds.
     mask_token: Option<u32>,
+    /// Whether it is the kernel for long contexts.
+    long: bool,
 }
 
 impl<'p> Part<'p> {
@@ -409,7 +435,7 @@ impl<'p> Writer<'p> {
         let round = self.mask_token.is_some();
         let whole = if round { "round" } else { "step" };
         line!(self, "constexpr u32 STAGES = {stages};  // of a {whole}");
-        line!(self, "constexpr bool ROUND = {round};");
+        line!(self, "constexpr bool ROUND = {round}, SPANS = {};", self.long);
         let first = match counts[..] {
             [block, model, _] => format!("kind == 0 ? 0 : kind == 1 ? {block} : {}", block + model),
             _ => "0".into(),
@@ -1171,8 +1197,12 @@ impl<'p> Writer<'p> {
     /// The work of each role in a step.
     fn roles(&mut self) {
         line!(self, "\n// ---- The step, as each role sees it {}", "-".repeat(63));
+        let long = self.long;
         self.role("bool load_step(Loader& b)", "", "return true;", "", |name, kind| match kind {
             Kind::Gemm(_) => format!("if (!stream<{name}>(b, {name}::weights(b))) return false;"),
+            Kind::Attention(_) if long => {
+                format!("if (!stream_spans<{name}>(b, LAYER_CACHE[b.layer])) return false;")
+            }
             Kind::Scores(scores) => format!("b.pass_tiles({}); b.next_stage();", scores.experts),
             Kind::Experts(_) => {
                 format!("if (!stream_experts<{name}>(b, {name}::weights(b))) return false;")
@@ -1324,6 +1354,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
     }}
     barrier_init(&shared.ready, 1);
     barrier_init(&shared.passed, 1);
+    barrier_init(&shared.opened, 1);
     shared.left = 0;
     barrier_init(&shared.done, CONSUMERS + 1);  // and the second{routed}
     for (u32 i = 0; i < SUM_BUFFERS; ++i) {{

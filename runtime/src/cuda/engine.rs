@@ -109,6 +109,8 @@ pub struct CudaEngine {
     /// What pages are filled with that change hands: zero, or [`POISON`].
     fresh: u8,
     patience: Duration,
+    /// Positions behind which a launch takes the kernel for long contexts.
+    long_context: usize,
     /// How experts are chosen, if not by the model.
     routing: Option<RandomRouting>,
     /// An `inject` is queued that nobody has waited for: the next wait is for it as well.
@@ -223,6 +225,7 @@ impl CudaEngine {
             pages,
             fresh: 0,
             patience: options.patience,
+            long_context: if plan.long.is_some() { options.long_context } else { usize::MAX },
             routing: None,
             injecting: false,
             poisoned: None,
@@ -573,6 +576,7 @@ impl CudaEngine {
         }
         let mut args = self.args(Program::Model, pages, 0, rows.len(), rows.len());
         args.steps = steps as u32;
+        args.long = self.long(0, rows.len(), steps);
         args.chosen = self.chosen.address();
         if !sampling.is_empty() {
             self.write_sampling(0, sampling);
@@ -842,8 +846,16 @@ impl CudaEngine {
             round_sequences: 0,
             block_passes: 0,
             accept: 0,
-            reserved: 0,
+            long: if program == Program::Model { self.long(pass, rows, 1) } else { 0 },
         }
+    }
+
+    /// [`LaunchArgs::long`] of a launch of so many steps, by the rows of a pass, which are written.
+    fn long(&self, pass: usize, rows: usize, steps: usize) -> u32 {
+        let positions = &self.inputs_host.words()[pass * PASS_WORDS + POSITIONS..][..rows];
+        let long =
+            |position: &AtomicU32| position.load(Ordering::Relaxed) as usize + steps > self.long_context;
+        u32::from(positions.iter().any(long))
     }
 
     fn ready(&self) -> Result<(), StepError> {

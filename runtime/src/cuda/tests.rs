@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tilec_ir::launch::LAUNCH_ROWS;
+use tilec_ir::plan::PlanFile;
 
 fn rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
     (start..).zip(tokens).map(|(position, token)| RowInput { token: *token, position, sequence }).collect()
@@ -226,6 +227,32 @@ fn one_launch_decodes_many_steps_of_several_sequences() {
     assert_eq!(next, [toy_next(&history[..23])]);
     let told = decode(&mut engine, &rows(0, 23, &next), 2, &[]).unwrap();
     assert_eq!(told[0], expected(&history, 2));
+}
+
+/// By the last position that a launch may come to, if there is such a kernel.
+#[test]
+fn long_contexts_have_a_kernel_of_their_own() {
+    let mut plan = cuda_plan();
+    let options = EngineOptions { long_context: 10, ..Default::default() };
+    for has in [true, false] {
+        plan.long = has.then(|| PlanFile { file: "kernel-long.cubin".into(), sha256: String::new() });
+        plan.verify().unwrap();
+        let (mut engine, seen) = fake_engine_on(plan.clone(), toy_kernel(plan.kv), &options);
+        // Two passes: positions 0 to 7, then 8 to 10.
+        engine.step(&rows(0, 0, &[1; 11]), &[]).unwrap();
+        engine.step(&rows(1, 0, &[1; 5]), &[]).unwrap();
+        engine.step(&[rows(1, 5, &[2]), rows(0, 11, &[3])].concat(), &[0]).unwrap();
+        for steps in [5, 6] {
+            engine.reset(1);
+            engine.step(&rows(1, 0, &[1; 5]), &[]).unwrap();
+            decode(&mut engine, &rows(1, 5, &[4]), steps, &[]).unwrap();
+        }
+        let long: Vec<u32> = seen.launches.lock().unwrap().iter().map(|args| args.long).collect();
+        assert_eq!(long, [0, 1, 0, 1, 0, 0, 0, 1].map(|long| long * u32::from(has)), "{has}");
+    }
+    plan.resident = None;
+    plan.long = Some(plan.code.clone());
+    assert!(plan.verify().is_err());
 }
 
 #[test]

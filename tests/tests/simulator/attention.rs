@@ -3,6 +3,7 @@
 
 use super::{Simulation, brains, floats, llama, mimo, qwen3, row, words};
 use serde_json::{Value, json};
+use tilec_codegen::nvrtc::Arch;
 use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::Row;
@@ -185,6 +186,15 @@ fn check_bits(simulation: &Simulation, places: &[(usize, usize)], blocks: &[usiz
     for blocks in &blocks[1..] {
         assert!(attended(&rows, *blocks, 3) == wanted, "{places:?}: {blocks} blocks give other bits");
     }
+    // The kernel for long contexts.
+    if tilec_codegen::emit::cuda::emit_long(&simulation.program, Arch::Sm90a).unwrap().is_some() {
+        simulation.long.set(true);
+        for (seed, blocks) in blocks.iter().enumerate() {
+            let found = attended(&rows, *blocks, 5 + seed as u64);
+            assert!(found == wanted, "{places:?}, {blocks} blocks: spans from the ring give other bits");
+        }
+        simulation.long.set(false);
+    }
     if sequences.len() == 1 {
         return;
     }
@@ -246,6 +256,51 @@ fn chunks_are_added_up_where_it_costs_least() {
     // One SM leaves more spans in memory than are counted at once.
     let many: Vec<Row> = rows_at(&(0..8).map(|sequence| (2050 + sequence, sequence)).collect::<Vec<_>>());
     check_attention(&simulation, &many, 1, 5);
+}
+
+/// Spans that are older than the step come through the ring where a run has one pass; contexts end around the ends of
+/// spans.
+fn check_spans(simulation: &Simulation, run: usize) {
+    for last in [1023, 1024, 2047, 3071] {
+        check_bits(simulation, &[(last, 1)], &[2, 40]);
+    }
+    // A row of the run is the first of a span.
+    let rows = |first: usize, sequence| (first..first + run).map(move |p| (p, sequence));
+    check_bits(simulation, &rows(2047, 3).collect::<Vec<_>>(), &[1, 30]);
+    // Short and long, so that SMs have spans and parts of them.
+    let short = [(2100, 0), (700, 1), (1024, 2)].into_iter();
+    let places: Vec<_> = short.chain(rows(3000, 3)).chain([(5, 5), (1500, 6)]).collect();
+    check_bits(simulation, &places, &[1, 3, 40]);
+}
+
+#[test]
+fn spans_of_narrow_heads() {
+    let mut config = llama();
+    config["num_hidden_layers"] = 1.into();
+    check_spans(&random_cache(&config), 2);
+}
+
+/// Keys and values of a page in slots of their own, and values of more columns than are added up at a time, behind a
+/// layer with a window, which has no such spans.
+#[test]
+fn spans_of_wide_heads() {
+    let mut config = mimo(5);
+    (config["num_attention_heads"], config["swa_num_key_value_heads"]) = (2.into(), 1.into());
+    (config["head_dim"], config["v_head_dim"]) = (128.into(), 104.into());
+    check_spans(&random_cache(&config), 3);
+}
+
+/// Steps of a launch follow each other: the loader waits for each of them, and a span is whole behind the second.
+#[test]
+fn steps_bring_spans_to_an_end() {
+    let mut config = llama();
+    config["num_hidden_layers"] = 2.into();
+    let simulation = random_cache(&config);
+    let rows = rows_at(&[(1022, 0), (2046, 1), (100, 2)]);
+    let all = simulation.launch(&rows, 4, 5, 1);
+    simulation.long.set(true);
+    let wanted = simulation.launch(&rows, 4, 7, 2);
+    assert!(all.chosen == wanted.chosen && all.logits == wanted.logits);
 }
 
 /// A window makes a row's first chunk and its first span.

@@ -4,6 +4,7 @@ mod cases;
 mod checks;
 mod compare;
 mod drafts;
+mod long;
 mod pairs;
 mod prepare;
 mod scaled;
@@ -15,6 +16,7 @@ use crate::ui::{self, Align, Table};
 use anyhow::{Context, Result, bail};
 use cases::Case;
 use checks::{After, Outcome};
+use long::{LONG, Long};
 use pairs::{PAIRS, Pair};
 use prepare::{Prepared, prepare};
 use std::io::Write as _;
@@ -33,6 +35,40 @@ const CASES: [usize; 2] = [cases::CASES, 10];
 /// Trained pairs of a model and its draft, whole and quick.
 const TRAINED: [usize; 2] = [PAIRS.len(), 1];
 
+/// A model that is checked as a whole: on an engine, with no reference of its own.
+#[derive(Clone, Copy)]
+enum Whole {
+    Pair(&'static Pair),
+    Long(&'static Long),
+}
+
+impl Whole {
+    /// All of them, or some for a quick run.
+    fn all(quick: bool) -> impl Iterator<Item = Whole> {
+        let pairs = PAIRS.iter().take(TRAINED[usize::from(quick)]).map(Whole::Pair);
+        pairs.chain(LONG.iter().map(Whole::Long))
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Whole::Pair(pair) => pair.name,
+            Whole::Long(long) => long.name,
+        }
+    }
+
+    /// Compiles, loads and checks it.
+    fn check(self, folder: &Path, arch: Arch, device: usize, repeats: usize) -> (Outcome, After) {
+        let target = (spec::Device::Cuda, arch.name());
+        let checked = match self {
+            Whole::Pair(pair) => pair.load(folder, target, device).map(|engine| pairs::check(pair, engine)),
+            Whole::Long(long) => {
+                long.load(folder, target, device).map(|engine| long::check(long, engine, repeats))
+            }
+        };
+        checked.unwrap_or_else(|error| (failed(self.name(), "compiling and loading", &error), After::GoOn))
+    }
+}
+
 /// Repeats of the check for races, whole and quick.
 const REPEATS: [u64; 2] = [200, 20];
 
@@ -41,11 +77,11 @@ pub fn run(args: &SelftestArgs) -> Result<()> {
     let quick = usize::from(args.quick);
     let repeats = args.repeats.unwrap_or(REPEATS[quick]) as usize;
     let mut cases: Vec<Case> = (0..CASES[quick]).map(|number| Case::new(args.seed, number)).collect();
-    let mut pairs: Vec<&Pair> = PAIRS.iter().take(TRAINED[quick]).collect();
+    let mut wholes: Vec<Whole> = Whole::all(args.quick).collect();
     if let Some(only) = &args.only {
         cases.retain(|case| case.name.contains(only.as_str()));
-        pairs.retain(|pair| pair.name.contains(only.as_str()));
-        if cases.is_empty() && pairs.is_empty() {
+        wholes.retain(|whole| whole.name().contains(only.as_str()));
+        if cases.is_empty() && wholes.is_empty() {
             bail!("no case has {only:?} in its name; without --only all are listed");
         }
     }
@@ -56,10 +92,10 @@ pub fn run(args: &SelftestArgs) -> Result<()> {
 
     let start = Instant::now();
     let outcomes = match &args.keep {
-        Some(folder) => all((&cases, &pairs), folder, arch, args.device as usize, repeats),
+        Some(folder) => all((&cases, &wholes), folder, arch, args.device as usize, repeats),
         None => {
             let folder = tempfile::tempdir().context("cannot make a temporary folder; set TMPDIR")?;
-            all((&cases, &pairs), folder.path(), arch, args.device as usize, repeats)
+            all((&cases, &wholes), folder.path(), arch, args.device as usize, repeats)
         }
     };
     print(args, &gpu, arch, &outcomes)?;
@@ -67,7 +103,7 @@ pub fn run(args: &SelftestArgs) -> Result<()> {
     ui::note(format!(
         "{} checks of {} cases in {:.0} s",
         outcomes.len(),
-        cases.len() + pairs.len(),
+        cases.len() + wholes.len(),
         start.elapsed().as_secs_f64()
     ));
     match failed {
@@ -98,9 +134,9 @@ fn arch_for(gpu: &DeviceInfo) -> Result<Arch> {
 }
 
 /// Runs all cases. They are prepared by as many threads as there are cores, and run one after the other. Then
-/// the pairs.
+/// what is checked as a whole.
 fn all(
-    (cases, pairs): (&[Case], &[&Pair]),
+    (cases, wholes): (&[Case], &[Whole]),
     folder: &Path,
     arch: Arch,
     device: usize,
@@ -127,7 +163,7 @@ fn all(
         drop(send);
         for (count, (number, prepared)) in receive.iter().enumerate() {
             let case = &cases[number];
-            ui::note(format!("{} of {}: {}", count + 1, cases.len() + pairs.len(), case.name));
+            ui::note(format!("{} of {}: {}", count + 1, cases.len() + wholes.len(), case.name));
             let mut of_case = Vec::new();
             let after = one(case, prepared, device, repeats, &mut of_case);
             report(&of_case);
@@ -139,20 +175,17 @@ fn all(
             }
         }
     });
-    for (number, pair) in pairs.iter().enumerate() {
+    for (number, whole) in wholes.iter().enumerate() {
         if over.load(Ordering::Relaxed) {
             break;
         }
         let number = cases.len() + number;
-        ui::note(format!("{} of {}: {}", number + 1, cases.len() + pairs.len(), pair.name));
-        let target = (spec::Device::Cuda, arch.name());
-        let (outcome, after) = match pair.load(&folder.join(format!("case{number}")), target, device) {
-            Ok(engine) => pairs::check(pair, engine),
-            Err(error) => (failed(pair.name, "compiling and loading", &error), After::GoOn),
-        };
-        let of_pair = vec![outcome];
-        report(&of_pair);
-        outcomes.push((number, of_pair));
+        ui::note(format!("{} of {}: {}", number + 1, cases.len() + wholes.len(), whole.name()));
+        let folder = folder.join(format!("case{number}"));
+        let (outcome, after) = whole.check(&folder, arch, device, repeats);
+        let of_whole = vec![outcome];
+        report(&of_whole);
+        outcomes.push((number, of_whole));
         if after == After::GiveUp {
             over.store(true, Ordering::Relaxed);
             ui::note(GIVEN_UP);

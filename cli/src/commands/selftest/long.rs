@@ -1,0 +1,290 @@
+//! Long contexts. In the kernel for them a row that decodes reads spans that are older than the step through the ring, rows of a prompt
+//! read them chunk by chunk (`kernels-gen/cuda/spans.cuh`): both have to come to the same bits, alone and in
+//! company, around the ends of spans, and over the steps of a launch.
+
+use super::cases::Random;
+use super::checks::{After, Outcome, sequence_rows};
+use super::compare::{finite, same_bits};
+use crate::source;
+use anyhow::Result;
+use serde_json::{Value, json};
+use std::ops::ControlFlow;
+use std::path::Path;
+use tilec_codegen::compile::{Host, Input, compile};
+use tilec_codegen::frontends;
+use tilec_ir::abi::KvType;
+use tilec_ir::format::Format;
+use tilec_ir::launch::{LONG_CONTEXT, SPAN_POSITIONS};
+use tilec_ir::plan::WeightsFrom;
+use tilec_ir::spec::{Device, Limits, ModelSpec};
+use tilec_runtime::engine::{Engine, EngineOptions, RowInput, StepError};
+
+/// Tokens of the sequences: up to the ends of spans, over them, and short of the first.
+const LENGTHS: [usize; 8] = [
+    SPAN_POSITIONS - 1,
+    SPAN_POSITIONS,
+    SPAN_POSITIONS + 1,
+    2 * SPAN_POSITIONS + 4,
+    CONTEXT - 2 * STEPS,
+    2 * SPAN_POSITIONS - STEPS / 2,
+    100,
+    1500,
+];
+
+/// Positions of a sequence.
+const CONTEXT: usize = LONG_CONTEXT + SPAN_POSITIONS;
+
+/// Rows at the end of a sequence that are run one by one as well.
+const LAST: usize = 8;
+
+/// Steps of a launch.
+const STEPS: usize = 24;
+
+/// A small model with a long context.
+pub struct Long {
+    /// What it is, for people: also what `--only` looks at.
+    pub name: &'static str,
+    heads: [usize; 2],
+    head_dim: usize,
+    kv: KvType,
+}
+
+/// All of them: keys and values of a page in one slot of the ring and in two.
+pub const LONG: [Long; 2] = [
+    Long { name: "long contexts, heads of 64", heads: [8, 2], head_dim: 64, kv: KvType::Bf16 },
+    Long { name: "long contexts, heads of 128", heads: [4, 1], head_dim: 128, kv: KvType::F16 },
+];
+
+impl Long {
+    fn config(&self) -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 500,
+            "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+            "num_attention_heads": self.heads[0], "num_key_value_heads": self.heads[1],
+            "head_dim": self.head_dim, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+            "max_position_embeddings": CONTEXT, "tie_word_embeddings": false,
+        })
+    }
+
+    /// Compiles the model for a device of this architecture, in `folder`, and loads it.
+    ///
+    /// # Errors
+    /// When a file cannot be written, or the model is refused.
+    pub fn load(&self, folder: &Path, target: (Device, &str), device: usize) -> Result<Engine> {
+        let config = self.config();
+        let tensors = frontends::synthetic_tensors(&config, Format::BF16)?;
+        let mut spec = ModelSpec::for_checkpoint(folder);
+        (spec.target.device, spec.target.arch) = (target.0, target.1.into());
+        spec.precision.kv_cache = Some(self.kv);
+        spec.limits = Limits { sequences: LENGTHS.len(), context: Some(CONTEXT), rows: 64, pass_rows: None };
+        let weights = WeightsFrom::Synthetic { seed: 3, config: config.clone(), tensors: tensors.clone() };
+        let input = Input {
+            name: "selftest",
+            config: &config,
+            tensors: &tensors,
+            weights,
+            tokenizer: None,
+            draft: None,
+        };
+        let cubins = source::cache_folder().ok().map(|folder| folder.join("cubins"));
+        let plan = folder.join("plan");
+        compile(&input, &spec, &Host { threads: 1, cubins })?.write(&plan)?;
+        // Wherever there are spans.
+        let options = EngineOptions { device, long_context: SPAN_POSITIONS, ..EngineOptions::default() };
+        Ok(Engine::load(&plan, &options, &mut |_, _| {})?)
+    }
+}
+
+/// What a check came to: rows that were compared, and what was wrong.
+enum Wrong {
+    Step(StepError),
+    Bits(String),
+}
+
+impl From<StepError> for Wrong {
+    fn from(error: StepError) -> Wrong {
+        Wrong::Step(error)
+    }
+}
+
+impl From<String> for Wrong {
+    fn from(what: String) -> Wrong {
+        Wrong::Bits(what)
+    }
+}
+
+/// A sequence's rows of the step behind its prompt.
+struct Texts {
+    rows: Vec<Vec<RowInput>>,
+    vocab: usize,
+}
+
+impl Texts {
+    fn new(vocab: usize) -> Texts {
+        let mut random = Random::new(11, 50_000);
+        let rows = LENGTHS.iter().enumerate().map(|(sequence, length)| {
+            let tokens: Vec<u32> = (0..*length).map(|_| random.below(vocab) as u32).collect();
+            sequence_rows(sequence as u32, 0, &tokens)
+        });
+        Texts { rows: rows.collect(), vocab }
+    }
+
+    fn last(&self) -> impl Iterator<Item = &[RowInput]> {
+        self.rows.iter().map(|rows| &rows[rows.len() - LAST..])
+    }
+}
+
+/// Logits of all rows of a step.
+fn step(engine: &mut Engine, rows: &[RowInput], vocab: usize) -> Result<Vec<f32>, Wrong> {
+    let wanted: Vec<u32> = (0..rows.len() as u32).collect();
+    let logits = engine.step(rows, &wanted)?.to_vec();
+    finite("a step's logits", &logits, vocab)?;
+    Ok(logits)
+}
+
+/// The token of a row's largest logit, the lowest among equals.
+fn largest(logits: &[f32]) -> u32 {
+    let best = (0..logits.len()).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+    best.expect("a vocabulary has tokens") as u32
+}
+
+/// Compares; gives how many rows were.
+fn compare(engine: &mut Engine, repeats: usize) -> Result<usize, (usize, Wrong)> {
+    let texts = Texts::new(engine.plan().vocab);
+    let vocab = texts.vocab;
+    let mut compared = 0;
+    let mut check = || -> Result<(), Wrong> {
+        if engine.is_resident() {
+            engine.poison()?;
+        }
+        // Runs of so many rows have several passes of queries: chunk by chunk.
+        let mut together = Vec::new();
+        for rows in &texts.rows {
+            engine.reset(rows[0].sequence as usize);
+            for part in rows[..rows.len() - LAST].chunks(64) {
+                engine.step(part, &[])?;
+            }
+        }
+        for rows in texts.last() {
+            together.push(step(engine, rows, vocab)?);
+        }
+        let mut same = |found: &[f32], wanted: &[f32], what: &str| -> Result<(), Wrong> {
+            compared += found.len() / vocab;
+            same_bits(found, wanted, vocab).map_err(|wrong| Wrong::Bits(format!("{what}: {wrong}")))
+        };
+        for (rows, wanted) in texts.last().zip(&together) {
+            let what = format!("{} positions, row by row", rows[LAST - 1].position + 1);
+            for (row, wanted) in rows.iter().zip(wanted.chunks(vocab)) {
+                same(&step(engine, &[*row], vocab)?, wanted, &what)?;
+            }
+            // Two rows of four heads are a pass of their own.
+            let pair = step(engine, &rows[LAST - 2..], vocab)?;
+            same(&pair, &wanted[(LAST - 2) * vocab..], &what.replace("row by row", "in pairs"))?;
+        }
+        let last: Vec<RowInput> = texts.last().map(|rows| rows[LAST - 1]).collect();
+        let wanted: Vec<f32> =
+            together.iter().flat_map(|logits| logits[(LAST - 1) * vocab..].iter().copied()).collect();
+        for _ in 0..repeats {
+            same(&step(engine, &last, vocab)?, &wanted, "all sequences in one step")?;
+        }
+        if !engine.is_resident() {
+            return Ok(());
+        }
+        // Behind these, the steps of a launch against single steps.
+        let greedy: Vec<u32> = wanted.chunks(vocab).map(largest).collect();
+        let first: Vec<RowInput> = last
+            .iter()
+            .zip(&greedy)
+            .map(|(row, token)| RowInput { token: *token, position: row.position + 1, ..*row })
+            .collect();
+        let mut chosen = vec![vec![0; first.len()]; STEPS];
+        engine.decode(&first, STEPS, &[], &mut |step, row, token| {
+            chosen[step][row] = token;
+            ControlFlow::Continue(())
+        })?;
+        let mut rows = first;
+        for (number, chosen) in chosen.iter().enumerate() {
+            let logits = step(engine, &rows, vocab)?;
+            compared += rows.len();
+            for (row, (logits, chosen)) in rows.iter_mut().zip(logits.chunks(vocab).zip(chosen)) {
+                let token = largest(logits);
+                if token != *chosen {
+                    let position = row.position;
+                    let what = format!(
+                        "step {number} of a launch, position {position}: token {chosen} where a single step has {token}"
+                    );
+                    return Err(Wrong::Bits(what));
+                }
+                (row.token, row.position) = (token, row.position + 1);
+            }
+        }
+        Ok(())
+    };
+    match check() {
+        Ok(()) => Ok(compared),
+        Err(wrong) => Err((compared, wrong)),
+    }
+}
+
+/// Checks a loaded model: what was found, and how it ended.
+pub fn check(long: &Long, mut engine: Engine, repeats: usize) -> (Outcome, After) {
+    let (rows, problem, after) = match compare(&mut engine, repeats) {
+        Ok(rows) => (rows, None, After::GoOn),
+        Err((rows, Wrong::Bits(what))) => (rows, Some(what), After::GoOn),
+        Err((rows, Wrong::Step(error))) => {
+            let broken = matches!(error, StepError::Silent { .. } | StepError::Cuda(_));
+            (rows, Some(error.to_string()), if broken { After::GiveUp } else { After::GoOn })
+        }
+    };
+    let outcome = Outcome {
+        case: long.name.into(),
+        rows,
+        what: "rows that decode and rows of a prompt, same bits",
+        error: None,
+        worst: None,
+        bound: None,
+        problem,
+    };
+    (outcome, after)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tilec_codegen::emit::cuda::emit_long;
+    use tilec_codegen::nvrtc::Arch;
+    use tilec_codegen::passes::{fuse, precision, resident};
+
+    /// On the processor there is one way only; what is left of the check has to hold there.
+    #[cfg(feature = "llvm")]
+    #[test]
+    fn long_contexts_have_the_same_bits_on_the_processor() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = &LONG[0];
+        let target = (Device::Cpu, tilec_ir::spec::Target::default_arch(Device::Cpu));
+        let engine = long.load(folder.path(), target, 0).unwrap();
+        let (outcome, after) = check(long, engine, 1);
+        assert_eq!((outcome.problem, after), (None, After::GoOn));
+        assert_eq!(outcome.rows, LENGTHS.len() * (LAST + 2 + 1));
+    }
+
+    /// Their kernels have spans that come through the ring, in one piece of a page and in two.
+    #[test]
+    fn long_contexts_have_spans_in_the_ring() {
+        for (long, pieces) in LONG.iter().zip([1, 2]) {
+            let config = long.config();
+            let tensors = frontends::synthetic_tensors(&config, Format::BF16).unwrap();
+            let mut graph = frontends::build(&config, &tensors).unwrap();
+            let mut asked = ModelSpec::for_checkpoint("unused").precision;
+            asked.kv_cache = Some(long.kv);
+            precision::precision(&mut graph, &asked).unwrap();
+            let sizes = resident::Sizes { context: CONTEXT, step_rows: 8 };
+            let program = resident::resident(&fuse::fuse(&graph).unwrap(), sizes).unwrap();
+            let text = emit_long(&program, Arch::Sm90a).unwrap().expect("it has spans").text;
+            assert!(text.contains("stream_spans<"));
+            let page = program.kv.page_tokens * long.head_dim * 2;
+            assert_eq!(if 2 * page <= tilec_ir::launch::SLOT_BYTES { 1 } else { 2 }, pieces);
+            assert!(long.heads[0] / long.heads[1] * 2 <= 8 && program.max_spans() > 2);
+        }
+    }
+}
