@@ -335,7 +335,7 @@ fn the_tuned_kernel_keeps_within_its_registers() {
 #[test]
 fn kernels_for_long_contexts_keep_within_their_registers() {
     let nvrtc = Nvrtc::find().unwrap();
-    let shapes = ["llama-3.2-1b", "qwen3-8b", "gpt-oss-20b", "qwen3-30b-a3b"];
+    let shapes = ["llama-3.2-1b", "qwen3-8b", "gpt-oss-20b"];
     for (name, step_rows) in shapes.into_iter().map(|name| (name, 8)).chain([("qwen3-8b", 16)]) {
         let sizes = resident::Sizes { context: 16384, step_rows };
         let config = example(name, if name == "gpt-oss-20b" { 24 } else { 2 });
@@ -355,7 +355,7 @@ fn kernels_for_long_contexts_keep_within_their_registers() {
     }
     // Other architectures have no copy engine; keys of 192 columns and windows everywhere have no spans.
     let program = program("llama", &example("llama-3.2-1b", 2), Format::BF16, 16384);
-    for arch in Arch::ALL {
+    for arch in [Arch::Sm80, Arch::Sm120a] {
         let text = emit_long(&program, arch).unwrap().expect("it has spans").text;
         nvrtc.compile(&CudaText { name: "kernel.cu", text: &text }, arch, &Options::default()).unwrap();
     }

@@ -3,7 +3,6 @@
 
 use super::{Simulation, brains, floats, llama, mimo, qwen3, row, words};
 use serde_json::{Value, json};
-use tilec_codegen::nvrtc::Arch;
 use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::Row;
@@ -165,6 +164,15 @@ fn narrow_values_behind_a_layer_with_a_window() {
     check(&mimo(5));
 }
 
+/// What the last layer's attention makes of the rows.
+fn attended(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) -> Vec<u8> {
+    let out = simulation.program.buffer(simulation.last_attention().output);
+    let outcome = simulation.launch(rows, 1, blocks, seed);
+    let counters = 64 + 6 * simulation.program.step_rows;
+    assert!(words(&outcome.sync)[counters..].iter().all(|count| *count == 0), "{rows:?}, {blocks} blocks");
+    outcome.arena[out.offset..][..rows.len() * out.cols * 2].to_vec()
+}
+
 /// The same bits for any number of SMs, and for a sequence's rows alone: however units are dealt out, whoever adds
 /// up chunks and spans, through registers or through memory.
 fn check_bits(simulation: &Simulation, places: &[(usize, usize)], blocks: &[usize]) {
@@ -172,28 +180,11 @@ fn check_bits(simulation: &Simulation, places: &[(usize, usize)], blocks: &[usiz
     let mut sequences: Vec<usize> = places.iter().map(|(_, sequence)| *sequence).collect();
     sequences.dedup();
     let out = simulation.program.buffer(simulation.last_attention().output);
-    let attended = |rows: &[Row], blocks: usize, seed: u64| {
-        let outcome = simulation.launch(rows, 1, blocks, seed);
-        let counters = 64 + 6 * simulation.program.step_rows;
-        assert!(
-            words(&outcome.sync)[counters..].iter().all(|count| *count == 0),
-            "{places:?}, {blocks} blocks"
-        );
-        outcome.arena[out.offset..][..rows.len() * out.cols * 2].to_vec()
-    };
+    let attended = |rows: &[Row], blocks, seed| attended(simulation, rows, blocks, seed);
     check_attention(simulation, &rows, blocks[0], 1);
     let wanted = attended(&rows, blocks[0], 2);
     for blocks in &blocks[1..] {
         assert!(attended(&rows, *blocks, 3) == wanted, "{places:?}: {blocks} blocks give other bits");
-    }
-    // The kernel for long contexts.
-    if tilec_codegen::emit::cuda::emit_long(&simulation.program, Arch::Sm90a).unwrap().is_some() {
-        simulation.long.set(true);
-        for (seed, blocks) in blocks.iter().enumerate() {
-            let found = attended(&rows, *blocks, 5 + seed as u64);
-            assert!(found == wanted, "{places:?}, {blocks} blocks: spans from the ring give other bits");
-        }
-        simulation.long.set(false);
     }
     if sequences.len() == 1 {
         return;
@@ -261,16 +252,27 @@ fn chunks_are_added_up_where_it_costs_least() {
 /// Spans that are older than the step come through the ring where a run has one pass; contexts end around the ends of
 /// spans.
 fn check_spans(simulation: &Simulation, run: usize) {
+    let check = |places: &[(usize, usize)], blocks: &[usize]| {
+        check_bits(simulation, places, &blocks[..1]);
+        let rows = rows_at(places);
+        let wanted = attended(simulation, &rows, blocks[0], 3);
+        simulation.long.set(true);
+        for (seed, blocks) in blocks.iter().enumerate() {
+            let found = attended(simulation, &rows, *blocks, 5 + seed as u64);
+            assert!(found == wanted, "{places:?}, {blocks} blocks: spans from the ring give other bits");
+        }
+        simulation.long.set(false);
+    };
     for last in [1023, 1024, 2047, 3071] {
-        check_bits(simulation, &[(last, 1)], &[2, 40]);
+        check(&[(last, 1)], &[2, 40]);
     }
     // A row of the run is the first of a span.
     let rows = |first: usize, sequence| (first..first + run).map(move |p| (p, sequence));
-    check_bits(simulation, &rows(2047, 3).collect::<Vec<_>>(), &[1, 30]);
+    check(&rows(2047, 3).collect::<Vec<_>>(), &[1, 30]);
     // Short and long, so that SMs have spans and parts of them.
     let short = [(2100, 0), (700, 1), (1024, 2)].into_iter();
     let places: Vec<_> = short.chain(rows(3000, 3)).chain([(5, 5), (1500, 6)]).collect();
-    check_bits(simulation, &places, &[1, 3, 40]);
+    check(&places, &[1, 3, 40]);
 }
 
 #[test]
