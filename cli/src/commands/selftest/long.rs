@@ -3,7 +3,7 @@
 //! company, around the ends of spans, and over the steps of a launch.
 
 use super::cases::Random;
-use super::checks::{After, Outcome, sequence_rows};
+use super::checks::{After, Outcome, Stop, sequence_rows};
 use super::compare::{finite, same_bits};
 use crate::source;
 use anyhow::Result;
@@ -95,25 +95,7 @@ impl Long {
     }
 }
 
-/// What a check came to: rows that were compared, and what was wrong.
-enum Wrong {
-    Step(StepError),
-    Bits(String),
-}
-
-impl From<StepError> for Wrong {
-    fn from(error: StepError) -> Wrong {
-        Wrong::Step(error)
-    }
-}
-
-impl From<String> for Wrong {
-    fn from(what: String) -> Wrong {
-        Wrong::Bits(what)
-    }
-}
-
-/// A sequence's rows of the step behind its prompt.
+/// The rows of all sequences.
 struct Texts {
     rows: Vec<Vec<RowInput>>,
     vocab: usize,
@@ -135,7 +117,7 @@ impl Texts {
 }
 
 /// Logits of all rows of a step.
-fn step(engine: &mut Engine, rows: &[RowInput], vocab: usize) -> Result<Vec<f32>, Wrong> {
+fn step(engine: &mut Engine, rows: &[RowInput], vocab: usize) -> Result<Vec<f32>, Stop> {
     let wanted: Vec<u32> = (0..rows.len() as u32).collect();
     let logits = engine.step(rows, &wanted)?.to_vec();
     finite("a step's logits", &logits, vocab)?;
@@ -149,11 +131,11 @@ fn largest(logits: &[f32]) -> u32 {
 }
 
 /// Compares; gives how many rows were.
-fn compare(engine: &mut Engine, repeats: usize) -> Result<usize, (usize, Wrong)> {
+fn compare(engine: &mut Engine, repeats: usize) -> Result<usize, (usize, Stop)> {
     let texts = Texts::new(engine.plan().vocab);
     let vocab = texts.vocab;
     let mut compared = 0;
-    let mut check = || -> Result<(), Wrong> {
+    let mut check = || -> Result<(), Stop> {
         if engine.is_resident() {
             engine.poison()?;
         }
@@ -168,9 +150,9 @@ fn compare(engine: &mut Engine, repeats: usize) -> Result<usize, (usize, Wrong)>
         for rows in texts.last() {
             together.push(step(engine, rows, vocab)?);
         }
-        let mut same = |found: &[f32], wanted: &[f32], what: &str| -> Result<(), Wrong> {
+        let mut same = |found: &[f32], wanted: &[f32], what: &str| -> Result<(), Stop> {
             compared += found.len() / vocab;
-            same_bits(found, wanted, vocab).map_err(|wrong| Wrong::Bits(format!("{what}: {wrong}")))
+            same_bits(found, wanted, vocab).map_err(|wrong| Stop::Wrong(format!("{what}: {wrong}")))
         };
         for (rows, wanted) in texts.last().zip(&together) {
             let what = format!("{} positions, row by row", rows[LAST - 1].position + 1);
@@ -213,7 +195,7 @@ fn compare(engine: &mut Engine, repeats: usize) -> Result<usize, (usize, Wrong)>
                     let what = format!(
                         "step {number} of a launch, position {position}: token {chosen} where a single step has {token}"
                     );
-                    return Err(Wrong::Bits(what));
+                    return Err(Stop::Wrong(what));
                 }
                 (row.token, row.position) = (token, row.position + 1);
             }
@@ -230,8 +212,8 @@ fn compare(engine: &mut Engine, repeats: usize) -> Result<usize, (usize, Wrong)>
 pub fn check(long: &Long, mut engine: Engine, repeats: usize) -> (Outcome, After) {
     let (rows, problem, after) = match compare(&mut engine, repeats) {
         Ok(rows) => (rows, None, After::GoOn),
-        Err((rows, Wrong::Bits(what))) => (rows, Some(what), After::GoOn),
-        Err((rows, Wrong::Step(error))) => {
+        Err((rows, Stop::Wrong(what))) => (rows, Some(what), After::GoOn),
+        Err((rows, Stop::Engine(error))) => {
             let broken = matches!(error, StepError::Silent { .. } | StepError::Cuda(_));
             (rows, Some(error.to_string()), if broken { After::GiveUp } else { After::GoOn })
         }
