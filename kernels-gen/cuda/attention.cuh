@@ -48,6 +48,7 @@ constexpr u32 CHUNK = 128;
 constexpr u32 WARP_POSITIONS = CHUNK / CONSUMERS;
 constexpr u32 SPAN = 8;     // chunks
 constexpr u32 NO_WINDOW = 0x7fffffff;  // no position is so large
+constexpr u32 NO_PAGE = ~0u;
 constexpr u32 QUERIES = 8;  // of a pass
 constexpr u32 SUMMED = 64;  // columns whose sums are in shared memory at a time
 #define MINUS_INFINITY __int_as_float(0xff800000)
@@ -235,10 +236,19 @@ template <class A> __device__ __forceinline__ u32 last_seen(const Block& b, u32 
   return A::WINDOWED && position + A::window(b) - 1 < last ? position + A::window(b) - 1 : last;
 }
 
+// A page's keys and values of a KV head, one behind the other.
+template <class A> struct CacheShape {
+  static constexpr u32 KEY_BYTES = A::PAGE_TOKENS * A::QK * 2, VALUE_BYTES = A::PAGE_TOKENS * A::V_PAD * 2;
+  static constexpr u32 BLOCK_BYTES = KEY_BYTES + VALUE_BYTES;
+  __device__ __forceinline__ static u8* at(const Block& b, u32 cache, u32 page, u32 kv_head) {
+    return A::kv(b) + (((u64)cache * b.args.kv_pages + page) * A::CACHE_HEADS + kv_head) * (u64)BLOCK_BYTES;
+  }
+};
+
 // Which spans come through the ring, and how (spans.cuh).
 template <class A> struct SpanShape {
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
-  static constexpr u32 KEY_BYTES = A::PAGE_TOKENS * A::QK * 2, VALUE_BYTES = A::PAGE_TOKENS * A::V_PAD * 2;
+  static constexpr u32 KEY_BYTES = CacheShape<A>::KEY_BYTES, VALUE_BYTES = CacheShape<A>::VALUE_BYTES;
   static constexpr u32 PIECES = KEY_BYTES + VALUE_BYTES <= SLOT_BYTES ? 1 : 2;  // of a page
   static constexpr u32 PAGES = CHUNK / A::PAGE_TOKENS;                          // of a chunk
   static constexpr u32 PAGE_TILES = A::PAGE_TOKENS / WARP_POSITIONS;
@@ -262,6 +272,7 @@ template <class A> struct Place {
   u32 runs;          // a bit a row: a run begins there
   u32 unit;
   u32 row, rows;     // the run
+  u32 position;      // of its first row; those of the others follow
   u32 from, chunks;  // that its rows see
   u32 groups;
   u32 kv_head, group, chunk, pass;
@@ -274,7 +285,7 @@ template <class A> struct Place {
   __device__ __forceinline__ u32 queries() const { return rows * GROUP; }
   __device__ __forceinline__ u32 units(const Block& b) const { return (chunks - behind(b)) * groups * A::KV_HEADS; }
   __device__ __forceinline__ u32 passes() const { return (queries() + QUERIES - 1) / QUERIES; }
-  __device__ __forceinline__ u32 run_end(const Consumer& b) const { return b.shared.position[row] + rows; }
+  __device__ __forceinline__ u32 run_end() const { return position + rows; }
   // What the run has of the span that the chunk lies in: chunks `share` to `share_end`.
   __device__ __forceinline__ u32 share() const { return max(chunk / SPAN * SPAN, from); }
   __device__ __forceinline__ u32 share_end() const { return least(chunk / SPAN * SPAN + SPAN, from + chunks); }
@@ -289,8 +300,9 @@ template <class A> struct Place {
     if (first >= b.rows()) return;
     const u32 others = runs >> row >> 1;
     rows = others != 0 ? __ffs(others) : b.rows() - row;
-    from = first_chunk<A>(b, b.shared.position[row]);
-    chunks = b.shared.position[row + rows - 1] / CHUNK - from + 1;
+    position = b.shared.position[row];
+    from = first_chunk<A>(b, position);
+    chunks = (run_end() - 1) / CHUNK - from + 1;
     groups = (passes() + together - 1) / together;
   }
   __device__ __forceinline__ static u32 find_runs(const Consumer& b) {
@@ -382,6 +394,8 @@ template <class A> struct alignas(16) Own {
   Place<A> next;  // the first
 };
 
+template <class A> __device__ __forceinline__ u32 spare_place(const Block& b);  // spans.cuh
+
 // Layers with the same window and the same heads deal their units out alike; so this is found once a step.
 template <class A> __device__ __forceinline__ Own<A> own_units(Consumer& b) {
   constexpr u32 HEADS = A::HEADS | A::KV_HEADS << 16;
@@ -393,7 +407,11 @@ template <class A> __device__ __forceinline__ Own<A> own_units(Consumer& b) {
   Place<A> next = {};
   next.runs = Place<A>::find_runs(b);
   const Deal dealt = deal<A>(b, next.runs);
-  u32 target = least((blockIdx.x + 1) * dealt.each, dealt.units), end = 0;
+  u32 place = blockIdx.x;
+  if constexpr (SpanShape<A>::ANY) {
+    if (SpanShape<A>::any(b)) place = spare_place<A>(b);
+  }
+  u32 target = least((place + 1) * dealt.each, dealt.units), end = 0;
 #pragma unroll 1
   for (u32 n = 0; n < 3; ++n) {
     next.unit = target;
@@ -405,7 +423,7 @@ template <class A> __device__ __forceinline__ Own<A> own_units(Consumer& b) {
     target += on;
     if (n == 0) {
       end = target;
-      target = least(blockIdx.x * dealt.each, dealt.units);
+      target = least(place * dealt.each, dealt.units);
     }
   }
   own = {b.step, window, HEADS, dealt.together, end, next};
@@ -426,13 +444,11 @@ template <class A> struct Cached {
     return g / 2 * 4 + g % 2;
   }
   __device__ __forceinline__ static u32 base(const Place<A>& at) { return at.chunk * CHUNK + anew(warp_id()) * WARP_POSITIONS; }
-  // The warp's positions in the cache, or null if nobody sees one that is older than the step.
-  __device__ __forceinline__ static const u8* block(const Consumer& b, u32 cache, const Place<A>& at) {
-    const u32 p = base(at), first = b.shared.position[at.row];
-    if (p >= first || (A::WINDOWED && p + WARP_POSITIONS + A::window(b) <= first + 1)) return nullptr;
-    const LaunchArgs& args = b.args;
-    const u32 page = args.page_table[(u64)b.shared.sequence[at.row] * args.pages_per_sequence + p / A::PAGE_TOKENS];
-    return A::kv(b) + (((u64)cache * args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2);
+  // The page of the warp's positions, or none if nobody sees one that is older than the step.
+  __device__ __forceinline__ static u32 page(const Consumer& b, const Place<A>& at) {
+    const u32 p = base(at);
+    if (p >= at.position || (A::WINDOWED && p + WARP_POSITIONS + A::window(b) <= at.position + 1)) return NO_PAGE;
+    return b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + p / A::PAGE_TOKENS];
   }
   __device__ __forceinline__ void load_keys(const u8* block, const Place<A>& at) {
     const u32 column = lane_id() % 4 * 8;
@@ -446,8 +462,8 @@ template <class A> struct Cached {
     }
   }
   // What lies behind the last older position may never have been written: that one in its place.
-  __device__ __forceinline__ void load_values(const Consumer& b, const u8* block, const Place<A>& at) {
-    const u32 column = lane_id() / 4 * 8, last = b.shared.position[at.row] - 1 - base(at);
+  __device__ __forceinline__ void load_values(const u8* block, const Place<A>& at) {
+    const u32 column = lane_id() / 4 * 8, last = at.position - 1 - base(at);
     const u8* from = block + (A::PAGE_TOKENS * A::QK + base(at) % A::PAGE_TOKENS * A::V_PAD + column) * 2;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
@@ -563,12 +579,12 @@ template <class A> struct Fresh {
     if (queries && n < at.queries()) {
       const u32 r = at.row + n / GROUP;
       const u32 head = at.kv_head * GROUP + n % GROUP;
-      query.load(A::input(b) + (u64)r * QKV + head * A::QK, A::q_gain(b), A::rope(b), b.shared.position[r]);
+      query.load(A::input(b) + (u64)r * QKV + head * A::QK, A::q_gain(b), A::rope(b), at.position + n / GROUP);
       if constexpr (A::SINKS) next_sink = sink_of<A>(b, head);
     }
-    const u32 start = at.chunk * CHUNK, first = b.shared.position[at.row];
-    from = max(start, first);
-    const u32 end = least(start + CHUNK, first + at.rows);
+    const u32 start = at.chunk * CHUNK;
+    from = max(start, at.position);
+    const u32 end = least(start + CHUNK, at.run_end());
     count = new_unit && from < end ? end - from : 0;
     // The last warps, since the first have queries.
     if (CONSUMERS - 1 - warp < count) load_row(b, at, CONSUMERS - 1 - warp);
@@ -576,11 +592,11 @@ template <class A> struct Fresh {
   // Query n of the run, once more.
   __device__ __forceinline__ void load_query(const Consumer& b, const Place<A>& at, u32 n) {
     const u32 r = at.row + n / GROUP, head = at.kv_head * GROUP + n % GROUP;
-    query.load(A::input(b) + (u64)r * QKV + head * A::QK, A::q_gain(b), A::rope(b), b.shared.position[r]);
+    query.load(A::input(b) + (u64)r * QKV + head * A::QK, A::q_gain(b), A::rope(b), at.position + n / GROUP);
   }
   // Key and value of row `own` of those in the chunk.
   __device__ __forceinline__ void load_row(const Consumer& b, const Place<A>& at, u32 own) {
-    const float* raw = A::input(b) + (u64)(at.row + (from - b.shared.position[at.row]) + own) * QKV + A::HEADS * A::QK;
+    const float* raw = A::input(b) + (u64)(at.row + (from - at.position) + own) * QKV + A::HEADS * A::QK;
     page = b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + (from + own) / A::PAGE_TOKENS];
     key.load(raw + at.kv_head * A::QK, A::k_gain(b), A::rope(b), from + own);
 #pragma unroll
@@ -631,8 +647,8 @@ template <class A> struct Fresh {
         }
         continue;
       }
-      const u32 position = from + own, row = position - b.shared.position[at.row];
-      u16* keys = reinterpret_cast<u16*>(A::kv(b) + (((u64)cache * b.args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * ((u64)A::PAGE_TOKENS * (A::QK + A::V_PAD) * 2));
+      const u32 position = from + own, row = position - at.position;
+      u16* keys = reinterpret_cast<u16*>(CacheShape<A>::at(b, cache, page, at.kv_head));
       u16* values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
       keys += position % A::PAGE_TOKENS * A::QK;
       // One of the groups that need them has the row's first head.
@@ -705,13 +721,13 @@ template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 ru
   Place<A> at = {};
   at.runs = runs;
   at.enter(b, brought.row(), together);
-  const u32 kv_head = brought.kv_head(), span = brought.span(), last = at.run_end(b) - 1;
+  const u32 kv_head = brought.kv_head(), span = brought.span(), last = at.run_end() - 1;
   const u32 end = least((brought.group() + 1) * together, at.passes());
 #pragma unroll 1
   for (u32 pass = brought.group() * together; whole_warp(pass < end); ++pass) {
     const u32 query = pass * QUERIES + anew(warp_id());
     if (whole_warp(query >= at.queries())) break;
-    const u32 h = query % GROUP, r = at.row + query / GROUP, position = b.shared.position[r];
+    const u32 h = query % GROUP, r = at.row + query / GROUP, position = at.position + query / GROUP;
     const u32 from = first_chunk<A>(b, position), to = last_seen<A>(b, position, last) / CHUNK + 1;
     const u32 spans = (to - 1) / SPAN - from / SPAN + 1;
     u32 slot = A::MAX_CHUNKS, count = spans;
@@ -825,16 +841,15 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   const Own<A> own = own_units<A>(b);
   Place<A> next = own.next;
   const u32 first = next.unit, end = own.end, together = own.together;
-  if (whole_warp(first >= end)) {
+  if (whole_warp(first >= end && left == 0)) {
     if (!ready) b.wait_inputs();
-    if constexpr (SpanShape<A>::ANY) {
-      if (whole_warp(left > 0)) join<A>(b, own.next.runs, brought, left, 1);
-    }
     b.finish_stage();
     return;
   }
 #pragma unroll 1
-  while (whole_warp(next.unit < end)) {
+  do {
+    // An SM with spans alone only has their parts to add up.
+    const bool any = next.unit < end;
     Cached<A> cached = {};
     Fresh<A> fresh = {};
     Attended<A> sums;
@@ -843,9 +858,9 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     bool there = false;          // a pass to multiply
     u32 chunks = 0;              // of the span so far
 #pragma unroll 1
-    while (true) {
+    while (whole_warp(any)) {
       const bool more = next.unit < end, new_unit = !there || next.unit != now.unit;
-      const u8* block = more && new_unit ? Cached<A>::block(b, cache, next) : nullptr;
+      const u32 page = more && new_unit ? Cached<A>::page(b, next) : NO_PAGE;
       const u32 base = Cached<A>::base(now), query = now.pass * QUERIES;
       float score[4] = {};
       if (whole_warp(there)) {
@@ -855,10 +870,10 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         cached.take_fresh(space, base, fresh.from, fresh.count);
         scores<A>(space, cached, score);
       }
-      if (block) cached.load_keys(block, next);
+      if (page != NO_PAGE) cached.load_keys(CacheShape<A>::at(b, cache, page, next.kv_head), next);
       if (whole_warp(!there)) {
         // The cache of older positions is read while the other SMs still multiply.
-        if (block) cached.load_values(b, block, next);
+        if (page != NO_PAGE) cached.load_values(CacheShape<A>::at(b, cache, page, next.kv_head), next);
         if (!ready) {
           if constexpr (A::Q_NORM) prefetch(A::q_gain(b), A::QK);
           if constexpr (A::K_NORM) prefetch(A::k_gain(b), A::QK);
@@ -873,11 +888,11 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       }
       if (whole_warp(there)) {
         // Weights relative to the query's largest score among the warp's positions.
-        const u32 last = now.run_end(b) - 1;
+        const u32 last = now.run_end() - 1;
         u32 weight[4];
         {
           const bool asked = query + g < now.queries();
-          const u32 position = b.shared.position[now.row + (asked ? (query + g) / GROUP : 0)];
+          const u32 position = now.position + (query + g) / GROUP;
           const u32 from = A::WINDOWED && position + 1 > A::window(b) ? position + 1 - A::window(b) : 0;
           const u32 seen = last_seen<A>(b, position, last);
           float top = MINUS_INFINITY;
@@ -905,7 +920,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           for (u32 j = 0; j < 4; ++j) {
             *reinterpret_cast<float4*>(to + (at ^ j * 4)) = make_float4(products[4 * j], products[4 * j + 1], products[4 * j + 2], products[4 * j + 3]);
           }
-          if (s + 1 == V_STEPS && block) cached.load_values(b, block, next);
+          if (s + 1 == V_STEPS && page != NO_PAGE) cached.load_values(CacheShape<A>::at(b, cache, page, next.kv_head), next);
           consumers_sync();
           if (s == 0) {
             const float2 own = weights[lane % CONSUMERS][warp];
@@ -933,7 +948,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         const bool whole = together == 1 && begins >= first && begins + (share_end - share) <= end;
         const bool ends = now.chunk + 1 == share_end || next.unit == end;
         if (query + warp < now.queries()) {
-          const u32 r = now.row + (query + warp) / GROUP, position = b.shared.position[r];
+          const u32 r = now.row + (query + warp) / GROUP, position = now.position + (query + warp) / GROUP;
           const u32 from = first_chunk<A>(b, position), to = last_seen<A>(b, position, last) / CHUNK;
           if (now.chunk >= from && now.chunk <= to) sums.add(chunk);
           if ((!whole || ends) && sums.top != MINUS_INFINITY) {
@@ -962,6 +977,6 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     // What has been asked for already is asked for again if there is more.
     if (whole_warp(left > 0)) join<A>(b, next.runs, brought, left, together);
     left = 0;
-  }
+  } while (whole_warp(next.unit < end));
   b.finish_stage();
 }

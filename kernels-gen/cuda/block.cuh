@@ -105,7 +105,7 @@ struct Shared {
   u16 places[ROUND ? STEP_ROWS : 1];            // the model's rows: 256 times the sequence, and which of its rows
   u16 pass_first[ROUND ? STEP_ROWS / 2 + 1 : 1];  // the first sequence of each pass of blocks
   u32 guesses[ROUND ? STEP_ROWS : 1];           // of this round, one sequence behind the other
-  alignas(16) u32 dealt[2][16]; // attention: an SM's units without and with a window, see `own_units`
+  alignas(16) u32 dealt[2][20]; // attention: an SM's units without and with a window, see `own_units`
   u32 last_splits[2];           // attention: items of which this SM brought the last, a bit each
   alignas(8) float row_sums[2][CONSUMERS][SLICE_ROWS];
   float row_scale[STEP_ROWS];   // that the sums of a row's products are multiplied by

@@ -40,13 +40,18 @@ template <class A> struct SpanPlace {
       if (spans > 0) return;
     }
   }
-  __device__ __forceinline__ void begin(const Block& b) {
+  // Of all runs and KV heads.
+  __device__ __forceinline__ static u32 count(const Block& b) {
     u32 all = 0;
 #pragma unroll 1
     for (u32 runs = b.shared.long_runs; runs != 0; runs &= runs - 1) {
       const u32 first = __ffs(runs) - 1, others = b.shared.runs >> first >> 1;
       all += SpanShape<A>::of(b, first, others != 0 ? __ffs(others) : b.rows() - first) * A::KV_HEADS;
     }
+    return all;
+  }
+  __device__ __forceinline__ void begin(const Block& b) {
+    const u32 all = count(b);
     // No more than some millions of them.
     u32 target = all * blockIdx.x / gridDim.x;
     left = all * (blockIdx.x + 1) / gridDim.x - target;
@@ -68,6 +73,18 @@ template <class A> struct SpanPlace {
     enter(b, row + rows);
   }
 };
+
+// This SM's place among all of them where units of chunks are dealt out, which come behind the spans: SMs with a span
+// fewer than others are the first. (Where some have none at all it is better to leave them where they are: measured,
+// Qwen3-8B behind 16,000 positions 5.17 ms in place of 5.03; Llama-3.2-1B behind 65,536 1.349 in place of 1.397.)
+template <class A> __device__ __forceinline__ u32 spare_place(const Block& b) {
+  const u32 all = SpanPlace<A>::count(b);
+  if (all < gridDim.x) return blockIdx.x;
+  const u32 most = (all + gridDim.x - 1) / gridDim.x, light = most * gridDim.x - all;  // of these there are so many
+  const u32 begin = all * blockIdx.x / gridDim.x, end = all * (blockIdx.x + 1) / gridDim.x;
+  const u32 before = most * blockIdx.x - begin;  // in front of this one
+  return end - begin < most ? before : light + blockIdx.x - before;
+}
 
 // The stage as the loader sees it. False if the launch ended.
 template <class A> __device__ __forceinline__ bool stream_spans(Loader& b, u32 cache) {
@@ -220,6 +237,7 @@ template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32
     if (whole_warp(first || at.row != now.row || at.kv_head != now.kv_head)) {
       now.row = at.row;
       now.rows = at.rows;
+      now.position = b.shared.position[at.row];
       now.kv_head = at.kv_head;
       Fresh<A> fresh = {};
       fresh.load(b, now, true, false);
