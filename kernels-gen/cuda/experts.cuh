@@ -117,16 +117,25 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
         if (own < b.rows()) squares.load(b, own);
       }
       if (start > 0) consumers_sync();  // the sums were read
-      // Row by row: loads of several rows at once would wait together, but their text costs more than that.
-#pragma unroll 1
-      for (u32 row = 0; row < least(b.rows() - start, SLICE_ROWS); ++row) {
+      // Row by row, the next one's loads ahead: loads of all rows at once would wait together, but their text costs more
+      // than that.
+      const u32 rows = least(b.rows() - start, SLICE_ROWS);
+      float4 ahead[ROUNDS];
+      auto load_row = [&](u32 row) {
         const float* x = R::input(b) + (start + row) * R::K;
+#pragma unroll
+        for (u32 i = 0; i < ROUNDS; ++i) ahead[i] = load4(x + at(i));
+      };
+      load_row(0);
+#pragma unroll 1
+      for (u32 row = 0; row < rows; ++row) {
         float4 v[ROUNDS];
 #pragma unroll
         for (u32 i = 0; i < ROUNDS; ++i) {
-          v[i] = load4(x + at(i));
+          v[i] = ahead[i];
           if (!there(i)) v[i] = make_float4(0, 0, 0, 0);
         }
+        load_row(least(row + 1, rows - 1));
         float dot[EACH] = {}, square = 0.f;
 #pragma unroll
         for (u32 i = 0; i < ROUNDS; ++i) {
@@ -195,8 +204,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
   // A lane knows the largest two of its own, the lowest expert first among equals, or, behind these, none (`known`):
   // few lanes ever have to look again.
   u32 best = 0, second = 0, at = ~0u, second_at = ~0u, known = 0;
-  u32 mine = ~0u, largest = 0;
-  float score = 0.f;  // of `mine`; it comes while others are chosen
+  u32 mine = 0, key = 0, largest = 0;
 #pragma unroll 1
   for (u32 n = 0; n < R::SLOTS; ++n) {
     if (random && (n == 0 || n == alike)) {
@@ -228,7 +236,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
     if (n == 0) largest = top;
     if (lane == n) {
       mine = expert;
-      score = load1(scores + expert);
+      key = top;
     }
     if (lane == expert % LANES) {
       keys[expert - lane] = 0;
@@ -238,7 +246,10 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
     }
   }
   // Shares of the chosen, and what they are divided by.
-  const float top = __uint_as_float(largest & 0x80000000u ? largest & 0x7fffffffu : ~largest);
+  auto number_of = [](u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); };
+  const float top = number_of(largest);
+  // What is compared of sigmoids is another number. It is loaded only here: in the loop each round waited for it.
+  const float score = R::SCORING == SIGMOID ? load1(scores + mine) : number_of(key);
   auto share_of = [&](float score) {
     if constexpr (R::SCORING == SIGMOID) return random ? 1.f : sigmoid(score);
     return random ? 1.f : power_of_two((score - top) * LOG2_E);
@@ -472,12 +483,12 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   } else {
     if constexpr (S::TILE_OCTETS > 1) {
       // Both warps have every other octet of each tile.
-      constexpr u32 EACH = (S::TILE_OCTETS + 1) / 2;
+      constexpr u32 EACH = S::TILE_OCTETS / 2;
       const u32 first = b.second;
       for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
         auto feature = [&](u32 i) { return (t * S::TILE_OCTETS + first + 2 * i) * OCTET + 2 * (lane % 4); };
-        auto there = [&](u32 row, u32 i) { return row < rows && first + 2 * i < S::TILE_OCTETS && feature(i) < S::COLS; };
-        float2 sum[SLICES][EACH];
+        auto there = [&](u32 row, u32 i) { return row < rows && feature(i) < S::COLS; };
+        float2 sum[SLICES][EACH] = {};
         each_slice(rows, [&](u32 slice) {
           const u32 row = row_of(slice);
 #pragma unroll
@@ -485,11 +496,16 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
             if (there(row, i)) sum[slice][i] = *S::sum(b, row, feature(i));
           }
         });
+        // An expert's tile must not take these warps longer than it takes memory, or all others wait for them: what the
+        // expert is to a row is looked up one expert ahead, and sums are read at once, without conditions. (With a branch
+        // for each octet the consumers of a rank of MiMo-V2.5-Pro waited a quarter of the stage for buffers.)
+        Chosen next[SLICES];
+        each_slice(rows, [&](u32 slice) { next[slice] = chosen_by(row_of(slice), 0); });
 #pragma unroll 1
         for (u32 number = 0; number < count; ++number) {
           Chosen own[SLICES];
-          each_slice(rows, [&](u32 slice) { own[slice] = chosen_by(row_of(slice), number); });
-          float2 scale[EACH];
+          float2 scale[EACH], v[SLICES][EACH][Team<S>::WARPS];
+          each_slice(rows, [&](u32 slice) { own[slice] = next[slice]; });
           if constexpr (S::Weights::FEATURE_SCALES) {
 #pragma unroll
             for (u32 i = 0; i < EACH; ++i) {
@@ -497,27 +513,30 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
             }
           }
           b.wait_sums();
-          const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
+          const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS) + first * Team<S>::WARPS;
           each_slice(rows, [&](u32 slice) {
-            const u32 row = row_of(slice);
-            const Chosen& chosen = own[slice];
 #pragma unroll
             for (u32 i = 0; i < EACH; ++i) {
-              if (!there(row, i) || chosen.slot == NO_SLOT) continue;
-              float2 v = sums[(first + 2 * i) * Team<S>::WARPS][slice][lane];
 #pragma unroll
-              for (u32 w = 1; w < Team<S>::WARPS; ++w) {
-                const float2 more = sums[(first + 2 * i) * Team<S>::WARPS + w][slice][lane];
-                v.x += more.x;
-                v.y += more.y;
-              }
-              if constexpr (S::Weights::FEATURE_SCALES) { v.x *= scale[i].x; v.y *= scale[i].y; }
-              S::add_bias(b, feature(i), chosen, v);
-              sum[slice][i].x = fmaf(chosen.weight, v.x, sum[slice][i].x);
-              sum[slice][i].y = fmaf(chosen.weight, v.y, sum[slice][i].y);
+              for (u32 w = 0; w < Team<S>::WARPS; ++w) v[slice][i][w] = sums[2 * i * Team<S>::WARPS + w][slice][lane];
             }
+            next[slice] = chosen_by(row_of(slice), least(number + 1, count - 1));
           });
           b.pass_sums(Sums<S>::BUFFERS);
+          each_slice(rows, [&](u32 slice) {
+            const Chosen& chosen = own[slice];
+            const bool any = chosen.slot != NO_SLOT;
+#pragma unroll
+            for (u32 i = 0; i < EACH; ++i) {
+              float2 of = v[slice][i][0];
+#pragma unroll
+              for (u32 w = 1; w < Team<S>::WARPS; ++w) of = make_float2(of.x + v[slice][i][w].x, of.y + v[slice][i][w].y);
+              if constexpr (S::Weights::FEATURE_SCALES) of = make_float2(of.x * scale[i].x, of.y * scale[i].y);
+              if (any && there(row_of(slice), i)) S::add_bias(b, feature(i), chosen, of);
+              sum[slice][i].x = any ? fmaf(chosen.weight, of.x, sum[slice][i].x) : sum[slice][i].x;
+              sum[slice][i].y = any ? fmaf(chosen.weight, of.y, sum[slice][i].y) : sum[slice][i].y;
+            }
+          });
         }
         each_slice(rows, [&](u32 slice) {
           const u32 row = row_of(slice);
