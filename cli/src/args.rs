@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use tilec_ir::abi::KvType;
 use tilec_ir::resident::is_step_rows;
 use tilec_ir::spec::{Activations, Device, WeightFormat};
-use tilec_runtime::engine::MAX_ROUNDS;
+use tilec_runtime::engine::{MAX_ROUNDS, PATIENCE};
 use tilec_runtime::sampling::SamplingParams;
 
 /// Compiles language models to native code and runs them.
@@ -643,6 +643,9 @@ pub struct SelftestArgs {
     /// Number of the GPU
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub device: u64,
+    /// Seconds after which a wait on the GPU counts as stuck: more where a tool such as compute-sanitizer slows it down
+    #[arg(long, value_name = "SECONDS", default_value_t = PATIENCE.as_secs(), value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub patience: u64,
     /// Keep checkpoints and plans in this folder
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub keep: Option<PathBuf>,

@@ -70,7 +70,7 @@ impl Long {
     ///
     /// # Errors
     /// When a file cannot be written, or the model is refused.
-    pub fn load(&self, folder: &Path, target: (Device, &str), device: usize) -> Result<Engine> {
+    pub fn load(&self, folder: &Path, target: (Device, &str), options: &EngineOptions) -> Result<Engine> {
         let config = self.config();
         let tensors = frontends::synthetic_tensors(&config, Format::BF16)?;
         let mut spec = ModelSpec::for_checkpoint(folder);
@@ -90,7 +90,7 @@ impl Long {
         let plan = folder.join("plan");
         compile(&input, &spec, &Host { threads: 1, cubins })?.write(&plan)?;
         // Wherever there are spans.
-        let options = EngineOptions { device, long_context: SPAN_POSITIONS, ..EngineOptions::default() };
+        let options = EngineOptions { long_context: SPAN_POSITIONS, ..options.clone() };
         Ok(Engine::load(&plan, &options, &mut |_, _| {})?)
     }
 }
@@ -244,7 +244,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let long = &LONG[0];
         let target = (Device::Cpu, tilec_ir::spec::Target::default_arch(Device::Cpu));
-        let engine = long.load(folder.path(), target, 0).unwrap();
+        let engine = long.load(folder.path(), target, &EngineOptions::default()).unwrap();
         let (outcome, after) = check(long, engine, 1);
         assert_eq!((outcome.problem, after), (None, After::GoOn));
         assert_eq!(outcome.rows, LENGTHS.len() * (LAST + 2 + 1));

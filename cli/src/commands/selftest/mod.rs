@@ -23,7 +23,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tilec_codegen::nvrtc::{Arch, Nvrtc};
 use tilec_ir::spec;
 use tilec_runtime::cuda::{self, DeviceInfo};
@@ -57,12 +57,12 @@ impl Whole {
     }
 
     /// Compiles, loads and checks it.
-    fn check(self, folder: &Path, arch: Arch, device: usize, repeats: usize) -> (Outcome, After) {
+    fn check(self, folder: &Path, arch: Arch, options: &EngineOptions, repeats: usize) -> (Outcome, After) {
         let target = (spec::Device::Cuda, arch.name());
         let checked = match self {
-            Whole::Pair(pair) => pair.load(folder, target, device).map(|engine| pairs::check(pair, engine)),
+            Whole::Pair(pair) => pair.load(folder, target, options).map(|engine| pairs::check(pair, engine)),
             Whole::Long(long) => {
-                long.load(folder, target, device).map(|engine| long::check(long, engine, repeats))
+                long.load(folder, target, options).map(|engine| long::check(long, engine, repeats))
             }
         };
         checked.unwrap_or_else(|error| (failed(self.name(), "compiling and loading", &error), After::GoOn))
@@ -90,12 +90,17 @@ pub fn run(args: &SelftestArgs) -> Result<()> {
     let nvrtc = Nvrtc::find()?;
     ui::note(format!("{gpu}; NVRTC {} for {arch}", nvrtc.version()));
 
+    let options = EngineOptions {
+        device: args.device as usize,
+        patience: Duration::from_secs(args.patience),
+        ..EngineOptions::default()
+    };
     let start = Instant::now();
     let outcomes = match &args.keep {
-        Some(folder) => all((&cases, &wholes), folder, arch, args.device as usize, repeats),
+        Some(folder) => all((&cases, &wholes), folder, arch, &options, repeats),
         None => {
             let folder = tempfile::tempdir().context("cannot make a temporary folder; set TMPDIR")?;
-            all((&cases, &wholes), folder.path(), arch, args.device as usize, repeats)
+            all((&cases, &wholes), folder.path(), arch, &options, repeats)
         }
     };
     print(args, &gpu, arch, &outcomes)?;
@@ -139,7 +144,7 @@ fn all(
     (cases, wholes): (&[Case], &[Whole]),
     folder: &Path,
     arch: Arch,
-    device: usize,
+    options: &EngineOptions,
     repeats: usize,
 ) -> Vec<Outcome> {
     let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
@@ -165,7 +170,7 @@ fn all(
             let case = &cases[number];
             ui::note(format!("{} of {}: {}", count + 1, cases.len() + wholes.len(), case.name));
             let mut of_case = Vec::new();
-            let after = one(case, prepared, device, repeats, &mut of_case);
+            let after = one(case, prepared, options, repeats, &mut of_case);
             report(&of_case);
             outcomes.push((number, of_case));
             if after == After::GiveUp {
@@ -182,7 +187,7 @@ fn all(
         let number = cases.len() + number;
         ui::note(format!("{} of {}: {}", number + 1, cases.len() + wholes.len(), whole.name()));
         let folder = folder.join(format!("case{number}"));
-        let (outcome, after) = whole.check(&folder, arch, device, repeats);
+        let (outcome, after) = whole.check(&folder, arch, options, repeats);
         let of_whole = vec![outcome];
         report(&of_whole);
         outcomes.push((number, of_whole));
@@ -224,7 +229,7 @@ fn failed(case: &str, what: &'static str, error: &anyhow::Error) -> Outcome {
 fn one(
     case: &Case,
     prepared: Result<Prepared>,
-    device: usize,
+    options: &EngineOptions,
     repeats: usize,
     outcomes: &mut Vec<Outcome>,
 ) -> After {
@@ -236,8 +241,7 @@ fn one(
         Ok(prepared) => prepared,
         Err(error) => return failed("compilation", &error),
     };
-    let options = EngineOptions { device, ..EngineOptions::default() };
-    match Engine::load(&prepared.plan, &options, &mut |_, _| {}) {
+    match Engine::load(&prepared.plan, options, &mut |_, _| {}) {
         Ok(mut engine) => checks::run(case, &prepared, &mut engine, repeats, outcomes),
         Err(error) => failed("loading", &error.into()),
     }

@@ -63,7 +63,7 @@ impl Pair {
     ///
     /// # Errors
     /// When a file cannot be written, or the pair is refused.
-    pub fn load(&self, folder: &Path, target: (Device, &str), device: usize) -> Result<Engine> {
+    pub fn load(&self, folder: &Path, target: (Device, &str), options: &EngineOptions) -> Result<Engine> {
         let folder = std::path::absolute(folder)?;
         let [model, draft] = [("model", &self.model), ("draft", &self.draft)].map(|(name, files)| {
             let path = folder.join(name);
@@ -104,8 +104,7 @@ impl Pair {
         let cubins = source::cache_folder().ok().map(|folder| folder.join("cubins"));
         let plan = folder.join("plan");
         compile(&input, &spec, &Host { threads: 1, cubins })?.write(&plan)?;
-        let options = EngineOptions { device, ..EngineOptions::default() };
-        Ok(Engine::load(&plan, &options, &mut |_, _| {})?)
+        Ok(Engine::load(&plan, options, &mut |_, _| {})?)
     }
 }
 
@@ -284,7 +283,8 @@ mod tests {
     #[cfg(feature = "llvm")]
     fn cpu(pair: &Pair) -> (Engine, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
-        let engine = pair.load(folder.path(), (Device::Cpu, Target::default_arch(Device::Cpu)), 0).unwrap();
+        let target = (Device::Cpu, Target::default_arch(Device::Cpu));
+        let engine = pair.load(folder.path(), target, &EngineOptions::default()).unwrap();
         (engine, folder)
     }
 
@@ -340,7 +340,7 @@ mod tests {
     fn pairs_have_kernels_of_rounds() {
         let folder = tempfile::tempdir().unwrap();
         // Without a GPU it is compiled, and not loaded.
-        let problem = PAIRS[0].load(folder.path(), (Device::Cuda, "sm_90a"), 0);
+        let problem = PAIRS[0].load(folder.path(), (Device::Cuda, "sm_90a"), &EngineOptions::default());
         let plan = tilec_ir::plan::Plan::load(&folder.path().join("plan")).unwrap();
         assert!(plan.draft.unwrap().round.is_some());
         assert_eq!(plan.resident.unwrap().step_rows, 32);
