@@ -246,10 +246,9 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
     }
   }
   // Shares of the chosen, and what they are divided by.
-  auto number_of = [](u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); };
-  const float top = number_of(largest);
+  const float top = from_ordered(largest);
   // What is compared of sigmoids is another number. It is loaded only here: in the loop each round waited for it.
-  const float score = R::SCORING == SIGMOID ? load1(scores + mine) : number_of(key);
+  const float score = R::SCORING == SIGMOID ? load1(scores + mine) : from_ordered(key);
   auto share_of = [&](float score) {
     if constexpr (R::SCORING == SIGMOID) return random ? 1.f : sigmoid(score);
     return random ? 1.f : power_of_two((score - top) * LOG2_E);

@@ -96,6 +96,7 @@ __device__ __forceinline__ u32 ordered(float v) {
   const u32 bits = __float_as_uint(v);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+__device__ __forceinline__ float from_ordered(u32 v) { return __uint_as_float(v & 0x80000000u ? v & 0x7fffffffu : ~v); }
 
 // A division, a root or an exponential to the last bit is half a kilobyte of instructions, which are cold in every
 // layer; these are a few, within three units of the last place (of an exponential, of its exponent).

@@ -90,7 +90,6 @@ __device__ __forceinline__ void sample_sync() {
 
 __device__ __forceinline__ u64 joined(uint2 v) { return (u64)v.y << 32 | v.x; }
 __device__ __forceinline__ uint2 halves(u64 v) { return make_uint2((u32)v, (u32)(v >> 32)); }
-__device__ __forceinline__ float from_ordered(u32 v) { return __uint_as_float(v & 0x80000000u ? v & 0x7fffffffu : ~v); }
 
 // 2^-distance in units of 2^-40.
 __device__ __forceinline__ u64 sample_weight(float distance) {

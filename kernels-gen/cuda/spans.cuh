@@ -96,12 +96,12 @@ template <class A> __device__ __forceinline__ bool stream_spans(Loader& b, u32 c
       SpanPlace<A> at;
 #pragma unroll 1
       for (at.begin(b); at.left > 0; at.advance(b)) {
-        constexpr u32 PAGES = SPAN * Shape::PAGES, BYTES = Shape::KEY_BYTES + Shape::VALUE_BYTES;
+        constexpr u32 PAGES = SPAN * Shape::PAGES, BYTES = CacheShape<A>::BLOCK_BYTES;
         const u32* pages = b.args.page_table + (u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + at.span * PAGES;
         u32 page = *pages;
 #pragma unroll 1
         for (u32 n = 0; n < PAGES; ++n) {
-          const u8* const from = A::kv(b) + (((u64)cache * b.args.kv_pages + page) * A::CACHE_HEADS + at.kv_head) * (u64)BYTES;
+          const u8* const from = CacheShape<A>::at(b, cache, page, at.kv_head);
           page = pages[least(n + 1, PAGES - 1)];  // while the ring is waited for
           if constexpr (Shape::PIECES == 1) {
             if (!b.piece(from, BYTES, BYTES)) return false;

@@ -269,10 +269,10 @@ fn check_spans(simulation: &Simulation, run: usize) {
     // A row of the run is the first of a span.
     let rows = |first: usize, sequence| (first..first + run).map(move |p| (p, sequence));
     check(&rows(2047, 3).collect::<Vec<_>>(), &[1, 30]);
-    // Short and long, so that SMs have spans and parts of them.
+    // Short and long, so that SMs have spans and parts of them; of five some have a span fewer than others.
     let short = [(2100, 0), (700, 1), (1024, 2)].into_iter();
     let places: Vec<_> = short.chain(rows(3000, 3)).chain([(5, 5), (1500, 6)]).collect();
-    check(&places, &[1, 3, 40]);
+    check(&places, &[1, 3, 5, 40]);
 }
 
 #[test]
