@@ -42,8 +42,8 @@ const SHORT_TILE: usize = 8192;
 /// SMs of a large chip, about.
 const LARGE_CHIP: usize = 128;
 
-/// Columns of the longest block of weights, to which prepared rows are padded.
-pub const PREPARED_BLOCK: usize = 128;
+/// Columns of the longest block of weights, to which rows of halves are padded.
+pub const ROW_BLOCK: usize = 128;
 
 /// A norm whose gains are `f32` in the packed weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -627,6 +627,14 @@ impl ResidentProgram {
         &self.buffers[id.0 as usize]
     }
 
+    /// Whether a buffer holds slots of experts, rows that lie by themselves and not in octets.
+    pub fn in_slots(&self, id: BufferId) -> bool {
+        self.bodies.iter().flatten().any(|stage| match &stage.kind {
+            Kind::Experts(experts) => experts.route.is_some() && experts.gemm.output == id,
+            _ => false,
+        })
+    }
+
     /// Chunks that a sequence has at most.
     pub const fn max_chunks(&self) -> usize {
         self.context.div_ceil(CHUNK)
@@ -918,7 +926,7 @@ impl ResidentProgram {
                 let (halves, squares) = (self.buffer(prepared.halves), self.buffer(prepared.squares));
                 if gemm.input != prepared.halves
                     || halves.elem != BufferElem::Bf16
-                    || halves.cols != gemm.k.next_multiple_of(PREPARED_BLOCK)
+                    || halves.cols != gemm.k.next_multiple_of(ROW_BLOCK)
                     || squares.elem != BufferElem::F32
                     || squares.cols != (gemm.k / OCTET).next_multiple_of(4)
                     || gemm.format == Format::F16
@@ -944,7 +952,7 @@ impl ResidentProgram {
                     Kind::Embed { k, .. } => Some(*k),
                     kind => kind.gemm().filter(|gemm| gemm.operands == 1).map(|gemm| gemm.cols),
                 };
-                if fits.map(|cols| cols.next_multiple_of(PREPARED_BLOCK))
+                if fits.map(|cols| cols.next_multiple_of(ROW_BLOCK))
                     != Some(self.buffer(prepared.halves).cols)
                 {
                     return fail("prepares rows that do not fit their buffer");

@@ -10,6 +10,7 @@ use crate::abi::{KvLayout, QuantRows};
 use crate::format::{PANEL, PanelLayout};
 use crate::graph::{ActivationFn, Dim, RopeSpec, Router, Scoring};
 use crate::pack::Packing;
+use crate::resident::ROW_BLOCK;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -23,7 +24,8 @@ pub struct BufferId(pub u32);
 pub enum BufferElem {
     /// IEEE single, `[rows][cols]`.
     F32,
-    /// bfloat16, `[rows][cols]`.
+    /// bfloat16, `[rows][cols]`: octets of rows, 32 columns of each row side by side (`rows.cuh`); or slots of
+    /// experts, each of which is a row as it lies.
     Bf16,
     /// Signed bytes in blocks: [`QuantRows`].
     Q8,
@@ -65,7 +67,7 @@ impl Buffer {
         match self.elem {
             BufferElem::Q8 => self.quant_rows().bytes(),
             BufferElem::F32 => (self.rows * self.cols * 4).next_multiple_of(64),
-            BufferElem::Bf16 => (self.rows * self.cols * 2).next_multiple_of(64),
+            BufferElem::Bf16 => (self.rows.next_multiple_of(8) * self.row_bytes()).next_multiple_of(64),
             BufferElem::Routes => 2 * self.route_weights(),
         }
     }
@@ -73,7 +75,7 @@ impl Buffer {
     /// Bytes of a row of numbers.
     pub const fn row_bytes(&self) -> usize {
         match self.elem {
-            BufferElem::Bf16 => self.cols * 2,
+            BufferElem::Bf16 => self.cols.next_multiple_of(ROW_BLOCK) * 2,
             _ => self.cols * 4,
         }
     }

@@ -222,8 +222,14 @@ template <class A, bool NORMS> struct AttentionHead {
   }
 };
 
-__device__ __forceinline__ void store_out(Bf16, u16* out, float2 v) { hand_on(reinterpret_cast<u32*>(out), Bf16::pack(v.x, v.y)); }
-__device__ __forceinline__ void store_out(F32, float* out, float2 v) { hand_on(out, v); }
+// A pair of a row of what attention makes.
+template <class A> __device__ __forceinline__ void store_out(Bf16, u16* out, u32 row, u32 column, float2 v) {
+  out += half_at(row, column_place(column, A::ORDER), A::HEADS * A::V);
+  hand_on(reinterpret_cast<u32*>(out), Bf16::pack(v.x, v.y));
+}
+template <class A> __device__ __forceinline__ void store_out(F32, float* out, u32 row, u32 column, float2 v) {
+  hand_on(out + row * (A::HEADS * A::V) + column, v);
+}
 
 // The first chunk that a row sees.
 template <class A> __device__ __forceinline__ u32 first_chunk(const Block& b, u32 position) {
@@ -244,6 +250,15 @@ template <class A> struct CacheShape {
     return A::kv(b) + (((u64)cache * b.args.kv_pages + page) * A::CACHE_HEADS + kv_head) * (u64)BLOCK_BYTES;
   }
 };
+
+// Where a key's column lies among a page's keys of a head. Those of 16 positions lie as a warp loads them (Cached): 32
+// columns of the positions 0, 1, 4, 5, 8, 9, 12, 13, then of the others, then the next 32; so a load is four whole lines
+// (rows.cuh), and from shared memory meets each bank once.
+template <class A> __device__ __forceinline__ u32 key_at(u32 position, u32 column) {
+  const u32 p = position % WARP_POSITIONS, step = column / 32, width = least(A::QK - step * 32, 32);
+  const u32 line = p / 2 % 2 * 8 + p / 4 * 2 + p % 2;
+  return (position - p) * A::QK + step * (WARP_POSITIONS * 32) + line * width + column % 32;
+}
 
 // Which spans come through the ring, and how (spans.cuh).
 template <class A> struct SpanShape {
@@ -451,13 +466,18 @@ template <class A> struct Cached {
     return b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + p / A::PAGE_TOKENS];
   }
   __device__ __forceinline__ void load_keys(const u8* block, const Place<A>& at) {
-    const u32 column = lane_id() % 4 * 8;
-    const u8* from = block + ((base(at) % A::PAGE_TOKENS + key_position()) * A::QK + column) * 2;
+    const u8* from = block + base(at) % A::PAGE_TOKENS * (A::QK * 2);
+    each_key([&](u32 i, u32 s, u32 offset) { k[i][s] = load4(reinterpret_cast<const u32*>(from + offset)); });
+  }
+  // A lane's pieces of a tile's keys, and how many bytes behind the first each lies (`key_at`).
+  template <class F> __device__ __forceinline__ static void each_key(F piece) {
+    const u32 g = lane_id() / 4, column = lane_id() % 4 * 8;
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
 #pragma unroll
       for (u32 s = 0; s < Space::K_STEPS; ++s) {
-        if (A::QK % 32 == 0 || s * 32 + column < A::QK) k[i][s] = load4(reinterpret_cast<const u32*>(from + i * 4 * A::QK + s * 64));
+        const u32 width = A::QK - s * 32 < 32 ? A::QK - s * 32 : 32;
+        if (A::QK % 32 == 0 || s * 32 + column < A::QK) piece(i, s, (s * (WARP_POSITIONS * 32) + (i * 8 + g) * width + column) * 2);
       }
     }
   }
@@ -648,9 +668,8 @@ template <class A> struct Fresh {
         continue;
       }
       const u32 position = from + own, row = position - at.position;
-      u16* keys = reinterpret_cast<u16*>(CacheShape<A>::at(b, cache, page, at.kv_head));
-      u16* values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
-      keys += position % A::PAGE_TOKENS * A::QK;
+      u16* const keys = reinterpret_cast<u16*>(CacheShape<A>::at(b, cache, page, at.kv_head));
+      u16* const values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
       // One of the groups that need them has the row's first head.
       const bool cached = row * GROUP / QUERIES / together == at.group;
 #pragma unroll
@@ -659,7 +678,7 @@ template <class A> struct Fresh {
         if (A::QK % LANES != 0 && d >= A::QK) continue;
         const u16 rounded = narrow<typename A::Kv>(query.v[i]);
         space.keys[own][d] = rounded;
-        if (cached) keys[d] = rounded;
+        if (cached) keys[key_at<A>(position % A::PAGE_TOKENS, d)] = rounded;
       }
 #pragma unroll
       for (u32 i = 0; i < V_EACH; ++i) {
@@ -681,10 +700,10 @@ template <class A> __device__ __forceinline__ void leave(const Consumer& b, u32 
     float total = sums.total;
     if constexpr (A::SINKS) total += power_of_two(sink * LOG2_E - sums.top);
     const float scale = reciprocal(total);
-    auto* out = A::out(b) + (row * A::HEADS + head) * A::V + lane_id() * 2;
+    const u32 column = head * A::V + lane_id() * 2;
 #pragma unroll
     for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
-      if (has_columns<A>(s)) store_out(typename A::Out(), out + s * 64, make_float2(sums.v[s].x * scale, sums.v[s].y * scale));
+      if (has_columns<A>(s)) store_out<A>(typename A::Out(), A::out(b), row, column + s * 64, make_float2(sums.v[s].x * scale, sums.v[s].y * scale));
     }
   } else {
     const Parts<A> parts = {A::parts(b)};

@@ -20,7 +20,8 @@
 // stage before the last, and epilogues all of the last.
 //
 // The generated text defines STEP_ROWS, SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory; and
-// of mailboxes: MAILBOX_AT, where they are in the arena, and MAILBOX_ROW_BYTES; STAGE_CLEARS, a bit for each
+// of mailboxes: MAILBOX_AT, where they are in the arena, MAILBOX_ROW_BYTES, and MAILBOX_OCTETS, whether rows lie in
+// octets (rows.cuh); STAGE_CLEARS, a bit for each
 // that a stage clears; CROSSING_CHECKED, whether the crossing behind a stage is a checked one.
 //
 // SPANS says whether this is the kernel for long contexts (spans.cuh).
@@ -515,7 +516,8 @@ struct Control : Block {
     if (second) return;
 #pragma unroll 1
     for (u32 left = STAGE_CLEARS[n]; left != 0; left &= left - 1) {
-      const u32 box = __ffs(left) - 1, bytes = MAILBOX_ROW_BYTES[box] * rows();
+      const u32 box = __ffs(left) - 1, count = MAILBOX_OCTETS[box] ? (rows() + SLICE_ROWS - 1) / SLICE_ROWS * SLICE_ROWS : rows();
+      const u32 bytes = MAILBOX_ROW_BYTES[box] * count;
       u8* const mailbox = args.arena + MAILBOX_AT[box];
 #pragma unroll 1
       for (u32 at = (blockIdx.x * LANES + lane_id()) * 16; at < bytes; at += gridDim.x * (LANES * 16)) {

@@ -1,18 +1,13 @@
 // A draft's context: from taps of rows that are committed to keys and values of all draft layers.
 
 // Rows of the taps into the arena, by the numbers that stand in place of tokens. A stage T says: COLS, Out
-// (Bf16 or F32), out(b) [rows][COLS].
-__device__ __forceinline__ void store4(Bf16, u16* to, float4 v) {
-  *reinterpret_cast<uint2*>(to) = make_uint2(Bf16::pack(v.x, v.y), Bf16::pack(v.z, v.w));
-}
-__device__ __forceinline__ void store4(F32, float* to, float4 v) { *reinterpret_cast<float4*>(to) = v; }
-
+// (Bf16 or F32), out(b) [rows][COLS], and of Bf16 ORDER (rows.cuh).
 template <class T> __device__ __forceinline__ void take_taps(Consumer& b) {
   constexpr u32 EACH = LANES * 4, PIECES = (T::COLS + EACH - 1) / EACH;
   for (u32 n = blockIdx.x * CONSUMERS + warp_id(); n < b.rows() * PIECES; n += gridDim.x * CONSUMERS) {
     const u32 row = n / PIECES, column = n % PIECES * EACH + lane_id() * 4;
     if (column >= T::COLS) continue;
-    store4(typename T::Out(), T::out(b) + (u64)row * T::COLS + column, load4(b.args.taps + (u64)b.shared.token[row] * T::COLS + column));
+    store_quad<T>(typename T::Out(), T::out(b), row, column, load4(b.args.taps + (u64)b.shared.token[row] * T::COLS + column));
   }
   b.finish_stage();
 }
@@ -33,15 +28,14 @@ template <class C> __device__ __forceinline__ void cache_context(Consumer& b) {
     const u32 position = b.shared.position[row];
     const float* raw = C::input(b) + ((u64)row * C::LAYERS + layer) * LAYER;
     const u32 page = args.page_table[(u64)b.shared.sequence[row] * args.pages_per_sequence + position / C::PAGE_TOKENS];
-    u16* keys = reinterpret_cast<u16*>(C::kv(b) + (((u64)layer * args.kv_pages + page) * C::KV_HEADS + head) * ((u64)C::PAGE_TOKENS * (C::QK + C::V_PAD) * 2));
-    u16* values = keys + C::PAGE_TOKENS * C::QK + position % C::PAGE_TOKENS * C::V_PAD;
-    keys += position % C::PAGE_TOKENS * C::QK;
+    u16* const keys = reinterpret_cast<u16*>(CacheShape<C>::at(b, layer, page, head));
+    u16* const values = keys + C::PAGE_TOKENS * C::QK + position % C::PAGE_TOKENS * C::V_PAD;
     AttentionHead<C, C::K_NORM> key;
     key.load(raw + head * C::QK, C::k_gain(b, layer), C::rope(b), position);
     key.turn(true);
 #pragma unroll
     for (u32 i = 0; i < key.EACH; ++i) {
-      if (lane + i * LANES < C::QK) keys[lane + i * LANES] = narrow<typename C::Kv>(key.v[i]);
+      if (lane + i * LANES < C::QK) keys[key_at<C>(position % C::PAGE_TOKENS, lane + i * LANES)] = narrow<typename C::Kv>(key.v[i]);
     }
     for (u32 d = lane; d < C::V; d += LANES) {
       values[d] = narrow<typename C::Kv>(raw[C::KV_HEADS * C::QK + head * C::V + d] * C::VALUE_SCALE);

@@ -8,10 +8,6 @@
 //   out(b)      [rows][COLS]; what comes out is added to it if RESIDUAL
 // A quad of columns a lane; what normalizes a row each warp adds up for itself, in an order of its own lanes.
 
-__device__ __forceinline__ void put4(Bf16, u16* to, float4 v) {
-  *reinterpret_cast<uint2*>(to) = make_uint2(Bf16::pack(v.x, v.y), Bf16::pack(v.z, v.w));
-}
-__device__ __forceinline__ void put4(F32, float* to, float4 v) { *reinterpret_cast<float4*>(to) = v; }
 
 template <class C> __device__ __forceinline__ float row_normalizer(const float* x) {
   float sum = 0.f;
@@ -57,12 +53,11 @@ template <class C> __device__ __forceinline__ void convolve(Consumer& b) {
       const float own = (base[i] + load1(kernel + group)) * x[i];
       x[i] = fmaf(base[C::COLS + i] + load1(kernel + GROUPS + group), before[i], own);
     }
-    auto* to = C::out(b) + (u64)row * C::COLS + column;
     if constexpr (C::RESIDUAL) {
-      const float4 sum = load4(to);
+      const float4 sum = load4(C::out(b) + (u64)row * C::COLS + column);
       x[0] += sum.x; x[1] += sum.y; x[2] += sum.z; x[3] += sum.w;
     }
-    put4(typename C::Out(), to, make_float4(x[0], x[1], x[2], x[3]));
+    store_quad<C>(typename C::Out(), C::out(b), row, column, make_float4(x[0], x[1], x[2], x[3]));
   }
   b.finish_stage();
 }

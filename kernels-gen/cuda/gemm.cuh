@@ -34,11 +34,12 @@
 //   TILE_OCTETS          octets of a tile, of each operand; an even number if they are short, of experts only; else 1
 //   Input                F32, or the half type of the products
 //   CHECKED              whether x, and its squares, may be late (handoff.cuh)
+//   ROW_OCTETS, ORDER    of halves: whether x lies in octets of rows, and the order of its columns (rows.cuh)
 //   PREPARED             whether x is bf16 that its maker has prepared for a norm (prepared.cuh)
 //   squares(b)           then: [rows][K / 8, padded to four] f32
 //   NORM, gain(b), EPS   whether x is normed first, or was prepared for that; its gains
 //   LOGITS               whether its rows are those whose logits are wanted
-//   input(block)         x, [rows][K]; prepared, K is padded to PREPARED_BLOCK
+//   input(block)         x, [rows][K]
 //   partial(block)       of rows in parts: [TILES][OPERANDS][SLICES][LANES] float2, sums of the parts before
 //   Carry, before(), finish()  the epilogue: what to load ahead, and what to do with a pair of results
 //   PREPARES             whether it prepares its results for a norm (prepared.cuh)
@@ -202,15 +203,17 @@ template <class S> __device__ __forceinline__ void load_slice(Consumer& b, Activ
   };
   a.scale[slice] = 1.f;
   if constexpr (S::HALF_INPUT) {
-    // Prepared rows have the pieces of a block set by set.
-    constexpr u32 ROW = S::PREPARED ? padded(S::K) : S::K, SET = S::PREPARED ? 32 : 8;
-    const u16* x = S::input(b) + (u64)source.row * ROW + (S::PREPARED ? warp * BLOCK + quarter * 8 : column);
+    constexpr u32 PLACES = S::ROW_OCTETS ? SLICE_ROWS : 1;  // from one 32 columns to the next, in these
+    const u16* x = S::input(b) + (S::ROW_OCTETS ? half_at(source.row, 0, S::K) : source.row * S::K) + (first * STRIDE + warp * BLOCK) * PLACES;
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (u32 set = 0; set < Activations<S>::SETS; ++set) {
+        // What differs by lane first, so that the rest is part of the instruction.
+        const u32 place = column_place(quarter * S::Weights::LANE_COLUMNS + set * 8, S::ORDER);
+        const u16* from = x + place % 32 + place / 32 * (32 * PLACES) + i * (STRIDE * PLACES);
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (inside(first + i, set * 2)) v = take4<S::CHECKED>(reinterpret_cast<const u32*>(x + (first + i) * STRIDE + set * SET));
+        if (inside(first + i, set * 2)) v = take4<S::CHECKED>(reinterpret_cast<const u32*>(from));
         u32(&pair)[4] = a.pair[i][set][slice];
         pair[0] = v.x; pair[1] = v.y; pair[2] = v.z; pair[3] = v.w;
       }
@@ -352,10 +355,8 @@ template <class S> __device__ __forceinline__ void share_slice(Consumer& b, Acti
 }
 
 template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a, u32 part = 0) {
-  auto source = [&](u32 row) {
-    const bool there = row < (S::LOGITS ? b.logit_rows() : b.rows());
-    return Source{there, S::LOGITS ? b.shared.logit_row[row] : row};
-  };
+  const u32 rows = S::LOGITS ? b.logit_rows() : b.rows();
+  auto source = [&](u32 row) { return Source{row < rows, S::LOGITS ? b.shared.logit_row[row] : row}; };
   if constexpr (S::HALF_INPUT) {
     bool scales = S::PREPARED && part == 0;
     do {

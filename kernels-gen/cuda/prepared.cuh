@@ -5,20 +5,11 @@
 // their products take, and a warp a row adds up a few hundred squares meanwhile; control multiplies the sums by
 // what normalizes the row. The order of the squares' sum is fixed by the row's length alone.
 //
-// A maker M says: COLS, halves(b) [rows][COLS, padded] bf16, next_squares(b) [rows][octets, padded] f32,
-// next_gain(b) [COLS] f32. A reader says: K, EPS, LOGITS, squares(b). The generated text has PREPARED_BLOCK (columns of
-// the longest block of weights), STAGE_ORDER and, for next_gain, STAGE_GAIN: who reads next differs from layer to layer.
+// A maker M says: COLS, halves(b) [rows][COLS] bf16 (rows.cuh), next_squares(b) [rows][octets, padded] f32,
+// next_gain(b) [COLS] f32. A reader says: K, EPS, LOGITS, squares(b). The generated text has STAGE_ORDER and, for next_gain, STAGE_GAIN: who reads next differs from layer to layer.
 
-__device__ __forceinline__ constexpr u32 padded(u32 columns) { return (columns + PREPARED_BLOCK - 1) / PREPARED_BLOCK * PREPARED_BLOCK; }
 // Squares of a row: one an octet, padded to what a load has.
 __device__ __forceinline__ constexpr u32 padded_squares(u32 columns) { return (columns / OCTET + 3) / 4 * 4; }
-
-// Where a column lies. The reader's blocks have 32 << order columns, its lanes 8 << order of them: the pieces of 8
-// come set by set, so that what a warp loads at a time lies side by side.
-__device__ __forceinline__ u32 prepared_place(u32 column, u32 order) {
-  const u32 piece = column / 8, set = piece & ((1u << order) - 1), quarter = piece >> order & 3;
-  return (column & ~((32u << order) - 1)) + (set * 4 + quarter) * 8 + column % 8;
-}
 
 // A pair of results, `v` in the columns `feature` and the next, times the gains of the norm; the squares of an
 // octet. A lane in four has a pair of the same octet. The whole warp, some of whose rows may not be there.
@@ -27,8 +18,8 @@ template <class S> __device__ __forceinline__ void prepare(const Block& b, bool 
   square += __shfl_xor_sync(~0u, square, 1);
   square += __shfl_xor_sync(~0u, square, 2);
   if (!there) return;
-  const u32 place = prepared_place(feature, STAGE_ORDER[b.number]);
-  hand_on(reinterpret_cast<u32*>(S::halves(b) + row * padded(S::COLS) + place), Bf16::pack(v.x * gain.x, v.y * gain.y));
+  const u32 at = half_at(row, column_place(feature, STAGE_ORDER[b.number]), S::COLS);
+  hand_on(reinterpret_cast<u32*>(S::halves(b) + at), Bf16::pack(v.x * gain.x, v.y * gain.y));
   if (feature % OCTET == 0) hand_on(S::next_squares(b) + row * padded_squares(S::COLS) + feature / OCTET, square);
 }
 template <class S> __device__ __forceinline__ float2 gain_ahead(const Block& b, u32 feature) {

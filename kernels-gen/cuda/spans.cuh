@@ -141,20 +141,14 @@ template <class A> __device__ __forceinline__ ChunkSums<A> attend_chunk(Consumer
   for (u32 page = 0; page < Shape::PAGES; ++page) {
     const u8* const slot = b.wait_slot(page * PIECES);
     values[page] = slot + Shape::KEY_BYTES;  // if they are in the same
-    const u8* const keys = slot + (Cached<A>::key_position() * A::QK + t * 8) * 2;
     u32 read = 0;
 #pragma unroll
     for (u32 n = 0; n < Shape::PAGE_TILES; ++n) {
       Cached<A> tile = {};
-#pragma unroll
-      for (u32 i = 0; i < 2; ++i) {
-#pragma unroll
-        for (u32 s = 0; s < Space::K_STEPS; ++s) {
-          if (A::QK % 32 != 0 && s * 32 + t * 8 >= A::QK) continue;
-          tile.k[i][s] = *reinterpret_cast<const uint4*>(keys + (n * WARP_POSITIONS + i * 2) * (A::QK * 2) + s * 64);
-          read |= tile.k[i][s].x;
-        }
-      }
+      Cached<A>::each_key([&](u32 i, u32 s, u32 offset) {
+        tile.k[i][s] = *reinterpret_cast<const uint4*>(slot + n * (WARP_POSITIONS * A::QK * 2) + offset);
+        read |= tile.k[i][s].x;
+      });
       // Weights relative to the tile's own largest score, as pairs of halves.
       const u32 at = page * Shape::PAGE_TILES + n;
       float score[4];

@@ -36,7 +36,7 @@ template <class E> __device__ __forceinline__ void embed(Consumer& b) {
 #pragma unroll
       for (u32 x = 1; x < OCTET_LANES; x *= 2) square += __shfl_xor_sync(~0u, square, x);
       if (column >= E::K) continue;
-      u16* to = E::halves(b) + row * padded(E::K) + prepared_place(column, STAGE_ORDER[b.number]);
+      u16* to = E::halves(b) + half_at(row, column_place(column, STAGE_ORDER[b.number]), E::K);
 #pragma unroll
       for (u32 i = 0; i < EACH; ++i) to[i] = narrow<Bf16>(v[i] * E::next_gain(b)[column + i]);
       if (column % OCTET == 0) E::next_squares(b)[row * padded_squares(E::K) + column / OCTET] = square;

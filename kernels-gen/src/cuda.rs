@@ -25,7 +25,10 @@ pub const HANDOFF: Header = Header { name: "handoff.cuh", text: include_str!("..
 /// Roles, barriers, crossings. Behind the constants that size a block.
 pub const BLOCK: Header = Header { name: "block.cuh", text: include_str!("../cuda/block.cuh") };
 
-/// Rows on their way from a maker to the products behind a norm. Behind the tables of the step.
+/// How rows of halves lie. Behind [`BLOCK`].
+pub const ROWS: Header = Header { name: "rows.cuh", text: include_str!("../cuda/rows.cuh") };
+
+/// Rows on their way from a maker to the products behind a norm. Behind [`ROWS`] and the tables of the step.
 pub const PREPARED: Header = Header { name: "prepared.cuh", text: include_str!("../cuda/prepared.cuh") };
 
 /// Rows times streamed weights. Behind [`PREPARED`].

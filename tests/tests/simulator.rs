@@ -369,7 +369,7 @@ impl Simulation {
     ) -> Outcome {
         assert!(rows.len() <= self.program.step_rows);
         let buffers = self.program.buffers.iter();
-        let arena = buffers.map(|buffer| buffer.offset + buffer.rows * buffer.cols * 4).max().unwrap();
+        let arena = buffers.map(|buffer| buffer.offset + buffer.bytes()).max().unwrap();
         let pages = self.pages();
         let mut launch: Vec<u32> = [
             arena,

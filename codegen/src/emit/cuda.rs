@@ -9,13 +9,13 @@ use tilec_ir::handoff::Handoff;
 use tilec_ir::launch::{KERNEL, SLICE_ROWS, SLOT_BYTES, SYNC_BYTES, SYNC_HEAD};
 use tilec_ir::octet::{apart_scales, feature_scales, octet_block_scales, octet_blocks};
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, PREPARED_BLOCK, Pairs,
-    Prepared, Reader, Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps, TopK, part_columns,
+    Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, Pairs, Prepared, ROW_BLOCK,
+    Reader, Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps, TopK, part_columns, prepared_order,
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
     ATTENTION, BASE, BLOCK, CONTEXT, CONV, EXPERTS, FORMATS, GEMM, HANDOFF, Header, PREPARED, PTX, ROUND,
-    SAMPLE, SELECTOR, SPANS, STEP, SharedLayout, SharedNeeds,
+    ROWS, SAMPLE, SELECTOR, SPANS, STEP, SharedLayout, SharedNeeds,
 };
 
 use super::merge::{NO_OFFSET, NO_WINDOW, merge_layers};
@@ -209,6 +209,7 @@ fn emit_parts(
     out.head(&shared, &needs);
     out.tables();
     out.order();
+    out.header(&ROWS);
     out.header(&ATTENTION);
     if long {
         out.header(&SPANS);
@@ -453,12 +454,14 @@ impl<'p> Writer<'p> {
     /// Where mailboxes are, who clears them, and which crossings they check.
     fn mailboxes(&mut self) {
         let list = |values: Vec<String>| values.join(", ");
-        let (mut at, mut bytes, mut clears, mut checked) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut at, mut bytes, mut octets) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut clears, mut checked) = (Vec::new(), Vec::new());
         for part in &self.parts {
             let boxes = part.mailboxes();
             for buffer in boxes.iter().map(|id| part.program.buffer(*id)) {
                 at.push(format!("{:#x}", buffer.offset));
                 bytes.push(buffer.row_bytes().to_string());
+                octets.push(u8::from(buffer.elem == BufferElem::Bf16).to_string());
             }
             for (n, handoff) in part.handoffs.iter().enumerate() {
                 let bit = |id: &BufferId| 1u32 << boxes.binary_search(id).unwrap_or_default();
@@ -479,6 +482,7 @@ impl<'p> Writer<'p> {
         let count = at.len().max(1);
         line!(self, "__constant__ u64 MAILBOX_AT[{count}] = {{{}}};", list(at));
         line!(self, "__constant__ u32 MAILBOX_ROW_BYTES[{count}] = {{{}}};", list(bytes));
+        line!(self, "__constant__ u8 MAILBOX_OCTETS[{count}] = {{{}}};", list(octets));
         line!(self, "__constant__ u32 STAGE_CLEARS[STAGES] = {{{}}};", list(clears));
         line!(self, "__constant__ u8 CROSSING_CHECKED[STAGES] = {{{}}};", list(checked));
     }
@@ -576,7 +580,7 @@ impl<'p> Writer<'p> {
             let gains: Vec<String> = readers().map(|reader| format!("{:#x}", reader.gain)).collect();
             line!(self, "__constant__ u64 STAGE_GAIN[STAGES] = {{{}}};", gains.join(", "));
         }
-        line!(self, "constexpr u32 PREPARED_BLOCK = {PREPARED_BLOCK};");
+        line!(self, "constexpr u32 ROW_BLOCK = {ROW_BLOCK};");
         let orders = list(readers().map(|reader| reader.order as usize).collect());
         line!(self, "__constant__ u8 STAGE_ORDER[STAGES] = {{{orders}}};");
     }
@@ -613,7 +617,8 @@ impl<'p> Writer<'p> {
                 line!(self, "struct {name} {{");
                 let (out_type, elem) = self.out_types(*output);
                 line!(self, "  using Out = {out_type};");
-                line!(self, "  static constexpr u32 COLS = {cols};");
+                let order = self.order_of(*output);
+                line!(self, "  static constexpr u32 COLS = {cols}, ORDER = {order};");
                 let out = self.buffer(*output);
                 self.function(&format!("{elem}*"), "out", "const Block& b", &format!("return {out};"));
                 line!(self, "}};");
@@ -663,7 +668,8 @@ impl<'p> Writer<'p> {
         let stride = self.program().buffer(*kernels).cols;
         line!(
             self,
-            "  static constexpr u32 COLS = {cols}, GROUP = {group}, KERNELS = {stride}, SIDE = {side};"
+            "  static constexpr u32 COLS = {cols}, GROUP = {group}, KERNELS = {stride}, SIDE = {side}, ORDER = {};",
+            self.order_of(*output)
         );
         line!(self, "  static constexpr bool NORM = {}, RESIDUAL = {residual};", norm.is_some());
         line!(self, "  static constexpr float EPS = {};", float(norm.map_or(0.0, |norm| norm.eps)));
@@ -763,7 +769,15 @@ impl<'p> Writer<'p> {
             gemm.prepared.is_some(),
             gemm.format == Format::F16
         );
-        line!(self, "  static constexpr bool CHECKED = {};", self.checked(gemm.input));
+        let row_octets = half && !self.program().in_slots(gemm.input);
+        line!(
+            self,
+            "  static constexpr bool ROW_OCTETS = {row_octets}, CHECKED = {};",
+            self.checked(gemm.input)
+        );
+        let order =
+            if gemm.prepared.is_some() { prepared_order(gemm.format) } else { self.order_of(gemm.input) };
+        line!(self, "  static constexpr u32 ORDER = {order};");
         line!(self, "  static constexpr float EPS = {};", float(gemm.norm.map_or(0.0, |norm| norm.eps)));
         let weights = self.weight(gemm.weights);
         self.function("const u8*", "weights", "const Block& b", &format!("return {weights};"));
@@ -983,6 +997,14 @@ impl<'p> Writer<'p> {
         let store = match self.program().buffer(gemm.output).elem {
             _ if gemm.epilogue == Epilogue::Residual => format!("*reinterpret_cast<float2*>({out}) = v[0];"),
             BufferElem::Bf16 => {
+                let out = match experts {
+                    Some(_) => out.clone(),
+                    None => format!(
+                        "{} + half_at(row, column_place(feature, {}), {cols})",
+                        self.buffer(gemm.output),
+                        self.order_of(gemm.output)
+                    ),
+                };
                 format!("hand_on(reinterpret_cast<u32*>({out}), Bf16::pack(v[0].x, v[0].y));")
             }
             _ => format!("hand_on({out}, v[0]);"),
@@ -1061,12 +1083,13 @@ impl<'p> Writer<'p> {
         line!(self, "  using Out = {out_type};");
         line!(
             self,
-            "  static constexpr u32 HEADS = {}, KV_HEADS = {}, CACHE_HEADS = {}, QK = {}, V = {};",
+            "  static constexpr u32 HEADS = {}, KV_HEADS = {}, CACHE_HEADS = {}, QK = {}, V = {}, ORDER = {};",
             attention.heads,
             attention.kv_heads,
             kv.kv_heads,
             kv.qk_dim,
-            kv.v_dim
+            kv.v_dim,
+            self.order_of(attention.output)
         );
         let window = match attention.window {
             _ if !self.parts[self.at].windows.is_empty() => "LAYER_WINDOW[b.layer]".into(),
@@ -1142,6 +1165,15 @@ impl<'p> Writer<'p> {
         self.function("u8*", "kv", "const Block& b", &body);
     }
 
+    /// The order of the columns of rows of halves, as their readers want it; plain if these do not agree.
+    fn order_of(&self, buffer: BufferId) -> u32 {
+        let program = self.program();
+        let gemms = program.sequence().into_iter().filter_map(|(_, _, stage)| stage.kind.gemm());
+        let mut orders = gemms.filter(|gemm| gemm.input == buffer).map(|gemm| prepared_order(gemm.format));
+        let first = orders.next().unwrap_or(0);
+        if orders.all(|order| order == first) && !program.in_slots(buffer) { first } else { 0 }
+    }
+
     /// Types of a buffer's elements: as stages name them, and as they lie in memory.
     fn out_types(&self, buffer: BufferId) -> (&'static str, &'static str) {
         match self.program().buffer(buffer).elem {
@@ -1166,7 +1198,8 @@ impl<'p> Writer<'p> {
         line!(self, "  using Kv = {};", if kv.kv_type == KvType::Bf16 { "Bf16" } else { "F16" });
         line!(
             self,
-            "  static constexpr u32 LAYERS = {layers}, KV_HEADS = {kv_heads}, QK = {}, V = {};",
+            "  static constexpr u32 LAYERS = {layers}, KV_HEADS = {kv_heads}, CACHE_HEADS = {}, QK = {}, V = {};",
+            kv.kv_heads,
             kv.qk_dim,
             kv.v_dim
         );

@@ -11,7 +11,7 @@
 use super::resident::Lowering;
 use tilec_ir::format::Format;
 use tilec_ir::launch::OCTET;
-use tilec_ir::resident::{Epilogue, Gemm, Kind, PREPARED_BLOCK, Prepared, ResidentProgram, Stage};
+use tilec_ir::resident::{Epilogue, Gemm, Kind, Prepared, ROW_BLOCK, ResidentProgram, Stage};
 use tilec_ir::stages::{BufferElem, BufferId};
 
 /// Prepares the rows of every buffer whose makers can.
@@ -30,7 +30,7 @@ pub(super) fn rows(lowering: &mut Lowering<'_>, program: &mut ResidentProgram) {
             continue;
         }
         let known = lowering.buffers.len();
-        let halves = cols.next_multiple_of(PREPARED_BLOCK);
+        let halves = cols.next_multiple_of(ROW_BLOCK);
         let squares = (cols / OCTET).next_multiple_of(4);
         let mut set = |name: String| Prepared {
             halves: lowering.buffer(&format!("{name}.halves"), BufferElem::Bf16, halves),

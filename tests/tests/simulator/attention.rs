@@ -9,6 +9,20 @@ use tilec_ir::graph::interp::Row;
 use tilec_ir::pack::PackContent;
 use tilec_ir::stages::Slot;
 
+/// Where a column of a key lies among the halves of its page: 16 positions together, 32 columns of one behind those of
+/// another, in this order.
+fn key_at(qk_dim: usize, position: usize, column: usize) -> usize {
+    const ORDER: [usize; 16] = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15];
+    let (tile, step) = (position / 16 * 16, column / 32 * 32);
+    let line = ORDER.iter().position(|p| *p == position % 16).unwrap();
+    tile * qk_dim + 16 * step + line * (qk_dim - step).min(32) + column % 32
+}
+
+/// Where a column of a row of `cols` halves lies: eight rows together, 32 columns of each side by side.
+fn half_at(row: usize, column: usize, cols: usize) -> usize {
+    row / 8 * 8 * cols.next_multiple_of(128) + column / 32 * 256 + row % 8 * 32 + column % 32
+}
+
 /// Attention of the last layer in one launch against its formula in float64, over a cache of random
 /// numbers. Gives whether a head's sink had a part of its weights, and not all of them.
 fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) -> bool {
@@ -29,7 +43,7 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
     let (qkv, cols) = buffer(attention.input);
     let qkv: Vec<f64> = floats(&qkv[..program.step_rows * cols * 4]).into_iter().map(f64::from).collect();
     let (out, out_cols) = buffer(attention.output);
-    let out = brains(&out[..program.step_rows * out_cols * 2]);
+    let out = brains(&out[..program.step_rows * out_cols.next_multiple_of(128) * 2]);
     let cache = brains(&simulation.cache());
     let layer = program.layers.last().unwrap();
     let sinks = simulation.sinks();
@@ -64,8 +78,9 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
                 q[i + half] = raw[i + half] * cos + raw[i] * sin;
             }
             let score = |p: usize| {
-                let key = &cache[page(p, head / group) + p % kv.page_tokens * kv.qk_dim..][..kv.qk_dim];
-                q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>() * f64::from(attention.scale)
+                let keys = &cache[page(p, head / group)..];
+                let key = |d: usize| keys[key_at(kv.qk_dim, p % kv.page_tokens, d)];
+                q.iter().enumerate().map(|(d, q)| q * key(d)).sum::<f64>() * f64::from(attention.scale)
             };
             let scores: Vec<f64> = (from..=row.position).map(score).collect();
             let sink = sinks.get(head).map_or(f64::NEG_INFINITY, |sink| f64::from(*sink));
@@ -81,7 +96,7 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
             }
             let size = wanted.iter().fold(0.0f64, |size, x| size.max(x.abs()));
             for (d, wanted) in wanted.iter().enumerate() {
-                let found = out[at * out_cols + head * kv.v_dim + d];
+                let found = out[half_at(at, head * kv.v_dim + d, out_cols)];
                 // Half a unit of a bfloat16 is 2^-9 of a number.
                 let close = (found - wanted).abs() <= size * 0.005 + f64::from(f32::MIN_POSITIVE);
                 assert!(
@@ -170,7 +185,13 @@ fn attended(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) -> 
     let outcome = simulation.launch(rows, 1, blocks, seed);
     let counters = 64 + 6 * simulation.program.step_rows;
     assert!(words(&outcome.sync)[counters..].iter().all(|count| *count == 0), "{rows:?}, {blocks} blocks");
-    outcome.arena[out.offset..][..rows.len() * out.cols * 2].to_vec()
+    // Row by row, as they do not lie.
+    let places = (0..rows.len()).flat_map(|row| (0..out.cols).map(move |column| (row, column)));
+    places
+        .flat_map(|(row, column)| {
+            outcome.arena[out.offset + half_at(row, column, out.cols) * 2..][..2].to_vec()
+        })
+        .collect()
 }
 
 /// The same bits for any number of SMs, and for a sequence's rows alone: however units are dealt out, whoever adds

@@ -52,7 +52,7 @@ struct Added {
 }
 
 fn arena_bytes(program: &ResidentProgram) -> usize {
-    program.buffers.iter().map(|buffer| buffer.offset + buffer.rows * buffer.cols * 4).max().unwrap()
+    program.buffers.iter().map(|buffer| buffer.offset + buffer.bytes()).max().unwrap()
 }
 
 impl<'p> Rounds<'p> {

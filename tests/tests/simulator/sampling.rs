@@ -75,7 +75,7 @@ extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
 const SIZES: &str = "constexpr u32 STEP_ROWS = 32, SLOT_BYTES = 16384, RING_SLOTS = 4, STAGES = 1, SCRATCH_BYTES = 15616, SCALE_BYTES = 0;
 constexpr bool ROUND = false, SPANS = false;
 __device__ __forceinline__ u32 first_stage(u32) { return 0; }
-constexpr u32 MAILBOXES = 0, MAILBOX_ROW_BYTES[1] = {}, STAGE_CLEARS[1] = {};
+constexpr u32 MAILBOXES = 0, MAILBOX_ROW_BYTES[1] = {}, MAILBOX_OCTETS[1] = {}, STAGE_CLEARS[1] = {};
 constexpr u64 MAILBOX_AT[1] = {};";
 
 /// The choice alone, of logits of any kind.
