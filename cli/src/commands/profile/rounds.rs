@@ -200,7 +200,8 @@ struct Between {
     guesses: f64,
     /// From the model's step to the inject: tokens are accepted and committed.
     accept: f64,
-    /// From the inject to the next round's block: what the host sees of a round and was not traced.
+    /// From the inject to the next round's block: what the host sees of a round and was not traced. Negative where
+    /// the round that was traced took longer than rounds do.
     next: f64,
 }
 
@@ -242,7 +243,7 @@ impl Rounds<'_> {
     /// Seconds of a round beyond the bytes of its inject that go into accepting, committing and injecting.
     fn overhead(&self, parts: &[Part]) -> f64 {
         let Between { accept, next, .. } = self.between();
-        parts.last().map_or(0.0, |inject| inject.sum(Kind::lost)) + accept + next
+        parts.last().map_or(0.0, |inject| inject.sum(Kind::lost)) + accept + next.max(0.0)
     }
 
     pub(super) fn text(&self) -> String {
@@ -256,11 +257,17 @@ impl Rounds<'_> {
         }
         let Asked { forced, sequences, context } = self.asked;
         let predicted: f64 = parts.iter().map(|part| part.sum(|kind| kind.predicted)).sum();
+        let next = match between.next {
+            next if next < 0.0 => {
+                format!("not to be seen: the traced round took {} µs longer than rounds do", micros(-next))
+            }
+            next => format!("{} µs (what the host sees and was not traced)", micros(next)),
+        };
         format!(
             "{}\nrounds of {sequences} sequence(s), blocks of {} rows, {} tokens added in each, behind {context} \
              positions, {} SMs: {} µs a round seen from the host, {} of its floor of {} µs; tracing included.\n\
              block to model {} µs; model to inject, where tokens are accepted and committed, {} µs; inject to the \
-             next block {} µs (what the host sees and was not traced).\n\
+             next block {next}.\n\
              accept, commit and inject: {} µs a round beyond the bytes of the inject.\n\
              The last round of launches of {} is traced; a round seen from the host is what {} rounds more take. \
              Medians of {} launches.\n",
@@ -273,7 +280,6 @@ impl Rounds<'_> {
             micros(predicted),
             micros(between.guesses),
             micros(between.accept),
-            micros(between.next),
             micros(self.overhead(&parts)),
             ROUNDS[1],
             ROUNDS[1] - ROUNDS[0],
@@ -457,9 +463,21 @@ mod tests {
         close(json["steps"][2]["measured_s"].as_f64().unwrap(), 2.2e-6);
         close(json["floor_s"].as_f64().unwrap(), (step(3.0) + step(4.0)) * 1e-9 + inject);
         let text = rounds.text();
-        for wanted in ["sum of the block", "inject context", "30.0 µs a round", "block to model 2.9 µs"] {
+        let wanted = [
+            "sum of the block",
+            "inject context",
+            "30.0 µs a round",
+            "block to model 2.9 µs",
+            "6.8 µs (what",
+        ];
+        for wanted in wanted {
             assert!(text.contains(wanted), "{wanted}: {text}");
         }
+        // A round that was traced takes longer now and then: that is no time saved.
+        let late = Rounds { launches: vec![launch(20e-6)], ..rounds };
+        close(late.overhead(&parts), (2.2e-6 - inject) + between.accept);
+        assert!(late.text().contains("traced round took 3.2 µs longer"), "{}", late.text());
+        let rounds = late;
         let events = rounds.events(1);
         assert!(events.iter().all(|event| event["pid"] == json!(1)));
         assert!(events.iter().any(|event| event["name"] == "draft l0.qkv"));
