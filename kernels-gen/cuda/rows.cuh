@@ -3,7 +3,8 @@
 // Eight rows, an octet, lie side by side, 32 columns of each: so what a warp loads at a time, a piece of 16 bytes a
 // lane, is four whole lines of 128 bytes. An SM takes as long for a line of which it wants half, and the eight rows of
 // a step touch eight lines if each lies by itself. (64 KB of 8 rows, read by all 132 SMs of an H200 just after they
-// wrote them: 2,810 cycles as rows, 1,320 as octets; beside a stream of weights 3,770 and 1,800.)
+// wrote them: 2,830 cycles as rows, 1,400 as octets; beside a stream of weights 3,780 and 1,950:
+// measurements/rows_from_l2.cu.)
 //
 // Columns lie in the order in which the reader's lanes want them. Slots of experts, which are read one row here and
 // one there, lie as they are.
