@@ -254,10 +254,10 @@ template <class A> struct CacheShape {
 // Where a key's column lies among a page's keys of a head. Those of 16 positions lie as a warp loads them (Cached): 32
 // columns of the positions 0, 1, 4, 5, 8, 9, 12, 13, then of the others, then the next 32; so a load is four whole lines
 // (rows.cuh), and from shared memory meets each bank once.
-template <class A> __device__ __forceinline__ u32 key_at(u32 position, u32 column) {
-  const u32 p = position % WARP_POSITIONS, step = column / 32, width = least(A::QK - step * 32, 32);
+template <class A> __device__ __forceinline__ u32 key_at(u32 position, u32 step, u32 column) {
+  const u32 p = position % WARP_POSITIONS, width = A::QK % 32 == 0 ? 32 : least(A::QK - step * 32, 32);
   const u32 line = p / 2 % 2 * 8 + p / 4 * 2 + p % 2;
-  return (position - p) * A::QK + step * (WARP_POSITIONS * 32) + line * width + column % 32;
+  return (position - p) * A::QK + line * width + column + step * (WARP_POSITIONS * 32);
 }
 
 // Which spans come through the ring, and how (spans.cuh).
@@ -471,12 +471,12 @@ template <class A> struct Cached {
   }
   // A lane's pieces of a tile's keys, and how many bytes behind the first each lies (`key_at`).
   template <class F> __device__ __forceinline__ static void each_key(F piece) {
-    const u32 g = lane_id() / 4, column = lane_id() % 4 * 8;
+    const u32 lane = anew(lane_id()), g = lane / 4, column = lane % 4 * 8;
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
 #pragma unroll
       for (u32 s = 0; s < Space::K_STEPS; ++s) {
-        const u32 width = A::QK - s * 32 < 32 ? A::QK - s * 32 : 32;
+        const u32 width = A::QK % 32 == 0 ? 32 : least(A::QK - s * 32, 32);
         if (A::QK % 32 == 0 || s * 32 + column < A::QK) piece(i, s, (s * (WARP_POSITIONS * 32) + (i * 8 + g) * width + column) * 2);
       }
     }
@@ -678,7 +678,7 @@ template <class A> struct Fresh {
         if (A::QK % LANES != 0 && d >= A::QK) continue;
         const u16 rounded = narrow<typename A::Kv>(query.v[i]);
         space.keys[own][d] = rounded;
-        if (cached) keys[key_at<A>(position % A::PAGE_TOKENS, d)] = rounded;
+        if (cached) keys[key_at<A>(position % A::PAGE_TOKENS, i, lane_id())] = rounded;
       }
 #pragma unroll
       for (u32 i = 0; i < V_EACH; ++i) {

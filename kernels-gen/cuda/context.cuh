@@ -35,7 +35,7 @@ template <class C> __device__ __forceinline__ void cache_context(Consumer& b) {
     key.turn(true);
 #pragma unroll
     for (u32 i = 0; i < key.EACH; ++i) {
-      if (lane + i * LANES < C::QK) keys[key_at<C>(position % C::PAGE_TOKENS, lane + i * LANES)] = narrow<typename C::Kv>(key.v[i]);
+      if (lane + i * LANES < C::QK) keys[key_at<C>(position % C::PAGE_TOKENS, i, lane)] = narrow<typename C::Kv>(key.v[i]);
     }
     for (u32 d = lane; d < C::V; d += LANES) {
       values[d] = narrow<typename C::Kv>(raw[C::KV_HEADS * C::QK + head * C::V + d] * C::VALUE_SCALE);
