@@ -179,7 +179,7 @@ fn pair(name: &str, target: &Value, draft: &Value, stored: Format, context: usiz
 fn own_text(program: &ResidentProgram) -> String {
     let text = emit(program, Arch::Sm90a).unwrap().text;
     let tables = text.find(&format!("// ==== {} ", program.name)).unwrap();
-    let shared = text[tables..].find("// ==== attention.cuh").unwrap() + tables;
+    let shared = text[tables..].find("// ==== rows.cuh").unwrap() + tables;
     let stages = text.find("\n// embed: ").unwrap();
     format!("{}...\n{}", &text[tables..shared], &text[stages..])
 }
@@ -223,7 +223,7 @@ fn levels_of_the_resident_kernel() {
     let [_, inject, block] = pair("pair", &odd_llama(), &mimo_draft(), Format::BF16, 200);
     insta::assert_snapshot!("mimo-draft.resident", format!("{inject}\n{block}"));
     let inject = emit(&inject, Arch::Sm90a).unwrap().text;
-    let tables = inject.split("// ==== pair").nth(1).unwrap().split("// ==== attention.cuh").next().unwrap();
+    let tables = inject.split("// ==== pair").nth(1).unwrap().split("// ==== rows.cuh").next().unwrap();
     let stages = inject.split_once("\n// taps: ").unwrap().1;
     insta::assert_snapshot!("mimo-draft.cuda", format!("{tables}...\n// taps: {stages}"));
     let [_, _, block] = pair("pair", &odd_llama(), &second(mimo_draft()), Format::BF16, 200);

@@ -9,6 +9,7 @@
 use crate::abi::{KvLayout, QuantRows};
 use crate::format::{PANEL, PanelLayout};
 use crate::graph::{ActivationFn, Dim, RopeSpec, Router, Scoring};
+use crate::launch::SLICE_ROWS;
 use crate::pack::Packing;
 use crate::resident::ROW_BLOCK;
 use serde::{Deserialize, Serialize};
@@ -67,7 +68,9 @@ impl Buffer {
         match self.elem {
             BufferElem::Q8 => self.quant_rows().bytes(),
             BufferElem::F32 => (self.rows * self.cols * 4).next_multiple_of(64),
-            BufferElem::Bf16 => (self.rows.next_multiple_of(8) * self.row_bytes()).next_multiple_of(64),
+            BufferElem::Bf16 => {
+                (self.rows.next_multiple_of(SLICE_ROWS) * self.row_bytes()).next_multiple_of(64)
+            }
             BufferElem::Routes => 2 * self.route_weights(),
         }
     }

@@ -253,7 +253,7 @@ template <class A> struct CacheShape {
 
 // Where a key's column lies among a page's keys of a head. Those of 16 positions lie as a warp loads them (Cached): 32
 // columns of the positions 0, 1, 4, 5, 8, 9, 12, 13, then of the others, then the next 32; so a load is four whole lines
-// (rows.cuh), and from shared memory meets each bank once.
+// (rows.cuh), and from shared memory meets each bank once. `column` is one of the 32 of a step.
 template <class A> __device__ __forceinline__ u32 key_at(u32 position, u32 step, u32 column) {
   const u32 p = position % WARP_POSITIONS, width = A::QK % 32 == 0 ? 32 : least(A::QK - step * 32, 32);
   const u32 line = p / 2 % 2 * 8 + p / 4 * 2 + p % 2;

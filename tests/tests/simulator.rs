@@ -18,6 +18,7 @@ mod steps;
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -35,8 +36,9 @@ use tilec_ir::graph::{EXPERT, Graph};
 use tilec_ir::handoff::Handoff;
 use tilec_ir::launch::{LAUNCH_ROWS, SAMPLE_WORDS, SYNC_BYTES, SampleRow};
 use tilec_ir::resident::{Attention, Kind, ResidentProgram};
-use tilec_ir::spec::{Activations, ModelSpec, Shard, WeightFormat};
+use tilec_ir::spec::{Activations, ModelSpec, Precision, Shard, WeightFormat};
 use tilec_ir::stages::{BufferId, Slot};
+use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::pack::pack;
 
@@ -234,13 +236,24 @@ impl Simulation {
                 info.format = own;
             }
         }
-        let mut graph = frontends::build(config, &tensors).unwrap();
         let asked = |format: Format| match by_row(format) {
             true => WeightFormat::AsStored,
             false => WeightFormat::Converted(format),
         };
         (spec.weights, spec.experts) = (asked(weights), experts.map(asked));
-        precision::precision(&mut graph, &spec).unwrap();
+        Simulation::stored(config, tensors, &spec, sizes, rank)
+    }
+
+    /// The same of tensors that are stored as they say.
+    fn stored(
+        config: &Value,
+        tensors: BTreeMap<String, TensorInfo>,
+        spec: &Precision,
+        sizes: impl Into<resident::Sizes>,
+        rank: Option<Shard>,
+    ) -> Simulation {
+        let mut graph = frontends::build(config, &tensors).unwrap();
+        precision::precision(&mut graph, spec).unwrap();
         if let Some(rank) = rank {
             graph = shard::shard(&graph, rank).unwrap();
         }

@@ -5,11 +5,13 @@ use super::{
     Simulation, Weights, deviation, gpt_oss, llama, long, mimo_fused, qwen3_moe, row, short_experts,
 };
 use serde_json::Value;
+use tilec_codegen::frontends;
 use tilec_codegen::passes::resident::Sizes;
+use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{Interpreter, Row};
 use tilec_ir::resident::Kind;
-use tilec_ir::spec::Shard;
+use tilec_ir::spec::{Activations, ModelSpec, Shard, WeightFormat};
 
 /// Six rows of one sequence and two of another.
 fn first_rows() -> Vec<Row> {
@@ -122,6 +124,38 @@ fn llama_in_f16() {
 #[test]
 fn llama_in_fp8() {
     check_steps(&llama(), Format::FP8_BLOCK, None, 1, 0.03);
+}
+
+/// Readers of the same rows that want their columns in different orders get them in none of these.
+#[test]
+fn layers_that_are_stored_differently_share_rows() {
+    let config = llama();
+    let mut tensors = frontends::synthetic_tensors(&config, Format::BF16).unwrap();
+    for (name, info) in &mut tensors {
+        let read = ["layers.0.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight"];
+        if read.iter().any(|read| name.ends_with(read)) {
+            info.format = Format::FP8_CHANNEL;
+        }
+    }
+    let mut spec = ModelSpec::for_checkpoint("unused").precision;
+    (spec.activations, spec.kv_cache) = (Activations::F32, Some(KvType::Bf16));
+    spec.weights = WeightFormat::AsStored;
+    let simulation = Simulation::stored(&config, tensors, &spec, sizes(8), None);
+    let readers = |name: &str| {
+        let program = &simulation.program;
+        let gemms = program.bodies.iter().flatten().filter_map(|stage| stage.kind.gemm());
+        let read = gemms.filter(|gemm| program.buffer(gemm.input).name == name);
+        read.map(|gemm| (gemm.input, gemm.format)).collect::<Vec<_>>()
+    };
+    for name in ["attn", "act"] {
+        let [(one, codes), (other, halves)] = readers(name)[..] else {
+            panic!("{name}: {:?}", readers(name))
+        };
+        assert_eq!((one, codes, halves), (other, Format::FP8_CHANNEL, Format::BF16), "{name}");
+    }
+    let weights = Weights(&simulation);
+    let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+    check_step(&simulation, &mut interpreter, &first_rows(), [0, 1], 0.03);
 }
 
 /// The same rows by kernels of 8, 16 and 32 rows a step have the same bits, beside other rows as well. (Where rows are
