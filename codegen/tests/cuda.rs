@@ -271,6 +271,9 @@ fn round_text([model, inject, block]: &[ResidentProgram; 3], arch: Arch) -> Opti
 
 #[test]
 fn rounds_get_machine_code_and_keep_within_their_registers() {
+    if !alone("rounds_get_machine_code_and_keep_within_their_registers") {
+        return;
+    }
     let nvrtc = Nvrtc::find().unwrap();
     let fast = Options { fast: true, ..Options::default() };
     for draft in [mimo_draft(), second(mimo_draft())] {
@@ -297,17 +300,37 @@ fn rounds_get_machine_code_and_keep_within_their_registers() {
     assert_eq!(round_text(&[model, inject, block], Arch::Sm90a), None);
 }
 
+/// Whether a test has a process of its own; if not, it is run in one, and has to pass there. What NVRTC makes of a text
+/// depends on what its process compiled before: MiMo in bf16 spills 412 bytes here and 972 behind other tests, in an
+/// order that is never the same. Plans are compiled in a process of their own as well.
+fn alone(test: &str) -> bool {
+    const NAME: &str = "TILEC_TEST_ALONE";
+    if std::env::var(NAME).is_ok_and(|name| name == test) {
+        return true;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test])
+        .env(NAME, test)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    false
+}
+
 #[test]
 fn the_tuned_kernel_keeps_within_its_registers() {
+    if !alone("the_tuned_kernel_keeps_within_its_registers") {
+        return;
+    }
     let nvrtc = Nvrtc::find().unwrap();
     // Two layers have the kernel of sixteen: layers are a loop.
     let llama = example("llama-3.2-1b", 2);
     // MiMo-V2-Flash but for its experts. Keys of 192 columns leave too few registers for what lives through
-    // a stage, as the step's number: it is put away in front of the loops and fetched behind them. (What NVRTC makes of a
-    // text depends a little on what its process has compiled before: 840 bytes alone, 888 behind the other tests.)
-    let spilled = Budget { registers: 168, stack: 96, spills: 920 };
-    // FP8 has the scales of blocks that are on their way as well; 1,208 bytes.
-    let scaled = Budget { registers: 168, stack: 144, spills: 1280 };
+    // a stage, as the step's number: it is put away in front of the loops and fetched behind them.
+    let spilled = Budget { registers: 168, stack: 64, spills: 520 };
+    // FP8 has the scales of blocks that are on their way as well; 1,084 bytes.
+    let scaled = Budget { registers: 168, stack: 144, spills: 1184 };
     // So do rows of 12,288 columns.
     let long_rows = Budget { registers: 168, stack: 192, spills: 840 };
     let [tapped, inject, block] =
@@ -334,6 +357,9 @@ fn the_tuned_kernel_keeps_within_its_registers() {
 /// with windows, and 16 rows a step.
 #[test]
 fn kernels_for_long_contexts_keep_within_their_registers() {
+    if !alone("kernels_for_long_contexts_keep_within_their_registers") {
+        return;
+    }
     let nvrtc = Nvrtc::find().unwrap();
     let shapes = ["llama-3.2-1b", "qwen3-8b", "gpt-oss-20b"];
     for (name, step_rows) in shapes.into_iter().map(|name| (name, 8)).chain([("qwen3-8b", 16)]) {
@@ -601,6 +627,9 @@ fn sizes_without_a_kernel_are_named() {
 
 #[test]
 fn wide_kernels_keep_within_their_registers() {
+    if !alone("wide_kernels_keep_within_their_registers") {
+        return;
+    }
     let nvrtc = Nvrtc::find().unwrap();
     let llama = fused("llama-3.2-1b", &example("llama-3.2-1b", 16), Format::BF16);
     let mixture = fused("gpt-oss-20b", &example("gpt-oss-20b", 24), Format::BF16);
@@ -749,6 +778,9 @@ fn mixture_of(
 /// Mixtures of published shapes, whose experts are in FP8 and NVFP4, beside the formats that were there before.
 #[test]
 fn scaled_experts_keep_within_their_registers() {
+    if !alone("scaled_experts_keep_within_their_registers") {
+        return;
+    }
     let nvrtc = Nvrtc::find().unwrap();
     let config = example("qwen3-30b-a3b", 2);
     for (weights, experts, step_rows) in [
