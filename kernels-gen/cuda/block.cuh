@@ -81,6 +81,7 @@ struct Shared {
   u64 empty[RING_SLOTS];        // all consumers have read it
   u64 ready;                    // the stage's inputs are there
   u64 done;                     // the consumers have finished the stage
+  u64 scaled;                   // what normalizes the rows is there, where a tile is not all consumers'
   u64 sums_full[SUM_BUFFERS];
   u64 sums_empty[SUM_BUFFERS];
   u32 stage;                    // that control is in, of the step
@@ -149,9 +150,10 @@ struct Block {
   // Tiles of a stage are dealt out round robin, and the next stage goes on where this one stopped, so
   // that every SM streams the same number of tiles, give or take one, over the whole step.
   __device__ __forceinline__ u32 first_tile() const { return rotation; }
+  // It divides, so nobody does this between his last tile and saying so.
   __device__ __forceinline__ void pass_tiles(u32 tiles) {
-    rotation += gridDim.x - tiles % gridDim.x;
-    if (rotation >= gridDim.x) rotation -= gridDim.x;
+    const u32 next = rotation + gridDim.x - tiles % gridDim.x;
+    rotation = anew(next >= gridDim.x ? next - gridDim.x : next);
   }
 };
 
@@ -179,10 +181,8 @@ struct Loader : Block {
   __device__ __forceinline__ explicit Loader(const Block& b) : Block(b) {}
   u32 slot = 0;
   u32 parity = 1;   // a fresh barrier counts as if the phase before its first were over
-  u32 issued = 0;   // slots filled so far, up to RING_SLOTS
-  u32 oldest = 0;   // slot of the oldest copy that may still be on its way
-  u32 oldest_parity = 0;
-  u32 in_flight = 0;  // copies that may still be on their way
+  u32 most = 1;     // pieces that may be on their way at once
+  u32 most_here = 1;  // the same, when the consumers have come to the stage
   u32 routes_parity = 0;
   u32 opened = 0;   // steps whose beginning was waited for
   // This SM's weights of the stage, tiles of so many bytes that are gridDim.x tiles apart: how many of their bytes have
@@ -191,7 +191,6 @@ struct Loader : Block {
   u32 tile_bytes = 1;
   u32 position = 0, asked = 0, end = 0;
   u32 asked_at = 0;   // when that was, in cycles
-  bool fast = false;  // whether consumers are faster than memory: weights are not codes that have to be widened
 
   // The loader's lanes stay together.
   __device__ __forceinline__ static bool all(bool v) { return LOADER_LANES == 1 ? v : __all_sync(~0u, v); }
@@ -222,10 +221,15 @@ struct Loader : Block {
     return true;
   }
 
-  // Begins a stage whose tiles lie from `from` on: `tiles` of them are this SM's. Without any, nothing is asked for
-  // ahead.
-  __device__ __forceinline__ void begin_tape(bool halves, const u8* from, u32 bytes, u32 tiles) {
-    fast = halves;
+  // Begins a stage of pieces of about so many bytes. What is on its way delays every other access of the chip: sums, rows,
+  // the crossing itself. So it is as little as the memory's rate needs, or a little more for codes. But consumers that have
+  // come to the stage, and are faster than memory (`halves`: nothing has to be widened), wait for nothing else: there,
+  // three times as much keeps memory busy. Its tiles lie from `from` on, and `tiles` of them are this SM's; without any,
+  // nothing is asked for ahead.
+  __device__ __forceinline__ void begin_tape(bool halves, u32 piece_bytes, const u8* from, u32 bytes, u32 tiles) {
+    auto pieces = [&](u32 wanted) { return least(max((wanted + piece_bytes - 1) / piece_bytes, 1u), RING_SLOTS); };
+    most_here = pieces(halves ? args.in_flight * 3 : args.in_flight * 3 / 2);
+    most = halves ? pieces(args.in_flight) : most_here;
     tape = from;
     tile_bytes = bytes;
     position = asked = 0;
@@ -273,20 +277,17 @@ struct Loader : Block {
     return true;
   }
 
-  // Streams one piece of at most SLOT_BYTES; `usual` bytes is what the stage's pieces have.
-  __device__ __forceinline__ bool piece(const u8* from, u32 bytes, u32 usual) {
-    if (!wait_empty()) return false;
-    // What is on its way delays every other access of the chip: sums, rows, the crossing itself. So it is as little as the
-    // memory's rate needs, or a little more for codes. But consumers that have come to the stage, and are faster than
-    // memory, wait for nothing else: there, three times as much keeps memory busy.
-    const u32 wanted = !fast ? args.in_flight * 3 / 2 : here() ? args.in_flight * 3 : args.in_flight;
-    const u32 most = least(max((wanted + usual - 1) / usual, 1u), RING_SLOTS);
-#pragma unroll 1
-    for (; in_flight >= most; --in_flight) {
-      wait(&shared.full[oldest], oldest_parity, CONSUMER_WEIGHTS);
-      if (++oldest == RING_SLOTS) { oldest = 0; oldest_parity ^= 1; }
-    }
-    ++in_flight;
+  // Streams one piece of at most SLOT_BYTES. A piece of codes is short, and all that is done for it one lane does: so
+  // both barriers are looked at together, and what a wait needs beside that is done by those that have to wait.
+  __device__ __forceinline__ bool piece(const u8* from, u32 bytes) {
+    if (most != most_here && here()) most = most_here;
+    // The piece before so many: it has to be there. In front of the first ones its barrier is as if it were.
+    const bool wraps = slot < most;
+    u64* const before = &shared.full[wraps ? slot + RING_SLOTS - most : slot - most];
+    const u32 before_parity = parity ^ (u32)!wraps;
+    const bool empty = barrier_test(&shared.empty[slot], parity), arrived = barrier_test(before, before_parity);
+    if (!all(empty) && !wait_empty()) return false;
+    if (!all(arrived)) wait(before, before_parity, CONSUMER_WEIGHTS);
     position += bytes;
 #if __CUDA_ARCH__ >= 900
     if (lane_id() == 0) {
@@ -298,19 +299,14 @@ struct Loader : Block {
     copy_arrive(&shared.full[slot]);
 #endif
     if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }
-    if (issued < RING_SLOTS) ++issued;
     return true;
   }
 
   // Waits for the copies that nobody will read, so that none writes into memory that is no longer ours.
   __device__ __forceinline__ void drain() {
-    u32 s = slot, p = parity;
-    for (u32 n = 0; n < issued; ++n) {
-      if (s == 0) { s = RING_SLOTS; p ^= 1; }
-      --s;
-      // The slot was filled in the loader's phase `p`; its barrier's phase has the other parity.
-      wait(&shared.full[s], p ^ 1, CONSUMER_WEIGHTS);
-    }
+    // A slot's barrier is in a phase of the other parity than the loader's when it was filled last.
+#pragma unroll 1
+    for (u32 s = 0; s < RING_SLOTS; ++s) wait(&shared.full[s], s < slot ? parity ^ 1 : parity, CONSUMER_WEIGHTS);
   }
 };
 
@@ -372,12 +368,23 @@ struct Consumer : Block {
   }
   // That of the next tile.
   __device__ __forceinline__ void wait_sums() { wait_sums(sum_buffer); }
-  // This warp's sums of the tile are stored, if it has any.
-  __device__ __forceinline__ void pass_sums(u32 buffers) {
+  // This warp's sums of the tile are stored. It arrives for the warps of the other `groups` as well, which skip the tile.
+  __device__ __forceinline__ void pass_sums(u32 buffers, u32 groups) {
     __syncwarp();
-    if (lane_id() == 0) barrier_arrive(&shared.sums_full[sum_buffer]);
+    if (lane_id() == 0) barrier_arrive(&shared.sums_full[sum_buffer], groups);
     sum_parities ^= 1u << sum_buffer;
     if (++sum_buffer == buffers) sum_buffer = 0;
+  }
+  // The next tiles, at most as many as there are buffers, are other warps'.
+  __device__ __forceinline__ void skip_sums(u32 count, u32 buffers) {
+    const u32 passed = ((1u << count) - 1) << sum_buffer;
+    sum_parities ^= (passed | passed >> buffers) & ((1u << buffers) - 1);
+    sum_buffer += count;
+    if (sum_buffer >= buffers) sum_buffer -= buffers;
+  }
+  // What this warp has of `row_scale` is there, for tiles that not all consumers arrive at.
+  __device__ __forceinline__ void pass_scales() {
+    if (lane_id() == 0) barrier_arrive(&shared.scaled);
   }
   // Whether any of the warp's words, of which this is each lane's largest, is late, so that they are to be asked for again.
   __device__ __forceinline__ bool late(u32 word) {
@@ -397,12 +404,10 @@ struct Consumer : Block {
 struct Control : Block {
   __device__ __forceinline__ explicit Control(const Block& b, bool second) : Block(b), second(second) {}
   const bool second;       // the warp that only runs epilogues
-  u32 done_parity = 0;
-  u32 ready_parity = 0;    // of the second
   u32 sum_buffer = 0;
-  u32 sum_parities = 0;    // a bit a buffer
+  u32 sum_parities = 0;    // a bit a buffer, and the last one for `scaled`
   u32 routes_parity = 0;
-  u32 crossings = 0;       // of this launch
+  u32 crossings = 0;       // of this launch; `done` and `ready` have a phase for each
   u32 checked = 0;         // of these
   bool settled = true;     // what all SMs wrote in front of the last crossing is in sight
 
@@ -413,14 +418,16 @@ struct Control : Block {
 
   // Lets the consumers and the second start a stage.
   __device__ __forceinline__ void open_stage() {
-    sum_buffer = 0;
-    if (second) {
-      barrier_wait(*this, &shared.ready, ready_parity, CONSUMER_INPUTS);
-      ready_parity ^= 1;
-      return;
+    if (!second) {
+      __syncwarp();  // lane 0 acquired for all lanes
+      if (lane_id() == 0) barrier_arrive(&shared.ready);
     }
-    __syncwarp();  // lane 0 acquired for all lanes
-    if (lane_id() == 0) barrier_arrive(&shared.ready);
+    join_stage();
+  }
+  // The stage was opened, by `cross` if it is not a step's first.
+  __device__ __forceinline__ void join_stage() {
+    sum_buffer = 0;
+    if (second) barrier_wait(*this, &shared.ready, crossings & 1, CONSUMER_INPUTS);
   }
 
   // The next tile's sums are there.
@@ -433,6 +440,12 @@ struct Control : Block {
     if (lane_id() == 0) barrier_arrive(&shared.sums_empty[sum_buffer]);
     sum_parities ^= 1u << sum_buffer;
     if (++sum_buffer == buffers) sum_buffer = 0;
+  }
+
+  // All consumers have written what normalizes the rows.
+  __device__ __forceinline__ void wait_scales() {
+    barrier_wait(*this, &shared.scaled, sum_parities >> 31, CONTROL_CONSUMERS);
+    sum_parities ^= 1u << 31;
   }
 
   // The consumers have chosen the layer's experts.
@@ -528,18 +541,19 @@ struct Control : Block {
 
   // What this SM makes in the stage is written: says so, and waits for the other SMs. Lane 0 releases
   // what all lanes wrote (ordered by __syncwarp) and what the consumers wrote (ordered by `done`); behind a
-  // checked crossing the watchdog's does, which this warp's arrival comes before.
-  __device__ __forceinline__ void cross(bool check = false) {
+  // checked crossing the watchdog's does, which this warp's arrival comes before. If there is a stage of the same step
+  // behind it (`more`), lane 0 opens it at once, ordered behind what it has acquired: the others of the warp follow.
+  __device__ __forceinline__ void cross(bool check = false, bool more = false) {
     if constexpr (MAILBOXES == 0) check = false;
-    ++crossings;
     settled = !check;
     if (second) {
+      ++crossings;
       __syncwarp();
       if (lane_id() == 0) barrier_arrive(&shared.done);
       return;
     }
-    barrier_wait(*this, &shared.done, done_parity, CONTROL_CONSUMERS);
-    done_parity ^= 1;
+    barrier_wait(*this, &shared.done, crossings & 1, CONTROL_CONSUMERS);
+    ++crossings;
     __syncwarp();
     checked += check;
     if (lane_id() == 0) {
@@ -558,6 +572,7 @@ struct Control : Block {
       } else {
         wait_arrived();
       }
+      if (more) barrier_arrive(&shared.ready);
       shared.crossings = crossings;
       if (args.trace && shared.stage < STAGES) {  // a choice by chance has no times
         trace_row()[2] = finished;

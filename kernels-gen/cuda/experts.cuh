@@ -99,6 +99,12 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
 #pragma unroll 1
   for (u32 first = b.first_tile(); first < R::EXPERTS; first += EACH * gridDim.x) {
     load_weights(first);
+    // Here, so that all that is done with them is done before the rows are there.
+#pragma unroll
+    for (u32 e = 0; e < EACH; ++e) {
+#pragma unroll
+      for (u32 i = 0; i < ROUNDS; ++i) w[e][i] = anew(w[e][i]);
+    }
     if (!ready) b.wait_inputs();
     else consumers_sync();  // the sums were read
     ready = true;
@@ -167,8 +173,8 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
     }
   }
   if (!ready) b.wait_inputs();
-  b.pass_tiles(R::EXPERTS);
   b.finish_stage();
+  b.pass_tiles(R::EXPERTS);
 }
 
 // ---- The choice ------------------------------------------------------------------------------
@@ -185,7 +191,7 @@ __device__ __forceinline__ u32 mixed(u32 a, u32 b) {
 // every layer and cost more than the choice. The n-th chosen one is lane n's.
 template <class R> __device__ __forceinline__ void choose_row(const Block& b, Routes& routes, u32 row) {
   constexpr u32 EACH = (R::EXPERTS + LANES - 1) / LANES;
-  static_assert(R::SLOTS <= LANES && SLICE_ROWS * EACH * LANES * sizeof(u32) <= SCRATCH_BYTES - SCALE_BYTES);
+  static_assert(R::SLOTS <= LANES && SLICE_ROWS * LANES * (EACH * sizeof(u32) + sizeof(uint2)) <= SCRATCH_BYTES - SCALE_BYTES);
   const u32 lane = lane_id();
   const float* const scores = R::scores(b) + row * R::STRIDE;
   const float* const compared = scores + (R::SCORING == SIGMOID ? R::STRIDE / 2 : 0);
@@ -203,14 +209,17 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
   for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = i * LANES + lane < R::EXPERTS ? max(ordered(loaded[i] + 0.f), 1u) : 0;
   // A lane knows the largest two of its own, the lowest expert first among equals, or, behind these, none (`known`):
   // few lanes ever have to look again.
-  u32 best = 0, second = 0, at = ~0u, second_at = ~0u, known = 0;
-  u32 mine = 0, key = 0, largest = 0;
+  u32 best = 0, second = 0, at = ~0u, second_at = ~0u, known = 0, largest = 0;
+  uint2* const chosen = reinterpret_cast<uint2*>(b.scratch + SLICE_ROWS * EACH * LANES * sizeof(u32)) + row % SLICE_ROWS * LANES;
 #pragma unroll 1
   for (u32 n = 0; n < R::SLOTS; ++n) {
     if (random && (n == 0 || n == alike)) {
       const u32 own = mixed(seed, n < alike ? ~0u : row);
-#pragma unroll 1
-      for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = keys[i * LANES] ? mixed(own, i * LANES + lane) | 1 : 0;
+#pragma unroll 2
+      for (u32 i = 0; i < EACH; ++i) {
+        const u32 any = mixed(own, i * LANES + lane) | 1;
+        keys[i * LANES] = keys[i * LANES] != 0 ? any : 0;
+      }
       known = 0;
     }
     if (known == 0) {
@@ -232,19 +241,24 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
       }
     }
     __syncwarp();  // together again
-    const u32 top = warp_max(best), expert = warp_min(best == top ? at : ~0u);
-    if (n == 0) largest = top;
-    if (lane == n) {
-      mine = expert;
-      key = top;
+    const u32 top = warp_max(best);
+    u32 holders = __ballot_sync(~0u, best == top);
+    // Mostly one lane has it: to look for the lowest of equal ones takes as long as all else.
+    if ((holders & (holders - 1)) != 0) {
+      const u32 lowest = warp_min(best == top ? at : ~0u);
+      holders = __ballot_sync(~0u, at == lowest);
     }
-    if (lane == expert % LANES) {
-      keys[expert - lane] = 0;
+    if (n == 0) largest = top;
+    if (lane + 1 == __ffs(holders)) {
+      chosen[n] = make_uint2(at, best);
+      keys[at - lane] = 0;
       best = second;
       at = second_at;
       --known;
     }
   }
+  __syncwarp();  // the chosen are in sight
+  const u32 mine = lane < R::SLOTS ? chosen[lane].x : 0, key = lane < R::SLOTS ? chosen[lane].y : 0;
   // Shares of the chosen, and what they are divided by.
   const float top = from_ordered(largest);
   // What is compared of sigmoids is another number. It is loaded only here: in the loop each round waited for it.
@@ -341,7 +355,7 @@ template <class S, class Work> __device__ __forceinline__ bool second_tiles(cons
 
 template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, const u8* weights) {
   const Routes& routes = routes_of(b);
-  b.begin_tape(S::Weights::LANE_COLUMNS == 8, nullptr, 1, 0);
+  b.begin_tape(S::Weights::LANE_COLUMNS == 8, Slots<S>::PIECE, nullptr, 1, 0);
   if (S::FIRST && !b.wait_routes(&routes_of(b).routed)) return false;
   const u32 count = routes.count;
   auto tile = [&](u32 number, u32 tile) {
@@ -360,6 +374,24 @@ template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, con
   return true;
 }
 
+// How the second stage's tiles are shared by the groups of an SM: a group takes runs of an expert's tiles in turn, mostly
+// all that the SM has of them. A group skips fewer than there are buffers of sums (`pass_tiles`).
+template <class S> struct Runs {
+  static constexpr u32 OTHERS = Team<S>::GROUPS - 1, MOST = OTHERS > 0 ? (Sums<S>::BUFFERS - 1) / OTHERS : S::TILES;
+  u32 each;      // tiles of an expert, of this SM
+  u32 run;       // of a run
+  u32 runs = 1;  // of an expert
+  __device__ __forceinline__ explicit Runs(const Block& b) {
+    const u32 first = b.first_tile();
+    each = first < S::TILES ? (S::TILES - 1 - first) / gridDim.x + 1 : 0;
+    run = each;
+    if (each > MOST) {
+      for (run = MOST; each % run != 0;) --run;
+      runs = each / run;
+    }
+  }
+};
+
 // Where octet number `n` of this team's is among those of all experts, in the order in which they are multiplied below.
 template <class S> __device__ __forceinline__ OctetPlace expert_place(const Consumer& b, const Routes& routes, u32 n) {
   using T = Team<S>;
@@ -370,10 +402,11 @@ template <class S> __device__ __forceinline__ OctetPlace expert_place(const Cons
     number = at / S::TILES;
     tile = at % S::TILES;
   } else {
-    const u32 each = first < S::TILES ? (S::TILES - 1 - first) / gridDim.x + 1 : 0;
-    if (each == 0) return {false, 0, 0};
-    number = T::group() + n / each * T::GROUPS;
-    tile = first + n % each * gridDim.x;
+    const Runs<S> deal(b);
+    if (deal.each == 0) return {false, 0, 0};
+    const u32 item = T::group() + n / deal.run * T::GROUPS;
+    number = item / deal.runs;
+    tile = first + (item % deal.runs * deal.run + n % deal.run) * gridDim.x;
   }
   if (number >= count) return {false, 0, 0};
   return {true, 0, ((u64)routes.expert[number] * S::TILES + tile) * S::OPERANDS + T::operand() + n % T::OCTETS};
@@ -393,31 +426,50 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
     const u32 tiles = routes.count * S::TILES;
     if (b.first_tile() < tiles) {
       Activations<S> a;
-      load_inputs<S>(b, a);
+      load_inputs<S>(b, a, find_inputs<S>(b));
       u32 group = 0;
       for (u32 n = b.first_tile(); n < tiles; n += gridDim.x) {
         if (T::GROUPS == 1 || group == T::group()) multiply_tile<S>(b, a, 0, octet, place);
-        else pass_tile<S>(b);
+        else pass_tiles<S>(b, 1);
         if (++group == T::GROUPS) group = 0;
       }
     }
+    b.finish_stage();
     b.pass_tiles(tiles);
   } else {
-    // An SM's tiles of an expert. If they are short, tile by tile of all experts; else a group has an expert as a whole.
-    const u32 count = routes.count, first = b.first_tile();
-    const u32 each = first < S::TILES ? (S::TILES - 1 - first) / gridDim.x + 1 : 0;
-    const u32 tiles = S::TILE_OCTETS > 1 ? 1 : each, items = S::TILE_OCTETS > 1 ? each * count : each > 0 ? count : 0;
+    // If tiles are short, one of an expert is an item, tile by tile of all experts; else a run of an expert's is.
+    const u32 count = routes.count;
+    const Runs<S> deal(b);
+    const u32 tiles = S::TILE_OCTETS > 1 ? 1 : deal.run;
+    const u32 items = deal.each == 0 ? 0 : count * (S::TILE_OCTETS > 1 ? deal.each : deal.runs);
+    auto load = [&](Activations<S>& a, bool there, u32 number) {
+      load_rows<S>(b, a, [&](u32 row) {
+        const u32 slot = there ? routes.slot[row][number] : NO_SLOT;
+        return Source{row < b.rows() && slot != NO_SLOT, row * S::SLOTS + slot};
+      });
+    };
     u32 next = 0;  // item whose tiles are the next ones
+    // Rows that are not there are zeros: filled on one path only, they would hold their registers through all stages.
+    Activations<S> ahead;
+    u32 expert = T::group();  // of an item of short tiles, by number; a division would take as long as a tile
+    auto load_ahead = [&](u32 item) {
+#pragma unroll 1
+      while (item < items && expert >= count) expert -= count;
+      load(ahead, item < items, expert);
+      expert += T::GROUPS;
+    };
+    if constexpr (S::TILE_OCTETS > 1) load_ahead(T::group());
 #pragma unroll 1
     for (u32 item = T::group();; item += T::GROUPS) {
       const bool there = item < items;
       Activations<S> a;
-      // Rows that are not there are zeros: filled on one path only, they would hold their registers through all stages.
-      const u32 number = !there ? 0 : S::TILE_OCTETS > 1 ? item % count : item;
-      load_rows<S>(b, a, [&](u32 row) {
-        const u32 slot = routes.slot[row][number];
-        return Source{there && row < b.rows() && slot != NO_SLOT, row * S::SLOTS + slot};
-      });
+      if constexpr (S::TILE_OCTETS > 1) {
+        // A short tile takes less time than its rows do.
+        a = ahead;
+        load_ahead(item + T::GROUPS);
+      } else {
+        load(a, there, deal.runs == 1 ? item : item / deal.runs);
+      }
       // While the rows come.
       if constexpr (T::GROUPS > 1) pass_tiles<S>(b, (least(item, items) - next) * tiles);
       if (!there) break;
@@ -426,16 +478,17 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
       if constexpr (S::ROW_SCALE) T::meet();  // sums of rows were read
       next = item + 1;
     }
+    b.finish_stage();
     b.pass_tiles(S::TILES);
   }
-  b.finish_stage();
 }
 
 template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   const Routes& routes = routes_of(b);
   if (S::FIRST) b.wait_routes(&routes_of(b).routed);
   const u32 lane = anew(lane_id()), rows = b.rows();
-  const u32 count = routes.count;
+  const u32 count = routes.count, first = b.first_tile();
+  b.pass_tiles(S::FIRST ? count * S::TILES : S::TILES);
   auto row_of = [&](u32 slice) { return slice * SLICE_ROWS + lane / 4; };
   auto chosen_by = [&](u32 row, u32 number) {
     const u32 slot = routes.slot[row][number];
@@ -474,20 +527,27 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   };
   bool own = !b.second;
   if constexpr (S::FIRST) {
-    for (u32 n = b.first_tile(); n < count * S::TILES; n += gridDim.x, own = !own) {
+    if constexpr (Team<S>::APART) {
+      if (first < count * S::TILES) b.wait_scales();
+    }
+    for (u32 n = first; n < count * S::TILES; n += gridDim.x, own = !own) {
       if (own) tile(n / S::TILES, n % S::TILES);
       else pass_tile<S>(b);
     }
-    b.pass_tiles(count * S::TILES);
   } else {
     if constexpr (S::TILE_OCTETS > 1) {
       // Both warps have every other octet of each tile.
       constexpr u32 EACH = S::TILE_OCTETS / 2;
-      const u32 first = b.second;
-      for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
-        auto feature = [&](u32 i) { return (t * S::TILE_OCTETS + first + 2 * i) * OCTET + 2 * (lane % 4); };
+      const u32 half = b.second;
+      for (u32 t = first; t < S::TILES; t += gridDim.x) {
+        auto feature = [&](u32 i) { return (t * S::TILE_OCTETS + half + 2 * i) * OCTET + 2 * (lane % 4); };
         auto there = [&](u32 row, u32 i) { return row < rows && feature(i) < S::COLS; };
-        float2 sum[SLICES][EACH] = {};
+        float2 sum[SLICES][EACH] = {}, gain[EACH];
+        // What the end needs is asked for here: nobody would wait for it then but all SMs.
+        if constexpr (S::PREPARES) {
+#pragma unroll
+          for (u32 i = 0; i < EACH; ++i) gain[i] = there(0, i) ? gain_ahead<S>(b, feature(i)) : make_float2(0, 0);
+        }
         each_slice(rows, [&](u32 slice) {
           const u32 row = row_of(slice);
 #pragma unroll
@@ -512,7 +572,7 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
             }
           }
           b.wait_sums();
-          const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS) + first * Team<S>::WARPS;
+          const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS) + half * Team<S>::WARPS;
           each_slice(rows, [&](u32 slice) {
 #pragma unroll
             for (u32 i = 0; i < EACH; ++i) {
@@ -543,8 +603,7 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
           for (u32 i = 0; i < EACH; ++i) {
             if (there(row, i)) S::store(b, row, feature(i), sum[slice][i]);
             if constexpr (S::PREPARES) {
-              const float2 gain = there(row, i) ? gain_ahead<S>(b, feature(i)) : make_float2(0, 0);
-              prepare<S>(b, there(row, i), row, feature(i), sum[slice][i], gain);
+              prepare<S>(b, there(row, i), row, feature(i), sum[slice][i], gain[i]);
             }
           }
         });
@@ -553,13 +612,12 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
       // Features stay with one of the warps, for all experts.
       for (u32 number = 0; number < count; ++number) {
         own = !b.second;
-        for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x, own = !own) {
+        for (u32 t = first; t < S::TILES; t += gridDim.x, own = !own) {
           if (own) tile(number, t);
           else pass_tile<S>(b);
         }
       }
     }
-    b.pass_tiles(S::TILES);
   }
 }
 

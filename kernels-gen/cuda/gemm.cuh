@@ -78,6 +78,8 @@ template <class S> struct Team {
   static constexpr u32 OCTETS = S::Weights::LANE_COLUMNS == 32 ? S::OPERANDS : S::OPERANDS > TEAMS ? S::OPERANDS / TEAMS : 1;
   static constexpr u32 SHARE = S::OPERANDS / OCTETS;                            // teams that share a tile
   static constexpr u32 GROUPS = TEAMS / SHARE;                                  // tiles that are in work at a time
+  // Whether control has to be told apart from tiles what normalizes the rows.
+  static constexpr bool APART = GROUPS > 1 && S::PREPARED;
 
   __device__ __forceinline__ static u32 warp() { return anew(warp_id()) % WARPS; }
   __device__ __forceinline__ static u32 group() { return anew(warp_id()) / (WARPS * SHARE); }
@@ -128,7 +130,7 @@ template <class S> __device__ __forceinline__ bool stream_tile(Loader& b, const 
     const u32 end = L::PARTS == 1 || part + 1 == L::PARTS ? L::OCTET_BYTES : start + L::PART * L::PIECE;
 #pragma unroll 1
     for (u32 at = start; at < end; at += L::PIECE) {
-      if (!b.piece(from + at, end - at < L::PIECE ? end - at : L::PIECE, L::PIECE)) return false;
+      if (!b.piece(from + at, end - at < L::PIECE ? end - at : L::PIECE)) return false;
     }
   }
   return true;
@@ -140,7 +142,7 @@ template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* w
   // Codes are not brought into L2 ahead: their stages do not wait for memory alone, and it costs more than it brings.
   constexpr bool HALVES = S::Weights::LANE_COLUMNS == 8;
   const u32 own = HALVES && Slots<S>::PARTS == 1 && first < all ? (all - first + gridDim.x - 1) / gridDim.x : 0;
-  b.begin_tape(HALVES, weights + (u64)first * Slots<S>::TILE_BYTES, Slots<S>::TILE_BYTES, own);
+  b.begin_tape(HALVES, Slots<S>::PIECE, weights + (u64)first * Slots<S>::TILE_BYTES, Slots<S>::TILE_BYTES, own);
 #pragma unroll 1
   for (u32 part = 0; part < Slots<S>::PARTS; ++part) {
     for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
@@ -187,68 +189,90 @@ __device__ __forceinline__ float row_scale(F16, float amax) {
   return __uint_as_float(exponent - (7u << 23));
 }
 
-// Rows of a slice that lie in the half type of the products, or in float32 without a norm: this lane's row, or zeros if
-// it is not there; of a part of its columns. The whole team.
-template <class S> __device__ __forceinline__ void load_slice(Consumer& b, Activations<S>& a, u32 slice, Source source, u32 part) {
+// Where a row of halves begins for this lane: what differs from lane to lane and from row to row of the places of its
+// pieces, in halves. It is known before the row is there.
+struct RowStart {
+  bool there;
+  u32 at;
+};
+
+template <class S> struct RowPlaces {
+  static constexpr u32 APART = S::ROW_OCTETS ? SLICE_ROWS : 1;  // from one 32 columns to the next, in these
+  // Whether columns lie in the order in which the lanes here want them.
+  static constexpr bool IN_ORDER = S::ROW_OCTETS && S::Weights::LANE_COLUMNS == 8u << S::ORDER;
+};
+
+template <class S> __device__ __forceinline__ RowStart row_start(Source source) {
+  const u32 row = S::ROW_OCTETS ? half_at(source.row, 0, S::K) : source.row * S::K;
+  const u32 quarter = RowPlaces<S>::IN_ORDER ? anew(lane_id()) % 4 * 8 : 0;
+  return {source.there, anew(row + Team<S>::warp() * (S::Weights::BLOCK_COLUMNS * RowPlaces<S>::APART) + quarter)};
+}
+
+// Rows of a slice that lie in the half type of the products: this lane's row, or zeros if it is not there (never, if ALL);
+// of a part of its columns.
+template <class S, bool ALL> __device__ __forceinline__ void load_halves(const Block& b, Activations<S>& a, u32 slice, RowStart start, u32 part) {
+  constexpr u32 WARPS = Team<S>::WARPS, COUNT = Activations<S>::COUNT, APART = RowPlaces<S>::APART;
+  constexpr u32 BLOCK = S::Weights::BLOCK_COLUMNS, STRIDE = BLOCK * WARPS;
+  const u32 quarter = anew(lane_id()) % 4, first = part * COUNT;
+  const u32 column = Team<S>::warp() * BLOCK + quarter * S::Weights::LANE_COLUMNS;  // of a round's first block
+  const u16* const x = S::input(b) + start.at + first * (STRIDE * APART);
+  a.scale[slice] = 1.f;
+#pragma unroll
+  for (u32 i = 0; i < COUNT; ++i) {
+#pragma unroll
+    for (u32 set = 0; set < Activations<S>::SETS; ++set) {
+      const u32 place = column_place(quarter * S::Weights::LANE_COLUMNS + set * 8, S::ORDER);
+      const u16* from = x + (RowPlaces<S>::IN_ORDER ? set * (32 * APART) : place % 32 + place / 32 * (32 * APART)) + i * (STRIDE * APART);
+      const bool whole = Slots<S>::PARTS == 1 && (i + 1) * WARPS <= S::K / BLOCK;
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if ((ALL || start.there) && (whole || column + (first + i) * STRIDE + set * 8 < S::K)) v = take4<S::CHECKED>(reinterpret_cast<const u32*>(from));
+      u32(&pair)[4] = a.pair[i][set][slice];
+      pair[0] = v.x; pair[1] = v.y; pair[2] = v.z; pair[3] = v.w;
+    }
+  }
+}
+
+// The same of rows in float32 without a norm. The whole team.
+template <class S> __device__ __forceinline__ void load_floats(Consumer& b, Activations<S>& a, u32 slice, Source source) {
   using W = typename S::Weights::Act;
   constexpr u32 WARPS = Team<S>::WARPS, COUNT = Activations<S>::COUNT;
-  constexpr u32 BLOCK = S::Weights::BLOCK_COLUMNS, STRIDE = BLOCK * WARPS, QUADS = S::Weights::LANE_COLUMNS / 4;
+  constexpr u32 STRIDE = S::Weights::BLOCK_COLUMNS * WARPS, QUADS = S::Weights::LANE_COLUMNS / 4;
   const u32 lane = anew(lane_id()), warp = Team<S>::warp();
   const u32 row = lane / 4, quarter = lane % 4;
-  const u32 first = part * COUNT;  // round
-  const u32 column = warp * BLOCK + quarter * S::Weights::LANE_COLUMNS;  // of a round's first block
-  // Whether there are the columns 4h and on of round i.
+  const u32 column = warp * S::Weights::BLOCK_COLUMNS + quarter * S::Weights::LANE_COLUMNS;  // of the first block
   auto inside = [&](u32 i, u32 h) {
-    return source.there && ((Slots<S>::PARTS == 1 && (i + 1) * WARPS <= S::K / BLOCK) || column + i * STRIDE + h * 4 < S::K);
+    return source.there && ((i + 1) * STRIDE <= S::K || column + i * STRIDE + h * 4 < S::K);
   };
   a.scale[slice] = 1.f;
-  if constexpr (S::HALF_INPUT) {
-    constexpr u32 PLACES = S::ROW_OCTETS ? SLICE_ROWS : 1;  // from one 32 columns to the next, in these
-    const u16* x = S::input(b) + (S::ROW_OCTETS ? half_at(source.row, 0, S::K) : source.row * S::K) + (first * STRIDE + warp * BLOCK) * PLACES;
-#pragma unroll
-    for (u32 i = 0; i < COUNT; ++i) {
-#pragma unroll
-      for (u32 set = 0; set < Activations<S>::SETS; ++set) {
-        // What differs by lane first, so that the rest is part of the instruction.
-        const u32 place = column_place(quarter * S::Weights::LANE_COLUMNS + set * 8, S::ORDER);
-        const u16* from = x + place % 32 + place / 32 * (32 * PLACES) + i * (STRIDE * PLACES);
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (inside(first + i, set * 2)) v = take4<S::CHECKED>(reinterpret_cast<const u32*>(from));
-        u32(&pair)[4] = a.pair[i][set][slice];
-        pair[0] = v.x; pair[1] = v.y; pair[2] = v.z; pair[3] = v.w;
-      }
-    }
-  } else {
-    static_assert(!S::NORM && !S::CHECKED && Slots<S>::PARTS == 1);
-    const float* x = S::input(b) + (u64)source.row * S::K + column;
-    if constexpr (S::ROW_SCALE) {
-      float amax = 0.f;
+  static_assert(!S::NORM && !S::CHECKED && Slots<S>::PARTS == 1);
+  const float* const x = S::input(b) + (u64)source.row * S::K + column;
+  if constexpr (S::ROW_SCALE) {
+    float amax = 0.f;
 #pragma unroll 2
-      for (u32 i = 0; i < COUNT; ++i) {
-#pragma unroll
-        for (u32 h = 0; h < QUADS; ++h) {
-          if (inside(i, h)) amax = largest(amax, load4(x + i * STRIDE + h * 4));
-        }
-      }
-      // The row over its 4 lanes, then over the team's warps.
-      amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1)); amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
-      const u32 own = anew(warp_id()), team = own - warp;
-      if (quarter == 0) b.shared.row_sums[slice % 2][own][row] = amax;
-      Team<S>::meet();
-#pragma unroll
-      for (u32 w = 0; w < WARPS; ++w) amax = fmaxf(amax, b.shared.row_sums[slice % 2][team + w][row]);
-      a.scale[slice] = row_scale(W(), amax);
-    }
-    const float to_half = 1.f / a.scale[slice];  // a power of two: exact
-#pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (u32 h = 0; h < QUADS; ++h) {
-        float4 v = make_float4(0, 0, 0, 0);
-        if (inside(i, h)) v = scaled(load4(x + i * STRIDE + h * 4), to_half);
-        a.pair[i][h / 2][slice][h % 2 * 2] = W::pack(v.x, v.y);
-        a.pair[i][h / 2][slice][h % 2 * 2 + 1] = W::pack(v.z, v.w);
+        if (inside(i, h)) amax = largest(amax, load4(x + i * STRIDE + h * 4));
       }
+    }
+    // The row over its 4 lanes, then over the team's warps.
+    amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1)); amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
+    const u32 own = anew(warp_id()), team = own - warp;
+    if (quarter == 0) b.shared.row_sums[slice % 2][own][row] = amax;
+    Team<S>::meet();
+#pragma unroll
+    for (u32 w = 0; w < WARPS; ++w) amax = fmaxf(amax, b.shared.row_sums[slice % 2][team + w][row]);
+    a.scale[slice] = row_scale(W(), amax);
+  }
+  const float to_half = 1.f / a.scale[slice];  // a power of two: exact
+#pragma unroll
+  for (u32 i = 0; i < COUNT; ++i) {
+#pragma unroll
+    for (u32 h = 0; h < QUADS; ++h) {
+      float4 v = make_float4(0, 0, 0, 0);
+      if (inside(i, h)) v = scaled(load4(x + i * STRIDE + h * 4), to_half);
+      a.pair[i][h / 2][slice][h % 2 * 2] = W::pack(v.x, v.y);
+      a.pair[i][h / 2][slice][h % 2 * 2 + 1] = W::pack(v.z, v.w);
     }
   }
 }
@@ -270,10 +294,14 @@ template <class S> __device__ __forceinline__ u32 row_word(const Activations<S>&
   return m;
 }
 
-// All slices; `source(row)` says what each row is. Of rows that may be late, whoever asks looks at the words.
-template <class S, class F> __device__ __forceinline__ void load_rows(Consumer& b, Activations<S>& a, F source, u32 part = 0) {
+// All slices; `source(row)` says what each row is.
+template <class S, class F> __device__ __forceinline__ void load_rows(Consumer& b, Activations<S>& a, F source) {
 #pragma unroll
-  for (u32 slice = 0; slice < SLICES; ++slice) load_slice<S>(b, a, slice, source(slice * SLICE_ROWS + anew(lane_id()) / 4), part);
+  for (u32 slice = 0; slice < SLICES; ++slice) {
+    const Source of = source(slice * SLICE_ROWS + anew(lane_id()) / 4);
+    if constexpr (S::HALF_INPUT) load_halves<S, false>(b, a, slice, row_start<S>(of), 0);
+    else load_floats<S>(b, a, slice, of);
+  }
 }
 
 // Rows of a slice in float32, which may be normed. As the products want them, a lane would read pieces of 16 bytes
@@ -354,30 +382,59 @@ template <class S> __device__ __forceinline__ void share_slice(Consumer& b, Acti
   a.scale[slice] = b.shared.row_scale[slice * SLICE_ROWS + lane / 4];
 }
 
-template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a, u32 part = 0) {
+// The rows of a step, each as far as it is known before they are there. Where there is one slice, a row that is not there
+// is the first one once more: nobody looks at its products, and loads without conditions need no zeros beside them.
+constexpr bool ALL_ROWS = SLICES == 1;
+struct Inputs {
+  Source source[SLICES];
+  RowStart start[SLICES];
+};
+
+template <class S> __device__ __forceinline__ Inputs find_inputs(const Block& b) {
+  Inputs inputs;
   const u32 rows = S::LOGITS ? b.logit_rows() : b.rows();
-  auto source = [&](u32 row) { return Source{row < rows, S::LOGITS ? b.shared.logit_row[row] : row}; };
+#pragma unroll
+  for (u32 slice = 0; slice < SLICES; ++slice) {
+    if constexpr (S::HALF_INPUT) {
+      const u32 row = slice * SLICE_ROWS + anew(lane_id()) / 4;
+      const bool there = row < rows;
+      inputs.source[slice] = {there, !there ? 0 : S::LOGITS ? b.shared.logit_row[row] : row};
+      inputs.start[slice] = row_start<S>(inputs.source[slice]);
+    } else {
+      const u32 row = slice * SLICE_ROWS + anew(warp_id());
+      inputs.source[slice] = {row < rows, S::LOGITS ? b.shared.logit_row[row] : row};
+    }
+  }
+  return inputs;
+}
+
+// Of rows that may be late, whoever asks looks at the words.
+template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a, const Inputs& inputs, u32 part = 0) {
   if constexpr (S::HALF_INPUT) {
     bool scales = S::PREPARED && part == 0;
     do {
-      load_rows<S>(b, a, source, part);
+#pragma unroll
+      for (u32 slice = 0; slice < SLICES; ++slice) load_halves<S, ALL_ROWS>(b, a, slice, inputs.start[slice], part);
       // The squares come while the rows do.
       if constexpr (S::PREPARED) {
-        if (scales) scale_rows<S>(b);
+        if (scales) {
+          scale_rows<S>(b);
+          if constexpr (Team<S>::APART) b.pass_scales();
+        }
         scales = false;
       }
     } while (S::CHECKED && b.late(row_word<S>(a)));
   } else {
 #pragma unroll
-    for (u32 slice = 0; slice < SLICES; ++slice) share_slice<S>(b, a, slice, source(slice * SLICE_ROWS + anew(warp_id())), part);
+    for (u32 slice = 0; slice < SLICES; ++slice) share_slice<S>(b, a, slice, inputs.source[slice], part);
   }
 }
 
 // Four columns of a feature of octets of bfloat16, or of rows of float32, read where they lie.
 __device__ __forceinline__ float4 octet_columns(const u8* octets, u32 blocks, u32 feature, u32 column) {
   const u8* block = octets + ((u64)(feature / OCTET) * blocks + column / 32) * OCTET_BLOCK;
-  const u32* pairs = reinterpret_cast<const u32*>(block + feature % OCTET * 64 + column % 32 * 2);
-  return make_float4(Bf16::low(pairs[0]), Bf16::high(pairs[0]), Bf16::low(pairs[1]), Bf16::high(pairs[1]));
+  const uint2 pairs = *reinterpret_cast<const uint2*>(block + feature % OCTET * 64 + column % 32 * 2);
+  return make_float4(Bf16::low(pairs.x), Bf16::high(pairs.x), Bf16::low(pairs.y), Bf16::high(pairs.y));
 }
 
 // Sums of even and odd products (see above), of two slices each, or of one.
@@ -482,11 +539,12 @@ __device__ __forceinline__ void multiply_codes(Chain& chain, const u32 (&x)[2][S
 // Products of a block of two octets of FP4 and the activations. Here the weights are the 16 rows of a product and
 // the activations its columns: widening is what FP4 costs most, but on this chip a tensor-core product holds the
 // other instructions up, and this way there are half as many. A lane has feature g = lane / 4 of both octets and the
-// rows 2t and 2t + 1 of each slice, t = lane % 4. The sums of a word go to the chains (word % 2) * 2 and the next.
-constexpr u32 PAIR_CHAINS = 4;
-typedef float PairSums[SLICES][PAIR_CHAINS][4];
-template <class F>
-__device__ __forceinline__ void multiply_pair(PairSums& d, const u32 (&x)[4][SLICES][4], const uint4& w, const uint4& v, const F& w_factors, const F& v_factors) {
+// rows 2t and 2t + 1 of each slice, t = lane % 4. The halves of the words go to the chains in turn.
+template <u32 CHAINS> struct PairSums {
+  float of[SLICES][CHAINS][4] = {};
+};
+template <u32 CHAINS, class F>
+__device__ __forceinline__ void multiply_pair(PairSums<CHAINS>& d, const u32 (&x)[4][SLICES][4], const uint4& w, const uint4& v, const F& w_factors, const F& v_factors) {
   const u32 first[4] = {w.x, w.y, w.z, w.w}, second[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (u32 set = 0; set < 4; ++set) {
@@ -494,23 +552,28 @@ __device__ __forceinline__ void multiply_pair(PairSums& d, const u32 (&x)[4][SLI
     const u32 front[4] = {Fp4::pair<0>(first[set], w_factor), Fp4::pair<0>(second[set], v_factor),
                           Fp4::pair<1>(first[set], w_factor), Fp4::pair<1>(second[set], v_factor)};
 #pragma unroll
-    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d[slice][set % 2 * 2], front, x[set][slice][0], x[set][slice][1]);
+    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d.of[slice][set * 2 % CHAINS], front, x[set][slice][0], x[set][slice][1]);
     const u32 back[4] = {Fp4::pair<2>(first[set], w_factor), Fp4::pair<2>(second[set], v_factor),
                          Fp4::pair<3>(first[set], w_factor), Fp4::pair<3>(second[set], v_factor)};
 #pragma unroll
-    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d[slice][set % 2 * 2 + 1], back, x[set][slice][2], x[set][slice][3]);
+    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d.of[slice][(set * 2 + 1) % CHAINS], back, x[set][slice][2], x[set][slice][3]);
   }
 }
 
 // The sums of such a product to where those of other products lie: of rows and pairs of features.
-__device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, const PairSums& sums, u32 lane) {
+template <u32 CHAINS> __device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, const PairSums<CHAINS>& sums, u32 lane) {
   const u32 at = lane % 4 * (2 * OCTET) + lane / 4;  // row 2t, feature g
 #pragma unroll
   for (u32 slice = 0; slice < SLICES; ++slice) {
-    const float(&d)[PAIR_CHAINS][4] = sums[slice];
+    const float(&d)[CHAINS][4] = sums.of[slice];
+    static_assert(CHAINS == 2 || CHAINS == 4);
     float total[4];
 #pragma unroll
-    for (u32 i = 0; i < 4; ++i) total[i] = ((d[0][i] + d[1][i]) + (d[2][i] + d[3][i])) * Fp4::UNIT;
+    for (u32 i = 0; i < 4; ++i) {
+      total[i] = d[0][i] + d[1][i];
+      if constexpr (CHAINS == 4) total[i] += d[2][i] + d[3][i];
+      total[i] *= Fp4::UNIT;
+    }
     float* const to = reinterpret_cast<float*>(&first[slice]);
     float* const also = reinterpret_cast<float*>(&second[slice]);
     to[at] = total[0];
@@ -555,7 +618,7 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
   static_assert(OCTETS == S::OPERANDS && OCTETS <= 2);
   const u32 warp = T::warp(), lane = anew(lane_id());
   Chain chain[CHAINS];  // of an octet
-  PairSums pair = {};   // of two
+  PairSums<4> pair;     // of two
   b.wait_sums();
 #pragma unroll
   for (u32 s = 0; s < COUNT; ++s) {
@@ -591,7 +654,7 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
       sums[0][slice][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
     }
   }
-  b.pass_sums(Sums<S>::BUFFERS);
+  b.pass_sums(Sums<S>::BUFFERS, T::GROUPS);
 }
 
 // One tile of several octets of FP4 that share a slot, each a few blocks long.
@@ -607,7 +670,7 @@ template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer&
   u32 read = 0;
 #pragma unroll 1
   for (u32 octet = 0; octet < S::TILE_OCTETS; octet += 2) {
-    PairSums pair = {};
+    PairSums<2> pair;  // fewer chains are fewer sums of sums, and a tile is short
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
       const bool there = (i + 1) * T::WARPS <= S::BLOCKS || i * T::WARPS + warp < S::BLOCKS;
@@ -622,7 +685,7 @@ template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer&
     store_pair(to[0], to[T::WARPS], pair, lane);
   }
   b.release_slot(read, T::TEAMS);
-  b.pass_sums(Sums<S>::BUFFERS);
+  b.pass_sums(Sums<S>::BUFFERS, T::GROUPS);
 }
 
 // One tile from the ring: its sums by this warp, into the next buffer. `octet` counts those with scales apart, and
@@ -712,7 +775,7 @@ template <class S, class F> __device__ __forceinline__ void multiply_octets(Cons
     }
   }
   if constexpr (T::SHARE > 1) b.pass_slots((T::SHARE - 1 - T::operand()) * in_part);
-  b.pass_sums(Sums<S>::BUFFERS);
+  b.pass_sums(Sums<S>::BUFFERS, T::GROUPS);
 }
 
 template <class S, class F> __device__ __forceinline__ void multiply_tile(Consumer& b, const Activations<S>& a, u32 part, u32& octet, F place) {
@@ -721,43 +784,37 @@ template <class S, class F> __device__ __forceinline__ void multiply_tile(Consum
   else multiply_octets<S>(b, a, part, octet, place);
 }
 
-// Tiles that are another group's. Their buffers are waited for and passed on all the same: a barrier tells one
-// phase from the next only, so that all consumers have to keep up with it. Control reads them in order, so that the
-// last one's is all there is to wait for.
+// Tiles that are another group's, whose warps' arrivals tell for this one as well: fewer than there are buffers, since a
+// barrier tells one phase from the next only. Whoever waits for the sums of his tile to have room knows that control has
+// read the tile BUFFERS before; when he waits for his next one, in the same phase at most once more was waited for.
 template <class S> __device__ __forceinline__ void pass_tiles(Consumer& b, u32 count, u32 part = 0) {
-  constexpr u32 BUFFERS = Sums<S>::BUFFERS;
-#pragma unroll 1
-  while (count > 0) {
-    const u32 n = least(count, BUFFERS), last = b.sum_buffer + n - 1;
-    count -= n;
-    b.wait_sums(last < BUFFERS ? last : last - BUFFERS);
-    b.pass_slots(n * S::OPERANDS * Slots<S>::in_part(part));  // no more than the ring has
-#pragma unroll 1
-    for (u32 i = 0; i < n; ++i) b.pass_sums(BUFFERS);
-  }
-}
-template <class S> __device__ __forceinline__ void pass_tile(Consumer& b, u32 part = 0) {
-  b.wait_sums();
-  b.pass_slots(S::OPERANDS * Slots<S>::in_part(part));
-  b.pass_sums(Sums<S>::BUFFERS);
+  static_assert(Team<S>::GROUPS == 1 || Sums<S>::BUFFERS * S::OPERANDS * Slots<S>::PART <= RING_SLOTS, "no more than the ring has");
+  static_assert(Team<S>::GROUPS <= Sums<S>::BUFFERS);
+  b.pass_slots(count * S::OPERANDS * Slots<S>::in_part(part));
+  b.skip_sums(count, Sums<S>::BUFFERS);
 }
 
+// All that an SM has of a stage, from the wait for its inputs on.
 template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
   u32 octet = 0;  // of this team's
 #pragma unroll 1
   for (u32 part = 0; part < Slots<S>::PARTS; ++part) {
     Activations<S> a;
+    const Inputs inputs = find_inputs<S>(b);
+    if (part == 0) b.wait_inputs();
     if (part > 0 && !S::HALF_INPUT) {
-      // The rows come to where sums of the part before may still wait for control.
+      // The rows come to where sums of the part before may still wait for control. Behind this all of them were stored, so
+      // that no barrier is asked for a phase after the next.
+      consumers_sync();
 #pragma unroll 1
       for (u32 buffer = 0; buffer < Sums<S>::BUFFERS; ++buffer) b.wait_sums(buffer);
       consumers_sync();
     }
-    load_inputs<S>(b, a, part);
+    load_inputs<S>(b, a, inputs, part);
     u32 group = 0;
     for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
       if (Team<S>::GROUPS == 1 || group == Team<S>::group()) multiply_tile<S>(b, a, part, octet, [&](u32 n) { return place_of<S>(b, n); });
-      else pass_tile<S>(b, part);
+      else pass_tiles<S>(b, 1, part);
       if (++group == Team<S>::GROUPS) group = 0;
     }
   }
@@ -765,12 +822,12 @@ template <class S> __device__ __forceinline__ void multiply_tiles(Consumer& b) {
 
 template <class S> __device__ __forceinline__ void multiply(Consumer& b) {
   fetch_first_scales<S>(b, [&](u32 n) { return place_of<S>(b, n); });
-  b.wait_inputs();
   // An SM without a tile has no use for the rows. The activations live only inside: declared out here,
   // and filled on one path, they would hold their registers through all other stages.
   if (b.first_tile() < tiles<S>(b)) multiply_tiles<S>(b);
-  b.pass_tiles(tiles<S>(b));
+  else b.wait_inputs();
   b.finish_stage();
+  b.pass_tiles(tiles<S>(b));
 }
 
 // Two neighbouring entries of a vector that is added to the features `start` to `start + cols`.
@@ -844,15 +901,20 @@ __device__ __forceinline__ void offer_best(Control& b, u32 rows, const Best (&be
 template <class S> __device__ __forceinline__ void finish(Control& b) {
   Best best[SLICES];
   const u32 lane = anew(lane_id()), rows = S::LOGITS ? b.logit_rows() : b.rows();
+  const u32 first = b.first_tile();
+  b.pass_tiles(tiles<S>(b));
   auto row_of = [&](u32 slice) { return slice * SLICE_ROWS + lane / 4; };
   auto sum_of = [&](u32 tile, u32 slice, u32 operand) {
     return S::partial(b) + (((u64)tile * S::OPERANDS + operand) * SLICES + slice) * LANES + lane;
   };
+  if constexpr (Team<S>::APART) {
+    if (first < tiles<S>(b)) b.wait_scales();
+  }
   // Sums of all parts but the last, which is an epilogue's. A lane reads again what it wrote itself.
 #pragma unroll 1
   for (u32 part = 0; part + 1 < Slots<S>::PARTS; ++part) {
     bool own = !b.second;
-    for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x, own = !own) {
+    for (u32 tile = first; tile < tiles<S>(b); tile += gridDim.x, own = !own) {
       if (!own) { pass_tile<S>(b); continue; }
       float2 old[SLICES][S::OPERANDS] = {};
       if (part > 0) {
@@ -874,7 +936,7 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
     }
   }
   bool own = !b.second;
-  for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x, own = !own) {
+  for (u32 tile = first; tile < tiles<S>(b); tile += gridDim.x, own = !own) {
     if (!own) { pass_tile<S>(b); continue; }
     const u32 feature = tile * OCTET + 2 * (lane % 4);
     typename S::Carry carry[SLICES] = {};
@@ -911,6 +973,5 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
       if constexpr (S::PREPARES) prepare<S>(b, active, row, feature, v[slice][0], gain);
     });
   }
-  b.pass_tiles(tiles<S>(b));
   if constexpr (S::LOGITS) offer_best(b, rows, best);
 }

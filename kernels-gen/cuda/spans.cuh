@@ -92,7 +92,7 @@ template <class A> __device__ __forceinline__ bool stream_spans(Loader& b, u32 c
   if constexpr (Shape::ANY) {
     if (Shape::any(b)) {
       if (!b.wait_step()) return false;
-      b.begin_tape(true, nullptr, 1, 0);
+      b.begin_tape(true, Shape::PIECES == 1 ? CacheShape<A>::BLOCK_BYTES : Shape::KEY_BYTES, nullptr, 1, 0);
       SpanPlace<A> at;
 #pragma unroll 1
       for (at.begin(b); at.left > 0; at.advance(b)) {
@@ -104,10 +104,10 @@ template <class A> __device__ __forceinline__ bool stream_spans(Loader& b, u32 c
           const u8* const from = CacheShape<A>::at(b, cache, page, at.kv_head);
           page = pages[least(n + 1, PAGES - 1)];  // while the ring is waited for
           if constexpr (Shape::PIECES == 1) {
-            if (!b.piece(from, BYTES, BYTES)) return false;
+            if (!b.piece(from, BYTES)) return false;
           } else {
-            if (!b.piece(from, Shape::KEY_BYTES, Shape::KEY_BYTES)) return false;
-            if (!b.piece(from + Shape::KEY_BYTES, Shape::VALUE_BYTES, Shape::VALUE_BYTES)) return false;
+            if (!b.piece(from, Shape::KEY_BYTES)) return false;
+            if (!b.piece(from + Shape::KEY_BYTES, Shape::VALUE_BYTES)) return false;
           }
         }
       }

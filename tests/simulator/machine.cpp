@@ -306,6 +306,11 @@ bool barrier_try(uint64_t* barrier, uint32_t parity) {
   return (found.phase & 1) != parity;
 }
 
+bool barrier_test(uint64_t* barrier, uint32_t parity) {
+  yield();
+  return (known(barrier).phase & 1) != parity;
+}
+
 void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   memset(to, 0xff, bytes);
   if (from >= lost_from && from < lost_to) return;

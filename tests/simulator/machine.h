@@ -40,6 +40,8 @@ void barrier_arrive(uint64_t* barrier);
 void barrier_expect(uint64_t* barrier, uint32_t bytes);
 // Whether the phase of this parity is over; waits a while for it.
 bool barrier_try(uint64_t* barrier, uint32_t parity);
+// The same without waiting.
+bool barrier_test(uint64_t* barrier, uint32_t parity);
 // Copies later, and counts the bytes on the barrier.
 void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
 

@@ -6,6 +6,7 @@ __device__ __forceinline__ void trap() { machine::give_up(); }
 template <u32 THREADS> __device__ __forceinline__ void block_barrier(u32 number) { machine::meet(number, THREADS); }
 
 __device__ __forceinline__ u32 anew(u32 v) { return v; }
+__device__ __forceinline__ float4 anew(float4 v) { return v; }
 __device__ __forceinline__ u64 far(u64 offset) { return offset; }
 __device__ __forceinline__ u64 global_timer() { return machine::time(); }
 __device__ __forceinline__ u32 cycles() { return (u32)machine::time(); }
@@ -120,7 +121,7 @@ __device__ __forceinline__ void barrier_arrive(u64* b, u32 count) {
   for (u32 i = 0; i < count; ++i) barrier_arrive(b);
 }
 __device__ __forceinline__ bool barrier_try(u64* b, u32 parity) { return machine::barrier_try((uint64_t*)b, parity); }
-__device__ __forceinline__ bool barrier_test(u64* b, u32 parity) { return barrier_try(b, parity); }
+__device__ __forceinline__ bool barrier_test(u64* b, u32 parity) { return machine::barrier_test((uint64_t*)b, parity); }
 // Changes nothing, but it has to be there.
 __device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
   const volatile u8* at = (const volatile u8*)from;

@@ -442,10 +442,12 @@ impl<'p> Writer<'p> {
             _ => "0".into(),
         };
         line!(self, "__device__ __forceinline__ u32 first_stage(u32 kind) {{ return {first}; }}");
-        if let [block, model, _] = counts[..] {
-            let ends = format!("n == {block} || n == {} || n == STAGES", block + model);
-            line!(self, "__device__ __forceinline__ bool ends_step(u32 n) {{ return {ends}; }}");
-        }
+        let ends = match counts[..] {
+            [block, model, _] => format!("n == {block} || n == {} || n == STAGES", block + model),
+            _ => "n == STAGES".into(),
+        };
+        line!(self, "// Whether a step ends in front of stage n.");
+        line!(self, "__device__ __forceinline__ bool ends_step(u32 n) {{ return {ends}; }}");
         self.mailboxes();
         self.header(&HANDOFF);
         self.header(&BLOCK);
@@ -1255,16 +1257,13 @@ impl<'p> Writer<'p> {
             Kind::Pairs(_) => format!("score_pairs<{name}>(b);"),
             Kind::Walk { .. } => format!("walk<{name}>(b);"),
         });
-        let open = match self.mask_token {
-            Some(_) => "if (n > 0 && !ends_step(n)) b.open_stage();  // the first with the step",
-            None => "if (n > 0) b.open_stage();  // the first with the step",
-        };
-        let open = &format!("{open}\n    b.settle(n);");
+        let join = "if (n > 0 && !ends_step(n)) b.join_stage();  // the first with the step";
+        let join = &format!("{join}\n    b.settle(n);");
         self.role(
             "void control_step(Control& b)",
-            open,
+            join,
             "",
-            "b.cross(CROSSING_CHECKED[n]);",
+            "b.cross(CROSSING_CHECKED[n], !ends_step(n + 1));",
             |name, kind| match kind {
                 Kind::Embed { .. } | Kind::Taps { .. } | Kind::Context(_) => String::new(),
                 Kind::Gemm(_) => format!("finish<{name}>(b);"),
@@ -1388,6 +1387,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
     barrier_init(&shared.ready, 1);
     barrier_init(&shared.passed, 1);
     barrier_init(&shared.opened, 1);
+    barrier_init(&shared.scaled, CONSUMERS);
     shared.left = 0;
     barrier_init(&shared.done, CONSUMERS + 1);  // and the second{routed}
     for (u32 i = 0; i < SUM_BUFFERS; ++i) {{
