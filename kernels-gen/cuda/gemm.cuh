@@ -139,9 +139,9 @@ template <class S> __device__ __forceinline__ bool stream_tile(Loader& b, const 
 // Tiles through the ring. False if the launch ended.
 template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* weights) {
   const u32 first = b.first_tile(), all = tiles<S>(b);
-  // Codes are not brought into L2 ahead: their stages do not wait for memory alone, and it costs more than it brings.
+  // Rows in parts come in another order than they lie in, and are not brought into L2 ahead.
+  const u32 own = Slots<S>::PARTS == 1 && first < all ? (all - first + gridDim.x - 1) / gridDim.x : 0;
   constexpr bool HALVES = S::Weights::LANE_COLUMNS == 8;
-  const u32 own = HALVES && Slots<S>::PARTS == 1 && first < all ? (all - first + gridDim.x - 1) / gridDim.x : 0;
   b.begin_tape(HALVES, Slots<S>::PIECE, weights + (u64)first * Slots<S>::TILE_BYTES, Slots<S>::TILE_BYTES, own);
 #pragma unroll 1
   for (u32 part = 0; part < Slots<S>::PARTS; ++part) {
