@@ -6,8 +6,10 @@ use serde_json::{Value, json};
 use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::Row;
+use tilec_ir::launch::SampleRow;
 use tilec_ir::pack::PackContent;
 use tilec_ir::stages::Slot;
+use tilec_runtime::sampling::SamplingParams;
 
 /// Where a column of a key lies among the halves of its page: 16 positions together, 32 columns of one behind those of
 /// another, in this order.
@@ -324,6 +326,34 @@ fn steps_bring_spans_to_an_end() {
     simulation.long.set(true);
     let wanted = simulation.launch(&rows, 4, 7, 2);
     assert!(all.chosen == wanted.chosen && all.logits == wanted.logits);
+}
+
+/// The kernel for long contexts chooses by chance as the other one does, from logits of spans and chunks.
+#[test]
+fn long_contexts_choose_by_chance() {
+    let mut config = llama();
+    config["num_hidden_layers"] = 1.into();
+    let simulation = random_cache(&config);
+    let rows = rows_at(&[(1023, 0), (2046, 1), (100, 2)]);
+    let params = [
+        SamplingParams { temperature: 2.0, seed: 3, ..SamplingParams::default() },
+        SamplingParams { temperature: 1.5, top_k: 20, top_p: 0.9, seed: 4, ..SamplingParams::default() },
+        SamplingParams::greedy(),
+    ];
+    let sampling = params.each_ref().map(SamplingParams::launch_row);
+    let launch = |blocks, seed, sampling: &[SampleRow]| {
+        simulation.launch_sampled(&rows, &[0, 1, 2], 3, [blocks, 0, 0], seed, sampling)
+    };
+    let before = simulation.cache();
+    let wanted = launch(5, 1, &sampling);
+    simulation.long.set(true);
+    let chosen = |seed, sampling: &[SampleRow]| {
+        simulation.write_cache(&before);
+        launch(4, seed, sampling)
+    };
+    let found = chosen(2, &sampling);
+    assert!(found.chosen == wanted.chosen && found.logits == wanted.logits);
+    assert!(chosen(3, &[]).chosen != found.chosen, "nothing was left to chance");
 }
 
 /// A window makes a row's first chunk and its first span.
