@@ -527,7 +527,7 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   };
   bool own = !b.second;
   if constexpr (S::FIRST) {
-    if constexpr (Team<S>::APART) {
+    if constexpr (Team<S>::TELLS_SCALES) {
       if (first < count * S::TILES) b.wait_scales();
     }
     for (u32 n = first; n < count * S::TILES; n += gridDim.x, own = !own) {

@@ -78,8 +78,8 @@ template <class S> struct Team {
   static constexpr u32 OCTETS = S::Weights::LANE_COLUMNS == 32 ? S::OPERANDS : S::OPERANDS > TEAMS ? S::OPERANDS / TEAMS : 1;
   static constexpr u32 SHARE = S::OPERANDS / OCTETS;                            // teams that share a tile
   static constexpr u32 GROUPS = TEAMS / SHARE;                                  // tiles that are in work at a time
-  // Whether control has to be told apart from tiles what normalizes the rows.
-  static constexpr bool APART = GROUPS > 1 && S::PREPARED;
+  // Whether a tile's sums do not say that all consumers have written what normalizes the rows (`Shared::scaled` does).
+  static constexpr bool TELLS_SCALES = GROUPS > 1 && S::PREPARED;
 
   __device__ __forceinline__ static u32 warp() { return anew(warp_id()) % WARPS; }
   __device__ __forceinline__ static u32 group() { return anew(warp_id()) / (WARPS * SHARE); }
@@ -419,7 +419,7 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
       if constexpr (S::PREPARED) {
         if (scales) {
           scale_rows<S>(b);
-          if constexpr (Team<S>::APART) b.pass_scales();
+          if constexpr (Team<S>::TELLS_SCALES) b.pass_scales();
         }
         scales = false;
       }
@@ -784,9 +784,9 @@ template <class S, class F> __device__ __forceinline__ void multiply_tile(Consum
   else multiply_octets<S>(b, a, part, octet, place);
 }
 
-// Tiles that are another group's, whose warps' arrivals tell for this one as well: fewer than there are buffers, since a
-// barrier tells one phase from the next only. Whoever waits for the sums of his tile to have room knows that control has
-// read the tile BUFFERS before; when he waits for his next one, in the same phase at most once more was waited for.
+// Tiles that are another group's, whose warps arrive for this one as well: fewer than there are buffers of sums. A barrier
+// tells one phase from the next only. But a group waits, in front of each of its tiles, until control has read the tile
+// BUFFERS before, and control reads them in order; so the buffer of its next tile lacks at most the phase that it asks for.
 template <class S> __device__ __forceinline__ void pass_tiles(Consumer& b, u32 count, u32 part = 0) {
   static_assert(Team<S>::GROUPS == 1 || Sums<S>::BUFFERS * S::OPERANDS * Slots<S>::PART <= RING_SLOTS, "no more than the ring has");
   static_assert(Team<S>::GROUPS <= Sums<S>::BUFFERS);
@@ -907,7 +907,7 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
   auto sum_of = [&](u32 tile, u32 slice, u32 operand) {
     return S::partial(b) + (((u64)tile * S::OPERANDS + operand) * SLICES + slice) * LANES + lane;
   };
-  if constexpr (Team<S>::APART) {
+  if constexpr (Team<S>::TELLS_SCALES) {
     if (first < tiles<S>(b)) b.wait_scales();
   }
   // Sums of all parts but the last, which is an epilogue's. A lane reads again what it wrote itself.

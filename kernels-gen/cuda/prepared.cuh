@@ -68,7 +68,7 @@ template <class S, bool CHECKED> struct Squares {
 };
 
 // What normalizes the rows, a warp each of a slice, for control. It reads them behind a tile's sums: every consumer
-// arrives there behind this, or, if a tile is not all consumers', at a barrier of its own (`Team::APART`).
+// arrives there behind this, or, if a tile is not all consumers', at a barrier of its own (`Team::TELLS_SCALES`).
 template <class S> __device__ __forceinline__ void scale_rows(Consumer& b) {
   static_assert(CONSUMERS == SLICE_ROWS, "a warp a row");
 #pragma unroll 1

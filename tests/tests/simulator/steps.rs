@@ -5,13 +5,15 @@ use super::{
     Simulation, Weights, deviation, gpt_oss, llama, long, mimo_fused, qwen3_moe, row, short_experts,
 };
 use serde_json::Value;
+use std::borrow::Cow;
 use tilec_codegen::frontends;
 use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
-use tilec_ir::graph::interp::{Interpreter, Row};
+use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
 use tilec_ir::resident::Kind;
 use tilec_ir::spec::{Activations, ModelSpec, Shard, WeightFormat};
+use tilec_ir::stages::Slot;
 
 /// Six rows of one sequence and two of another.
 fn first_rows() -> Vec<Row> {
@@ -302,6 +304,41 @@ fn experts_by_chance() {
     assert_eq!(streamed[0], 2 * 3);
     assert!(streamed[1] <= 2 * (1 + 8 * 2) && streamed[2] <= 2 * 8 * 3, "{streamed:?}");
     assert!(streamed.is_sorted() && streamed[2] > 2 * 12, "{streamed:?}");
+}
+
+/// The weights, but for routers, to which all experts are alike.
+struct Alike<'a>(Weights<'a>);
+
+impl WeightSource for Alike<'_> {
+    fn tensor(&self, name: &str) -> Result<Cow<'_, [f32]>, String> {
+        let mut values = self.0.tensor(name)?;
+        if name.ends_with("mlp.gate.weight") {
+            values.to_mut().fill(0.0);
+        }
+        Ok(values)
+    }
+}
+
+/// Of equal scores, each another lane's, the lowest experts are chosen.
+#[test]
+fn experts_that_are_alike() {
+    let simulation = Simulation::new(&qwen3_moe(), Format::BF16, Some(Format::MXFP4), 256);
+    let mut packed = std::fs::read(simulation.path("weights.bin")).unwrap();
+    for layer in &simulation.program.layers {
+        for stage in &simulation.program.bodies[layer.body] {
+            let Kind::Scores(scores) = &stage.kind else { continue };
+            let Slot::Layer(number) = scores.weights else { panic!("a layer's weights") };
+            let at = layer.offsets[number] as usize;
+            assert_eq!(scores.format, Format::BF16);
+            packed[at..at + scores.experts.div_ceil(8) * scores.k.div_ceil(32) * 512].fill(0);
+        }
+    }
+    std::fs::write(simulation.path("weights.bin"), packed).unwrap();
+    let weights = Alike(Weights(&simulation));
+    let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+    check_step(&simulation, &mut interpreter, &first_rows(), [0, 1], 0.03);
+    let found = simulation.launch(&first_rows(), 1, 3, 4);
+    assert_eq!(found.experts, 2 * 3, "all rows choose the same three in both layers");
 }
 
 /// One rank alone is the interpreter of its graph, in which its own parts stand for sums: heads, columns of
