@@ -11,10 +11,20 @@ pub const KERNEL: &str = "tilec_resident";
 /// Bytes of a slot of the ring; a sixteenth more where weights are MXFP4, whose blocks are longer.
 pub const SLOT_BYTES: usize = 16 << 10;
 
-/// A launch with a row behind so many positions takes the kernel for long contexts, if the plan has one. On an H200 a
-/// step of one row is as fast with either behind 1,000 positions (Llama-3.2-1B), 2,700 (Qwen3-8B) and 6,000
-/// (gpt-oss-20b).
+/// Plans for contexts beyond this have a kernel for long contexts, and a launch with a row behind so many positions may
+/// take it: see [`long_is_faster`].
 pub const LONG_CONTEXT: usize = 4096;
+
+/// Whether the kernel for long contexts is the faster one, where the SMs have so many spans between them, of all KV heads.
+///
+/// It streams spans through the ring, an SM whole ones, so a step waits for the SM with the most of them; the other kernel
+/// deals out chunks, an eighth as long, and takes half as long again for each. On an H200 with 132 SMs (without, with, ms): a row
+/// of Llama-3.2-1B behind 4,096 positions, 32 spans, 0.704, 0.779; 8,192 (64) 0.782, 0.791; 12,288 (96) 0.859, 0.802; four
+/// rows behind 4,096 (128) 0.909, 0.835. A row of Qwen3-8B behind 4,096 and 8,192 3.707, 4.160 and 3.952, 4.228; of
+/// gpt-oss-20b behind 8,192 1.455, 1.511.
+pub const fn long_is_faster(spans: usize, sms: usize) -> bool {
+    spans > 0 && 2 * sms * spans.div_ceil(sms) <= 3 * spans
+}
 
 /// Positions of a span of the context: [`SPAN`](crate::resident::SPAN) chunks.
 pub const SPAN_POSITIONS: usize = crate::resident::CHUNK * crate::resident::SPAN;

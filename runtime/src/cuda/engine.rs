@@ -16,9 +16,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tilec_ir::abi::KvLayout;
 use tilec_ir::launch::{
-    BROKEN_LOGITS, LAUNCH_ROWS, LaunchArgs, NO_LOGITS, ROUND_SEQUENCE_WORDS, ROUND_WORDS, RoundResult,
-    RoundSequence, SAMPLE_ROW_BYTES, SAMPLE_WORDS, SLICE_ROWS, STALL_WORDS, STOP_TOKENS, SYNC_BYTES,
-    SampleRow, StallRecord, TRACE_FIELDS,
+    BROKEN_LOGITS, LAUNCH_ROWS, LONG_CONTEXT, LaunchArgs, NO_LOGITS, ROUND_SEQUENCE_WORDS, ROUND_WORDS,
+    RoundResult, RoundSequence, SAMPLE_ROW_BYTES, SAMPLE_WORDS, SLICE_ROWS, SPAN_POSITIONS, STALL_WORDS,
+    STOP_TOKENS, SYNC_BYTES, SampleRow, StallRecord, TRACE_FIELDS, long_is_faster,
 };
 use tilec_ir::plan::{DraftPlan, Plan};
 
@@ -109,8 +109,11 @@ pub struct CudaEngine {
     /// What pages are filled with that change hands: zero, or [`POISON`].
     fresh: u8,
     patience: Duration,
-    /// Positions behind which a launch takes the kernel for long contexts.
-    long_context: usize,
+    /// Whether there is a kernel for long contexts, and the positions behind which a launch takes it in place of where it is
+    /// faster.
+    long_kernel: Option<Option<usize>>,
+    /// KV heads of a layer.
+    kv_heads: usize,
     /// How experts are chosen, if not by the model.
     routing: Option<RandomRouting>,
     /// An `inject` is queued that nobody has waited for: the next wait is for it as well.
@@ -225,7 +228,8 @@ impl CudaEngine {
             pages,
             fresh: 0,
             patience: options.patience,
-            long_context: if plan.long.is_some() { options.long_context } else { usize::MAX },
+            long_kernel: plan.long.is_some().then_some(options.long_context),
+            kv_heads: plan.kv.kv_heads,
             routing: None,
             injecting: false,
             poisoned: None,
@@ -852,10 +856,14 @@ impl CudaEngine {
 
     /// [`LaunchArgs::long`] of a launch of so many steps, by the rows of a pass, which are written.
     fn long(&self, pass: usize, rows: usize, steps: usize) -> u32 {
-        let positions = &self.inputs_host.words()[pass * PASS_WORDS + POSITIONS..][..rows];
-        let long =
-            |position: &AtomicU32| position.load(Ordering::Relaxed) as usize + steps > self.long_context;
-        u32::from(positions.iter().any(long))
+        let Some(behind) = self.long_kernel else { return 0 };
+        let words = &self.inputs_host.words()[pass * PASS_WORDS..][..PASS_WORDS];
+        let word = |at: usize| words[at].load(Ordering::Relaxed);
+        let rows = (0..rows).map(|row| (word(SEQUENCES + row), word(POSITIONS + row)));
+        let reached =
+            rows.clone().any(|(_, position)| position as usize + steps > behind.unwrap_or(LONG_CONTEXT));
+        let faster = || long_is_faster(spans_behind(rows) * self.kv_heads, self.device.blocks());
+        u32::from(reached && (behind.is_some() || faster()))
     }
 
     fn ready(&self) -> Result<(), StepError> {
@@ -1061,6 +1069,14 @@ fn narrowest(plan: &Plan) -> usize {
 fn split(rows: usize, logit_rows: &[u32], most: usize) -> Vec<Pass> {
     let starts = (0..rows).step_by(most);
     with_wanted(starts.map(|start| start..rows.min(start + most)), logit_rows)
+}
+
+/// Spans behind the rows of a pass, each a sequence and a position, which the kernel for long contexts streams: those of
+/// rows that are alone in their sequence.
+pub(super) fn spans_behind(rows: impl Iterator<Item = (u32, u32)>) -> usize {
+    let rows: Vec<_> = rows.collect();
+    let runs = rows.chunk_by(|(one, _), (next, _)| one == next);
+    runs.filter(|run| run.len() == 1).map(|run| run[0].1 as usize / SPAN_POSITIONS).sum()
 }
 
 /// The passes of blocks, which are not cut: their rows see each other. As many of them as fit to a pass.

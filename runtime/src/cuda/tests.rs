@@ -1,5 +1,6 @@
 //! The engine on a device in software.
 
+use super::engine::spans_behind;
 use super::fake::*;
 use crate::engine::tests::{CONTEXT, VOCAB, toy_engine_on, toy_next, toy_plan};
 use crate::engine::{Engine, EngineError, EngineOptions, PROFILE_FIELDS, RowInput, StepError};
@@ -7,7 +8,7 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tilec_ir::launch::LAUNCH_ROWS;
+use tilec_ir::launch::{LAUNCH_ROWS, long_is_faster};
 use tilec_ir::plan::PlanFile;
 
 fn rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
@@ -233,7 +234,7 @@ fn one_launch_decodes_many_steps_of_several_sequences() {
 #[test]
 fn long_contexts_have_a_kernel_of_their_own() {
     let mut plan = cuda_plan();
-    let options = EngineOptions { long_context: 10, ..Default::default() };
+    let options = EngineOptions { long_context: Some(10), ..Default::default() };
     for has in [true, false] {
         plan.long = has.then(|| PlanFile { file: "kernel-long.cubin".into(), sha256: String::new() });
         plan.verify().unwrap();
@@ -253,6 +254,29 @@ fn long_contexts_have_a_kernel_of_their_own() {
     plan.resident = None;
     plan.long = Some(plan.code.clone());
     assert!(plan.verify().is_err());
+}
+
+/// Spans are those of sequences that decode: a run of several rows is no such.
+#[test]
+fn spans_of_rows_that_decode() {
+    let spans = |rows: &[(u32, u32)]| spans_behind(rows.iter().copied());
+    assert_eq!(spans(&[]), 0);
+    assert_eq!(spans(&[(7, 1023)]), 0);
+    assert_eq!(spans(&[(7, 1024)]), 1);
+    assert_eq!(spans(&[(7, 5000), (3, 2047), (9, 0)]), 5);
+    assert_eq!(spans(&[(7, 5000), (7, 5001), (3, 2048)]), 2);
+    assert_eq!(spans(&[(3, 2048), (7, 5000), (7, 5001), (7, 5002)]), 2);
+}
+
+/// Whole spans are no detour where SMs have about as many: two thirds of them one each, more than that two.
+#[test]
+fn spans_are_streamed_where_sms_have_as_many() {
+    let faster = |spans: usize| long_is_faster(spans, 132);
+    for (from, to, is) in
+        [(0, 87, false), (88, 132, true), (133, 175, false), (176, 264, true), (352, 396, true)]
+    {
+        assert!((from..=to).all(|spans| faster(spans) == is), "{from} to {to}");
+    }
 }
 
 #[test]

@@ -29,7 +29,7 @@ use cpu::CpuEngine;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tilec_ir::launch::{LONG_CONTEXT, RoundSequence, SampleRow};
+use tilec_ir::launch::{RoundSequence, SampleRow};
 use tilec_ir::plan::{Plan, WeightsFrom};
 
 /// Spins after which a wait of a worker for the others gives up, by default: of the order of ten
@@ -73,8 +73,9 @@ pub struct EngineOptions {
     pub patience: Duration,
     /// Whether the plan's draft is loaded, if it has one.
     pub draft: bool,
-    /// Positions behind which a launch on a GPU takes the plan's kernel for long contexts, if there is one.
-    pub long_context: usize,
+    /// Positions behind which a launch on a GPU takes the plan's kernel for long contexts, if there is one. By default it
+    /// takes that where it is faster.
+    pub long_context: Option<usize>,
 }
 
 impl Default for EngineOptions {
@@ -89,7 +90,7 @@ impl Default for EngineOptions {
             device: 0,
             patience: PATIENCE,
             draft: true,
-            long_context: LONG_CONTEXT,
+            long_context: None,
         }
     }
 }

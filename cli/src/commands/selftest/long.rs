@@ -90,7 +90,7 @@ impl Long {
         let plan = folder.join("plan");
         compile(&input, &spec, &Host { threads: 1, cubins })?.write(&plan)?;
         // Wherever there are spans.
-        let options = EngineOptions { long_context: SPAN_POSITIONS, ..options.clone() };
+        let options = EngineOptions { long_context: Some(SPAN_POSITIONS), ..options.clone() };
         Ok(Engine::load(&plan, &options, &mut |_, _| {})?)
     }
 }
