@@ -277,9 +277,10 @@ struct Loader : Block {
     return true;
   }
 
-  // Streams one piece of at most SLOT_BYTES. A piece of codes is short, and all that is done for it one lane does: so
-  // both barriers are looked at together, and what a wait needs beside that is done by those that have to wait.
-  __device__ __forceinline__ bool piece(const u8* from, u32 bytes) {
+  // Streams one piece of at most SLOT_BYTES; or two of half as many that share a slot, if there is a second one (`also`).
+  // A piece of codes is short, and all that is done for it one lane does: so both barriers are looked at together, and what
+  // a wait needs beside that is done by those that have to wait.
+  __device__ __forceinline__ bool piece(const u8* from, u32 bytes, const u8* also = nullptr) {
     if (most != most_here && here()) most = most_here;
     // The piece before so many: it has to be there. In front of the first ones its barrier is as if it were.
     const bool wraps = slot < most;
@@ -291,11 +292,15 @@ struct Loader : Block {
     position += bytes;
 #if __CUDA_ARCH__ >= 900
     if (lane_id() == 0) {
-      barrier_arrive_expect(&shared.full[slot], bytes);
+      barrier_arrive_expect(&shared.full[slot], also ? 2 * bytes : bytes);
       bulk_copy(ring + slot * SLOT_BYTES, from, bytes, &shared.full[slot]);
+      if (also) bulk_copy(ring + slot * SLOT_BYTES + bytes, also, bytes, &shared.full[slot]);
     }
 #else
-    for (u32 at = lane_id() * 16; at < bytes; at += LANES * 16) copy_piece(ring + slot * SLOT_BYTES + at, from + at);
+    for (u32 at = lane_id() * 16; at < bytes; at += LANES * 16) {
+      copy_piece(ring + slot * SLOT_BYTES + at, from + at);
+      if (also) copy_piece(ring + slot * SLOT_BYTES + bytes + at, also + at);
+    }
     copy_arrive(&shared.full[slot]);
 #endif
     if (++slot == RING_SLOTS) { slot = 0; parity ^= 1; }

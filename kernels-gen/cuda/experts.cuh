@@ -23,9 +23,11 @@
 //
 // The scores are the one product in float32: they decide who works. They are few, so that no weights stream for
 // them: an SM has an expert or none, and its weights are in registers before the rows are there. A stage R says:
-// K, EXPERTS, STRIDE, NORM, gain(b), EPS, PREPARED, squares(b) (gemm.cuh); weights4(b, expert, column) four columns;
-// bias(b) [EXPERTS] or null; input(b), out(b) [rows][STRIDE]. If experts are compared by SIGMOID, a row's second half has
-// what is compared, the sigmoid and correction(b) [EXPERTS] or null: made once, where every SM would make it for itself.
+// K, EXPERTS, STRIDE, NORM, gain(b), EPS, PREPARED, CHECKED, LOGITS, squares(b) (gemm.cuh); weights4(b, expert, column, more)
+// four columns, `more` behind that one, a multiple of 32; bias(b) [EXPERTS] or null; input(b), out(b) [rows][STRIDE]. What
+// normalizes prepared rows is left in shared memory, for the stage behind it, which reads them as well. If experts are
+// compared by SIGMOID, a row's second half has what is compared, the sigmoid and correction(b) [EXPERTS] or null: made once,
+// where every SM would make it for itself.
 
 enum Scoring : u32 { SOFTMAX, CHOSEN_SOFTMAX, SIGMOID };
 
@@ -57,28 +59,42 @@ struct Chosen {
 
 // ---- The scores ------------------------------------------------------------------------------
 
+// One of a lane's N numbers, lane l the number l % N, added up over the N lanes that follow each other.
+template <u32 N> __device__ __forceinline__ float fold(float (&v)[N]) {
+#pragma unroll
+  for (u32 n = N / 2; n > 0; n /= 2) {
+    const bool upper = lane_id() & n;
+#pragma unroll
+    for (u32 i = 0; i < n; ++i) {
+      const float own = upper ? v[i + n] : v[i], other = upper ? v[i] : v[i + n];
+      v[i] = own + __shfl_xor_sync(~0u, other, n);
+    }
+  }
+  return v[0];
+}
+
 template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   constexpr u32 ROUND = CONSUMER_THREADS * 4, ROUNDS = (R::K + ROUND - 1) / ROUND;
-  // Every thread's part of the product of a slice's rows with an expert; behind the experts' the squares, if nobody
-  // prepared them.
+  // Every thread's part of the products of a slice's rows; behind them the squares, if nobody prepared them.
   typedef float Parts[SLICE_ROWS][CONSUMER_THREADS];
-  constexpr u32 OWN = R::NORM && !R::PREPARED, FIT = (SCRATCH_BYTES - SCALE_BYTES) / sizeof(Parts) - OWN;
-  // Experts of an SM at a time.
-  constexpr u32 EACH = least(least((R::EXPERTS + 127) / 128, FIT), least(4, 24 / ROUNDS > 0 ? 24 / ROUNDS : 1));
-  static_assert(EACH > 0 && SLICE_ROWS == CONSUMERS, "a warp a row");
+  constexpr u32 OWN = R::NORM && !R::PREPARED;
+  // Experts of an SM at a time; so many lanes share out their sums.
+  constexpr u32 EACH = least((R::EXPERTS + 127) / 128, least(4, 24 / ROUNDS > 0 ? 24 / ROUNDS : 1)), FOLD = EACH > 2 ? 4 : EACH;
+  static_assert(SLICE_ROWS == CONSUMERS && (1 + OWN) * sizeof(Parts) <= SCRATCH_BYTES - SCALE_BYTES, "a warp a row");
   const u32 thread = anew(threadIdx.x), warp = thread / LANES, lane = thread % LANES, column = thread * 4;
   Parts* const parts = reinterpret_cast<Parts*>(b.scratch);
   float4 w[EACH][ROUNDS];
   // A round's columns, or some others whose products are not wanted: without a branch all loads are on their way
   // together, with one each waits for the one before, a thousand cycles.
-  auto there = [&](u32 i) { return (i + 1) * ROUND <= R::K || column + i * ROUND < R::K; };
+  auto all = [](u32 i) { return (i + 1) * ROUND <= R::K; };
+  auto there = [&](u32 i) { return all(i) || column + i * ROUND < R::K; };
   auto at = [&](u32 i) { return there(i) ? column + i * ROUND : 0; };
   auto load_weights = [&](u32 first) {
 #pragma unroll
     for (u32 e = 0; e < EACH; ++e) {
       const u32 expert = least(first + e * gridDim.x, R::EXPERTS - 1);
 #pragma unroll
-      for (u32 i = 0; i < ROUNDS; ++i) w[e][i] = R::weights4(b, expert, at(i));
+      for (u32 i = 0; i < ROUNDS; ++i) w[e][i] = all(i) ? R::weights4(b, expert, column, i * ROUND) : R::weights4(b, expert, at(i), 0);
     }
 #pragma unroll
     for (u32 i = 0; i < ROUNDS; ++i) {
@@ -89,11 +105,14 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       for (u32 e = 0; e < EACH; ++e) w[e][i] = times(w[e][i], gain);
     }
   };
-  auto whole = [&](const Parts& of) {
+  // What all threads have of this warp's row; of those `apart` lanes from each other.
+  auto whole = [&](const Parts& of, u32 apart) {
     float sum = 0.f;
 #pragma unroll
     for (u32 n = 0; n < CONSUMERS; ++n) sum += of[warp][n * LANES + lane];
-    return warp_sum(sum);
+#pragma unroll
+    for (u32 x = LANES / 2; x >= apart; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
+    return sum;
   };
   bool ready = false;  // the stage's inputs are there
 #pragma unroll 1
@@ -105,9 +124,6 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
 #pragma unroll
       for (u32 i = 0; i < ROUNDS; ++i) w[e][i] = anew(w[e][i]);
     }
-    if (!ready) b.wait_inputs();
-    else consumers_sync();  // the sums were read
-    ready = true;
     // A lane an expert, for what is added to its scores.
     const u32 expert = lane < EACH ? first + lane * gridDim.x : R::EXPERTS;
     float bias = 0.f, correction = 0.f;
@@ -115,10 +131,15 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       if (R::bias(b)) bias = R::bias(b)[expert];
       if (R::SIGMOID && R::correction(b)) correction = R::correction(b)[expert];
     }
+    bias = anew(bias);
+    correction = anew(correction);
+    if (!ready) b.wait_inputs();
+    else consumers_sync();  // the sums were read
+    ready = true;
 #pragma unroll 1
     for (u32 start = 0; start < b.rows(); start += SLICE_ROWS) {
       const u32 own = start + warp;
-      Squares<R, false> squares = {};
+      Squares<R, R::CHECKED> squares = {};
       if constexpr (R::PREPARED) {
         if (own < b.rows()) squares.load(b, own);
       }
@@ -142,7 +163,7 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
           if (!there(i)) v[i] = make_float4(0, 0, 0, 0);
         }
         load_row(least(row + 1, rows - 1));
-        float dot[EACH] = {}, square = 0.f;
+        float dot[FOLD] = {}, square = 0.f;
 #pragma unroll
         for (u32 i = 0; i < ROUNDS; ++i) {
           if constexpr (OWN != 0) square = ::squares(square, v[i]);
@@ -151,20 +172,17 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
             dot[e] = fmaf(v[i].w, w[e][i].w, fmaf(v[i].z, w[e][i].z, fmaf(v[i].y, w[e][i].y, fmaf(v[i].x, w[e][i].x, dot[e]))));
           }
         }
-#pragma unroll
-        for (u32 e = 0; e < EACH; ++e) parts[e][row][thread] = dot[e];
-        if constexpr (OWN != 0) parts[EACH][row][thread] = square;
+        parts[0][row][thread] = fold(dot);
+        if constexpr (OWN != 0) parts[1][row][thread] = square;
       }
       consumers_sync();
       if (own >= b.rows()) continue;
-      float scale = 1.f, score = 0.f;
-      if constexpr (R::PREPARED) scale = squares.normalizer();
-      else if constexpr (R::NORM) scale = normalizing(whole(parts[EACH]), R::K, R::EPS);
-#pragma unroll 1
-      for (u32 e = 0; e < EACH; ++e) {
-        const float dot = whole(parts[e]);
-        if (lane == e) score = dot * scale + bias;
-      }
+      float scale = 1.f;
+      if constexpr (R::PREPARED) {
+        scale = squares.normalizer();
+        if (lane == 0) b.shared.row_scale[own] = scale;
+      } else if constexpr (R::NORM) scale = normalizing(whole(parts[1], 1), R::K, R::EPS);
+      const float score = whole(parts[0], FOLD) * scale + bias;
       if (expert < R::EXPERTS) {
         float* const to = R::out(b) + own * R::STRIDE + expert;
         to[0] = score;
@@ -172,7 +190,10 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       }
     }
   }
-  if (!ready) b.wait_inputs();
+  if (!ready) {
+    b.wait_inputs();
+    if constexpr (R::PREPARED) scale_rows<R>(b);
+  }
   b.finish_stage();
   b.pass_tiles(R::EXPERTS);
 }
@@ -200,13 +221,14 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
   const u32 alike = random ? (b.args.routing - 1) * R::SLOTS / 1000 : 0;
   const u32 seed = mixed(b.args.routing_seed + b.step, b.layer);
   u32* const keys = reinterpret_cast<u32*>(b.scratch) + row % SLICE_ROWS * (EACH * LANES) + lane;
+  auto there = [&](u32 i) { return (i + 1) * LANES <= R::EXPERTS || i * LANES + lane < R::EXPERTS; };
   // All loads together: one after the other they would take a thousand cycles each.
   float loaded[EACH];
 #pragma unroll
-  for (u32 i = 0; i < EACH; ++i) loaded[i] = load1(compared + least(i * LANES + lane, R::EXPERTS - 1));
+  for (u32 i = 0; i < EACH; ++i) loaded[i] = load1(compared + (there(i) ? i * LANES + lane : R::EXPERTS - 1));
   // 0 is no expert. The addition makes -0 equal to 0.
 #pragma unroll
-  for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = i * LANES + lane < R::EXPERTS ? max(ordered(loaded[i] + 0.f), 1u) : 0;
+  for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = there(i) ? max(ordered(loaded[i] + 0.f), 1u) : 0;
   // A lane knows the largest two of its own, the lowest expert first among equals, or, behind these, none (`known`):
   // few lanes ever have to look again.
   u32 best = 0, second = 0, at = ~0u, second_at = ~0u, known = 0, largest = 0;
@@ -335,11 +357,11 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
 
 // The second stage's tiles of all experts. Tiles of one octet come expert by expert: the rows of an expert are
 // fetched once. If a tile has several, an SM has about one of them, and a tile's experts come one behind the
-// other: its sums stay in registers until all are added.
+// other, or two by two (`work` is told of the first): its sums stay in registers until all are added.
 template <class S, class Work> __device__ __forceinline__ bool second_tiles(const Block& b, u32 count, Work work) {
   if constexpr (S::TILE_OCTETS > 1) {
     for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
-      for (u32 number = 0; number < count; ++number) {
+      for (u32 number = 0; number < count; number += Team<S>::EXPERTS) {
         if (!work(number, t)) return false;
       }
     }
@@ -355,11 +377,13 @@ template <class S, class Work> __device__ __forceinline__ bool second_tiles(cons
 
 template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, const u8* weights) {
   const Routes& routes = routes_of(b);
-  b.begin_tape(S::Weights::LANE_COLUMNS == 8, Slots<S>::PIECE, nullptr, 1, 0);
+  b.begin_tape(S::Weights::LANE_COLUMNS == 8, Slots<S>::PIECE * Team<S>::EXPERTS, nullptr, 1, 0);
   if (S::FIRST && !b.wait_routes(&routes_of(b).routed)) return false;
   const u32 count = routes.count;
+  auto at = [&](u32 number, u32 tile) { return weights + ((u64)routes.expert[number] * S::TILES + tile) * Slots<S>::TILE_BYTES; };
   auto tile = [&](u32 number, u32 tile) {
-    return stream_tile<S>(b, weights + ((u64)routes.expert[number] * S::TILES + tile) * Slots<S>::TILE_BYTES);
+    if constexpr (Team<S>::EXPERTS == 1) return stream_tile<S>(b, at(number, tile));
+    return b.piece(at(number, tile), Slots<S>::TILE_BYTES, number + 1 < count ? at(number + 1, tile) : nullptr);
   };
   if constexpr (S::FIRST) {
     for (u32 n = b.first_tile(); n < count * S::TILES; n += gridDim.x) {
@@ -383,7 +407,7 @@ template <class S> struct Runs {
   u32 runs = 1;  // of an expert
   __device__ __forceinline__ explicit Runs(const Block& b) {
     const u32 first = b.first_tile();
-    each = first < S::TILES ? (S::TILES - 1 - first) / gridDim.x + 1 : 0;
+    each = anew(first < S::TILES ? (S::TILES - 1 - first) / gridDim.x + 1 : 0);
     run = each;
     if (each > MOST) {
       for (run = MOST; each % run != 0;) --run;
@@ -412,6 +436,60 @@ template <class S> __device__ __forceinline__ OctetPlace expert_place(const Cons
   return {true, 0, ((u64)routes.expert[number] * S::TILES + tile) * S::OPERANDS + T::operand() + n % T::OCTETS};
 }
 
+// The second stage's tiles, a run of an expert's at a time. `rows(a, there, number)` loads those of an expert, or zeros:
+// filled on one path only, they would hold their registers through all stages.
+template <class S, class Rows, class F>
+__device__ __forceinline__ void multiply_runs(Consumer& b, const Runs<S>& deal, u32 count, Rows rows, u32& octet, F place) {
+  using T = Team<S>;
+  const u32 items = deal.each == 0 ? 0 : count * deal.runs;
+  u32 next = 0;  // item whose tiles are the next ones
+#pragma unroll 1
+  for (u32 item = T::group();; item += T::GROUPS) {
+    const bool there = item < items;
+    Activations<S> a;
+    rows(a, there, deal.runs == 1 ? item : item / deal.runs);
+    // While the rows come.
+    if constexpr (T::GROUPS > 1) pass_tiles<S>(b, (least(item, items) - next) * deal.run);
+    if (!there) break;
+#pragma unroll 1
+    for (u32 tile = 0; tile < deal.run; ++tile) multiply_tile<S>(b, a, 0, octet, place);
+    if constexpr (S::ROW_SCALE) T::meet();  // sums of rows were read
+    next = item + 1;
+  }
+}
+
+// The second stage's short tiles, tile by tile of all experts: an item is one of an expert, or one of each of two. It takes
+// less time than its rows do, so they are loaded an item ahead.
+template <class S, class Rows> __device__ __forceinline__ void multiply_short_tiles(Consumer& b, u32 each, u32 count, Rows rows) {
+  using T = Team<S>;
+  const u32 slots = (count + T::EXPERTS - 1) / T::EXPERTS;  // of a tile
+  const u32 items = slots * each;
+  u32 next = 0;         // item whose tiles are the next ones
+  u32 at = T::group();  // of the item that is loaded, among its tile's; a division would take as long as a tile
+  Activations<S> ahead;
+  bool own = false;  // whether these are of an expert
+  auto load_ahead = [&](u32 item) {
+#pragma unroll 1
+    while (item < items && at >= slots) at -= slots;
+    const u32 number = at * T::EXPERTS + T::expert();
+    own = item < items && number < count;
+    rows(ahead, own, number);
+    at += T::GROUPS;
+  };
+  load_ahead(T::group());
+#pragma unroll 1
+  for (u32 item = T::group();; item += T::GROUPS) {
+    const Activations<S> a = ahead;
+    const bool mine = own;
+    load_ahead(item + T::GROUPS);
+    // While the rows come.
+    pass_tiles<S>(b, least(item, items) - next);
+    if (item >= items) break;
+    multiply_short_tile<S>(b, a, mine);
+    next = item + 1;
+  }
+}
+
 template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b) {
   using T = Team<S>;
   static_assert(Slots<S>::PARTS == 1, "the emitter refuses longer rows");
@@ -419,6 +497,7 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
   u32 octet = 0;
   auto place = [&](u32 n) { return expert_place<S>(b, routes, n); };
   if constexpr (!S::FIRST) fetch_first_scales<S>(b, place);
+  const Runs<S> deal(b);  // it divides
   b.wait_inputs();
   if constexpr (S::FIRST) {
     choose_experts<typename S::Route>(b);
@@ -437,47 +516,14 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
     b.finish_stage();
     b.pass_tiles(tiles);
   } else {
-    // If tiles are short, one of an expert is an item, tile by tile of all experts; else a run of an expert's is.
-    const u32 count = routes.count;
-    const Runs<S> deal(b);
-    const u32 tiles = S::TILE_OCTETS > 1 ? 1 : deal.run;
-    const u32 items = deal.each == 0 ? 0 : count * (S::TILE_OCTETS > 1 ? deal.each : deal.runs);
-    auto load = [&](Activations<S>& a, bool there, u32 number) {
+    auto rows = [&](Activations<S>& a, bool there, u32 number) {
       load_rows<S>(b, a, [&](u32 row) {
         const u32 slot = there ? routes.slot[row][number] : NO_SLOT;
         return Source{row < b.rows() && slot != NO_SLOT, row * S::SLOTS + slot};
       });
     };
-    u32 next = 0;  // item whose tiles are the next ones
-    // Rows that are not there are zeros: filled on one path only, they would hold their registers through all stages.
-    Activations<S> ahead;
-    u32 expert = T::group();  // of an item of short tiles, by number; a division would take as long as a tile
-    auto load_ahead = [&](u32 item) {
-#pragma unroll 1
-      while (item < items && expert >= count) expert -= count;
-      load(ahead, item < items, expert);
-      expert += T::GROUPS;
-    };
-    if constexpr (S::TILE_OCTETS > 1) load_ahead(T::group());
-#pragma unroll 1
-    for (u32 item = T::group();; item += T::GROUPS) {
-      const bool there = item < items;
-      Activations<S> a;
-      if constexpr (S::TILE_OCTETS > 1) {
-        // A short tile takes less time than its rows do.
-        a = ahead;
-        load_ahead(item + T::GROUPS);
-      } else {
-        load(a, there, deal.runs == 1 ? item : item / deal.runs);
-      }
-      // While the rows come.
-      if constexpr (T::GROUPS > 1) pass_tiles<S>(b, (least(item, items) - next) * tiles);
-      if (!there) break;
-#pragma unroll 1
-      for (u32 tile = 0; tile < tiles; ++tile) multiply_tile<S>(b, a, 0, octet, place);
-      if constexpr (S::ROW_SCALE) T::meet();  // sums of rows were read
-      next = item + 1;
-    }
+    if constexpr (T::SHORT) multiply_short_tiles<S>(b, deal.each, routes.count, rows);
+    else multiply_runs<S>(b, deal, routes.count, rows, octet, place);
     b.finish_stage();
     b.pass_tiles(S::TILES);
   }
@@ -556,44 +602,58 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
           }
         });
         // An expert's tile must not take these warps longer than it takes memory, or all others wait for them: what the
-        // expert is to a row is looked up one expert ahead, and sums are read at once, without conditions. (With a branch
+        // expert is to a row is looked up one slot ahead, and sums are read at once, without conditions. (With a branch
         // for each octet the consumers of a rank of MiMo-V2.5-Pro waited a quarter of the stage for buffers.)
-        Chosen next[SLICES];
-        each_slice(rows, [&](u32 slice) { next[slice] = chosen_by(row_of(slice), 0); });
-#pragma unroll 1
-        for (u32 number = 0; number < count; ++number) {
-          Chosen own[SLICES];
-          float2 scale[EACH], v[SLICES][EACH][Team<S>::WARPS];
-          each_slice(rows, [&](u32 slice) { own[slice] = next[slice]; });
-          if constexpr (S::Weights::FEATURE_SCALES) {
+        using T = Team<S>;
+        Chosen next[T::EXPERTS][SLICES];
+        auto look_up = [&](u32 number, u32 slice) {
 #pragma unroll
-            for (u32 i = 0; i < EACH; ++i) {
-              if (there(0, i)) scale[i] = S::scale(b, routes.expert[number], feature(i));
+          for (u32 e = 0; e < T::EXPERTS; ++e) {
+            next[e][slice] = chosen_by(row_of(slice), least(number + e, count - 1));
+            if (e > 0 && number + e >= count) next[e][slice].slot = NO_SLOT;
+          }
+        };
+        each_slice(rows, [&](u32 slice) { look_up(0, slice); });
+#pragma unroll 1
+        for (u32 number = 0; number < count; number += T::EXPERTS) {
+          Chosen own[T::EXPERTS][SLICES];
+          float2 scale[T::EXPERTS][EACH], v[SLICES][EACH][T::MEMBERS];
+#pragma unroll
+          for (u32 e = 0; e < T::EXPERTS; ++e) {
+            each_slice(rows, [&](u32 slice) { own[e][slice] = next[e][slice]; });
+            if constexpr (S::Weights::FEATURE_SCALES) {
+#pragma unroll
+              for (u32 i = 0; i < EACH; ++i) {
+                if (there(0, i)) scale[e][i] = S::scale(b, routes.expert[least(number + e, count - 1)], feature(i));
+              }
             }
           }
           b.wait_sums();
-          const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS) + half * Team<S>::WARPS;
+          const WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS) + half * T::MEMBERS;
           each_slice(rows, [&](u32 slice) {
 #pragma unroll
             for (u32 i = 0; i < EACH; ++i) {
 #pragma unroll
-              for (u32 w = 0; w < Team<S>::WARPS; ++w) v[slice][i][w] = sums[2 * i * Team<S>::WARPS + w][slice][lane];
+              for (u32 n = 0; n < T::MEMBERS; ++n) v[slice][i][n] = sums[2 * i * T::MEMBERS + n][slice][lane];
             }
-            next[slice] = chosen_by(row_of(slice), least(number + 1, count - 1));
+            look_up(number + T::EXPERTS, slice);
           });
           b.pass_sums(Sums<S>::BUFFERS);
           each_slice(rows, [&](u32 slice) {
-            const Chosen& chosen = own[slice];
-            const bool any = chosen.slot != NO_SLOT;
 #pragma unroll
-            for (u32 i = 0; i < EACH; ++i) {
-              float2 of = v[slice][i][0];
+            for (u32 e = 0; e < T::EXPERTS; ++e) {
+              const Chosen& chosen = own[e][slice];
+              const bool any = chosen.slot != NO_SLOT;
 #pragma unroll
-              for (u32 w = 1; w < Team<S>::WARPS; ++w) of = make_float2(of.x + v[slice][i][w].x, of.y + v[slice][i][w].y);
-              if constexpr (S::Weights::FEATURE_SCALES) of = make_float2(of.x * scale[i].x, of.y * scale[i].y);
-              if (any && there(row_of(slice), i)) S::add_bias(b, feature(i), chosen, of);
-              sum[slice][i].x = any ? fmaf(chosen.weight, of.x, sum[slice][i].x) : sum[slice][i].x;
-              sum[slice][i].y = any ? fmaf(chosen.weight, of.y, sum[slice][i].y) : sum[slice][i].y;
+              for (u32 i = 0; i < EACH; ++i) {
+                float2 of = v[slice][i][e * T::WARPS];
+#pragma unroll
+                for (u32 w = 1; w < T::WARPS; ++w) of = make_float2(of.x + v[slice][i][w].x, of.y + v[slice][i][w].y);
+                if constexpr (S::Weights::FEATURE_SCALES) of = make_float2(of.x * scale[e][i].x, of.y * scale[e][i].y);
+                if (any && there(row_of(slice), i)) S::add_bias(b, feature(i), chosen, of);
+                sum[slice][i].x = any ? fmaf(chosen.weight, of.x, sum[slice][i].x) : sum[slice][i].x;
+                sum[slice][i].y = any ? fmaf(chosen.weight, of.y, sum[slice][i].y) : sum[slice][i].y;
+              }
             }
           });
         }

@@ -31,12 +31,14 @@
 //   SCALES, scales(b)    of E4m3: scales of an octet, and all of them (of experts: an expert behind the other)
 //   K, BLOCKS, COLS      columns of x, blocks of an octet, features of one operand
 //   OPERANDS, TILES      operands, and tiles of the stage
-//   TILE_OCTETS          octets of a tile, of each operand; an even number if they are short, of experts only; else 1
+//   TILE_OCTETS          octets of a tile, of each operand; an even number if they are short, of experts only (whose
+//                        tiles are not `multiply_tile`'s); else 1
 //   Input                F32, or the half type of the products
 //   CHECKED              whether x, and its squares, may be late (handoff.cuh)
 //   ROW_OCTETS, ORDER    of halves: whether x lies in octets of rows, and the order of its columns (rows.cuh)
 //   PREPARED             whether x is bf16 that its maker has prepared for a norm (prepared.cuh)
 //   squares(b)           then: [rows][K / 8, padded to four] f32
+//   SCALED               then: whether the stage before has found what normalizes these rows
 //   NORM, gain(b), EPS   whether x is normed first, or was prepared for that; its gains
 //   LOGITS               whether its rows are those whose logits are wanted
 //   input(block)         x, [rows][K]
@@ -72,17 +74,23 @@ template <class S> struct Team {
   // Tiles of several octets (gemm.cuh, `TILE_OCTETS`) are short work: the more of them at a time, the better. A pair of
   // FP4 is long: what it takes counts where an SM has few of them.
   static constexpr bool PAIR = S::Weights::LANE_COLUMNS == 32 && S::OPERANDS == 2;
-  static constexpr u32 WARPS = S::TILE_OCTETS > 1 ? 2 : TWO && !PAIR ? HALF : CONSUMERS;
+  static constexpr bool SHORT = S::TILE_OCTETS > 1;
+  // Of short tiles two experts' share a slot, if a warp can keep an expert's rows: each warp has one of its own then.
+  static constexpr u32 EXPERTS = SHORT && registers(1) <= 32 && 2 * S::TILE_OCTETS * S::BLOCKS * S::Weights::BLOCK_BYTES <= SLOT_BYTES ? 2 : 1;
+  static constexpr u32 WARPS = SHORT ? 2 / EXPERTS : TWO && !PAIR ? HALF : CONSUMERS;
   static constexpr u32 TEAMS = CONSUMERS / WARPS;
   // Octets of a tile, by the same team. Two of FP4 are multiplied together.
   static constexpr u32 OCTETS = S::Weights::LANE_COLUMNS == 32 ? S::OPERANDS : S::OPERANDS > TEAMS ? S::OPERANDS / TEAMS : 1;
-  static constexpr u32 SHARE = S::OPERANDS / OCTETS;                            // teams that share a tile
-  static constexpr u32 GROUPS = TEAMS / SHARE;                                  // tiles that are in work at a time
+  static constexpr u32 SHARE = S::OPERANDS / OCTETS;         // teams that share a tile
+  static constexpr u32 MEMBERS = WARPS * SHARE * EXPERTS;    // warps that share a tile, or the tiles of a slot
+  static constexpr u32 GROUPS = CONSUMERS / MEMBERS;         // of these; so many tiles, or slots, are in work at a time
   // Whether a tile's sums do not say that all consumers have written what normalizes the rows (`Shared::scaled` does).
-  static constexpr bool TELLS_SCALES = GROUPS > 1 && S::PREPARED;
+  static constexpr bool TELLS_SCALES = GROUPS > 1 && S::PREPARED && !S::SCALED;
 
   __device__ __forceinline__ static u32 warp() { return anew(warp_id()) % WARPS; }
-  __device__ __forceinline__ static u32 group() { return anew(warp_id()) / (WARPS * SHARE); }
+  __device__ __forceinline__ static u32 group() { return anew(warp_id()) / MEMBERS; }
+  // Which of the experts of a slot this team has.
+  __device__ __forceinline__ static u32 expert() { return EXPERTS > 1 ? anew(warp_id()) / WARPS % EXPERTS : 0; }
   // The first operand that this team has of its tiles.
   __device__ __forceinline__ static u32 operand() { return anew(warp_id()) / WARPS % SHARE; }
   __device__ __forceinline__ static void meet() { block_barrier<WARPS * LANES>(2 + anew(warp_id()) / WARPS); }
@@ -113,7 +121,7 @@ template <class S> struct Slots {
 // tile when control has the sums of the tile BUFFERS before. All slots up to that one's were filled then, so
 // that a barrier of a slot is never asked for a phase after the next.
 template <class S> struct Sums {
-  static constexpr u32 WARPS = S::OPERANDS * S::TILE_OCTETS * Team<S>::WARPS;  // that a tile has sums of
+  static constexpr u32 WARPS = S::OPERANDS * S::TILE_OCTETS * Team<S>::WARPS * Team<S>::EXPERTS;  // that a tile, or those of a slot, have sums of
   static constexpr u32 IN_SCRATCH = SUM_BYTES / (WARPS * sizeof(WarpSums));
   static constexpr u32 IN_RING = Team<S>::TEAMS > 1 ? RING_SLOTS / (S::OPERANDS * Slots<S>::PART) : SUM_BUFFERS;
   static constexpr u32 BUFFERS = least(SUM_BUFFERS, least(IN_SCRATCH, IN_RING));
@@ -198,13 +206,14 @@ struct RowStart {
 
 template <class S> struct RowPlaces {
   static constexpr u32 APART = S::ROW_OCTETS ? SLICE_ROWS : 1;  // from one 32 columns to the next, in these
-  // Whether columns lie in the order in which the lanes here want them.
+  // Whether columns lie in the order in which the lanes here want them; or whether 32 that follow each other are a lane's.
   static constexpr bool IN_ORDER = S::ROW_OCTETS && S::Weights::LANE_COLUMNS == 8u << S::ORDER;
+  static constexpr bool WHOLE = S::ORDER == 0 && S::Weights::LANE_COLUMNS == 32;
 };
 
 template <class S> __device__ __forceinline__ RowStart row_start(Source source) {
   const u32 row = S::ROW_OCTETS ? half_at(source.row, 0, S::K) : source.row * S::K;
-  const u32 quarter = RowPlaces<S>::IN_ORDER ? anew(lane_id()) % 4 * 8 : 0;
+  const u32 quarter = anew(lane_id()) % 4 * (RowPlaces<S>::IN_ORDER ? 8 : RowPlaces<S>::WHOLE ? 32 * RowPlaces<S>::APART : 0);
   return {source.there, anew(row + Team<S>::warp() * (S::Weights::BLOCK_COLUMNS * RowPlaces<S>::APART) + quarter)};
 }
 
@@ -222,7 +231,8 @@ template <class S, bool ALL> __device__ __forceinline__ void load_halves(const B
 #pragma unroll
     for (u32 set = 0; set < Activations<S>::SETS; ++set) {
       const u32 place = column_place(quarter * S::Weights::LANE_COLUMNS + set * 8, S::ORDER);
-      const u16* from = x + (RowPlaces<S>::IN_ORDER ? set * (32 * APART) : place % 32 + place / 32 * (32 * APART)) + i * (STRIDE * APART);
+      const u32 behind = RowPlaces<S>::IN_ORDER ? set * (32 * APART) : RowPlaces<S>::WHOLE ? set * 8 : place % 32 + place / 32 * (32 * APART);
+      const u16* from = x + behind + i * (STRIDE * APART);
       const bool whole = Slots<S>::PARTS == 1 && (i + 1) * WARPS <= S::K / BLOCK;
       uint4 v = make_uint4(0, 0, 0, 0);
       if ((ALL || start.there) && (whole || column + (first + i) * STRIDE + set * 8 < S::K)) v = take4<S::CHECKED>(reinterpret_cast<const u32*>(from));
@@ -294,7 +304,9 @@ template <class S> __device__ __forceinline__ u32 row_word(const Activations<S>&
   return m;
 }
 
-// All slices; `source(row)` says what each row is.
+// All slices; `source(row)` says what each row is. (A row that is loaded in place of those that are not there, as in
+// `load_inputs`, spares the zeros, but all SMs ask for it at the same time: 8 rows of a rank of MiMo-V2.5-Pro took 15 %
+// longer.)
 template <class S, class F> __device__ __forceinline__ void load_rows(Consumer& b, Activations<S>& a, F source) {
 #pragma unroll
   for (u32 slice = 0; slice < SLICES; ++slice) {
@@ -411,12 +423,12 @@ template <class S> __device__ __forceinline__ Inputs find_inputs(const Block& b)
 // Of rows that may be late, whoever asks looks at the words.
 template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a, const Inputs& inputs, u32 part = 0) {
   if constexpr (S::HALF_INPUT) {
-    bool scales = S::PREPARED && part == 0;
+    bool scales = S::PREPARED && !S::SCALED && part == 0;
     do {
 #pragma unroll
       for (u32 slice = 0; slice < SLICES; ++slice) load_halves<S, ALL_ROWS>(b, a, slice, inputs.start[slice], part);
       // The squares come while the rows do.
-      if constexpr (S::PREPARED) {
+      if constexpr (S::PREPARED && !S::SCALED) {
         if (scales) {
           scale_rows<S>(b);
           if constexpr (Team<S>::TELLS_SCALES) b.pass_scales();
@@ -430,9 +442,10 @@ template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Acti
   }
 }
 
-// Four columns of a feature of octets of bfloat16, or of rows of float32, read where they lie.
-__device__ __forceinline__ float4 octet_columns(const u8* octets, u32 blocks, u32 feature, u32 column) {
-  const u8* block = octets + ((u64)(feature / OCTET) * blocks + column / 32) * OCTET_BLOCK;
+// Four columns of a feature of octets of bfloat16, read where they lie: so many blocks behind those of `column`, which is
+// the same for all lanes and stays out of what each computes.
+__device__ __forceinline__ float4 octet_columns(const u8* octets, u32 blocks, u32 feature, u32 column, u32 behind) {
+  const u8* block = octets + ((u64)(feature / OCTET) * blocks + column / 32) * OCTET_BLOCK + behind * OCTET_BLOCK;
   const uint2 pairs = *reinterpret_cast<const uint2*>(block + feature % OCTET * 64 + column % 32 * 2);
   return make_float4(Bf16::low(pairs.x), Bf16::high(pairs.x), Bf16::low(pairs.y), Bf16::high(pairs.y));
 }
@@ -560,19 +573,22 @@ __device__ __forceinline__ void multiply_pair(PairSums<CHAINS>& d, const u32 (&x
   }
 }
 
-// The sums of such a product to where those of other products lie: of rows and pairs of features.
-template <u32 CHAINS> __device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, const PairSums<CHAINS>& sums, u32 lane) {
+// The sums of such a product, in so many parts, to where those of other products lie: of rows and pairs of features.
+template <u32 CHAINS, u32 PARTS> __device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, const PairSums<CHAINS> (&sums)[PARTS], u32 lane) {
   const u32 at = lane % 4 * (2 * OCTET) + lane / 4;  // row 2t, feature g
 #pragma unroll
   for (u32 slice = 0; slice < SLICES; ++slice) {
-    const float(&d)[CHAINS][4] = sums.of[slice];
     static_assert(CHAINS == 2 || CHAINS == 4);
     float total[4];
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-      total[i] = d[0][i] + d[1][i];
-      if constexpr (CHAINS == 4) total[i] += d[2][i] + d[3][i];
-      total[i] *= Fp4::UNIT;
+#pragma unroll
+      for (u32 part = 0; part < PARTS; ++part) {
+        const float(&d)[CHAINS][4] = sums[part].of[slice];
+        float of = d[0][i] + d[1][i];
+        if constexpr (CHAINS == 4) of += d[2][i] + d[3][i];
+        total[i] = part == 0 ? of * Fp4::UNIT : total[i] + of * Fp4::UNIT;
+      }
     }
     float* const to = reinterpret_cast<float*>(&first[slice]);
     float* const also = reinterpret_cast<float*>(&second[slice]);
@@ -618,7 +634,7 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
   static_assert(OCTETS == S::OPERANDS && OCTETS <= 2);
   const u32 warp = T::warp(), lane = anew(lane_id());
   Chain chain[CHAINS];  // of an octet
-  PairSums<4> pair;     // of two
+  PairSums<4> pair[1];  // of two
   b.wait_sums();
 #pragma unroll
   for (u32 s = 0; s < COUNT; ++s) {
@@ -637,7 +653,7 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
         w[octet].load(there, slot[octet] + (i * T::WARPS + warp) * W::BLOCK_BYTES, lane);
         read[octet] |= w[octet].read();
       }
-      if constexpr (OCTETS == 2) multiply_pair(pair, a.pair[block], w[0].codes, w[1].codes, w[0].factors(), w[1].factors());
+      if constexpr (OCTETS == 2) multiply_pair(pair[0], a.pair[block], w[0].codes, w[1].codes, w[0].factors(), w[1].factors());
       else multiply_codes(chain[i % CHAINS], a.pair[block], w[0].codes, w[0].factors());
     }
 #pragma unroll
@@ -657,20 +673,22 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
   b.pass_sums(Sums<S>::BUFFERS, T::GROUPS);
 }
 
-// One tile of several octets of FP4 that share a slot, each a few blocks long.
-template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer& b, const Activations<S>& a) {
+// One tile of several octets of FP4 that share a slot, each a few blocks long; or one of two experts', of which this warp
+// has one, if it is there (`own`). Then the sums of even and of odd blocks stay apart, as those of two warps do, so that
+// who multiplies changes no bit.
+template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer& b, const Activations<S>& a, bool own) {
   using W = typename S::Weights;
   using T = Team<S>;
   constexpr u32 COUNT = Activations<S>::COUNT;
   static_assert(S::TILE_OCTETS % 2 == 0, "they are multiplied in pairs");
   const u32 warp = T::warp(), lane = anew(lane_id());
   b.wait_sums();
-  WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
-  const u8* slot = b.wait_slot();
+  WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS) + T::expert() + warp;
+  const u8* slot = b.wait_slot() + T::expert() * Slots<S>::OCTET_BYTES;
   u32 read = 0;
 #pragma unroll 1
-  for (u32 octet = 0; octet < S::TILE_OCTETS; octet += 2) {
-    PairSums<2> pair;  // fewer chains are fewer sums of sums, and a tile is short
+  for (u32 octet = 0; own && octet < S::TILE_OCTETS; octet += 2) {
+    PairSums<2> pair[T::EXPERTS];  // fewer chains are fewer sums of sums, and a tile is short
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
       const bool there = (i + 1) * T::WARPS <= S::BLOCKS || i * T::WARPS + warp < S::BLOCKS;
@@ -679,12 +697,12 @@ template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer&
       w.load(there, block, lane);
       v.load(there, block + S::BLOCKS * W::BLOCK_BYTES, lane);
       read |= w.read() | v.read();
-      multiply_pair(pair, a.pair[i], w.codes, v.codes, w.factors(), v.factors());
+      multiply_pair(pair[i % T::EXPERTS], a.pair[i], w.codes, v.codes, w.factors(), v.factors());
     }
-    WarpSums* to = sums + octet * T::WARPS + warp;
-    store_pair(to[0], to[T::WARPS], pair, lane);
+    WarpSums* to = sums + octet * T::MEMBERS;
+    store_pair(to[0], to[T::MEMBERS], pair, lane);
   }
-  b.release_slot(read, T::TEAMS);
+  b.release_slot(read, T::GROUPS);
   b.pass_sums(Sums<S>::BUFFERS, T::GROUPS);
 }
 
@@ -779,8 +797,7 @@ template <class S, class F> __device__ __forceinline__ void multiply_octets(Cons
 }
 
 template <class S, class F> __device__ __forceinline__ void multiply_tile(Consumer& b, const Activations<S>& a, u32 part, u32& octet, F place) {
-  if constexpr (S::TILE_OCTETS > 1) multiply_short_tile<S>(b, a);
-  else if constexpr (S::Weights::LANE_COLUMNS == 32) multiply_fp4_tile<S>(b, a);
+  if constexpr (S::Weights::LANE_COLUMNS == 32) multiply_fp4_tile<S>(b, a);
   else multiply_octets<S>(b, a, part, octet, place);
 }
 

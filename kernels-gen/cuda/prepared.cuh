@@ -42,6 +42,11 @@ template <class S, bool CHECKED> struct Squares {
 #pragma unroll
     for (u32 n = 0; n < LOADS; ++n) {
       const u32 at = (n * LANES + anew(lane_id())) * 4;
+      constexpr u32 ALL = LANES * 4;
+      if ((n + 1) * ALL <= OCTETS) {
+        v[n] = take4<CHECKED>(squares + at);
+        continue;
+      }
       v[n] = make_float4(0, 0, 0, 0);
       if (at < OCTETS) v[n] = take4<CHECKED>(squares + at);
       if (OCTETS % 4 != 0 && at + 4 > OCTETS) {  // behind the row

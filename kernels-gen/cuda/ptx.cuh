@@ -21,6 +21,10 @@ __device__ __forceinline__ u32 anew(u32 v) {
   return v;
 }
 
+__device__ __forceinline__ float anew(float v) {
+  asm volatile("" : "+f"(v));
+  return v;
+}
 __device__ __forceinline__ float4 anew(float4 v) {
   asm volatile("" : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w));
   return v;
@@ -258,10 +262,13 @@ __device__ __forceinline__ void barrier_arrive_expect(u64* b, u32 bytes) {
 __device__ __forceinline__ void barrier_expect(u64* b, u32 bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
-// The copy engine moves `bytes` (a multiple of 16) and counts them on the barrier.
+// The copy engine moves `bytes` (a multiple of 16) and counts them on the barrier. They are read once a step: in L2 they are
+// the first to make room, so that the kernel's text and the activations stay there.
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* b) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
+  u64 once;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(once));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)), "l"(once) : "memory");
 }
 #else
 __device__ __forceinline__ void barrier_arrive(u64* b, u32 count) {

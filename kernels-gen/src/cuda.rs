@@ -112,7 +112,7 @@ pub struct SharedNeeds {
     pub experts: usize,
     /// Most experts of a row.
     pub top_k: usize,
-    /// Most numbers that a router adds up for each row at a time: an expert's score each, and its squares.
+    /// Numbers that a thread has of each row of a router's: of scores, and of squares.
     pub scores: usize,
 }
 
@@ -171,10 +171,14 @@ impl SharedNeeds {
         8 * (2 * if row_columns < columns { row_columns } else { columns } + 64)
     }
 
-    /// Bytes of a router's sums of a slice's rows, a part of every consumer thread's; a few at a time.
+    /// Bytes of a router's sums of a slice's rows, a part of every consumer thread's.
     pub const fn scored(&self) -> usize {
-        let most = if self.scores < 4 { self.scores } else { 4 };
-        most * 8 * CONSUMERS * 32 * 4
+        self.scores * 8 * CONSUMERS * 32 * 4
+    }
+
+    /// Bytes of a choice of experts: what a slice's rows compare, and what each lane has chosen.
+    pub const fn compared(&self) -> usize {
+        if self.experts == 0 { 0 } else { 8 * 32 * (self.experts.div_ceil(32) * 4 + 8) }
     }
 
     /// Bytes of a slot of the ring: what the copy engine moves at once, and four blocks for each consumer.
@@ -192,8 +196,8 @@ impl SharedNeeds {
     pub fn layout(&self, available: usize) -> Option<SharedLayout> {
         let fixed = 2048 + (self.slices - 1) * 256 + self.routes();
         let columns = if available >= 128 << 10 { 2048 } else { 1024 };
-        let work =
-            self.attention().max(self.sums()).max(self.rows(columns)).max(self.scored()).max(SAMPLE_BYTES);
+        let experts = self.scored().max(self.compared());
+        let work = self.attention().max(self.sums()).max(self.rows(columns)).max(experts).max(SAMPLE_BYTES);
         let scratch = work.next_multiple_of(128) + self.scales();
         let slots = available.checked_sub(fixed + scratch)? / self.slot();
         let slots = slots.min(MAX_SLOTS);

@@ -301,7 +301,7 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
         }
         if let Kind::Scores(scores) = &stage.kind {
             let squares = usize::from(scores.norm.is_some() && scores.squares.is_none());
-            needs.scores = needs.scores.max(scores.experts.div_ceil(128) + squares);
+            needs.scores = needs.scores.max(1 + squares);
         }
         if let Kind::Experts(experts) = &stage.kind {
             needs.experts = needs.experts.max(experts.experts);
@@ -766,9 +766,10 @@ impl<'p> Writer<'p> {
         let logits = gemm.epilogue == Epilogue::Logits;
         line!(
             self,
-            "  static constexpr bool NORM = {}, PREPARED = {}, HALF_INPUT = {half}, ROW_SCALE = {}, LOGITS = {logits};",
+            "  static constexpr bool NORM = {}, PREPARED = {}, SCALED = {}, HALF_INPUT = {half}, ROW_SCALE = {}, LOGITS = {logits};",
             gemm.norm.is_some(),
             gemm.prepared.is_some(),
+            self.scaled(gemm),
             gemm.format == Format::F16
         );
         let row_octets = half && !self.program().in_slots(gemm.input);
@@ -800,6 +801,19 @@ impl<'p> Writer<'p> {
         self.function("float2*", "partial", "const Block& b", &format!("return {partial};"));
     }
 
+    /// Whether the stage before is a router of the same rows, which leaves what normalizes them.
+    fn scaled(&self, gemm: &Gemm) -> bool {
+        let same = |stages: &[Stage]| match (&stages[0].kind, stages[1].kind.gemm()) {
+            (Kind::Scores(scores), Some(next)) => {
+                std::ptr::eq(next, gemm)
+                    && scores.squares.is_some()
+                    && scores.squares == gemm.prepared.map(|prepared| prepared.squares)
+            }
+            _ => false,
+        };
+        self.program().bodies.iter().any(|stages| stages.windows(2).any(same))
+    }
+
     /// The gains of a norm that a stage sees to itself.
     fn gain(&mut self, norm: Option<Norm>) {
         let gain = norm.map_or("nullptr".into(), |norm| {
@@ -829,16 +843,20 @@ impl<'p> Writer<'p> {
         let stride = self.program().buffer(scores.output).cols;
         line!(self, "  static constexpr u32 K = {k}, EXPERTS = {experts}, STRIDE = {stride};");
         let (norm, prepared) = (scores.norm.is_some(), scores.squares.is_some());
-        line!(self, "  static constexpr bool NORM = {norm}, PREPARED = {prepared};");
+        // A mixture has no mailboxes.
+        line!(
+            self,
+            "  static constexpr bool NORM = {norm}, PREPARED = {prepared}, CHECKED = false, LOGITS = false;"
+        );
         line!(self, "  static constexpr float EPS = {};", float(scores.norm.map_or(0.0, |norm| norm.eps)));
         let weights = self.weight(scores.weights);
         let weights = match *format {
             Format::BF16 => {
                 let blocks = tilec_ir::octet::octet_blocks(*format, *k);
-                format!("return octet_columns({weights}, {blocks}, expert, column);")
+                format!("return octet_columns({weights}, {blocks}, expert, column, more / 32);")
             }
             _ => format!(
-                "return *reinterpret_cast<const float4*>({weights} + ((u64)expert * K + column) * 4);"
+                "return *reinterpret_cast<const float4*>({weights} + ((u64)expert * K + column + more) * 4);"
             ),
         };
         self.gain(scores.norm);
@@ -846,7 +864,7 @@ impl<'p> Writer<'p> {
             let squares = format!("return {};", self.buffer(squares));
             self.function("const float*", "squares", "const Block& b", &squares);
         }
-        self.function("float4", "weights4", "const Block& b, u32 expert, u32 column", &weights);
+        self.function("float4", "weights4", "const Block& b, u32 expert, u32 column, u32 more", &weights);
         let bias = scores.bias.map_or("nullptr".into(), |slot| {
             format!("reinterpret_cast<const float*>({})", self.weight(slot))
         });

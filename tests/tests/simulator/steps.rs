@@ -163,9 +163,14 @@ fn layers_that_are_stored_differently_share_rows() {
 /// The same rows by kernels of 8, 16 and 32 rows a step have the same bits, beside other rows as well. (Where rows are
 /// multiplied in parts, these are others, and so are the bits.)
 fn check_widths(config: &Value, weights: Format, experts: Option<Format>) {
+    check_these_widths(config, weights, experts, &[16, 32]);
+}
+
+/// The same of some widths beside 8.
+fn check_these_widths(config: &Value, weights: Format, experts: Option<Format>, widths: &[usize]) {
     let rows = first_rows();
     let narrow = Simulation::new(config, weights, experts, sizes(8)).launch(&rows, 1, 3, 1);
-    for step_rows in [16, 32] {
+    for &step_rows in widths {
         let wide = Simulation::new(config, weights, experts, sizes(step_rows));
         let before = wide.cache();
         let alone = wide.launch(&rows, 1, 4, 2);
@@ -275,6 +280,16 @@ fn qwen3_moe_with_mxfp4() {
 #[test]
 fn short_experts_in_mxfp4() {
     check_long(&short_experts(), Format::BF16, Some(Format::MXFP4), 0.03);
+}
+
+/// Octets of two blocks: a warp multiplies both, of one expert, with 8 rows a step; two warps do, with 16. It is the same.
+#[test]
+fn short_experts_of_two_blocks() {
+    let mut config = short_experts();
+    config["moe_intermediate_size"] = 200.into();
+    check_long(&config, Format::BF16, Some(Format::MXFP4), 0.03);
+    // With 32 rows a step those of attention are multiplied in parts.
+    check_these_widths(&config, Format::BF16, Some(Format::MXFP4), &[16]);
 }
 
 #[test]
