@@ -405,6 +405,44 @@ fn a_mixture_leaves_the_interpreters_taps() {
     assert!(unused.iter().all(|value| value.is_nan()), "rows that the step did not have");
 }
 
+/// The kernel for long contexts leaves the same taps as the other one, and the same logits, from a cache in float16.
+#[test]
+fn long_contexts_leave_taps() {
+    let target = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": 144, "intermediate_size": 72, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 83,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 3072,
+        "tie_word_embeddings": true
+    });
+    let draft = json!({
+        "architectures": ["DFlashDraftModel"], "hidden_size": 144, "intermediate_size": 72,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "block_size": 8, "dflash_config": {"target_layer_ids": [1, 0], "mask_token_id": 7}
+    });
+    let pair = Pair::synthetic(&target, &draft, Format::F16, Sizes { context: 3072, step_rows: 8 });
+    let mut state = 1u32;
+    let mut random = || {
+        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+        half::f16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0)
+    };
+    let numbers = pair.target.cache().len() / 2;
+    let cache: Vec<u8> = (0..numbers).flat_map(|_| random().to_le_bytes()).collect();
+    let rows = [row(3, 1023, 0), row(9, 2100, 1), row(27, 5, 2), row(31, 1024, 3)];
+    let [(short, taps), (long, long_taps)] = [false, true].map(|long| {
+        pair.target.write_cache(&cache);
+        pair.write_taps(&vec![0xff; ROWS * pair.tap_cols * 4]);
+        pair.target.long.set(long);
+        (pair.step(&rows), std::fs::read(pair.target.path("taps.bin")).unwrap())
+    });
+    let (made, unused) = taps.split_at(rows.len() * pair.tap_cols * 4);
+    assert!(short.iter().chain(&super::floats(made)).all(|value| value.is_finite()));
+    assert!(super::floats(unused).iter().all(|value| value.is_nan()), "rows that the step did not have");
+    assert!(long == short, "other logits");
+    assert!(long_taps == taps, "other taps");
+    assert!(pair.target.path("long").exists(), "the other kernel was run");
+}
+
 /// Drafts of MiMo's kind and unlike their targets, against the interpreter: sinks, values scaled and narrower
 /// than keys, a part of a head rotated, another rope for the context, an embedding of the mask's own, windows
 /// inside of a block; contexts of several chunks and spans; `fc` in parts.
