@@ -407,7 +407,7 @@ template <class S> struct Runs {
   u32 runs = 1;  // of an expert
   __device__ __forceinline__ explicit Runs(const Block& b) {
     const u32 first = b.first_tile();
-    each = anew(first < S::TILES ? (S::TILES - 1 - first) / gridDim.x + 1 : 0);
+    each = first < S::TILES ? (S::TILES - 1 - first) / gridDim.x + 1 : 0;
     run = each;
     if (each > MOST) {
       for (run = MOST; each % run != 0;) --run;
@@ -496,10 +496,8 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
   const Routes& routes = routes_of(b);
   u32 octet = 0;
   auto place = [&](u32 n) { return expert_place<S>(b, routes, n); };
-  if constexpr (!S::FIRST) fetch_first_scales<S>(b, place);
-  const Runs<S> deal(b);  // it divides
-  b.wait_inputs();
   if constexpr (S::FIRST) {
+    b.wait_inputs();
     choose_experts<typename S::Route>(b);
     fetch_first_scales<S>(b, place);
     const u32 tiles = routes.count * S::TILES;
@@ -516,6 +514,10 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
     b.finish_stage();
     b.pass_tiles(tiles);
   } else {
+    fetch_first_scales<S>(b, place);
+    Runs<S> deal(b);
+    deal.each = anew(deal.each);  // it divides: in front of the wait
+    b.wait_inputs();
     auto rows = [&](Activations<S>& a, bool there, u32 number) {
       load_rows<S>(b, a, [&](u32 row) {
         const u32 slot = there ? routes.slot[row][number] : NO_SLOT;
