@@ -359,7 +359,7 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
 // fetched once. If a tile has several, an SM has about one of them, and a tile's experts come one behind the
 // other, or two by two (`work` is told of the first): its sums stay in registers until all are added.
 template <class S, class Work> __device__ __forceinline__ bool second_tiles(const Block& b, u32 count, Work work) {
-  if constexpr (S::TILE_OCTETS > 1) {
+  if constexpr (Team<S>::SHORT) {
     for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
       for (u32 number = 0; number < count; number += Team<S>::EXPERTS) {
         if (!work(number, t)) return false;
@@ -583,7 +583,7 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
       else pass_tile<S>(b);
     }
   } else {
-    if constexpr (S::TILE_OCTETS > 1) {
+    if constexpr (Team<S>::SHORT) {
       // Both warps have every other octet of each tile.
       constexpr u32 EACH = S::TILE_OCTETS / 2;
       const u32 half = b.second;

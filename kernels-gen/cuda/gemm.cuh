@@ -105,7 +105,7 @@ template <class S> struct Slots {
   static constexpr u32 OCTET_BYTES = S::TILE_OCTETS * S::BLOCKS * S::Weights::BLOCK_BYTES;
   static constexpr u32 TILE_BYTES = S::OPERANDS * OCTET_BYTES;
   static_assert(S::TILE_OCTETS == 1 || (COUNT == 1 && S::OPERANDS == 1 && OCTET_BYTES <= SLOT_BYTES), "they share a slot");
-  static constexpr u32 PIECE_BYTES = S::TILE_OCTETS > 1 ? OCTET_BYTES : BLOCKS * S::Weights::BLOCK_BYTES;
+  static constexpr u32 PIECE_BYTES = Team<S>::SHORT ? OCTET_BYTES : BLOCKS * S::Weights::BLOCK_BYTES;
   static constexpr u32 PIECE = PIECE_BYTES < OCTET_BYTES ? PIECE_BYTES : OCTET_BYTES;
   // Parts of the columns, and slots of an octet in each but perhaps the last.
   static constexpr u32 FIT = KEPT_REGISTERS / (S::Weights::LANE_COLUMNS / 2 * SLICES) / WARP_BLOCKS, ALLOWED = FIT > 0 ? FIT : 1;
@@ -121,7 +121,8 @@ template <class S> struct Slots {
 // tile when control has the sums of the tile BUFFERS before. All slots up to that one's were filled then, so
 // that a barrier of a slot is never asked for a phase after the next.
 template <class S> struct Sums {
-  static constexpr u32 WARPS = S::OPERANDS * S::TILE_OCTETS * Team<S>::WARPS * Team<S>::EXPERTS;  // that a tile, or those of a slot, have sums of
+  // That a tile, or those of a slot, have sums of.
+  static constexpr u32 WARPS = S::OPERANDS * S::TILE_OCTETS * Team<S>::WARPS * Team<S>::EXPERTS;
   static constexpr u32 IN_SCRATCH = SUM_BYTES / (WARPS * sizeof(WarpSums));
   static constexpr u32 IN_RING = Team<S>::TEAMS > 1 ? RING_SLOTS / (S::OPERANDS * Slots<S>::PART) : SUM_BUFFERS;
   static constexpr u32 BUFFERS = least(SUM_BUFFERS, least(IN_SCRATCH, IN_RING));

@@ -201,6 +201,12 @@ fn sampling_words(rows: &[SampleRow]) -> Vec<u32> {
     words
 }
 
+/// Numbers from -1 to 1, the same ones for a seed.
+fn random_numbers(seed: u64) -> impl Iterator<Item = f32> {
+    let next = |state: &u64| Some(state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407));
+    std::iter::successors(next(&seed), next).map(|state| (state >> 40) as f32 / (1 << 23) as f32 - 1.0)
+}
+
 fn row(token: u32, position: usize, sequence: usize) -> Row {
     Row { token, position, sequence: sequence as u32 }
 }

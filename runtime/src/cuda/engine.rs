@@ -859,11 +859,8 @@ impl CudaEngine {
         let Some(behind) = self.long_kernel else { return 0 };
         let words = &self.inputs_host.words()[pass * PASS_WORDS..][..PASS_WORDS];
         let word = |at: usize| words[at].load(Ordering::Relaxed);
-        let rows = (0..rows).map(|row| (word(SEQUENCES + row), word(POSITIONS + row)));
-        let reached =
-            rows.clone().any(|(_, position)| position as usize + steps > behind.unwrap_or(LONG_CONTEXT));
-        let faster = || long_is_faster(spans_behind(rows) * self.kv_heads, self.device.blocks());
-        u32::from(reached && (behind.is_some() || faster()))
+        let rows: Vec<_> = (0..rows).map(|row| (word(SEQUENCES + row), word(POSITIONS + row))).collect();
+        u32::from(takes_long(&rows, steps, behind, self.kv_heads, self.device.blocks()))
     }
 
     fn ready(&self) -> Result<(), StepError> {
@@ -1071,12 +1068,21 @@ fn split(rows: usize, logit_rows: &[u32], most: usize) -> Vec<Pass> {
     with_wanted(starts.map(|start| start..rows.min(start + most)), logit_rows)
 }
 
-/// Spans behind the rows of a pass, each a sequence and a position, which the kernel for long contexts streams: those of
-/// rows that are alone in their sequence.
-pub(super) fn spans_behind(rows: impl Iterator<Item = (u32, u32)>) -> usize {
-    let rows: Vec<_> = rows.collect();
-    let runs = rows.chunk_by(|(one, _), (next, _)| one == next);
-    runs.filter(|run| run.len() == 1).map(|run| run[0].1 as usize / SPAN_POSITIONS).sum()
+/// Whether a launch of so many steps takes the kernel for long contexts: by the rows of its pass, each a sequence and a
+/// position, behind so many positions, or where that is faster.
+pub(super) fn takes_long(
+    rows: &[(u32, u32)],
+    steps: usize,
+    behind: Option<usize>,
+    kv_heads: usize,
+    sms: usize,
+) -> bool {
+    let most = behind.unwrap_or(LONG_CONTEXT);
+    // It streams the spans of rows that are alone in their sequence.
+    let runs = rows.chunk_by(|(one, _), (next, _)| one == next).filter(|run| run.len() == 1);
+    let spans: usize = runs.map(|run| run[0].1 as usize / SPAN_POSITIONS).sum();
+    rows.iter().any(|(_, position)| *position as usize + steps > most)
+        && (behind.is_some() || long_is_faster(spans * kv_heads, sms))
 }
 
 /// The passes of blocks, which are not cut: their rows see each other. As many of them as fit to a pass.

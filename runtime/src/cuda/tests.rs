@@ -1,6 +1,6 @@
 //! The engine on a device in software.
 
-use super::engine::spans_behind;
+use super::engine::takes_long;
 use super::fake::*;
 use crate::engine::tests::{CONTEXT, VOCAB, toy_engine_on, toy_next, toy_plan};
 use crate::engine::{Engine, EngineError, EngineOptions, PROFILE_FIELDS, RowInput, StepError};
@@ -256,16 +256,24 @@ fn long_contexts_have_a_kernel_of_their_own() {
     assert!(plan.verify().is_err());
 }
 
-/// Spans are those of sequences that decode: a run of several rows is no such.
+/// By itself a launch counts the spans of sequences that decode, of 8 KV heads for 132 SMs: a run of several rows has none.
 #[test]
-fn spans_of_rows_that_decode() {
-    let spans = |rows: &[(u32, u32)]| spans_behind(rows.iter().copied());
-    assert_eq!(spans(&[]), 0);
-    assert_eq!(spans(&[(7, 1023)]), 0);
-    assert_eq!(spans(&[(7, 1024)]), 1);
-    assert_eq!(spans(&[(7, 5000), (3, 2047), (9, 0)]), 5);
-    assert_eq!(spans(&[(7, 5000), (7, 5001), (3, 2048)]), 2);
-    assert_eq!(spans(&[(3, 2048), (7, 5000), (7, 5001), (7, 5002)]), 2);
+fn launches_take_the_faster_kernel() {
+    let takes = |rows: &[(u32, u32)], steps| takes_long(rows, steps, None, 8, 132);
+    assert!(!takes(&[], 1));
+    // 11 spans are enough, 10 are not, nor are 17 (two for a few SMs).
+    for (position, is) in
+        [(10 * 1024 + 1023, false), (11 * 1024, true), (16 * 1024, true), (17 * 1024, false)]
+    {
+        assert_eq!(takes(&[(7, position)], 1), is, "{position}");
+    }
+    assert!(takes(&[(7, 6 * 1024), (3, 5 * 1024), (9, 0)], 1));
+    assert!(!takes(&[(7, 6 * 1024), (3, 5 * 1024), (3, 5 * 1024 + 1)], 1));
+    // None is behind so many positions, until the last step is.
+    let many: Vec<_> = (0..11).map(|sequence| (sequence, 4000)).collect();
+    assert!(!takes(&many, 96) && takes(&many, 97));
+    // Where somebody says from where on, nothing is counted.
+    assert!(takes_long(&[(7, 20)], 1, Some(20), 8, 132) && !takes_long(&[(7, 20)], 1, Some(21), 8, 132));
 }
 
 /// Whole spans are no detour where SMs have about as many: two thirds of them one each, more than that two.

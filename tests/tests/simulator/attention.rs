@@ -1,7 +1,7 @@
 //! Attention on the simulated machine against its formula in float64, over caches of random numbers: several chunks
 //! and spans, windows, sinks, runs of a sequence's rows.
 
-use super::{Simulation, brains, floats, llama, mimo, qwen3, row, words};
+use super::{Simulation, brains, floats, llama, mimo, qwen3, random_numbers, row, words};
 use serde_json::{Value, json};
 use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::format::Format;
@@ -124,13 +124,8 @@ fn wide_cache(config: &Value, step_rows: usize) -> Simulation {
         simulation.set_sinks(&[0.5, 3.0, -7.0, f32::NEG_INFINITY, 300.0, 6.5]);
     }
     // Numbers from -2 to 2, and the padding of values, which nobody reads, as well.
-    let mut state = 1u64;
-    let mut random = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1 << 22) as f32 - 2.0
-    };
-    let numbers = simulation.cache_bytes() / 2;
-    let cache: Vec<u8> = (0..numbers).flat_map(|_| half::bf16::from_f32(random()).to_le_bytes()).collect();
+    let numbers = random_numbers(1).take(simulation.cache_bytes() / 2);
+    let cache: Vec<u8> = numbers.flat_map(|n| half::bf16::from_f32(2.0 * n).to_le_bytes()).collect();
     simulation.write_cache(&cache);
     simulation
 }

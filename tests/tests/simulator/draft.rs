@@ -2,7 +2,7 @@
 //! makes the draft's context of them, and the kernel of a block; against the formulas in float64, and round
 //! by round against the loop of the formulas.
 
-use super::{Outcome, Simulation, Weights, deviation, row};
+use super::{Outcome, Simulation, Weights, deviation, random_numbers, row};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use tilec_codegen::compile::{DraftInput, Input, graphs};
@@ -199,18 +199,14 @@ pub(super) fn check_random_context(pair: &Pair, lengths: &[usize], bound: f64) {
     let mut inject = Interpreter::new(&pair.inject.graph, &weights[0]).unwrap();
     let mut block = Interpreter::new(&pair.block.graph, &weights[1]).unwrap();
     let vocab = pair.block.program.vocab;
-    let mut state = 5u64;
-    let mut random = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
+    let mut random = random_numbers(5);
     for (sequence, length) in lengths.iter().enumerate() {
         let most = pair.inject.program.step_rows;
         for first in (0..*length).step_by(most) {
             let rows: Vec<Row> =
                 (first..*length.min(&(first + most))).map(|position| row(0, position, sequence)).collect();
             // Rows of the taps in another order than those of the launch.
-            let taps: Vec<f32> = (0..rows.len() * pair.tap_cols).map(|_| random()).collect();
+            let taps: Vec<f32> = random.by_ref().take(rows.len() * pair.tap_cols).collect();
             let reversed: Vec<f32> = taps.chunks(pair.tap_cols).rev().flatten().copied().collect();
             inject.set_input(&taps);
             inject.step(&rows, &[]).unwrap();
@@ -373,16 +369,20 @@ fn company_changes_no_bit_of_a_block() {
     assert!(pair.blocks(&[(5, 13, 0, 2)]) != alone[..vocab]);
 }
 
+/// A draft of one layer for a target of two with so many columns; its taps are not in the order of the layers.
+fn small_draft(hidden: usize) -> Value {
+    json!({
+        "architectures": ["DFlashDraftModel"], "hidden_size": hidden, "intermediate_size": 72,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+        "block_size": 8, "dflash_config": {"target_layer_ids": [1, 0], "mask_token_id": 7}
+    })
+}
+
 /// A mixture adds to its residual stream expert by expert; what it leaves for a draft is the last sum, in the
 /// order of the taps, of rows in a later launch at a later place.
 #[test]
 fn a_mixture_leaves_the_interpreters_taps() {
-    let draft = json!({
-        "architectures": ["DFlashDraftModel"], "hidden_size": 144, "intermediate_size": 72,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-        "block_size": 8, "dflash_config": {"target_layer_ids": [1, 0], "mask_token_id": 7}
-    });
-    let pair = Pair::synthetic(&super::qwen3_moe(), &draft, Format::BF16, 64);
+    let pair = Pair::synthetic(&super::qwen3_moe(), &small_draft(144), Format::BF16, 64);
     let weights = Weights(&pair.target);
     let mut interpreter = Interpreter::new(&pair.target.graph, &weights).unwrap();
     let rows: Vec<Row> = (0..7)
@@ -408,26 +408,10 @@ fn a_mixture_leaves_the_interpreters_taps() {
 /// The kernel for long contexts leaves the same taps as the other one, and the same logits, from a cache in float16.
 #[test]
 fn long_contexts_leave_taps() {
-    let target = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": 144, "intermediate_size": 72, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 83,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 3072,
-        "tie_word_embeddings": true
-    });
-    let draft = json!({
-        "architectures": ["DFlashDraftModel"], "hidden_size": 144, "intermediate_size": 72,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-        "block_size": 8, "dflash_config": {"target_layer_ids": [1, 0], "mask_token_id": 7}
-    });
-    let pair = Pair::synthetic(&target, &draft, Format::F16, Sizes { context: 3072, step_rows: 8 });
-    let mut state = 1u32;
-    let mut random = || {
-        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
-        half::f16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0)
-    };
-    let numbers = pair.target.cache().len() / 2;
-    let cache: Vec<u8> = (0..numbers).flat_map(|_| random().to_le_bytes()).collect();
+    let sizes = Sizes { context: 3072, step_rows: 8 };
+    let pair = Pair::synthetic(&super::llama(), &small_draft(200), Format::F16, sizes);
+    let numbers = random_numbers(1).take(pair.target.cache_bytes() / 2);
+    let cache: Vec<u8> = numbers.flat_map(|n| half::f16::from_f32(n).to_le_bytes()).collect();
     let rows = [row(3, 1023, 0), row(9, 2100, 1), row(27, 5, 2), row(31, 1024, 3)];
     let [(short, taps), (long, long_taps)] = [false, true].map(|long| {
         pair.target.write_cache(&cache);

@@ -160,14 +160,9 @@ fn layers_that_are_stored_differently_share_rows() {
     check_step(&simulation, &mut interpreter, &first_rows(), [0, 1], 0.03);
 }
 
-/// The same rows by kernels of 8, 16 and 32 rows a step have the same bits, beside other rows as well. (Where rows are
+/// The same rows by kernels of 8 and of so many rows a step have the same bits, beside other rows as well. (Where rows are
 /// multiplied in parts, these are others, and so are the bits.)
-fn check_widths(config: &Value, weights: Format, experts: Option<Format>) {
-    check_these_widths(config, weights, experts, &[16, 32]);
-}
-
-/// The same of some widths beside 8.
-fn check_these_widths(config: &Value, weights: Format, experts: Option<Format>, widths: &[usize]) {
+fn check_widths(config: &Value, weights: Format, experts: Option<Format>, widths: &[usize]) {
     let rows = first_rows();
     let narrow = Simulation::new(config, weights, experts, sizes(8)).launch(&rows, 1, 3, 1);
     for &step_rows in widths {
@@ -191,14 +186,14 @@ fn check_these_widths(config: &Value, weights: Format, experts: Option<Format>, 
 #[test]
 fn width_changes_no_bit_of_llama() {
     for weights in [Format::BF16, Format::F16, Format::FP8_BLOCK] {
-        check_widths(&llama(), weights, None);
+        check_widths(&llama(), weights, None, &[16, 32]);
     }
 }
 
 #[test]
 fn width_changes_no_bit_of_a_mixture() {
-    check_widths(&qwen3_moe(), Format::BF16, Some(Format::MXFP4));
-    check_widths(&gpt_oss(), Format::F16, Some(Format::F16));
+    check_widths(&qwen3_moe(), Format::BF16, Some(Format::MXFP4), &[16, 32]);
+    check_widths(&gpt_oss(), Format::F16, Some(Format::F16), &[16, 32]);
 }
 
 #[test]
@@ -289,7 +284,7 @@ fn short_experts_of_two_blocks() {
     config["moe_intermediate_size"] = 200.into();
     check_long(&config, Format::BF16, Some(Format::MXFP4), 0.03);
     // With 32 rows a step those of attention are multiplied in parts.
-    check_these_widths(&config, Format::BF16, Some(Format::MXFP4), &[16]);
+    check_widths(&config, Format::BF16, Some(Format::MXFP4), &[16]);
 }
 
 #[test]
@@ -319,6 +314,25 @@ fn experts_by_chance() {
     assert_eq!(streamed[0], 2 * 3);
     assert!(streamed[1] <= 2 * (1 + 8 * 2) && streamed[2] <= 2 * 8 * 3, "{streamed:?}");
     assert!(streamed.is_sorted() && streamed[2] > 2 * 12, "{streamed:?}");
+}
+
+/// An SM looks after three experts at a time, or after none; what normalizes the rows it finds in any case.
+#[test]
+fn routers_of_few_and_of_many_experts() {
+    for experts in [6, 300] {
+        let mut config = mimo_fused();
+        config["n_routed_experts"] = experts.into();
+        let simulation = Simulation::new(&config, Format::BF16, Some(Format::MXFP4), 256);
+        let weights = Weights(&simulation);
+        let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+        let before = simulation.cache();
+        check_step(&simulation, &mut interpreter, &first_rows(), [0, 1], 0.03);
+        let launch = |blocks| {
+            simulation.write_cache(&before);
+            simulation.launch(&first_rows(), 1, blocks, 7).logits
+        };
+        assert!(launch(9) == launch(2), "{experts} experts: other bits");
+    }
 }
 
 /// The weights, but for routers, to which all experts are alike.
@@ -462,10 +476,10 @@ fn thirty_two_rows_of_scaled_mixtures() {
 #[test]
 fn width_changes_no_bit_of_scaled_weights() {
     for weights in [Format::FP8_CHANNEL, Format::FP8_1X128, Format::NVFP4] {
-        check_widths(&llama(), weights, None);
+        check_widths(&llama(), weights, None, &[16, 32]);
     }
     for experts in [Format::FP8_BLOCK, Format::FP8_1X128, Format::NVFP4] {
-        check_widths(&qwen3_moe(), Format::BF16, Some(experts));
+        check_widths(&qwen3_moe(), Format::BF16, Some(experts), &[16, 32]);
     }
 }
 
