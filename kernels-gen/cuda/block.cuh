@@ -113,6 +113,9 @@ struct Shared {
   float row_scale[STEP_ROWS];   // that the sums of a row's products are multiplied by
 };
 
+// Kinds of steps of a round (round.cuh), in their order.
+enum RoundStep : u32 { BLOCK_STEP, MODEL_STEP, INJECT_STEP };
+
 struct Block {
   const LaunchArgs& args;
   Shared& shared;
@@ -325,8 +328,10 @@ struct Consumer : Block {
   u32 sum_parities = (1u << SUM_BUFFERS) - 1;  // a bit a buffer
   u32 ready_parity = 0;
 
-  // Control has read the sums of all stages before: buffers are counted anew.
+  // Control has read the sums of all stages before: buffers are counted anew. A step's first stage is waited for with the
+  // step; only an inject's is a product, which would wait again.
   __device__ __forceinline__ void wait_inputs() {
+    if (ROUND && number == first_stage(INJECT_STEP)) return;
     barrier_wait(*this, &shared.ready, ready_parity, CONSUMER_INPUTS);
     ready_parity ^= 1;
     sum_buffer = 0;

@@ -901,8 +901,9 @@ struct Best {
   }
 };
 
-// Before the head's crossing: this SM's best of each row joins the others'.
-__device__ __forceinline__ void offer_best(Control& b, u32 rows, const Best (&best)[SLICES]) {
+// Before the head's crossing: this SM's best of each row joins the others'; and if the host wants the launch to end (`halt`,
+// of one lane of all SMs), all hear of it.
+__device__ __forceinline__ void offer_best(Control& b, u32 rows, const Best (&best)[SLICES], bool halt) {
   each_slice(rows, [&](u32 slice) {
     u64 key = best[slice].token == ~0u ? 0 : (u64)ordered(best[slice].logit) << 32 | (u32)~best[slice].token;
 #pragma unroll
@@ -912,12 +913,15 @@ __device__ __forceinline__ void offer_best(Control& b, u32 rows, const Best (&be
     }
     if (lane_id() % 4 == 0 && key != 0) max_relaxed(&b.sync().best[b.step % 3][slice * SLICE_ROWS + lane_id() / 4], key);
   });
-  if (lane_id() == 0 && blockIdx.x == 0 && !b.second && load_host(b.args.halt) != 0) b.sync().halted = 1;
+  if (halt) b.sync().halted = 1;
 }
 
 // Adds up the warps' sums of each tile and runs the epilogue on them; control and the second take turns.
 template <class S> __device__ __forceinline__ void finish(Control& b) {
   Best best[SLICES];
+  u32 halt = 0;
+  // The host's memory is far: nobody waits for it here.
+  if (S::LOGITS && lane_id() == 0 && blockIdx.x == 0 && !b.second) halt = load_host(b.args.halt);
   const u32 lane = anew(lane_id()), rows = S::LOGITS ? b.logit_rows() : b.rows();
   const u32 first = b.first_tile();
   b.pass_tiles(tiles<S>(b));
@@ -991,5 +995,5 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
       if constexpr (S::PREPARES) prepare<S>(b, active, row, feature, v[slice][0], gain);
     });
   }
-  if constexpr (S::LOGITS) offer_best(b, rows, best);
+  if constexpr (S::LOGITS) offer_best(b, rows, best, halt != 0);
 }

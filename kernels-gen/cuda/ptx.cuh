@@ -111,6 +111,10 @@ __device__ __forceinline__ u32 load_host(const u32* p) {
 __device__ __forceinline__ void store_host(u32* p, u32 v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+// A word that says all by itself: nothing has to be in the host's sight before it.
+__device__ __forceinline__ void tell_host(u32* p, u32 v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
 
 // Loads of data that other SMs wrote in this launch. They follow an acquire in this block; the L1
 // cache would only be filled with lines that nobody reads again.

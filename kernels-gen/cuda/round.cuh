@@ -9,8 +9,6 @@
 //
 // The generated text defines VOCAB and MASK_TOKEN.
 
-enum RoundStep : u32 { BLOCK_STEP, MODEL_STEP, INJECT_STEP };
-
 __device__ __forceinline__ u32 place_sequence(u32 place) { return place >> 8; }
 __device__ __forceinline__ u32 place_row(u32 place) { return place & 255; }
 // A row that the step does not have; none of a sequence's.
@@ -79,8 +77,8 @@ __device__ __forceinline__ void model_rows(Control& b) {
 __device__ __forceinline__ u32 due(u32 accept, u32 rounds) { return (accept * rounds + 500) / 1000; }
 
 // What the model chose: each sequence takes tokens up to the first guess that was wrong, a stop token, or its last one.
-// The rows stay, for the draft's context, with their numbers among the taps in place of tokens.
-__device__ __forceinline__ void take_choices(Control& b, u32 token) {
+// The rows stay, for the draft's context: their taps lie where it is made of them.
+__device__ __forceinline__ void take_choices(Control& b, u32 token, bool halted) {
   Shared& shared = b.shared;
   const LaunchArgs& args = b.args;
   const u32 row = lane_id(), place = row < STEP_ROWS ? shared.places[row] : NO_PLACE, round = b.round();
@@ -96,8 +94,8 @@ __device__ __forceinline__ void take_choices(Control& b, u32 token) {
   const u32 taken = used ? __ffs(ends >> first) : 0;  // the last row of a sequence is always an end
   if (used && blockIdx.x == 0) {
     u32* const to = args.chosen + round * (2 * LAUNCH_ROWS);
-    if (own < taken) store_host(to + LAUNCH_ROWS + row, token + 1);
-    if (own == 0) store_host(to + place_sequence(place), taken | __popc(hits >> first & ((2u << (taken - 1)) - 1)) << 8);
+    if (own < taken) tell_host(to + LAUNCH_ROWS + row, token + 1);
+    if (own == 0) tell_host(to + place_sequence(place), taken | __popc(hits >> first & ((2u << (taken - 1)) - 1)) << 8);
   }
   // The sequence's last new token.
   const bool last = used && own + 1 == taken;
@@ -109,11 +107,9 @@ __device__ __forceinline__ void take_choices(Control& b, u32 token) {
     of.left = left - taken;
     over |= of.position + max(of.rows, of.guesses + 1) > of.limit;
   }
-  const bool halted = *(volatile u32*)&b.sync().halted != 0;
   if (__any_sync(~0u, over) || halted) {
     if (row == 0) *(volatile u32*)&shared.steps = b.step + 2;  // the context is made in any case
   }
-  if (row < STEP_ROWS) shared.token[row] = used ? row : 0;
   if (row == 0) shared.logit_rows = 0;
   __syncwarp();
 }
@@ -126,6 +122,7 @@ __device__ __forceinline__ void choose_round(Control& b) {
   }
   const u32 row = lane_id(), kind = b.kind();
   u32 token = 0;
+  const bool halted = *(volatile u32*)&b.sync().halted != 0;
   if (row < STEP_ROWS) {
     token = ~(u32)load_relaxed(&b.sync().best[b.step % 3][row]);
     // Two steps on, this cell is used again; until then every SM has passed more crossings.
@@ -137,7 +134,7 @@ __device__ __forceinline__ void choose_round(Control& b) {
     if (pass + 1 < b.args.block_passes) block_rows(b, pass + 1);
     else model_rows(b);
   } else if (kind == MODEL_STEP) {
-    take_choices(b, token);
+    take_choices(b, token, halted);
   } else {
     block_rows(b, 0);
   }

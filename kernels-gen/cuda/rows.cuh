@@ -25,7 +25,13 @@ __device__ __forceinline__ u32 half_at(u32 row, u32 place, u32 columns) {
   return octet * (SLICE_ROWS * padded(columns)) + (place / 32 * SLICE_ROWS + row % SLICE_ROWS) * 32 + place % 32;
 }
 
-// Four columns of a row of COLS, as halves or as they are. A stage S says COLS, and of halves ORDER.
+// Two or four columns of a row of COLS, as halves or as they are. A stage S says COLS, and of halves ORDER.
+template <class S> __device__ __forceinline__ void store_pair(Bf16, u16* out, u32 row, u32 column, float2 v) {
+  *reinterpret_cast<u32*>(out + half_at(row, column_place(column, S::ORDER), S::COLS)) = Bf16::pack(v.x, v.y);
+}
+template <class S> __device__ __forceinline__ void store_pair(F32, float* out, u32 row, u32 column, float2 v) {
+  *reinterpret_cast<float2*>(out + (u64)row * S::COLS + column) = v;
+}
 template <class S> __device__ __forceinline__ void store_quad(Bf16, u16* out, u32 row, u32 column, float4 v) {
   out += half_at(row, column_place(column, S::ORDER), S::COLS);
   *reinterpret_cast<uint2*>(out) = make_uint2(Bf16::pack(v.x, v.y), Bf16::pack(v.z, v.w));

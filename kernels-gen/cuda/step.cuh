@@ -55,19 +55,19 @@ __device__ __forceinline__ void choose(Control& b) {
     return;
   }
   const u32 row = lane_id();
+  const bool halted = *(volatile u32*)&b.sync().halted != 0;
   bool stop = false;
   if (row < b.args.logit_rows) {
     const u32 token = ~(u32)load_relaxed(&b.sync().best[b.step % 3][row]);
     stop = token >= NO_TOKEN;  // the next step would read who knows what for it
     for (u32 i = 0; i < b.args.stop_count; ++i) stop |= token == b.args.stop_tokens[i];
     if (blockIdx.x == 0) {
-      if (b.args.chosen) store_host(b.args.chosen + b.step * LAUNCH_ROWS + row, token + 1);
+      if (b.args.chosen) tell_host(b.args.chosen + b.step * LAUNCH_ROWS + row, token + 1);
       // Two steps on, this cell is used again; until then every SM has passed more crossings.
       b.sync().best[(b.step + 2) % 3][row] = 0;
     }
     if (b.args.steps > 1) { b.shared.token[row] = token; b.shared.position[row] += 1; }
   }
-  const bool halted = *(volatile u32*)&b.sync().halted != 0;
   if (__any_sync(~0u, stop) || halted) {
     if (lane_id() == 0) *(volatile u32*)&b.shared.steps = b.step + 1;
   }

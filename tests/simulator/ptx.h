@@ -38,6 +38,7 @@ __device__ __forceinline__ void store2_relaxed(u32* p, u32 v, u32 w) { p[0] = v;
 __device__ __forceinline__ void store4_relaxed(u32* p, u32 v) { p[0] = p[1] = p[2] = p[3] = v; }
 __device__ __forceinline__ u32 load_host(const u32* p) { return *(const volatile u32*)p; }
 __device__ __forceinline__ void store_host(u32* p, u32 v) { *(volatile u32*)p = v; }
+__device__ __forceinline__ void tell_host(u32* p, u32 v) { *(volatile u32*)p = v; }
 __device__ __forceinline__ float4 load4(const float* p) { float4 v; memcpy(&v, p, sizeof v); return v; }
 __device__ __forceinline__ float load1(const float* p) { return *p; }
 __device__ __forceinline__ uint4 load4(const u32* p) { uint4 v; memcpy(&v, p, sizeof v); return v; }

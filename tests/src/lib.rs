@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tilec_codegen::compile::{DraftInput, Host, Input, compile};
 use tilec_ir::plan::WeightsFrom;
-use tilec_ir::spec::{DflashSpec, Draft, ModelSpec};
+use tilec_ir::spec::{Device, DflashSpec, Draft, ModelSpec};
 use tilec_ir::tensor::TensorInfo;
 use tilec_runtime::checkpoint::Checkpoint;
 use tilec_runtime::engine::{Engine, EngineOptions};
@@ -103,6 +103,17 @@ impl Fixture {
         });
         spec
     }
+}
+
+/// Moves a plan to be to a GPU if `TILEC_TEST_DEVICE=cuda` asks for one, with passes of as many rows as eight sequences
+/// need to have guesses; whether it does.
+pub fn to_test_device(spec: &mut ModelSpec) -> bool {
+    let gpu = std::env::var("TILEC_TEST_DEVICE").is_ok_and(|device| device == "cuda");
+    if gpu {
+        (spec.target.device, spec.target.arch) = (Device::Cuda, "sm_90a".into());
+        spec.limits.pass_rows = Some(32);
+    }
+    gpu
 }
 
 /// A compiled fixture in a temporary folder, loaded.

@@ -9,12 +9,11 @@ use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
-use tilec_ir::spec::Device;
 use tilec_runtime::checkpoint::TokenizerSource;
 use tilec_runtime::generate::{DraftLimit, DraftStats, Generator, Request, Run};
 use tilec_runtime::sampling::SamplingParams;
 use tilec_runtime::tokenizer::Tokenizer;
-use tilec_tests::{Fixture, fixtures, load};
+use tilec_tests::{Fixture, fixtures, load, to_test_device};
 
 /// One prompt per line; `\n` stands for a line break.
 const PROMPTS: &str = include_str!("../../xtask/src/prompts.txt");
@@ -57,11 +56,7 @@ fn compare(step: usize, tokens: usize, blocks: &[usize], alone: bool) {
     let tokenizer = Tokenizer::from_gguf(vocab.as_ref().clone()).unwrap();
     let mut spec = fixture.spec();
     (spec.limits.rows, spec.limits.sequences, spec.limits.context) = (COMPANY * 16, COMPANY, Some(256));
-    if std::env::var("TILEC_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
-        (spec.target.device, spec.target.arch) = (Device::Cuda, "sm_90a".into());
-        // Eight sequences share a pass: with fewer rows there would be no guesses.
-        spec.limits.pass_rows = Some(32);
-    }
+    to_test_device(&mut spec);
     let loaded = load(&fixture, &spec, 2);
     let mut generator = Generator::new(loaded.engine, None);
     generator.set_draft_min(usize::MAX);

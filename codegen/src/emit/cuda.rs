@@ -108,9 +108,26 @@ impl RoundPrograms<'_> {
     /// What the names of a round's stages begin with, in the order of its steps.
     pub const PREFIXES: [&'static str; 3] = ["draft ", "", "inject "];
 
+    /// The inject of a round, and the buffer of its taps. The rows of the model's step are all injected, and in their
+    /// order: so the step leaves their taps where the first product reads them, and no stage takes them there.
+    fn inject(&self) -> Option<(ResidentProgram, BufferId)> {
+        let mut inject = self.inject.clone();
+        let mut taken = None;
+        inject.before.retain(|stage| match stage.kind {
+            Kind::Taps { output } => {
+                taken = Some(output);
+                false
+            }
+            _ => true,
+        });
+        taken.map(|taken| (inject, taken))
+    }
+
     /// Names of the stages of a round, in their order.
     pub fn stages(&self) -> Vec<String> {
-        let programs = [self.block, self.model, self.inject].into_iter().zip(RoundPrograms::PREFIXES);
+        let inject = self.inject();
+        let inject = inject.as_ref().map_or(self.inject, |(inject, _)| inject);
+        let programs = [self.block, self.model, inject].into_iter().zip(RoundPrograms::PREFIXES);
         let names = |(program, prefix): (&ResidentProgram, &str)| -> Vec<String> {
             program.sequence().into_iter().map(|(name, _, _)| format!("{prefix}{name}")).collect()
         };
@@ -153,11 +170,12 @@ pub fn emit_long(program: &ResidentProgram, arch: Arch) -> Result<Option<CudaTex
 /// # Errors
 /// [`CudaError`], as for each program by itself.
 pub fn emit_round(round: RoundPrograms<'_>, arch: Arch) -> Result<Option<CudaText>, CudaError> {
-    let RoundPrograms { model, inject, block, mask_token } = round;
+    let RoundPrograms { model, block, mask_token, .. } = round;
+    let Some((inject, taps)) = round.inject() else { return Ok(None) };
     let parts = [
         (block, ["Draft", "b.args.block_arena", "b.args.draft_kv"]),
         (model, ["", "b.args.arena", "b.args.kv"]),
-        (inject, ["Inject", "b.args.inject_arena", "b.args.draft_kv"]),
+        (&inject, ["Inject", "b.args.inject_arena", "b.args.draft_kv"]),
     ];
     let fits = parts.iter().all(|(program, _)| {
         program.step_rows == model.step_rows && program.kv.page_tokens == model.kv.page_tokens
@@ -165,10 +183,19 @@ pub fn emit_round(round: RoundPrograms<'_>, arch: Arch) -> Result<Option<CudaTex
     if !fits || together(&parts).slot() != needs(model).slot() || block.vocab != model.vocab {
         return Ok(None);
     }
-    match emit_parts(&parts, Some(mask_token), false, arch) {
+    match emit_parts(&parts, Some(Round { mask_token, taps }), false, arch) {
         Err(CudaError::Shared { .. }) => Ok(None),
         text => text.map(Some),
     }
+}
+
+/// What a kernel of rounds has beside its programs.
+#[derive(Clone, Copy, Debug)]
+struct Round {
+    /// Token of a row to be guessed.
+    mask_token: u32,
+    /// Buffer of the inject's rows of taps.
+    taps: BufferId,
 }
 
 /// A program of a kernel; what its structures' names begin with, and where its activations and its cache are.
@@ -182,7 +209,7 @@ fn together(parts: &[NamedProgram<'_>]) -> SharedNeeds {
 /// The kernel of one program, or of those of a round.
 fn emit_parts(
     programs: &[NamedProgram<'_>],
-    mask_token: Option<u32>,
+    round: Option<Round>,
     long: bool,
     arch: Arch,
 ) -> Result<CudaText, CudaError> {
@@ -198,14 +225,14 @@ fn emit_parts(
         // A verified program has readers.
         let readers = program.readers().unwrap_or_default();
         // In rounds, whose text is that of three programs, looks cost more than they save.
-        let handoffs = match mask_token {
+        let handoffs = match round {
             Some(_) => vec![Handoff::default(); merged.sequence().len()],
             None => merged.handoffs(),
         };
         Part { program: merged, windows, readers, handoffs, prefix, arena, kv }
     });
     let mut out =
-        Writer { text: String::new(), parts: parts.collect(), at: 0, checks: Vec::new(), mask_token, long };
+        Writer { text: String::new(), parts: parts.collect(), at: 0, checks: Vec::new(), round, long };
     out.head(&shared, &needs);
     out.tables();
     out.order();
@@ -236,9 +263,12 @@ fn emit_parts(
     if any(|kind| matches!(kind, Kind::Pairs(_))) {
         out.header(&SELECTOR);
     }
-    if let Some(mask_token) = mask_token {
+    if let Some(Round { mask_token, taps }) = round {
         line!(out, "\nconstexpr u32 VOCAB = {}, MASK_TOKEN = {mask_token};", out.vocab());
         out.header(&ROUND);
+        out.at = 2;
+        line!(out, "\n// Taps, which the model's step leaves where the draft's context is made of them.");
+        out.tap_rows("TapRows", taps);
     }
     for part in 0..out.parts.len() {
         out.at = part;
@@ -334,8 +364,8 @@ struct Writer<'p> {
     at: usize,
     /// Mailboxes at whose words the stage that is written looks.
     checks: Vec<BufferId>,
-    /// Token of a row to be guessed, of a kernel of rounds.
-    mask_token: Option<u32>,
+    /// What only a kernel of rounds has.
+    round: Option<Round>,
     /// Whether it is the kernel for long contexts.
     long: bool,
 }
@@ -403,14 +433,14 @@ impl<'p> Writer<'p> {
         };
         let costs = self.parts.iter().flat_map(|part| part.program.costs());
         let bytes: u64 = costs.map(|cost| cost.streamed_bytes(1) * cost.runs as u64).sum();
-        let what = if self.mask_token.is_some() { "rounds with a draft" } else { "a step" };
+        let what = if self.round.is_some() { "rounds with a draft" } else { "a step" };
         let name = &self.model().name;
         line!(self, "// {name}: {what}{layers} as one resident kernel.");
         line!(
             self,
             "// Streams {} of weights {}: {:.1} us at {:.2} TB/s.",
             size(bytes),
-            if self.mask_token.is_some() { "a round" } else { "a step" },
+            if self.round.is_some() { "a round" } else { "a step" },
             micros(bytes),
             FLOOR_BYTES_PER_SECOND / 1e12
         );
@@ -433,7 +463,7 @@ impl<'p> Writer<'p> {
         line!(self, "constexpr u32 LAYERS = {};", self.layers());
         let counts: Vec<usize> = self.parts.iter().map(|part| part.program.sequence().len()).collect();
         let stages: usize = counts.iter().sum();
-        let round = self.mask_token.is_some();
+        let round = self.round.is_some();
         let whole = if round { "round" } else { "step" };
         line!(self, "constexpr u32 STAGES = {stages};  // of a {whole}");
         line!(self, "constexpr bool ROUND = {round}, SPANS = {};", self.long);
@@ -616,14 +646,7 @@ impl<'p> Writer<'p> {
             Kind::Taps { output } => {
                 let cols = self.program().buffer(*output).cols;
                 line!(self, "// {}: {cols} columns of each row.", stage.name);
-                line!(self, "struct {name} {{");
-                let (out_type, elem) = self.out_types(*output);
-                line!(self, "  using Out = {out_type};");
-                let order = self.order_of(*output);
-                line!(self, "  static constexpr u32 COLS = {cols}, ORDER = {order};");
-                let out = self.buffer(*output);
-                self.function(&format!("{elem}*"), "out", "const Block& b", &format!("return {out};"));
-                line!(self, "}};");
+                self.tap_rows(&name, *output);
             }
             Kind::Context(context) => self.context(&name, &stage.name, context),
             Kind::Gemm(gemm) => {
@@ -921,12 +944,18 @@ impl<'p> Writer<'p> {
 
     /// Leaves a pair of the residual stream for a draft, in the layers with a tap.
     fn tap(&self, gemm: &Gemm, pair: &str) -> Option<String> {
-        (gemm.tap && self.program().taps.is_some()).then(|| {
-            format!(
-                "if (LAYER_TAP[b.layer] != NO_TAP) *reinterpret_cast<float2*>(b.args.taps + ((u64)row * TAPS + \
-                 LAYER_TAP[b.layer]) * TAP_COLS + feature) = {pair};"
-            )
-        })
+        let store = match self.round {
+            Some(_) => format!(
+                "store_pair<TapRows>(TapRows::Out(), TapRows::out(b), row, LAYER_TAP[b.layer] * TAP_COLS + feature, \
+                 {pair});"
+            ),
+            None => format!(
+                "*reinterpret_cast<float2*>(b.args.taps + ((u64)row * TAPS + LAYER_TAP[b.layer]) * TAP_COLS + \
+                 feature) = {pair};"
+            ),
+        };
+        (gemm.tap && self.program().taps.is_some())
+            .then(|| format!("if (LAYER_TAP[b.layer] != NO_TAP) {store}"))
     }
 
     /// The epilogue's pieces of tiles of several octets, whose sums over the experts stay in registers.
@@ -1179,6 +1208,18 @@ impl<'p> Writer<'p> {
         }
     }
 
+    /// Rows of taps, as the product that reads them wants them.
+    fn tap_rows(&mut self, name: &str, rows: BufferId) {
+        line!(self, "struct {name} {{");
+        let (out_type, elem) = self.out_types(rows);
+        line!(self, "  using Out = {out_type};");
+        let (cols, order) = (self.program().buffer(rows).cols, self.order_of(rows));
+        line!(self, "  static constexpr u32 COLS = {cols}, ORDER = {order};");
+        let out = self.buffer(rows);
+        self.function(&format!("{elem}*"), "out", "const Block& b", &format!("return {out};"));
+        line!(self, "}};");
+    }
+
     /// Where the cache is.
     fn kv(&mut self) {
         let body = format!("return {};", self.parts[self.at].kv);
@@ -1311,7 +1352,7 @@ impl<'p> Writer<'p> {
         work: impl Fn(&str, &Kind) -> String,
     ) {
         line!(self, "\n__device__ __forceinline__ {signature} {{");
-        let round = self.mask_token.is_some();
+        let round = self.round.is_some();
         if round {
             line!(self, "  u32 n = first_stage(b.kind());");
         }
@@ -1340,7 +1381,7 @@ impl<'p> Writer<'p> {
 
     fn kernel(&mut self, experts: bool) {
         // Behind the stages, if the launch asks for it.
-        let round = self.mask_token.is_some();
+        let round = self.round.is_some();
         let (steps, take, choose) = match round {
             true => ("(args.block_passes + 2) * args.steps", "take_sequences", "choose_round"),
             false => ("args.steps", "take_rows", "choose"),

@@ -51,6 +51,13 @@ struct Added {
     right: usize,
 }
 
+/// Names of the stages of a round.
+fn stage_names(pair: &Pair) -> Vec<String> {
+    let [model, inject, block] =
+        [&pair.target, &pair.inject, &pair.block].map(|simulation| &simulation.program);
+    RoundPrograms { model, inject, block, mask_token: pair.mask }.stages()
+}
+
 fn arena_bytes(program: &ResidentProgram) -> usize {
     program.buffers.iter().map(|buffer| buffer.offset + buffer.bytes()).max().unwrap()
 }
@@ -603,8 +610,8 @@ fn the_last_round_has_times_of_all_its_stages() {
     assert_eq!(rounds.launch(&sequences, &asked, blocks, 22), wanted);
     let bytes = std::fs::read(rounds.folder.path().join("trace.bin")).unwrap();
     let times: Vec<u64> = bytes.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
-    let steps = [&pair.block, &pair.target, &pair.inject].map(|of| of.program.sequence().len());
-    let stages: usize = steps.iter().sum();
+    let steps = [&pair.block, &pair.target].map(|of| of.program.sequence().len());
+    let stages = stage_names(&pair).len();
     let mut firsts = [0, steps[0], steps[0] + steps[1]].map(|first| (first, Vec::new()));
     for block in 0..blocks {
         let records = times[block * stages * 3..][..stages * 3].as_chunks::<3>().0;
@@ -656,20 +663,19 @@ fn a_wait_that_gives_up_names_its_stage() {
     let before = [pair.target.cache(), pair.block.cache()];
     let rounds = Rounds::new(&pair);
     let programs = [&pair.block, &pair.target, &pair.inject].map(|simulation| &simulation.program);
-    let [inject, model, block] = [2, 1, 0].map(|number| programs[number]);
-    let names = RoundPrograms { model, inject, block, mask_token: pair.mask }.stages();
+    let names = stage_names(&pair);
     for (step, program) in programs.into_iter().enumerate() {
         // The last product by itself, which is no other program's.
         let sequence = program.sequence();
-        let (at, number) = (0..sequence.len())
+        let (at, number, name) = (0..sequence.len())
             .rev()
             .find_map(|number| {
-                let (_, layer, stage) = &sequence[number];
+                let (name, layer, stage) = &sequence[number];
                 let Kind::Gemm(gemm) = &stage.kind else { return None };
                 match (gemm.weights, layer) {
-                    (Slot::Layer(n), Some(layer)) => Some((program.layers[*layer].offsets[n], number)),
+                    (Slot::Layer(n), Some(layer)) => Some((program.layers[*layer].offsets[n], number, name)),
                     // The head is both programs'.
-                    (Slot::Fixed(at), _) if gemm.epilogue != Epilogue::Logits => Some((at, number)),
+                    (Slot::Fixed(at), _) if gemm.epilogue != Epilogue::Logits => Some((at, number, name)),
                     _ => None,
                 }
             })
@@ -678,9 +684,11 @@ fn a_wait_that_gives_up_names_its_stage() {
         let asked = Asked { lost: Some((at as usize, 3_000_000)), ..Asked::rounds(2) };
         let problem = rounds.try_launch(&behind(&[&begun], 8, 7, 96), &asked, 2, step as u64).unwrap_err();
         let first: usize = programs[..step].iter().map(|program| program.sequence().len()).sum();
+        // In a round nobody takes taps.
+        let number = if step == 2 { number - 1 } else { number };
         let wanted = format!("stage {}, role 2, step {step}\n", first + number);
         assert!(problem.contains(&wanted), "{wanted}{problem}");
-        assert!(names[first + number].ends_with(&sequence[number].0));
+        assert!(names[first + number].ends_with(name.as_str()));
     }
 }
 

@@ -128,6 +128,10 @@ struct Step<'a> {
 fn steps<'a>(plan: &'a Plan, draft: &'a DraftPlan, asked: &Asked) -> [Step<'a>; 3] {
     let (rows, guesses) = (asked.rows(), asked.rows() - asked.sequences);
     let [block, inject] = [&draft.block_pass, &draft.inject];
+    // Nobody takes taps in a round: the model's step leaves them where they are read.
+    let round = draft.round.as_ref().map_or(0, |round| round.stages.len());
+    let injected = round.saturating_sub(block.stages.len() + plan.stages.len());
+    let inject_stages = &inject.stages[inject.stages.len().saturating_sub(injected)..];
     let step = |name, prefix, stages, costs, logit_rows, reads| Step {
         name,
         prefix,
@@ -139,7 +143,7 @@ fn steps<'a>(plan: &'a Plan, draft: &'a DraftPlan, asked: &Asked) -> [Step<'a>; 
     [
         step("block", "draft ", &block.stages[..], &block.costs[..], guesses, true),
         step("model", "", &plan.stages, &plan.costs, rows, true),
-        step("inject", "inject ", &inject.stages, &inject.costs, 0, false),
+        step("inject", "inject ", inject_stages, &inject.costs, 0, false),
     ]
 }
 
@@ -331,7 +335,8 @@ mod tests {
     use crate::commands::bench::{toy_draft, toy_plan, toy_program};
     use clap::Parser;
 
-    /// The toy plan with a draft of blocks of 4 rows: the block has the stages of the model, the inject two.
+    /// The toy plan with a draft of blocks of 4 rows: the block has the stages of the model, the inject
+    /// two, and one more where it is launched by itself.
     fn toy_round() -> Plan {
         let mut plan = toy_plan();
         let program = |stages: &[&str], costs: &[StageCost]| toy_program(&plan, stages, costs);
@@ -346,7 +351,7 @@ mod tests {
                     ..cost
                 }
             });
-        let inject = program(&["fc", "context"], &costs);
+        let inject = program(&["taps", "fc", "context"], &costs);
         let round = program(&[&names[..], &names[..], &["fc", "context"]].concat(), &[]);
         plan.draft = Some(toy_draft(&plan, 4, [inject, block], Some(round)));
         plan
