@@ -404,14 +404,14 @@ fn far_offsets_are_no_literals_in_addresses() {
 }
 
 #[test]
-fn a_context_with_more_parts_than_counters_is_refused() {
+fn a_context_with_more_parts_than_a_word_tells_apart_is_refused() {
     // All of MiMo's.
     emit(&program("mimo", &flash_mimo(), Format::FP8_BLOCK, 262_144), Arch::Sm90a).unwrap();
-    let program = program("llama", &odd_llama(), Format::BF16, 1 << 24);
+    let program = program("llama", &odd_llama(), Format::BF16, 1 << 29);
     let error = emit(&program, Arch::Sm90a).unwrap_err().to_string();
     assert_eq!(
         error,
-        "2 KV heads over 16777216 positions: more parts than the kernel counts; lower limits.context"
+        "8 rows of 4 heads over 536870912 positions: too many parts of sums; lower limits.context"
     );
 }
 
@@ -454,11 +454,29 @@ fn handoffs_that_are_not_in_time_are_refused() {
     // Where looking costs more than it brings.
     let wide = resident::Sizes { context: 4096, step_rows: 32 };
     let wide = resident::resident(&fused("llama", &example("llama-3.2-1b", 3), Format::BF16), wide).unwrap();
-    let mixture = program("qwen3_moe", &example("qwen3-30b-a3b", 2), Format::BF16, 4096);
-    for program in [wide, mixture] {
+    let wide_heads = program("mimo", &flash_mimo(), Format::FP8_BLOCK, 4096);
+    for program in [wide, wide_heads] {
         assert!(program.handoffs().iter().all(|handoff| *handoff == Handoff::default()));
         assert!(emit(&program, Arch::Sm90a).unwrap().text.contains("constexpr u32 MAILBOXES = 0;"));
     }
+    // In a mixture neither the router looks, which reads a sum that stays, nor the second product of the experts; of a
+    // layer's five in FP8 only attention.
+    let mixture = program("qwen3_moe", &example("qwen3-30b-a3b", 2), Format::BF16, 4096);
+    let fp8 = program("llama", &example("llama-3.2-1b", 2), Format::FP8_BLOCK, 4096);
+    let who = |program: &ResidentProgram| -> Vec<String> {
+        let handoffs = program.handoffs();
+        program.verify_handoffs(&handoffs).unwrap();
+        let stages = program.sequence().into_iter().zip(&handoffs);
+        stages.filter(|(_, handoff)| handoff.checked()).map(|((name, _, _), _)| name).collect()
+    };
+    let looking = ["attn", "attn_res", "act", "q+k+v", "attn", "attn_res", "act", "head"];
+    let names = who(&mixture);
+    assert!(
+        names.iter().zip(looking).all(|(name, own)| name.ends_with(own)) && names.len() == 8,
+        "{names:?}"
+    );
+    let names = who(&fp8);
+    assert!(names.len() == 2 && names.iter().all(|name| name.ends_with("attn")), "{names:?}");
 }
 
 #[test]

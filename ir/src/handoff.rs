@@ -8,9 +8,10 @@
 //! of a stage that checks its mailboxes is *checked*: SMs only say that they have come to the end of a stage, and
 //! what says so does not wait for what they wrote.
 //!
-//! Looking at words costs instructions, and a look that comes too early costs another way to memory. In dense models
-//! that is less than what it saves where weights are halves. In mixtures, whose stages wait for much else, with codes,
-//! which leave too few registers, and in steps of many rows it is more (`ARCHITECTURE.md`): they have no mailboxes.
+//! Looking at words costs instructions, and a look that comes too early costs another way to memory. Mostly that is less
+//! than what it saves; it is more in products of codes, which leave too few registers, in steps of many rows (with codes
+//! more than 8 were not tried), and beside attention of wide heads, which has more text than any other
+//! (`ARCHITECTURE.md`).
 //!
 //! What a stage reads of stages further back has no such words. It is ordered as ever: every SM also releases what it
 //! wrote, beside its work, and nobody begins the results of a stage before all SMs have released the stage before. So a
@@ -24,8 +25,11 @@ use crate::format::Format;
 use crate::resident::{Defect, Epilogue, Experts, Kind, ResidentProgram};
 use crate::stages::{BufferElem, BufferId};
 
-/// Rows of a step, at most, that look at words.
-const WIDEST: usize = 16;
+/// Rows of a step, at most, that look at words: where all products are of halves, and where some are of codes.
+const WIDEST: [usize; 2] = [16, 8];
+
+/// Columns of a key, at most, of a kernel that looks at words.
+const WIDEST_HEAD: usize = 128;
 
 /// What a stage of the step has to do with mailboxes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,7 +51,13 @@ impl Handoff {
 /// Whether a stage's consumers can look at the words of all that they read of the stage before. Others read more than
 /// buffers, such as the logits, or do not look.
 fn looks(kind: &Kind) -> bool {
-    matches!(kind, Kind::Gemm(_) | Kind::Attention(_))
+    match kind {
+        Kind::Attention(_) => true,
+        Kind::Gemm(gemm) => [Format::BF16, Format::F16].contains(&gemm.format),
+        // What the rows themselves are was there before the router.
+        Kind::Experts(experts) => experts.route.is_some(),
+        _ => false,
+    }
 }
 
 /// The buffers that a stage's consumers read, and whether they can look at their words.
@@ -63,8 +73,9 @@ fn reads(program: &ResidentProgram, kind: &Kind) -> Vec<(BufferId, bool)> {
         Kind::Attention(attention) => vec![(attention.input, true)],
         Kind::Experts(Experts { gemm, route, .. }) => {
             let squares = gemm.prepared.map(|prepared| prepared.squares);
-            let scores = route.as_ref().map(|route| route.scores);
-            [gemm.input].into_iter().chain(squares).chain(scores).map(|id| (id, false)).collect()
+            let mut reads: Vec<_> = [gemm.input].into_iter().chain(squares).map(|id| (id, false)).collect();
+            reads.extend(route.as_ref().map(|route| (route.scores, true)));
+            reads
         }
         Kind::Scores(scores) => {
             [scores.input].into_iter().chain(scores.squares).map(|id| (id, false)).collect()
@@ -81,7 +92,7 @@ fn reads(program: &ResidentProgram, kind: &Kind) -> Vec<(BufferId, bool)> {
 fn writes(kind: &Kind) -> Vec<(BufferId, bool)> {
     let (output, whole) = match kind {
         Kind::Embed { output, .. } | Kind::Taps { output } => (Some(*output), false),
-        Kind::Scores(scores) => (Some(scores.output), false),
+        Kind::Scores(scores) => (Some(scores.output), true),
         Kind::Attention(attention) => (Some(attention.output), true),
         Kind::Conv(conv) => (Some(conv.output), false),
         Kind::TopK(top) => (Some(top.lists), false),
@@ -144,11 +155,10 @@ impl ResidentProgram {
             }
         }
         let mut handoffs = vec![Handoff::default(); sequence.len()];
-        let codes = |kind: &Kind| {
-            let halves = [Format::BF16, Format::F16];
-            matches!(kind, Kind::Experts(_)) || kind.gemm().is_some_and(|gemm| !halves.contains(&gemm.format))
-        };
-        if self.step_rows > WIDEST || sequence.iter().any(|(_, _, stage)| codes(&stage.kind)) {
+        let halves = [Format::BF16, Format::F16];
+        let codes = |kind: &Kind| kind.gemm().is_some_and(|gemm| !halves.contains(&gemm.format));
+        let codes = sequence.iter().any(|(_, _, stage)| codes(&stage.kind));
+        if self.step_rows > WIDEST[usize::from(codes)] || self.kv.qk_dim > WIDEST_HEAD {
             return handoffs;
         }
         let mut checked = vec![false; self.buffers.len()];

@@ -3,7 +3,7 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 11;
+pub const LAUNCH_VERSION: u32 = 12;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
@@ -47,12 +47,8 @@ pub const OCTET_BLOCK: usize = 512;
 /// Stop tokens that a launch can be given.
 pub const STOP_TOKENS: usize = 8;
 
-/// Bytes of the synchronization memory: the counters that SMs meet at. Zeroed before every launch. Enough
-/// for 32 rows and 8 KV heads over half a million positions.
-pub const SYNC_BYTES: usize = 512 << 10;
-
-/// Bytes of it in front of attention's counters.
-pub const SYNC_HEAD: usize = 384 + 3 * LAUNCH_ROWS * 8;
+/// Bytes of the synchronization memory: the counters that SMs meet at. Zeroed before every launch.
+pub const SYNC_BYTES: usize = 384 + 3 * LAUNCH_ROWS * 8;
 
 /// Words of the record that a stuck wait leaves: see [`StallRecord`].
 pub const STALL_WORDS: usize = 8;

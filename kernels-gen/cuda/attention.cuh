@@ -22,8 +22,11 @@
 //
 // A chunk's sums are added to those of the chunks before it in its span, eight chunks, and a row's spans are
 // added up the same way, in the order of the positions. An SM that has all chunks of a span keeps their sum in
-// registers. Where a span's chunks are spread over SMs each leaves its own in memory, and whoever finishes the
-// last adds them up, with the same operations in the same order; so do spans. Chunks and spans lie at
+// registers. Where a span's chunks are spread over SMs each leaves its own in memory, and whoever has the last of
+// them adds them up, with the same operations in the same order; so with spans. These parts are told by what they are
+// (handoff.cuh): nobody counts them. Their memory is late words but for the time between who leaves a part and who
+// reads it, once, and makes it late again; a launch begins with that. An SM waits only for units in front of its
+// own, so that somebody can always go on. Chunks and spans lie at
 // absolute positions, so a row's bits depend neither on who has which unit nor on its neighbours; and only on the
 // rows that it sees, as long as the values of those behind it in the run are finite (an unseen value is
 // multiplied by 0).
@@ -710,40 +713,40 @@ template <class A> __device__ __forceinline__ void leave(const Consumer& b, u32 
     const u32 at = parts.at(row, kv_head, slot, h);
 #pragma unroll
     for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
-      if (has_columns<A>(s)) parts.sum(at)[s * 32] = sums.v[s];
+      if (has_columns<A>(s)) tell(parts.sum(at) + s * 32, sums.v[s]);
     }
-    if (lane_id() == 0) *parts.weight(at) = make_float2(sums.top, sums.total);
+    if (lane_id() == 0) tell(parts.weight(at), make_float2(sums.top, sums.total));
   }
 }
 
-// A part of a span that an SM leaves in memory, of a run, a KV head and a group: how many chunks, or all (0).
-template <class A> struct Brought {
-  // Groups of a run, KV heads and spans share what a row and a count of chunks leave.
+// What an SM has to add up, of a run, a KV head and a group: the chunks of a span, all spans, or both.
+template <class A> struct Ended {
+  // Groups of a run, KV heads and spans share what a row and the levels leave.
   static constexpr u32 GROUPS = (A::HEADS / A::KV_HEADS * STEP_ROWS + QUERIES - 1) / QUERIES, SPANS = (A::MAX_CHUNKS + SPAN - 1) / SPAN;
-  static_assert((u64)LAUNCH_ROWS * 16 * GROUPS * A::KV_HEADS * SPANS < 1ull << 32, "a word has all of it");
+  static_assert((u64)LAUNCH_ROWS * 4 * GROUPS * A::KV_HEADS * SPANS < 1ull << 32, "a word has all of it");
   u32 bits;
   __device__ __forceinline__ u32 row() const { return bits % LAUNCH_ROWS; }
-  __device__ __forceinline__ u32 chunks() const { return bits / LAUNCH_ROWS % 16; }
-  __device__ __forceinline__ u32 group() const { return bits / (LAUNCH_ROWS * 16) % GROUPS; }
-  __device__ __forceinline__ u32 kv_head() const { return bits / (LAUNCH_ROWS * 16 * GROUPS) % A::KV_HEADS; }
-  __device__ __forceinline__ u32 span() const { return bits / (LAUNCH_ROWS * 16 * GROUPS * A::KV_HEADS); }
-  __device__ __forceinline__ static u32 of(const Place<A>& at, u32 chunks) {
-    return at.row | chunks * LAUNCH_ROWS | LAUNCH_ROWS * 16 * (at.group + GROUPS * (at.kv_head + A::KV_HEADS * (at.chunk / SPAN)));
+  __device__ __forceinline__ bool on(u32 level) const { return bits / LAUNCH_ROWS >> level & 1; }
+  __device__ __forceinline__ u32 group() const { return bits / (LAUNCH_ROWS * 4) % GROUPS; }
+  __device__ __forceinline__ u32 kv_head() const { return bits / (LAUNCH_ROWS * 4 * GROUPS) % A::KV_HEADS; }
+  __device__ __forceinline__ u32 span() const { return bits / (LAUNCH_ROWS * 4 * GROUPS * A::KV_HEADS); }
+  __device__ __forceinline__ static u32 of(const Place<A>& at, bool chunks, bool spans) {
+    return at.row | (chunks + 2 * spans) * LAUNCH_ROWS | LAUNCH_ROWS * 4 * (at.group + GROUPS * (at.kv_head + A::KV_HEADS * (at.chunk / SPAN)));
   }
 };
 
-// Adds up what of a group's queries lies in memory, a warp a query: on the first level the chunks of a span, on the
-// second the spans.
-template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 runs, Brought<A> brought, u32 level, u32 together) {
+// Adds up what of a group's queries is left in memory, a warp a query: on the first level the chunks of a span, on the
+// second the spans. Waits for parts that are not there yet.
+template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 runs, Ended<A> ended, u32 level, u32 together) {
   constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
   const Parts<A> parts = {A::parts(b)};
   Place<A> at = {};
   at.runs = runs;
-  at.enter(b, brought.row(), together);
-  const u32 kv_head = brought.kv_head(), span = brought.span(), last = at.run_end() - 1;
-  const u32 end = least((brought.group() + 1) * together, at.passes());
+  at.enter(b, ended.row(), together);
+  const u32 kv_head = ended.kv_head(), span = ended.span(), last = at.run_end() - 1;
+  const u32 end = least((ended.group() + 1) * together, at.passes());
 #pragma unroll 1
-  for (u32 pass = brought.group() * together; whole_warp(pass < end); ++pass) {
+  for (u32 pass = ended.group() * together; whole_warp(pass < end); ++pass) {
     const u32 query = pass * QUERIES + anew(warp_id());
     if (whole_warp(query >= at.queries())) break;
     const u32 h = query % GROUP, r = at.row + query / GROUP, position = at.position + query / GROUP;
@@ -764,25 +767,41 @@ template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 ru
     const u32 place = parts.at(r, kv_head, slot, h);
     float sink = 0.f;
     if constexpr (A::SINKS) sink = sink_of<A>(b, kv_head * GROUP + h);
-    const float2 *of = parts.sum(place), *weights = parts.weight(place);
+    float2 *of = parts.sum(place), *weights = parts.weight(place);
 #pragma unroll 1
     for (u32 c = 0; whole_warp(c < count); c += SPAN, of += SPAN * GROUP * A::V / 2, weights += SPAN * GROUP) {
       // Their loads wait together: without conditions, for which there are not registers enough. The last part stands for
       // those behind it, and a lane without columns reads what is no part of a result.
       const u32 last = count - 1 - c;
-      const float2 weight = __ldcg(weights + least(lane_id(), last) * GROUP);
-      float2 part[SPAN][Attended<A>::V_STEPS];
-      u32 read = 0;  // so that none of them is put off
+      float2 weight, part[SPAN][Attended<A>::V_STEPS];
+      u32 word;
+      do {
+        weight = take_pair(weights + least(lane_id(), last) * GROUP);
+#pragma unroll
+        for (u32 i = 0; i < SPAN; ++i) {
+#pragma unroll
+          for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) part[i][s] = take_pair(of + least(i, last) * (GROUP * A::V / 2) + s * 32);
+        }
+        word = largest_word(0, weight);
+#pragma unroll
+        for (u32 i = 0; i < SPAN; ++i) {
+#pragma unroll
+          for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
+            if (has_columns<A>(s)) word = largest_word(word, part[i][s]);
+          }
+        }
+      } while (b.late(word));
+      const float2 late = make_float2(__uint_as_float(LATE), __uint_as_float(LATE));
 #pragma unroll
       for (u32 i = 0; i < SPAN; ++i) {
 #pragma unroll
         for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
-          part[i][s] = __ldcg(of + least(i, last) * (GROUP * A::V / 2) + s * 32);
-          read |= __float_as_uint(part[i][s].x);
+          if (i <= last && has_columns<A>(s)) tell(of + i * (GROUP * A::V / 2) + s * 32, late);
         }
       }
+      if (lane_id() <= least(last, SPAN - 1)) tell(weights + lane_id() * GROUP, late);
       // A lane finds what `add` multiplies its part by.
-      float top = __uint_as_float(__float_as_uint(weight.x) + (read & b.args.zero));
+      float top = weight.x;
 #pragma unroll
       for (u32 x = 1; x < SPAN; x *= 2) top = fmaxf(top, __shfl_up_sync(~0u, top, x));
       float before = __shfl_up_sync(~0u, top, 1);
@@ -801,49 +820,31 @@ template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 ru
   }
 }
 
-// Counts what this SM has left in memory, a lane each, and adds up what it was the last to bring. The increment
-// releases this SM's parts and acquires the others'. Who ends a count leaves the counter ready for the next stage: a
-// crossing lies between.
-template <class A> __device__ __forceinline__ void join(Consumer& b, u32 runs, Brought<A> own, u32 count, u32 together) {
-  constexpr u32 COUNTERS = Parts<A>::SPANS + 1, LEVELS = A::MAX_CHUNKS > SPAN ? 2 : 1;
-  constexpr u32 ROW_GROUPS = (A::HEADS / A::KV_HEADS + QUERIES - 1) / QUERIES;  // groups of a run are no more than its rows'
-  const u32 warp = anew(warp_id());
-  u32* counters = nullptr;
-  u32 share = 0, spans = 0;
-  bool last = lane_id() < count;
-  if (warp == 0 && last) {
-    Place<A> at = {};
-    at.runs = runs;
-    at.enter(b, own.row(), together);
-    at.chunk = max(own.span() * SPAN, at.from);
-    share = at.share_end() - at.chunk;
-    spans = at.spans();
-    counters = b.sync().splits + ((own.row() * ROW_GROUPS + own.group()) * A::KV_HEADS + own.kv_head()) * COUNTERS;
-  }
+// Adds up what this SM has to, a lane each: spans behind all chunks, since its own may be among them.
+template <class A> __device__ __forceinline__ void join(Consumer& b, u32 runs, Ended<A> own, u32 count, u32 together) {
+  constexpr u32 LEVELS = A::MAX_CHUNKS > SPAN ? 2 : 1;
 #pragma unroll 1
   for (u32 level = 0; level < LEVELS; ++level) {
-    consumers_sync();  // parts are written
-    if (whole_warp(warp == 0)) {
-      bool added = false;
-      const u32 chunks = level == 0 ? own.chunks() : 1, wanted = level == 0 ? share : spans;
-      // What an SM has of a whole span counts only among the spans.
-      if (last && chunks > 0 && (level == 0 || spans > 1)) {
-        u32* counter = counters + (level == 0 ? own.span() : COUNTERS - 1);
-        last = added = add_acq_rel(counter, chunks) + chunks == wanted;
-        if (last) *counter = 0;
-      }
-      const u32 all = __ballot_sync(~0u, added);
-      if (lane_id() == 0) b.shared.last_splits[level] = all;
-    }
-    consumers_sync();
 #pragma unroll 1
-    for (u32 left = b.shared.last_splits[level]; whole_warp(left != 0); left &= left - 1) {
-      add_parts<A>(b, runs, {__shfl_sync(~0u, own.bits, __ffs(left) - 1)}, level, together);
+    for (u32 n = 0; n < count; ++n) {
+      const Ended<A> ended = {__shfl_sync(~0u, own.bits, n)};
+      if (whole_warp(ended.on(level))) add_parts<A>(b, runs, ended, level, together);
     }
   }
 }
 
-template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32 cache, u32& left, Brought<A>& brought);  // spans.cuh
+// A launch begins with late words in place of parts; a crossing lies between these and the first attention.
+template <class A> __device__ __forceinline__ void clear_parts(const Consumer& b) {
+  const Parts<A> parts = {A::parts(b)};
+  const u32 slots = (ROUND ? STEP_ROWS : b.args.rows) * A::HEADS * Parts<A>::SLOTS;
+  const u32 first = blockIdx.x * CONSUMER_THREADS + threadIdx.x, each = gridDim.x * CONSUMER_THREADS;
+#pragma unroll 1
+  for (u32 n = first; n < slots * A::V / 4; n += each) store4_relaxed(reinterpret_cast<u32*>(parts.base) + n * 4, LATE);
+#pragma unroll 1
+  for (u32 n = first; n < slots; n += each) store2_relaxed(reinterpret_cast<u32*>(parts.weight(n)), LATE, LATE);
+}
+
+template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32 cache);  // spans.cuh
 
 template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache) {
   using Space = AttentionSpace<A>;
@@ -853,31 +854,28 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   float2(&weights)[CONSUMERS][QUERIES] = *reinterpret_cast<float2(*)[CONSUMERS][QUERIES]>(b.shared.row_sums);
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
   const u32 g = lane / 4, t = lane % 4;
-  u32 left = 0;              // parts of spans in memory
-  Brought<A> brought = {0};  // a lane each
-  bool ready = false;        // the stage's inputs are there
-  if constexpr (SpanShape<A>::ANY) ready = attend_spans<A>(b, cache, left, brought);
+  u32 left = 0;          // to be added up
+  Ended<A> ended = {0};  // a lane each
+  bool ready = false;    // the stage's inputs are there
+  if constexpr (SpanShape<A>::ANY) ready = attend_spans<A>(b, cache);
   const Own<A> own = own_units<A>(b);
   Place<A> next = own.next;
   const u32 first = next.unit, end = own.end, together = own.together;
-  if (whole_warp(first >= end && left == 0)) {
+  if (whole_warp(first >= end)) {
     if (!ready) b.wait_inputs();
     b.finish_stage();
     return;
   }
 #pragma unroll 1
   do {
-    // An SM with spans alone only has their parts to add up.
-    const bool any = next.unit < end;
     Cached<A> cached = {};
     Fresh<A> fresh = {};
     Attended<A> sums;
     sums.clear();
     Place<A> now = next;
     bool there = false;          // a pass to multiply
-    u32 chunks = 0;              // of the span so far
 #pragma unroll 1
-    while (whole_warp(any)) {
+    while (true) {
       const bool more = next.unit < end, new_unit = !there || next.unit != now.unit;
       const u32 page = more && new_unit ? Cached<A>::page(b, next) : NO_PAGE;
       const u32 base = Cached<A>::base(now), query = now.pass * QUERIES;
@@ -969,22 +967,21 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         if (query + warp < now.queries()) {
           const u32 r = now.row + (query + warp) / GROUP, position = now.position + (query + warp) / GROUP;
           const u32 from = first_chunk<A>(b, position), to = last_seen<A>(b, position, last) / CHUNK;
-          if (now.chunk >= from && now.chunk <= to) sums.add(chunk);
-          if ((!whole || ends) && sums.top != MINUS_INFINITY) {
+          const bool seen = now.chunk >= from && now.chunk <= to;
+          if (seen) sums.add(chunk);
+          // Who adds up waits for what the row sees, whatever its scores are.
+          if (whole ? ends && from < share_end && to >= share : seen) {
             const bool all = whole ? from / SPAN == to / SPAN : from == to;
             leave<A>(b, r, now.kv_head, (query + warp) % GROUP, all, whole ? A::MAX_CHUNKS + share / SPAN - from / SPAN : now.chunk - from, fresh.sink, sums);
           }
         }
         if (!whole || ends) sums.clear();
         if (new_unit) {
-          ++chunks;
-          // The span ends here, or what this SM has of it.
-          if (ends) {
-            if (whole ? now.spans() > 1 : now.chunks > 1) {
-              if (left == lane) brought.bits = Brought<A>::of(now, whole ? 0 : chunks);
-              ++left;
-            }
-            chunks = 0;
+          // The span ends here: whoever has its last chunk adds up what others have of it, and of the last span all spans.
+          const bool chunks = !whole && now.chunks > 1, spans = now.chunk + 1 == now.from + now.chunks && now.spans() > 1;
+          if (now.chunk + 1 == share_end && (chunks || spans)) {
+            if (left == lane) ended.bits = Ended<A>::of(now, chunks, spans);
+            ++left;
           }
         }
       }
@@ -994,7 +991,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       next.advance(b, together);
     }
     // What has been asked for already is asked for again if there is more.
-    if (whole_warp(left > 0)) join<A>(b, next.runs, brought, left, together);
+    if (whole_warp(left > 0)) join<A>(b, next.runs, ended, left, together);
     left = 0;
   } while (whole_warp(next.unit < end));
   b.finish_stage();

@@ -45,7 +45,6 @@ struct Sync {
   u32 rounds;                 // of choices by chance that rows have asked for in this launch
   u32 pad1[30];
   u64 best[3][STEP_ROWS];     // per row the largest logit so far as an ordered key; three steps in turn
-  u32 splits[1];              // per (row, kv head): chunks of the context that are finished; as many as fit
 };
 
 constexpr u32 CONSUMERS = 8;
@@ -108,7 +107,6 @@ struct Shared {
   u16 pass_first[ROUND ? STEP_ROWS / 2 + 1 : 1];  // the first sequence of each pass of blocks
   u32 guesses[ROUND ? STEP_ROWS : 1];           // of this round, one sequence behind the other
   alignas(16) u32 dealt[2][20]; // attention: an SM's units without and with a window, see `own_units`
-  u32 last_splits[2];           // attention: items of which this SM brought the last, a bit each
   alignas(8) float row_sums[2][CONSUMERS][SLICE_ROWS];
   float row_scale[STEP_ROWS];   // that the sums of a row's products are multiplied by
 };
@@ -397,7 +395,7 @@ struct Consumer : Block {
     if (lane_id() == 0) barrier_arrive(&shared.scaled);
   }
   // Whether any of the warp's words, of which this is each lane's largest, is late, so that they are to be asked for again.
-  __device__ __forceinline__ bool late(u32 word) {
+  __device__ __forceinline__ bool late(u32 word) const {
     if (!__any_sync(~0u, word == LATE)) return false;
     shared.waiting[anew(warp_id())] = CONSUMER_INPUTS;
     return true;

@@ -15,7 +15,8 @@
 // A stage S says what a product says (gemm.cuh; BLOCKS, TILES and COLS are of one expert), and
 //   FIRST                whether it makes the choice and reads rows as they are; else it reads their slots
 //   SLOTS                experts of a row
-//   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32; SCORING, RENORMALIZE, FACTOR
+//   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32, which may be late if they are
+//                        CHECKED (handoff.cuh); SCORING, RENORMALIZE, FACTOR
 //   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight; of tiles of
 //                        several octets, or that prepare rows, sum() where a row's sum lies, add_bias() and store(),
 //                        of NVFP4 also scale() of an expert's features
@@ -185,8 +186,8 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       const float score = whole(parts[0], FOLD) * scale + bias;
       if (expert < R::EXPERTS) {
         float* const to = R::out(b) + own * R::STRIDE + expert;
-        to[0] = score;
-        if constexpr (R::SIGMOID) to[R::STRIDE / 2] = sigmoid(score) + correction;
+        hand_on(to, score);
+        if constexpr (R::SIGMOID) hand_on(to + R::STRIDE / 2, sigmoid(score) + correction);
       }
     }
   }
@@ -210,7 +211,7 @@ __device__ __forceinline__ u32 mixed(u32 a, u32 b) {
 // The experts of a row and their weights; a warp. Lane l looks after the experts l, l + 32, ..., whose keys lie in shared
 // memory: in registers each of them would have instructions of its own, ten kilobytes in all, which are cold in
 // every layer and cost more than the choice. The n-th chosen one is lane n's.
-template <class R> __device__ __forceinline__ void choose_row(const Block& b, Routes& routes, u32 row) {
+template <class R> __device__ __forceinline__ void choose_row(const Consumer& b, Routes& routes, u32 row) {
   constexpr u32 EACH = (R::EXPERTS + LANES - 1) / LANES;
   static_assert(R::SLOTS <= LANES && SLICE_ROWS * LANES * (EACH * sizeof(u32) + sizeof(uint2)) <= SCRATCH_BYTES - SCALE_BYTES);
   const u32 lane = lane_id();
@@ -224,8 +225,14 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
   auto there = [&](u32 i) { return (i + 1) * LANES <= R::EXPERTS || i * LANES + lane < R::EXPERTS; };
   // All loads together: one after the other they would take a thousand cycles each.
   float loaded[EACH];
+  u32 words;
+  do {
+    words = 0;
 #pragma unroll
-  for (u32 i = 0; i < EACH; ++i) loaded[i] = load1(compared + (there(i) ? i * LANES + lane : R::EXPERTS - 1));
+    for (u32 i = 0; i < EACH; ++i) loaded[i] = take1<R::CHECKED>(compared + (there(i) ? i * LANES + lane : R::EXPERTS - 1));
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) words = largest_word(words, __float_as_uint(loaded[i]));
+  } while (R::CHECKED && b.late(words));
   // 0 is no expert. The addition makes -0 equal to 0.
 #pragma unroll
   for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = there(i) ? max(ordered(loaded[i] + 0.f), 1u) : 0;
@@ -284,7 +291,12 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
   // Shares of the chosen, and what they are divided by.
   const float top = from_ordered(largest);
   // What is compared of sigmoids is another number. It is loaded only here: in the loop each round waited for it.
-  const float score = R::SCORING == SIGMOID ? load1(scores + mine) : from_ordered(key);
+  float score = from_ordered(key);
+  if constexpr (R::SCORING == SIGMOID) {
+    do {
+      score = take1<R::CHECKED>(scores + mine);
+    } while (R::CHECKED && b.late(__float_as_uint(score)));
+  }
   auto share_of = [&](float score) {
     if constexpr (R::SCORING == SIGMOID) return random ? 1.f : sigmoid(score);
     return random ? 1.f : power_of_two((score - top) * LOG2_E);
@@ -294,7 +306,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Block& b, Ro
   if (R::SCORING == SOFTMAX && !R::RENORMALIZE) {
     sum = 0.f;
 #pragma unroll 1
-    for (u32 expert = lane; expert < R::EXPERTS; expert += LANES) sum += share_of(load1(scores + expert));
+    for (u32 expert = lane; expert < R::EXPERTS; expert += LANES) sum += share_of(take1<R::CHECKED>(scores + expert));
   }
   sum = warp_sum(sum);
   if (R::SCORING == SIGMOID) sum = R::RENORMALIZE ? sum + 1e-20f : 1.f;

@@ -30,6 +30,15 @@ template <bool CHECKED> __device__ __forceinline__ float4 take4(const float* p) 
   const uint4 v = load4_relaxed(reinterpret_cast<const u32*>(p));
   return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
+// A pair that may be late, whatever the kernel, and one that somebody may be waiting for.
+__device__ __forceinline__ float2 take_pair(const float2* p) {
+  const uint2 v = load2_relaxed(reinterpret_cast<const u32*>(p));
+  return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+}
+__device__ __forceinline__ void tell(float2* p, float2 v) {
+  store2_relaxed(reinterpret_cast<u32*>(p), __float_as_uint(v.x), __float_as_uint(v.y));
+}
+__device__ __forceinline__ u32 largest_word(u32 m, float2 v) { return largest_word(largest_word(m, __float_as_uint(v.x)), __float_as_uint(v.y)); }
 template <bool CHECKED> __device__ __forceinline__ float take1(const float* p) {
   if constexpr (CHECKED) return __uint_as_float(load_relaxed(reinterpret_cast<const u32*>(p)));
   return *p;

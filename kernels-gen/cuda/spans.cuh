@@ -212,9 +212,9 @@ template <class A> __device__ __forceinline__ ChunkSums<A> attend_chunk(Consumer
   return sums;
 }
 
-// All spans of the SM, into memory; what it has left there is counted in `left` and `brought` (attention.cuh). Inputs are
-// waited for if there are any; gives whether they were.
-template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32 cache, u32& left, Brought<A>& brought) {
+// All spans of the SM, into memory, where whoever has a run's last chunk finds them (attention.cuh). Inputs are waited for
+// if there are any; gives whether they were.
+template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32 cache) {
   using Shape = SpanShape<A>;
   using Space = AttentionSpace<A>;
   if constexpr (!Shape::ANY) return false;
@@ -272,11 +272,6 @@ template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32
     }
     if (whole_warp(warp < now.queries())) {
       leave<A>(b, now.row + warp / Shape::GROUP, now.kv_head, warp % Shape::GROUP, false, A::MAX_CHUNKS + at.span, 0.f, sums);
-    }
-    if (left == lane) brought.bits = Brought<A>::of(now, 0);
-    if (whole_warp(++left == LANES)) {
-      join<A>(b, now.runs, brought, left, 1);
-      left = 0;
     }
   }
   return true;

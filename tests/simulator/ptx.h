@@ -33,6 +33,12 @@ __device__ __forceinline__ uint4 load4_relaxed(const u32* p) {
   if (v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u) machine::yield();
   return v;
 }
+__device__ __forceinline__ uint2 load2_relaxed(const u32* p) {
+  uint2 v;
+  memcpy(&v, p, sizeof v);
+  if (v.x == ~0u || v.y == ~0u) machine::yield();
+  return v;
+}
 __device__ __forceinline__ void store_relaxed(u32* p, u32 v) { *p = v; }
 __device__ __forceinline__ void store2_relaxed(u32* p, u32 v, u32 w) { p[0] = v; p[1] = w; }
 __device__ __forceinline__ void store4_relaxed(u32* p, u32 v) { p[0] = p[1] = p[2] = p[3] = v; }

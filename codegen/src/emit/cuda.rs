@@ -6,7 +6,7 @@ use tilec_ir::abi::KvType;
 use tilec_ir::format::{Code, Format};
 use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::handoff::Handoff;
-use tilec_ir::launch::{KERNEL, SLICE_ROWS, SLOT_BYTES, SYNC_BYTES, SYNC_HEAD};
+use tilec_ir::launch::{KERNEL, SLICE_ROWS, SLOT_BYTES};
 use tilec_ir::octet::{apart_scales, feature_scales, octet_block_scales, octet_blocks};
 use tilec_ir::resident::{
     Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, Pairs, Prepared, ROW_BLOCK,
@@ -69,13 +69,15 @@ pub enum CudaError {
         /// Columns of a head.
         heads: usize,
     },
-    /// Too many parts of a context to count.
+    /// The parts of a context's attention are more numbers than a word tells apart.
     #[error(
-        "{kv_heads} KV heads over {context} positions: more parts than the kernel counts; lower limits.context"
+        "{rows} rows of {heads} heads over {context} positions: too many parts of sums; lower limits.context"
     )]
-    Counters {
-        /// KV heads.
-        kv_heads: usize,
+    Parts {
+        /// Rows of a step.
+        rows: usize,
+        /// Query heads.
+        heads: usize,
         /// Positions of a sequence.
         context: usize,
     },
@@ -287,19 +289,15 @@ fn emit_parts(
 
 /// Checks what a kernel has no room for.
 fn check(program: &ResidentProgram) -> Result<(), CudaError> {
-    // A counter for each span of eight heads of a row that share a KV head, and one for their spans.
-    let stages = program.sequence().into_iter().map(|(_, _, stage)| match &stage.kind {
-        Kind::Attention(attention) => {
-            attention.heads.div_ceil(attention.kv_heads).div_ceil(8) * attention.kv_heads
-        }
-        _ => 0,
-    });
-    let counters = program.step_rows * stages.max().unwrap_or(0) * (program.max_spans() + 1);
-    if counters > (SYNC_BYTES - SYNC_HEAD) / 4 {
-        return Err(CudaError::Counters { kv_heads: program.kv.kv_heads, context: program.context });
-    }
     let (rows, most) = (program.step_rows, part_columns(program.step_rows));
     for (stage, _, Stage { kind, .. }) in program.sequence() {
+        if let Kind::Attention(Attention { heads, .. }) = kind {
+            let (heads, context) = (*heads, program.context);
+            let parts = heads * (program.max_chunks() + program.max_spans()) * program.kv.v_dim;
+            if u32::try_from(rows * parts).is_err() {
+                return Err(CudaError::Parts { rows, heads, context });
+            }
+        }
         let whole = |gemm: &&Gemm| matches!(kind, Kind::Experts(_)) || gemm.format.code == Code::E2m1;
         if let Some(k) = kind.gemm().filter(whole).map(|gemm| gemm.k).filter(|k| *k > most) {
             return Err(CudaError::Columns { stage, k, rows, most });
@@ -866,7 +864,7 @@ impl<'p> Writer<'p> {
         let stride = self.program().buffer(scores.output).cols;
         line!(self, "  static constexpr u32 K = {k}, EXPERTS = {experts}, STRIDE = {stride};");
         let (norm, prepared) = (scores.norm.is_some(), scores.squares.is_some());
-        // A mixture has no mailboxes.
+        // What it reads is a sum that stays, no mailbox.
         line!(
             self,
             "  static constexpr bool NORM = {norm}, PREPARED = {prepared}, CHECKED = false, LOGITS = false;"
@@ -921,7 +919,12 @@ impl<'p> Writer<'p> {
                 "  static constexpr u32 EXPERTS = {count}, SLOTS = {top_k}, STRIDE = {stride}, SCORING = {scoring};"
             );
             let factor = float(routing.factor);
-            line!(self, "  static constexpr bool RENORMALIZE = {};", routing.renormalize);
+            line!(
+                self,
+                "  static constexpr bool RENORMALIZE = {}, CHECKED = {};",
+                routing.renormalize,
+                self.checked(*scores)
+            );
             line!(self, "  static constexpr float FACTOR = {factor};");
             let scores = format!("return {};", self.buffer(*scores));
             self.function("const float*", "scores", "const Block& b", &scores);
@@ -1419,16 +1422,17 @@ impl<'p> Writer<'p> {
             ),
             false => ("", "", ""),
         };
-        let spaces: Vec<String> = self
+        let attentions: Vec<String> = self
             .kinds()
             .iter()
             .filter(|(_, stage)| matches!(stage.kind, Kind::Attention(_)))
             .map(|(prefix, stage)| type_name(prefix, &stage.name))
             .collect();
         line!(self);
-        for name in spaces {
+        for name in &attentions {
             line!(self, "static_assert(sizeof(AttentionSpace<{name}>) <= SCRATCH_BYTES - SCALE_BYTES);");
         }
+        let clear: String = attentions.iter().map(|name| format!("\n    clear_parts<{name}>(b);")).collect();
         let _ = write!(
             self.text,
             r#"static_assert(sizeof(Shared) <= FIXED_BYTES{routes_bytes});
@@ -1463,7 +1467,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
   const Block block = {{args, shared, ring, scratch, 0, 0, 0, blockIdx.x}};
   if (warp_id() < CONSUMERS) {{
     registers_up<CONSUMER_REGISTERS>();
-    Consumer b(block);{begin}
+    Consumer b(block);{clear}{begin}
     for (;;) {{
       b.wait_inputs();{sample}
       // Control opens the first stage of a step when it knows whether there is one.
