@@ -361,7 +361,7 @@ struct Launch {
 
 extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices, uint8_t* const draft[3]);
 
-// Reads weights.bin and launch.bin, reads and writes kv.bin, draft_kv.bin and taps.bin, writes arena.bin, sync.bin, logits.bin,
+// Reads weights.bin and launch.bin, reads and writes kv.bin, draft_kv.bin and taps.bin, writes arena.bin, logits.bin,
 // chosen.bin and experts.bin.
 int main(int, char** argv) {
   const std::string folder = std::string(argv[1]) + "/";
@@ -389,7 +389,6 @@ int main(int, char** argv) {
   simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps), choices, draft);
   machine::run(atoll(argv[3]), args, launch.shared_bytes);
   store(folder + "arena.bin", arena, launch.arena_bytes);
-  store(folder + "sync.bin", sync, launch.sync_bytes);
   store(folder + "logits.bin", logits, logit_bytes);
   store(folder + "experts.bin", mail.data() + 40, 4);
   store(folder + "chosen.bin", mail.data() + 64, chosen * 4);

@@ -151,7 +151,6 @@ struct Outcome {
     logits: Vec<f32>,
     chosen: Vec<u32>,
     arena: Vec<u8>,
-    sync: Vec<u8>,
     /// Experts that were streamed.
     experts: u32,
 }
@@ -434,7 +433,7 @@ impl Simulation {
         let chosen = chosen.chunks(LAUNCH_ROWS).flat_map(|step| step[..wanted.len()].to_vec());
         let chosen = chosen.map(|word| word - 1).collect();
         let experts = words(&read("experts.bin"))[0];
-        Outcome { logits, chosen, arena: read("arena.bin"), sync: read("sync.bin"), experts }
+        Outcome { logits, chosen, arena: read("arena.bin"), experts }
     }
 }
 

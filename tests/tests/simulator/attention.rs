@@ -1,7 +1,7 @@
 //! Attention on the simulated machine against its formula in float64, over caches of random numbers: several chunks
 //! and spans, windows, sinks, runs of a sequence's rows.
 
-use super::{Simulation, brains, floats, llama, mimo, qwen3, random_numbers, row, words};
+use super::{Outcome, Simulation, brains, floats, llama, mimo, qwen3, random_numbers, row, words};
 use serde_json::{Value, json};
 use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::format::Format;
@@ -25,6 +25,16 @@ fn half_at(row: usize, column: usize, cols: usize) -> usize {
     row / 8 * 8 * cols.next_multiple_of(128) + column / 32 * 256 + row % 8 * 32 + column % 32
 }
 
+/// All parts that were left have been read, and are late again for the next stage; those of rows that the launch does not
+/// have are as they were.
+fn check_parts(simulation: &Simulation, outcome: &Outcome) {
+    const POISON: u32 = 0x7fff_7fff;
+    let parts = simulation.program.buffer(simulation.last_attention().parts);
+    let parts = words(&outcome.arena[parts.offset..][..parts.bytes()]);
+    assert!(parts.iter().all(|word| [u32::MAX, POISON].contains(word)), "parts are left for the next stage");
+    assert!(parts.contains(&u32::MAX), "a launch begins with late words");
+}
+
 /// Attention of the last layer in one launch against its formula in float64, over a cache of random
 /// numbers. Gives whether a head's sink had a part of its weights, and not all of them.
 fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) -> bool {
@@ -32,12 +42,7 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
     let kv = program.kv;
     let attention = simulation.last_attention();
     let outcome = simulation.launch(rows, 1, blocks, seed);
-    let counters = words(&outcome.sync);
-    // The counts of parts lie behind the three cells of the best logits; a crossing's count stays.
-    assert!(
-        counters[96 + 6 * program.step_rows..].iter().all(|count| *count == 0),
-        "counts are left for the next stage"
-    );
+    check_parts(simulation, &outcome);
     let buffer = |id| {
         let buffer = program.buffer(id);
         (&outcome.arena[buffer.offset..], buffer.cols)
@@ -180,8 +185,7 @@ fn narrow_values_behind_a_layer_with_a_window() {
 fn attended(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u64) -> Vec<u8> {
     let out = simulation.program.buffer(simulation.last_attention().output);
     let outcome = simulation.launch(rows, 1, blocks, seed);
-    let counters = 64 + 6 * simulation.program.step_rows;
-    assert!(words(&outcome.sync)[counters..].iter().all(|count| *count == 0), "{rows:?}, {blocks} blocks");
+    check_parts(simulation, &outcome);
     // Row by row, as they do not lie.
     let places = (0..rows.len()).flat_map(|row| (0..out.cols).map(move |column| (row, column)));
     places
@@ -349,6 +353,23 @@ fn long_contexts_choose_by_chance() {
     let found = chosen(2, &sampling);
     assert!(found.chosen == wanted.chosen && found.logits == wanted.logits);
     assert!(chosen(3, &[]).chosen != found.chosen, "nothing was left to chance");
+}
+
+/// Whoever adds up waits for parts whatever their scores are.
+#[test]
+fn scores_that_are_no_numbers_leave_parts_as_well() {
+    let mut config = llama();
+    config["num_hidden_layers"] = 1.into();
+    let simulation = random_cache(&config);
+    simulation.write_cache(&vec![0xff; simulation.cache_bytes()]);
+    // Several spans, and some chunks.
+    let rows = rows_at(&[(2047, 0), (1500, 1), (130, 2), (131, 2)]);
+    for blocks in [1, 3, 40] {
+        let outcome = simulation.launch(&rows, 1, blocks, blocks as u64);
+        check_parts(&simulation, &outcome);
+        let found = &outcome.logits[..rows.len() * simulation.program.vocab];
+        assert!(found.iter().all(|x| x.is_nan()), "{blocks} blocks");
+    }
 }
 
 /// A window makes a row's first chunk and its first span.
