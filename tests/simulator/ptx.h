@@ -14,7 +14,6 @@ __device__ __forceinline__ u32 cycles() { return (u32)machine::time(); }
 
 __device__ __forceinline__ void add_release(u32* p, u32 n) { machine::yield(); *p += n; }
 __device__ __forceinline__ u32 load_acquire(const u32* p) { machine::yield(); return *(const volatile u32*)p; }
-__device__ __forceinline__ u32 add_acq_rel(u32* p, u32 n) { machine::yield(); const u32 old = *p; *p += n; return old; }
 __device__ __forceinline__ void max_relaxed(u64* p, u64 v) { machine::yield(); if (v > *p) *p = v; }
 __device__ __forceinline__ u64 load_relaxed(const u64* p) { machine::yield(); return *p; }
 __device__ __forceinline__ u32 load_relaxed(const u32* p) { machine::yield(); return *p; }
