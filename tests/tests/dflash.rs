@@ -752,10 +752,11 @@ fn a_pair_has_kernels_for_a_gpu() {
             serde_json::to_string(&item.content).unwrap().contains("model.embed_tokens.weight")
         });
         assert_eq!(embeddings.count(), 1, "the target's embedding is packed once");
-        // Whole rounds run the stages of the three.
+        // Whole rounds run the stages of the three, but for the one that takes taps.
         let round = draft.round.as_ref().unwrap();
         let own = [&draft.block_pass.stages, &plan.stages, &draft.inject.stages];
-        assert_eq!(round.stages.len(), own.iter().map(|stages| stages.len()).sum::<usize>());
+        assert_eq!(round.stages.len() + 1, own.iter().map(|stages| stages.len()).sum::<usize>());
+        assert!(draft.inject.stages[0] == "taps" && !round.stages.iter().any(|stage| stage == "inject taps"));
         assert!(round.stages[0].starts_with("draft ") && round.resident.unwrap().step_rows == rows);
         for program in [&draft.inject, &draft.block_pass, round] {
             assert!(path.join(&program.code.file).is_file() && program.resident.is_some());
