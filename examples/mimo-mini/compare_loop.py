@@ -57,17 +57,17 @@ def main():
         done = run(args, text, ["--draft-min", "7"])
         note(rates["draft"], done)
         # The first token of a text is no round's.
-        here = [done["draft"]["rounds"], done["draft"]["tokens"]]
-        there = [
+        own = [done["draft"]["rounds"], done["draft"]["tokens"]]
+        wanted = [
             sum(text["rounds"]),
             sum((added + 1) * rounds for added, rounds in enumerate(text["rounds"])),
         ]
-        ours, theirs = add(ours, here), add(theirs, there)
+        ours, theirs = add(ours, own), add(theirs, wanted)
         found = done["tokens"] + ([END] if done["finish"] == "end of text" else [])
         place = next((n for n, pair in enumerate(zip(found, text["tokens"])) if pair[0] != pair[1]), None)
         if place is None and found == text["tokens"]:
             same += 1
-            alike = [add(alike[0], here), add(alike[1], there)]
+            alike = [add(alike[0], own), add(alike[1], wanted)]
         else:
             place = min(len(found), len(text["tokens"])) if place is None else place
             other = found[place] if place < len(found) else None

@@ -262,10 +262,6 @@ __device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive_expect(u64* b, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
 }
-// Adds `bytes` of a copy to the phase, without arriving.
-__device__ __forceinline__ void barrier_expect(u64* b, u32 bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
-}
 // The copy engine moves `bytes` (a multiple of 16) and counts them on the barrier. They are read once a step: in L2 they are
 // the first to make room, so that the kernel's text and the activations stay there.
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* b) {

@@ -134,7 +134,6 @@ __device__ __forceinline__ void prefetch_bulk(const void* from, u32 bytes) {
   const volatile u8* at = (const volatile u8*)from;
   if (bytes == 0 || bytes % 16 != 0 || (size_t)from % 16 != 0 || at[0] + at[bytes - 1] > 510) __builtin_trap();
 }
-__device__ __forceinline__ void barrier_expect(u64* b, u32 bytes) { machine::barrier_expect((uint64_t*)b, bytes); }
 __device__ __forceinline__ void barrier_arrive_expect(u64* b, u32 bytes) {
   machine::barrier_expect((uint64_t*)b, bytes);
   machine::barrier_arrive((uint64_t*)b);

@@ -142,8 +142,7 @@ fn rows_at(places: &[(usize, usize)]) -> Vec<Row> {
 /// A model's attention in several launches.
 fn check(config: &Value) {
     let simulation = random_cache(config);
-    // Around the ends of chunks (128) and spans (1,024); a run over an end; all rows of one sequence. On
-    // two blocks an SM has more than the 32 items that are counted at once.
+    // Around the ends of chunks (128) and spans (1,024); a run over an end; all rows of one sequence.
     let mixed = [(2046, 0), (2047, 0), (2048, 0), (1023, 1), (1024, 1), (2900, 2), (5, 3), (1500, 4)];
     let run: Vec<(usize, usize)> = (1020..1028).map(|position| (position, 5)).collect();
     let single = [(3071, 6)];
@@ -266,9 +265,21 @@ fn chunks_are_added_up_where_it_costs_least() {
         check_bits(&simulation, &[(last, 1)], &[1, 3, 20]);
     }
     check_bits(&simulation, &[(100, 0), (383, 1), (1023, 2), (1151, 3), (2559, 4)], &[9, 2, 40]);
-    // One SM leaves more spans in memory than are counted at once.
-    let many: Vec<Row> = rows_at(&(0..8).map(|sequence| (2050 + sequence, sequence)).collect::<Vec<_>>());
-    check_attention(&simulation, &many, 1, 5);
+}
+
+/// One SM has 48 contexts of several spans to add up, of which it keeps 32 in mind at a time.
+#[test]
+fn more_is_added_up_than_lanes_keep_in_mind() {
+    let mut config = llama();
+    for (key, value) in
+        [("num_hidden_layers", 1), ("head_dim", 16), ("num_attention_heads", 6), ("num_key_value_heads", 6)]
+    {
+        config[key] = value.into();
+    }
+    let simulation = random_cache(&config);
+    let rows = rows_at(&(0..8).map(|sequence| (2050 + sequence, sequence)).collect::<Vec<_>>());
+    check_attention(&simulation, &rows, 1, 5);
+    assert!(attended(&simulation, &rows, 1, 6) == attended(&simulation, &rows, 7, 7), "other bits");
 }
 
 /// Spans that are older than the step come through the ring where a run has one pass; contexts end around the ends of
