@@ -376,12 +376,60 @@ struct Consumer : Block {
   }
   // That of the next tile.
   __device__ __forceinline__ void wait_sums() { wait_sums(sum_buffer); }
+  // A tile's first slots, of which each is `apart` behind the one before, and the buffer of its sums, by one look at all of
+  // them: an answer takes longer than what is done with it, and mostly all are there. The buffer is asked for first: without
+  // it, what is said of the slots may be of a phase too early (`Sums`), and does not count.
+  template <u32 SLOTS> __device__ __forceinline__ void wait_tile(const u8* (&at)[SLOTS], u32 apart) {
+    u64* full[SLOTS];
+    u32 parities[SLOTS];
+#pragma unroll
+    for (u32 n = 0; n < SLOTS; ++n) {
+      const bool wraps = slot + n * apart >= RING_SLOTS;
+      const u32 number = wraps ? slot + n * apart - RING_SLOTS : slot + n * apart;
+      full[n] = &shared.full[number];
+      parities[n] = parity ^ (u32)wraps;
+      at[n] = ring + number * SLOT_BYTES;
+    }
+#pragma unroll 1
+    for (;;) {
+      const bool sums = barrier_try(&shared.sums_empty[sum_buffer], sum_parities >> sum_buffer & 1);
+      bool weights = true;
+#pragma unroll
+      for (u32 n = 0; n < SLOTS; ++n) weights &= barrier_try(full[n], parities[n]);
+      if (__all_sync(~0u, sums & weights)) return;
+      shared.waiting[anew(warp_id())] = sums ? CONSUMER_WEIGHTS : CONSUMER_SUMS;
+    }
+  }
   // This warp's sums of the tile are stored. It arrives for the warps of the other `groups` as well, which skip the tile.
   __device__ __forceinline__ void pass_sums(u32 buffers, u32 groups) {
     __syncwarp();
     if (lane_id() == 0) barrier_arrive(&shared.sums_full[sum_buffer], groups);
+    next_sums(buffers);
+  }
+  __device__ __forceinline__ void next_sums(u32 buffers) {
     sum_parities ^= 1u << sum_buffer;
     if (++sum_buffer == buffers) sum_buffer = 0;
+  }
+  // Gives the next slots back. All that this warp read of them is in sums that it has stored: so no load is still on its
+  // way (see `release_slot`).
+  template <u32 SLOTS> __device__ __forceinline__ void release_slots(u32 teams) {
+    __syncwarp();
+    if (lane_id() == 0) arrive_empty<SLOTS>(teams);
+    pass_slots(SLOTS);
+  }
+  template <u32 SLOTS> __device__ __forceinline__ void arrive_empty(u32 teams) {
+#pragma unroll
+    for (u32 n = 0; n < SLOTS; ++n) barrier_arrive(&shared.empty[slot + n >= RING_SLOTS ? slot + n - RING_SLOTS : slot + n], teams);
+  }
+  // The same of a whole tile's slots, with its sums.
+  template <u32 SLOTS> __device__ __forceinline__ void pass_tile(u32 buffers, u32 teams, u32 groups) {
+    __syncwarp();
+    if (lane_id() == 0) {
+      arrive_empty<SLOTS>(teams);
+      barrier_arrive(&shared.sums_full[sum_buffer], groups);
+    }
+    pass_slots(SLOTS);
+    next_sums(buffers);
   }
   // The next tiles, at most as many as there are buffers, are other warps'.
   __device__ __forceinline__ void skip_sums(u32 count, u32 buffers) {

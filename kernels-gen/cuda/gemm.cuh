@@ -492,14 +492,21 @@ __device__ __forceinline__ float2 chains_total(const Chain (&chain)[CHAINS], u32
 }
 
 // Scales come a few octets ahead, each warp's into a ring of its own behind the rest of the scratch: the
-// time of an octet is shorter than the way to memory.
-constexpr u32 SCALES_AHEAD = 4;
-typedef float ScaleRing[SCALES_AHEAD][LANES];
+// time of an octet is shorter than the way to memory. A warp asks for those of several octets at a time (`ScaleTurn`).
+constexpr u32 SCALE_TURNS = 4;
+typedef float ScaleRing[SCALE_TURNS][LANES];
 
 template <class S> __device__ __forceinline__ ScaleRing& scale_ring(const Block& b) {
   static_assert(S::Weights::SCALING != BY_OCTET || SCALE_BYTES == sizeof(ScaleRing) * CONSUMERS, "the emitter's size");
   return reinterpret_cast<ScaleRing*>(b.scratch + SCRATCH_BYTES - SCALE_BYTES)[warp_id()];
 }
+
+// Lanes that ask for the scales of an octet, each for that of one of the warp's blocks; octets that a warp's lanes ask for.
+template <class S> struct ScaleTurn {
+  static constexpr u32 COUNT = Activations<S>::COUNT;
+  static constexpr u32 EACH = COUNT <= 4 ? 4 : COUNT <= 8 ? 8 : COUNT <= 16 ? 16 : LANES;
+  static constexpr u32 OCTETS = LANES / EACH;
+};
 
 // Where an octet of a team's is among all of the weights, and the part of its columns; or that there is none.
 struct OctetPlace {
@@ -522,25 +529,28 @@ template <class S> __device__ __forceinline__ OctetPlace place_of(const Consumer
   return {tile < all && part < Slots<S>::PARTS, part, (u64)tile * S::OPERANDS + T::operand() + n % T::OCTETS};
 }
 
-// Asks for the scales of octet number `n` of this team's: lane i has that of the warp's block i of the part.
-template <class S> __device__ __forceinline__ void fetch_scales(const Consumer& b, u32 n, const OctetPlace& place) {
+// Asks for the scales of a turn of this team's octets; `place(n)` says where octet number `n` is.
+template <class S, class F> __device__ __forceinline__ void fetch_scales(const Consumer& b, u32 turn, F place) {
   using T = Team<S>;
-  const u32 round = place.part * Activations<S>::COUNT + lane_id(), block = T::warp() + round * T::WARPS;
-  float& to = scale_ring<S>(b)[n % SCALES_AHEAD][lane_id()];
-  if (block >= S::BLOCKS || lane_id() >= Activations<S>::COUNT) {
+  constexpr u32 EACH = ScaleTurn<S>::EACH, OCTETS = ScaleTurn<S>::OCTETS;
+  const u32 lane = anew(lane_id());
+  const OctetPlace of = place(turn * OCTETS + lane / EACH);
+  const u32 block = T::warp() + (of.part * Activations<S>::COUNT + lane % EACH) * T::WARPS;
+  float& to = scale_ring<S>(b)[turn % SCALE_TURNS][lane];
+  if (block >= S::BLOCKS || lane % EACH >= Activations<S>::COUNT) {
     to = 0.f;  // of no block: its codes are 0, and the scale must not be NaN
-  } else if (place.there) {
-    copy_word(&to, S::scales(b) + place.octet * S::SCALES + block / 2);
+  } else if (of.there) {
+    copy_word(&to, S::scales(b) + of.octet * S::SCALES + block / 2);
   }
   copy_group();
 }
 
-// Those of the first octets; `place(n)` says where octet number `n` is.
+// Those of the first octets.
 template <class S, class F> __device__ __forceinline__ void fetch_first_scales(const Consumer& b, F place) {
   if constexpr (S::Weights::SCALING == BY_OCTET) {
     static_assert(Activations<S>::COUNT <= LANES, "a lane for the scale of each block");
 #pragma unroll 1
-    for (u32 n = 0; n < SCALES_AHEAD; ++n) fetch_scales<S>(b, n, place(n));
+    for (u32 turn = 0; turn < SCALE_TURNS; ++turn) fetch_scales<S>(b, turn, place);
   }
 }
 
@@ -622,8 +632,6 @@ template <class W> struct Fp4Piece {
     scales = W::scales(block, lane);
   }
   __device__ __forceinline__ typename W::Factors factors() const { return W::factors(scales); }
-  // Bits of all that was loaded.
-  __device__ __forceinline__ u32 read() const { return codes.x | scales; }
 };
 
 // One tile of FP4: an octet, or a pair of them side by side.
@@ -636,13 +644,15 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
   const u32 warp = T::warp(), lane = anew(lane_id());
   Chain chain[CHAINS];  // of an octet
   PairSums<4> pair[1];  // of two
-  b.wait_sums();
 #pragma unroll
   for (u32 s = 0; s < COUNT; ++s) {
     const u8* slot[OCTETS];
-    u32 read[OCTETS] = {};
+    if (s == 0) {
+      b.wait_tile(slot, COUNT);
+    } else {
 #pragma unroll
-    for (u32 octet = 0; octet < OCTETS; ++octet) slot[octet] = b.wait_slot(octet * COUNT + s);
+      for (u32 octet = 0; octet < OCTETS; ++octet) slot[octet] = b.wait_slot(octet * COUNT + s);
+    }
 #pragma unroll
     for (u32 i = 0; i < WARP_BLOCKS; ++i) {
       const u32 block = s * WARP_BLOCKS + i, first = s * Slots<S>::BLOCKS + i * T::WARPS;
@@ -650,17 +660,11 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
       const bool there = first + T::WARPS <= S::BLOCKS || first + warp < S::BLOCKS;
       Fp4Piece<W> w[OCTETS];
 #pragma unroll
-      for (u32 octet = 0; octet < OCTETS; ++octet) {
-        w[octet].load(there, slot[octet] + (i * T::WARPS + warp) * W::BLOCK_BYTES, lane);
-        read[octet] |= w[octet].read();
-      }
+      for (u32 octet = 0; octet < OCTETS; ++octet) w[octet].load(there, slot[octet] + (i * T::WARPS + warp) * W::BLOCK_BYTES, lane);
       if constexpr (OCTETS == 2) multiply_pair(pair[0], a.pair[block], w[0].codes, w[1].codes, w[0].factors(), w[1].factors());
       else multiply_codes(chain[i % CHAINS], a.pair[block], w[0].codes, w[0].factors());
     }
-#pragma unroll
-    for (u32 octet = 0; octet < OCTETS; ++octet) b.release_slot(octet * COUNT + s, read[octet], T::TEAMS);
   }
-  b.pass_slots(S::OPERANDS * COUNT);
   WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS * T::WARPS) + warp;
   if constexpr (OCTETS == 2) {
     store_pair(sums[0], sums[T::WARPS], pair, lane);
@@ -671,7 +675,7 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
       sums[0][slice][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
     }
   }
-  b.pass_sums(Sums<S>::BUFFERS, T::GROUPS);
+  b.template pass_tile<S::OPERANDS * COUNT>(Sums<S>::BUFFERS, T::TEAMS, T::GROUPS);
 }
 
 // One tile of several octets of FP4 that share a slot, each a few blocks long; or one of two experts', of which this warp
@@ -683,28 +687,25 @@ template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer&
   constexpr u32 COUNT = Activations<S>::COUNT;
   static_assert(S::TILE_OCTETS % 2 == 0, "they are multiplied in pairs");
   const u32 warp = T::warp(), lane = anew(lane_id());
-  b.wait_sums();
+  const u8* slot[1];
+  b.wait_tile(slot, 1);
   WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS) + T::expert() + warp;
-  const u8* slot = b.wait_slot() + T::expert() * Slots<S>::OCTET_BYTES;
-  u32 read = 0;
 #pragma unroll 1
   for (u32 octet = 0; own && octet < S::TILE_OCTETS; octet += 2) {
     PairSums<2> pair[T::EXPERTS];  // fewer chains are fewer sums of sums, and a tile is short
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
       const bool there = (i + 1) * T::WARPS <= S::BLOCKS || i * T::WARPS + warp < S::BLOCKS;
-      const u8* block = slot + (octet * S::BLOCKS + i * T::WARPS + warp) * W::BLOCK_BYTES;
+      const u8* block = slot[0] + T::expert() * Slots<S>::OCTET_BYTES + (octet * S::BLOCKS + i * T::WARPS + warp) * W::BLOCK_BYTES;
       Fp4Piece<W> w, v;
       w.load(there, block, lane);
       v.load(there, block + S::BLOCKS * W::BLOCK_BYTES, lane);
-      read |= w.read() | v.read();
       multiply_pair(pair[i % T::EXPERTS], a.pair[i], w.codes, v.codes, w.factors(), v.factors());
     }
     WarpSums* to = sums + octet * T::MEMBERS;
     store_pair(to[0], to[T::MEMBERS], pair, lane);
   }
-  b.release_slot(read, T::GROUPS);
-  b.pass_sums(Sums<S>::BUFFERS, T::GROUPS);
+  b.template pass_tile<1>(Sums<S>::BUFFERS, T::GROUPS, T::GROUPS);
 }
 
 // One tile from the ring: its sums by this warp, into the next buffer. `octet` counts those with scales apart, and
@@ -716,16 +717,21 @@ template <class S, class F> __device__ __forceinline__ void multiply_octets(Cons
   constexpr u32 BLOCK_VECTORS = W::BLOCK_BYTES / 16;
   constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, PARTS = Slots<S>::PARTS, PART = Slots<S>::PART;
   const u32 warp = T::warp(), lane = anew(lane_id()), in_part = Slots<S>::in_part(part);
-  b.wait_sums();
+  // Of codes, which are as slow as memory, all slots of an octet are waited for, and given back, together, if they are few.
+  constexpr bool TOGETHER = W::LANE_COLUMNS > 8 && PART <= RING_SLOTS / 4 && Slots<S>::COUNT % PART == 0;
   WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS * T::WARPS) + T::operand() * T::WARPS;
   if constexpr (T::SHARE > 1) b.pass_slots(T::operand() * in_part);
   // Not unrolled, so that a stage's instructions are few: a layer's should stay in the SM's cache.
 #pragma unroll 1
   for (u32 n = 0; n < T::OCTETS; ++n) {
-    if constexpr (SCALING == BY_OCTET) {
-      copy_wait<SCALES_AHEAD - 1>();
+    const u32 turn = octet / ScaleTurn<S>::OCTETS, in_turn = octet % ScaleTurn<S>::OCTETS;
+    if (SCALING == BY_OCTET && in_turn == 0) {
+      copy_wait<SCALE_TURNS - 1>();
       __syncwarp();  // the other lanes' as well
     }
+    // Behind a tile's first octet its buffer of sums is still free.
+    const u8* slot[TOGETHER ? PART : 1];
+    b.wait_tile(slot, 1);
     Chain chain[CHAINS];         // of what has no scales here
     float2 total[SLICES] = {};   // of FP8 that has
 #pragma unroll
@@ -735,9 +741,10 @@ template <class S, class F> __device__ __forceinline__ void multiply_octets(Cons
       float2 factors[WARP_BLOCKS];
       if constexpr (SCALING == BY_OCTET) {
 #pragma unroll
-        for (u32 i = 0; i < WARP_BLOCKS; ++i) factor[i] = scale_ring<S>(b)[octet % SCALES_AHEAD][(s * WARP_BLOCKS + i) % LANES] * W::UNIT;
+        for (u32 i = 0; i < WARP_BLOCKS; ++i) factor[i] = scale_ring<S>(b)[turn % SCALE_TURNS][in_turn * ScaleTurn<S>::EACH + (s * WARP_BLOCKS + i) % ScaleTurn<S>::EACH] * W::UNIT;
       }
-      const uint4* from = reinterpret_cast<const uint4*>(b.wait_slot()) + warp * BLOCK_VECTORS + lane;
+      const u8* const at = TOGETHER ? slot[s] : s == 0 ? slot[0] : b.wait_slot();
+      const uint4* from = reinterpret_cast<const uint4*>(at) + warp * BLOCK_VECTORS + lane;
       uint4 w[WARP_BLOCKS];
 #pragma unroll
       for (u32 i = 0; i < WARP_BLOCKS; ++i) {
@@ -777,7 +784,7 @@ template <class S, class F> __device__ __forceinline__ void multiply_octets(Cons
         read |= w[i].x;
         if constexpr (SCALING == BY_FEATURE) read |= __float_as_uint(factors[i].x);
       }
-      b.release_slot(read, T::TEAMS);
+      if constexpr (!TOGETHER) b.release_slot(read, T::TEAMS);
     }
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) {
@@ -787,9 +794,12 @@ template <class S, class F> __device__ __forceinline__ void multiply_octets(Cons
       if constexpr (S::ROW_SCALE && !S::NORM) { total[slice].x *= a.scale[slice]; total[slice].y *= a.scale[slice]; }
       sums[n * T::WARPS + warp][slice][lane] = total[slice];
     }
+    if constexpr (TOGETHER) b.template release_slots<PART>(T::TEAMS);
     if constexpr (SCALING == BY_OCTET) {
-      __syncwarp();  // all lanes have read the octet's scales
-      fetch_scales<S>(b, octet + SCALES_AHEAD, place(octet + SCALES_AHEAD));
+      if (in_turn + 1 == ScaleTurn<S>::OCTETS) {
+        __syncwarp();  // all lanes have read the turn's scales
+        fetch_scales<S>(b, turn + SCALE_TURNS, place);
+      }
       ++octet;
     }
   }

@@ -647,7 +647,7 @@ struct MimoText {
     tokens: Vec<u32>,
     /// How many rounds added 1, 2, ... tokens.
     rounds: Vec<u64>,
-    /// Place, second token, and how far its logit is behind the first.
+    /// Place, another token, and how far its logit is below that of the chosen one.
     ties: Vec<(usize, u32, f64)>,
 }
 
