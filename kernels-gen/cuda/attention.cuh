@@ -462,11 +462,40 @@ template <class A> struct Cached {
     return g / 2 * 4 + g % 2;
   }
   __device__ __forceinline__ static u32 base(const Place<A>& at) { return at.chunk * CHUNK + anew(warp_id()) * WARP_POSITIONS; }
-  // The page of the warp's positions, or none if nobody sees one that is older than the step.
-  __device__ __forceinline__ static u32 page(const Consumer& b, const Place<A>& at) {
+  // Asks for the page of the warp's positions; for none if nobody sees one that is older than the step. It comes into shared
+  // memory: a load on its way to a register would be waited for together with those of keys and values.
+  __device__ __forceinline__ static void ask_page(const Consumer& b, const Place<A>& at) {
     const u32 p = base(at);
-    if (p >= at.position || (A::WINDOWED && p + WARP_POSITIONS + A::window(b) <= at.position + 1)) return NO_PAGE;
-    return b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + p / A::PAGE_TOKENS];
+    if (lane_id() != 0) return;
+    u32& to = b.shared.pages[anew(warp_id())];
+    if (p >= at.position || (A::WINDOWED && p + WARP_POSITIONS + A::window(b) <= at.position + 1)) to = NO_PAGE;
+    else copy_word(&to, b.args.page_table + (u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + p / A::PAGE_TOKENS);
+    copy_group();
+  }
+  // It is there.
+  __device__ __forceinline__ static u32 asked_page(const Consumer& b) {
+    copy_wait<0>();
+    __syncwarp();
+    return b.shared.pages[anew(warp_id())];
+  }
+  // Brings them into L2: nobody ever waits for that, and loads that follow take less long. (Where it pays: with windows an SM
+  // has a unit or two, and the text costs more; long contexts stream.)
+  static constexpr bool BRINGS = !A::WINDOWED && !SPANS;
+  __device__ __forceinline__ static void bring(const u8* block, const Place<A>& at) {
+    const u32 in_page = base(at) % A::PAGE_TOKENS;
+    constexpr u32 K_BYTES = A::QK * 2, V_BYTES = A::V_PAD * 2;
+    const u8* const keys = block + in_page * K_BYTES;
+    const u8* const values = block + A::PAGE_TOKENS * K_BYTES + in_page * V_BYTES;
+#pragma unroll
+    for (u32 i = 0; i < WARP_POSITIONS * max(K_BYTES, V_BYTES); i += LANES * 128) {
+      const u32 line = i + anew(lane_id()) * 128;
+      if (line < WARP_POSITIONS * K_BYTES) prefetch_line(keys + line);
+      if (line < WARP_POSITIONS * V_BYTES) prefetch_line(values + line);
+    }
+  }
+  __device__ __forceinline__ void load(const u8* block, const Place<A>& at) {
+    load_keys(block, at);
+    load_values(block, at);
   }
   __device__ __forceinline__ void load_keys(const u8* block, const Place<A>& at) {
     const u8* from = block + base(at) % A::PAGE_TOKENS * (A::QK * 2);
@@ -877,7 +906,8 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
 #pragma unroll 1
     while (true) {
       const bool more = next.unit < end, new_unit = !there || next.unit != now.unit;
-      const u32 page = more && new_unit ? Cached<A>::page(b, next) : NO_PAGE;
+      const bool new_keys = whole_warp(more && new_unit);
+      if (new_keys) Cached<A>::ask_page(b, next);
       const u32 base = Cached<A>::base(now), query = now.pass * QUERIES;
       float score[4] = {};
       if (whole_warp(there)) {
@@ -887,10 +917,13 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         cached.take_fresh(space, base, fresh.from, fresh.count);
         scores<A>(space, cached, score);
       }
-      if (page != NO_PAGE) cached.load_keys(CacheShape<A>::at(b, cache, page, next.kv_head), next);
+      u32 page = NO_PAGE;
+      if (new_keys) page = Cached<A>::asked_page(b);
+      auto block = [&] { return CacheShape<A>::at(b, cache, page, next.kv_head); };
+      if (Cached<A>::BRINGS && there && page != NO_PAGE) Cached<A>::bring(block(), next);
       if (whole_warp(!there)) {
         // The cache of older positions is read while the other SMs still multiply.
-        if (page != NO_PAGE) cached.load_values(CacheShape<A>::at(b, cache, page, next.kv_head), next);
+        if (page != NO_PAGE) cached.load(block(), next);
         if (!ready) {
           if constexpr (A::Q_NORM) prefetch(A::q_gain(b), A::QK);
           if constexpr (A::K_NORM) prefetch(A::k_gain(b), A::QK);
@@ -930,6 +963,8 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         for (u32 s = 0; s < V_STEPS; ++s) {
           float products[16];
           weighted<A>(weight, cached.v[s], products);
+          // Keys as well, only here: one counter is for all loads of a loop, and these values would be waited for with them.
+          if (s + 1 == V_STEPS && page != NO_PAGE) cached.load(block(), next);
           if (s > 0) consumers_sync();  // the columns before have been read
           float* to = space.sums[warp][g];
           const u32 at = sums_at(g, t);
@@ -937,7 +972,6 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           for (u32 j = 0; j < 4; ++j) {
             *reinterpret_cast<float4*>(to + (at ^ j * 4)) = make_float4(products[4 * j], products[4 * j + 1], products[4 * j + 2], products[4 * j + 3]);
           }
-          if (s + 1 == V_STEPS && page != NO_PAGE) cached.load_values(CacheShape<A>::at(b, cache, page, next.kv_head), next);
           consumers_sync();
           if (s == 0) {
             const float2 own = weights[lane % CONSUMERS][warp];

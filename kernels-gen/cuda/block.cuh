@@ -15,7 +15,7 @@
 //
 // To be sure that what it wrote is in sight, an SM waits for memory. If the next stage checks what it reads
 // (handoff.cuh), the crossing is a checked one: control adds one to `Sync::hints`, which orders nothing, and goes on when
-// all SMs have; the watchdog's warp adds to `arrived` meanwhile. The next stage's results begin when all SMs have
+// most SMs have; the watchdog's warp adds to `arrived` meanwhile. The next stage's results begin when all SMs have
 // arrived, which they have long when there are any (`Control::settle`). So every stage's consumers see all of the
 // stage before the last, and epilogues all of the last.
 //
@@ -106,6 +106,7 @@ struct Shared {
   u16 places[ROUND ? STEP_ROWS : 1];            // the model's rows: 256 times the sequence, and which of its rows
   u16 pass_first[ROUND ? STEP_ROWS / 2 + 1 : 1];  // the first sequence of each pass of blocks
   u32 guesses[ROUND ? STEP_ROWS : 1];           // of this round, one sequence behind the other
+  u32 pages[CONSUMERS];         // attention: of each warp's positions of the next unit
   alignas(16) u32 dealt[2][20]; // attention: an SM's units without and with a window, see `own_units`
   alignas(8) float row_sums[2][CONSUMERS][SLICE_ROWS];
   float row_scale[STEP_ROWS];   // that the sums of a row's products are multiplied by
@@ -595,6 +596,10 @@ struct Control : Block {
     }
   }
 
+  // So many SMs may still be on their way to a checked crossing: what is asked for comes back when most of them have come,
+  // and whatever is late is asked for again. That is more work the more rows there are. (Tried: from none to half of them.)
+  __device__ __forceinline__ u32 stragglers() const { return rows() == 1 ? gridDim.x / 2 : gridDim.x / 6; }
+
   // What this SM makes in the stage is written: says so, and waits for the other SMs. Lane 0 releases
   // what all lanes wrote (ordered by __syncwarp) and what the consumers wrote (ordered by `done`); behind a
   // checked crossing the watchdog's does, which this warp's arrival comes before. If there is a stage of the same step
@@ -622,7 +627,7 @@ struct Control : Block {
       const u64 finished = args.trace ? global_timer() : 0;
       shared.waiting[CONTROL] = CONTROL_SMS;
       if (check) {
-        const u32 expected = checked * gridDim.x;
+        const u32 expected = checked * gridDim.x - stragglers();
 #pragma unroll 1
         while (!hinted(&sync().hints, expected)) {}
       } else {

@@ -34,6 +34,7 @@ enum Scoring : u32 { SOFTMAX, CHOSEN_SOFTMAX, SIGMOID };
 
 constexpr u32 EXPERT_WORDS = (MAX_EXPERTS + 31) / 32;
 constexpr u32 MAX_CHOSEN = STEP_ROWS * MAX_SLOTS < MAX_EXPERTS ? STEP_ROWS * MAX_SLOTS : MAX_EXPERTS;
+constexpr u32 SLOT_WORDS = (MAX_CHOSEN + 3) / 4;  // of the slots of a row
 constexpr u32 NO_SLOT = 255;
 static_assert(EXPERT_WORDS <= LANES && SLICE_ROWS == CONSUMERS, "a lane a word; a warp a row of a slice");
 
@@ -43,9 +44,10 @@ struct Routes {
   u32 count;                              // experts that any row chose
   u32 total;                              // the sum of these counts over the launch
   u32 chosen[STEP_ROWS][EXPERT_WORDS];    // a bit an expert
-  u16 expert[MAX_CHOSEN];                 // in ascending order
-  u8 slot[STEP_ROWS][MAX_CHOSEN];         // by number in `expert`: the row's slot, or NO_SLOT
+  alignas(4) u8 slot[STEP_ROWS][SLOT_WORDS * 4];  // by number in `expert`: the row's slot, or NO_SLOT
   float weight[STEP_ROWS][MAX_SLOTS];     // by slot
+  u16 expert[MAX_CHOSEN];                 // in ascending order
+  u16 own[STEP_ROWS][MAX_SLOTS];          // by slot: the row's experts, in ascending order
 };
 static_assert(sizeof(Routes) <= ROUTES_BYTES);
 
@@ -222,6 +224,10 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   const u32 alike = random ? (b.args.routing - 1) * R::SLOTS / 1000 : 0;
   const u32 seed = mixed(b.args.routing_seed + b.step, b.layer);
   u32* const keys = reinterpret_cast<u32*>(b.scratch) + row % SLICE_ROWS * (EACH * LANES) + lane;
+  // Nothing is chosen yet. The votes below come before any of it is.
+  if (lane < EACH) routes.chosen[row][lane] = 0;
+#pragma unroll 1
+  for (u32 n = lane; n < SLOT_WORDS; n += LANES) reinterpret_cast<u32*>(routes.slot[row])[n] = NO_SLOT * 0x01010101u;
   auto there = [&](u32 i) { return (i + 1) * LANES <= R::EXPERTS || i * LANES + lane < R::EXPERTS; };
   // All loads together: one after the other they would take a thousand cycles each.
   float loaded[EACH];
@@ -240,9 +246,10 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   // few lanes ever have to look again.
   u32 best = 0, second = 0, at = ~0u, second_at = ~0u, known = 0, largest = 0;
   uint2* const chosen = reinterpret_cast<uint2*>(b.scratch + SLICE_ROWS * EACH * LANES * sizeof(u32)) + row % SLICE_ROWS * LANES;
+  u32 renewed = random ? 0 : ~0u;  // in front of this choice keys become random
 #pragma unroll 1
   for (u32 n = 0; n < R::SLOTS; ++n) {
-    if (random && (n == 0 || n == alike)) {
+    if (n == renewed) {
       const u32 own = mixed(seed, n < alike ? ~0u : row);
 #pragma unroll 2
       for (u32 i = 0; i < EACH; ++i) {
@@ -250,6 +257,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
         keys[i * LANES] = keys[i * LANES] != 0 ? any : 0;
       }
       known = 0;
+      renewed = n < alike ? alike : ~0u;
     }
     if (known == 0) {
       best = second = 0;
@@ -310,15 +318,18 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   }
   sum = warp_sum(sum);
   if (R::SCORING == SIGMOID) sum = R::RENORMALIZE ? sum + 1e-20f : 1.f;
-  u32 slot = 0, word = 0;  // chosen experts below this lane's; the bits of the lane's word
-#pragma unroll 1
-  for (u32 n = 0; n < R::SLOTS; ++n) {
-    const u32 other = __shfl_sync(~0u, mine, n);
-    slot += other < mine;
-    if (other / LANES == lane) word |= 1u << other % LANES;
+  u32 slot = 0;  // chosen experts below this lane's
+#pragma unroll
+  for (u32 n = 0; n < R::SLOTS; n += 2) {
+    const uint4 two = *reinterpret_cast<const uint4*>(chosen + n);
+    slot += two.x < mine;
+    if (n + 1 < R::SLOTS) slot += two.z < mine;
   }
-  if (lane < R::SLOTS) routes.weight[row][slot] = share / sum * R::FACTOR;
-  if (lane < EACH) routes.chosen[row][lane] = word;
+  if (lane < R::SLOTS) {
+    routes.weight[row][slot] = share / sum * R::FACTOR;
+    routes.own[row][slot] = (u16)mine;
+    shared_add(&routes.chosen[row][mine / LANES], 1u << mine % LANES);
+  }
 }
 
 // Every consumer warp: the experts of all rows, and those that any of them chose.
@@ -337,30 +348,29 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
 #pragma unroll 8
     for (u32 row = 0; row < STEP_ROWS; ++row) all |= routes.chosen[row][lane];
   }
-#pragma unroll 1
-  for (u32 row = warp; row < STEP_ROWS; row += SLICE_ROWS) {
-    const u32 own = lane < WORDS ? routes.chosen[row][lane] : 0;
-    // Experts, and slots of the row, in the words before; then with this one.
-    u32 number = __popc(all), slot = __popc(own);
+  // Experts in the words up to this lane's, then in those before.
+  u32 number = __popc(all);
 #pragma unroll
-    for (u32 n = 1; n < LANES; n *= 2) {
-      const u32 more = __shfl_up_sync(~0u, number, n), more_slots = __shfl_up_sync(~0u, slot, n);
-      if (lane >= n) { number += more; slot += more_slots; }
-    }
-    if (row == 0 && lane == LANES - 1) {
-      routes.count = number;
-      routes.total += number;
-    }
-    number -= __popc(all);
-    slot -= __popc(own);
-#pragma unroll 1
-    for (u32 left = all; left; left &= left - 1, ++number) {
-      const u32 bit = left & (0u - left);
-      if (row == 0) routes.expert[number] = (u16)(lane * LANES + __ffs(bit) - 1);
-      routes.slot[row][number] = (u8)(own & bit ? slot++ : NO_SLOT);
-    }
-    __syncwarp();  // together again
+  for (u32 n = 1; n < WORDS; n *= 2) {
+    const u32 more = __shfl_up_sync(~0u, number, n);
+    if (lane >= n) number += more;
   }
+  if (warp == 0 && lane == WORDS - 1) {
+    routes.count = number;
+    routes.total += number;
+  }
+  number -= __popc(all);
+  // A lane has one of its row's experts, and finds its number. Rows that chose the same one write the same.
+#pragma unroll 1
+  for (u32 row = warp; row < b.rows(); row += SLICE_ROWS) {
+    const u32 expert = lane < R::SLOTS ? routes.own[row][lane] : 0;
+    const u32 at = __shfl_sync(~0u, number, expert / LANES) + __popc(__shfl_sync(~0u, all, expert / LANES) & ((1u << expert % LANES) - 1));
+    if (lane < R::SLOTS) {
+      routes.expert[at] = (u16)expert;
+      routes.slot[row][at] = (u8)lane;
+    }
+  }
+  __syncwarp();  // all lanes have written
   if (lane == 0) barrier_arrive(&routes.routed);  // for the loader and control
   consumers_sync();                               // for the consumers
 }

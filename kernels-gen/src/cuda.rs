@@ -143,8 +143,8 @@ impl SharedNeeds {
         2 * queries * (steps * 64 + 8) + own + 4 * CONSUMERS * queries * summed + 64
     }
 
-    /// Bytes of the choice of experts: counts, a bit for every expert of each row, numbers of those that any
-    /// row chose, slots of the rows by these, weights.
+    /// Bytes of the choice of experts: counts, a bit for every expert of each row, slots of the rows by the
+    /// number of the expert, weights, numbers of the experts that any row chose, and those of each row.
     pub fn routes(&self) -> usize {
         if self.experts == 0 {
             return 0;
@@ -153,10 +153,10 @@ impl SharedNeeds {
         let chosen = self.experts.min(rows * self.top_k);
         let bytes = 16
             + rows * self.experts.div_ceil(32) * 4
+            + rows * chosen.next_multiple_of(4)
+            + rows * self.top_k * (4 + 2)
             + 2 * chosen
-            + rows * chosen
-            + 4
-            + rows * self.top_k * 4;
+            + 4;
         bytes.next_multiple_of(128)
     }
 
