@@ -71,7 +71,7 @@ def main():
         else:
             place = min(len(found), len(text["tokens"])) if place is None else place
             other = found[place] if place < len(found) else None
-            apart = next((a for p, second, a in text["ties"] if p == place and second == other), None)
+            apart = next((a for p, token, a in text["ties"] if p == place and token == other), None)
             entry = {
                 "text": number,
                 "place": place,
