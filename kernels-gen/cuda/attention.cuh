@@ -4,8 +4,8 @@
 // A run is a sequence's rows in the step; their positions follow each other. Its rows' heads of a KV head are
 // the run's queries of that head, row by row; a pass has eight of them, a warp's share of a product. A unit is a
 // run, a KV head, a group of passes and a chunk of CHUNK positions. An SM takes units that follow each other and
-// keeps a chunk's keys and values in registers for all passes of a unit; while it multiplies, the next unit's
-// come, and the next pass's queries. The chunk that a row itself lies in takes its key and value from the step,
+// keeps a chunk's keys and values in registers for all passes of a unit; behind their last use it asks for the next
+// unit's, and while it multiplies for the next pass's queries. The chunk that a row itself lies in takes its key and value from the step,
 // normed and rotated by each unit that needs them, and written into the cache by the one that has the row's
 // first head.
 //

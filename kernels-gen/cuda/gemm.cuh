@@ -504,7 +504,7 @@ template <class S> __device__ __forceinline__ ScaleRing& scale_ring(const Block&
 // Lanes that ask for the scales of an octet, each for that of one of the warp's blocks; octets that a warp's lanes ask for.
 template <class S> struct ScaleTurn {
   static constexpr u32 COUNT = Activations<S>::COUNT;
-  static constexpr u32 EACH = COUNT <= 4 ? 4 : COUNT <= 8 ? 8 : COUNT <= 16 ? 16 : LANES;
+  static constexpr u32 EACH = COUNT <= 4 ? 4 : COUNT <= 8 ? 8 : 16;
   static constexpr u32 OCTETS = LANES / EACH;
 };
 
@@ -548,7 +548,7 @@ template <class S, class F> __device__ __forceinline__ void fetch_scales(const C
 // Those of the first octets.
 template <class S, class F> __device__ __forceinline__ void fetch_first_scales(const Consumer& b, F place) {
   if constexpr (S::Weights::SCALING == BY_OCTET) {
-    static_assert(Activations<S>::COUNT <= LANES, "a lane for the scale of each block");
+    static_assert(Activations<S>::COUNT <= ScaleTurn<S>::EACH, "a lane for the scale of each block");
 #pragma unroll 1
     for (u32 turn = 0; turn < SCALE_TURNS; ++turn) fetch_scales<S>(b, turn, place);
   }
@@ -778,13 +778,15 @@ template <class S, class F> __device__ __forceinline__ void multiply_octets(Cons
           chain[i % CHAINS].add(W(), a.pair[block][0], w[i].x, w[i].y, w[i].z, w[i].w);
         }
       }
-      u32 read = 0;
+      if constexpr (!TOGETHER) {
+        u32 read = 0;
 #pragma unroll
-      for (u32 i = 0; i < WARP_BLOCKS; ++i) {
-        read |= w[i].x;
-        if constexpr (SCALING == BY_FEATURE) read |= __float_as_uint(factors[i].x);
+        for (u32 i = 0; i < WARP_BLOCKS; ++i) {
+          read |= w[i].x;
+          if constexpr (SCALING == BY_FEATURE) read |= __float_as_uint(factors[i].x);
+        }
+        b.release_slot(read, T::TEAMS);
       }
-      if constexpr (!TOGETHER) b.release_slot(read, T::TEAMS);
     }
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) {

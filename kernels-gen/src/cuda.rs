@@ -186,8 +186,8 @@ impl SharedNeeds {
         SLOT_BYTES + 4 * CONSUMERS * self.block_scales
     }
 
-    /// Bytes of the scales that are on their way: of 32 blocks a consumer, four octets ahead. They are at
-    /// the end of the scratch and share it with nothing.
+    /// Bytes of the scales that are on their way: of 32 blocks a consumer, of one octet or several, four times. They
+    /// are at the end of the scratch and share it with nothing.
     pub const fn scales(&self) -> usize {
         if self.scaled { CONSUMERS * 4 * 32 * 4 } else { 0 }
     }

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -66,7 +67,19 @@ struct Copy {
   uint64_t at;
 };
 
+// Words that a lane has asked for, by group, and how many groups it has closed.
+struct Word {
+  void* to;
+  const void* from;
+  uint64_t group;
+};
+struct Words {
+  std::vector<Word> asked;
+  uint64_t groups = 0;
+};
+
 std::vector<Lane> lanes;
+std::vector<Words> words;  // by lane
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 constexpr uint32_t MEETINGS = 4;  // of a block: all, the consumers, two teams of them
@@ -176,6 +189,7 @@ void run(uint64_t seed, const void* args, size_t shared_size) {
   shared_memory.assign(shared_bytes * block_count + 128, 0xff);
   const uint32_t threads = simulator_threads();
   lanes = std::vector<Lane>(size_t(threads) * block_count);
+  words = std::vector<Words>(lanes.size());
   fibers = std::vector<Fiber>(lanes.size());
   warps.assign(lanes.size() / WARP, Warp());
   meetings.assign(size_t(block_count) * MEETINGS, Meeting());
@@ -309,6 +323,23 @@ bool barrier_try(uint64_t* barrier, uint32_t parity) {
 bool barrier_test(uint64_t* barrier, uint32_t parity) {
   yield();
   return (known(barrier).phase & 1) != parity;
+}
+
+void copy_word(void* to, const void* from) {
+  Words& own = words[current - lanes.data()];
+  own.asked.push_back({to, from, own.groups});
+  memset(to, 0xff, 4);
+}
+
+void copy_group() { ++words[current - lanes.data()].groups; }
+
+void copy_wait(uint32_t left) {
+  Words& own = words[current - lanes.data()];
+  const auto there = [&](const Word& word) { return word.group + left < own.groups; };
+  for (const Word& word : own.asked) {
+    if (there(word)) memcpy(word.to, word.from, 4);
+  }
+  own.asked.erase(std::remove_if(own.asked.begin(), own.asked.end(), there), own.asked.end());
 }
 
 void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {

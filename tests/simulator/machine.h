@@ -44,5 +44,10 @@ bool barrier_try(uint64_t* barrier, uint32_t parity);
 bool barrier_test(uint64_t* barrier, uint32_t parity);
 // Copies later, and counts the bytes on the barrier.
 void copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier);
+// Copies four bytes when the lane waits for their group; until then they are NaN.
+void copy_word(void* to, const void* from);
+void copy_group();
+// Waits for all groups of the lane but the last `left`.
+void copy_wait(uint32_t left);
 
 }  // namespace machine

@@ -50,7 +50,8 @@ __device__ __forceinline__ uint4 load4(const u32* p) { uint4 v; memcpy(&v, p, si
 
 __device__ __forceinline__ float multiply(float a, float b) { return a * b; }
 __device__ __forceinline__ u32 shared_add(u32* p, u32 n) { const u32 old = *p; *p += n; return old; }
-__device__ __forceinline__ void prefetch_line(const void*) {}
+// Changes nothing, but it has to be there.
+__device__ __forceinline__ void prefetch_line(const void* p) { (void)*(const volatile u8*)p; }
 
 __device__ __forceinline__ u32 half_bf16(float f) {
   const u32 u = __float_as_uint(f);
@@ -140,10 +141,9 @@ __device__ __forceinline__ void barrier_arrive_expect(u64* b, u32 bytes) {
 }
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, u32 bytes, u64* b) { machine::copy(to, from, bytes, (uint64_t*)b); }
 
-// At once: the ring that these go to is a warp's own.
-__device__ __forceinline__ void copy_word(void* to, const void* from) { memcpy(to, from, 4); }
-__device__ __forceinline__ void copy_group() {}
-template <u32 LEFT> __device__ __forceinline__ void copy_wait() {}
+__device__ __forceinline__ void copy_word(void* to, const void* from) { machine::copy_word(to, from); }
+__device__ __forceinline__ void copy_group() { machine::copy_group(); }
+template <u32 LEFT> __device__ __forceinline__ void copy_wait() { machine::copy_wait(LEFT); }
 
 template <u32 N> __device__ __forceinline__ void registers_up() {}
 template <u32 N> __device__ __forceinline__ void registers_down() {}
