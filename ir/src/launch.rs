@@ -3,7 +3,7 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 12;
+pub const LAUNCH_VERSION: u32 = 13;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
@@ -65,7 +65,8 @@ pub struct LaunchArgs {
     /// The packed weights, at the offsets that the plan's packing gives.
     pub weights: u64,
     /// The KV cache: `[layer][page][kv head]` blocks, in each the keys `[page_tokens][qk_dim]`, then
-    /// the values `[page_tokens][v_pad]`. A page has blocks for the most KV heads that a layer has; those
+    /// the values `[page_tokens][v_pad]`; 16 positions of either in the order that a warp loads them in
+    /// (`key_at`, `value_at` in `kernels-gen/cuda`). A page has blocks for the most KV heads that a layer has; those
     /// that a layer lacks stay unused. Pages start zeroed.
     pub kv: u64,
     /// The activation buffers, at the offsets that the plan's buffers give.

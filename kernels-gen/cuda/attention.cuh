@@ -1,16 +1,14 @@
 // Attention of a step's rows over the paged KV cache, grouped-query, split over the context and over the queries,
 // on the tensor cores: causal, or such that a row also sees the rows of its run behind it.
 //
-// A run is a sequence's rows in the step; their positions follow each other. Its rows' heads of a KV head are
-// the run's queries of that head, row by row; a pass has eight of them, a warp's share of a product. A unit is a
-// run, a KV head, a group of passes and a chunk of CHUNK positions. An SM takes units that follow each other and
-// keeps a chunk's keys and values in registers for all passes of a unit; behind their last use it asks for the next
-// unit's, and while it multiplies for the next pass's queries. The chunk that a row itself lies in takes its key and value from the step,
-// normed and rotated by each unit that needs them, and written into the cache by the one that has the row's
-// first head.
+// What a run, a pass and a unit are, and which units an SM has: units.cuh. An SM keeps a chunk's keys and values in registers
+// for all passes of a unit. What is older than the step it takes from the ring, or asks memory for it behind the last use of
+// what it has; and while it multiplies it asks for the next pass's queries. The chunk that a row itself lies in takes its key
+// and value from the step, normed and rotated by each unit that needs them, and written into the cache by the one that has
+// the row's first head.
 //
-// A warp has 16 positions of the chunk and keeps their keys and values in registers, as they come from
-// memory. Lane 4g + t:
+// A warp has 16 positions of the chunk and keeps their keys and values in registers, as they lie in the
+// cache (`key_at`, `value_at`). Lane 4g + t:
 //   keys     16 bytes of the positions 4(g/2) + 2i + g%2 (tile i of 2), columns 32s + 8t and on
 //   scores   query g, positions 4t to 4t + 3, whole: the product has 16 rows, the upper 8 are the queries
 //            in the cache's type, the lower 8 what that rounding left over, and a lane has both sums
@@ -36,6 +34,7 @@
 //   CACHE_HEADS                KV heads that the cache has room for: the most that a layer has
 //   SCALE, VALUE_SCALE         factors on the scores and, before they are cached, on the values
 //   WINDOWED, window(b)        whether rows see only so many positions; NO_WINDOW of a layer without
+//   deal(b)                    number of the kind of layers that units are dealt out alike for
 //   BOTH_WAYS                  whether a row sees the rows of its run behind it, as far as a window goes
 //   Kv, Out                    Bf16 or F16; Bf16 or F32
 //   Q_NORM, K_NORM, EPS        whether heads are normed
@@ -46,27 +45,6 @@
 //   kv(b)                      the cache: that of the model, or of a draft
 //   q_gain(b), k_gain(b), rope(b) [positions][ROPE/2] cosines then sines, input(b) [rows][(HEADS +
 //   KV_HEADS) * QK + KV_HEADS * V] f32, out(b) [rows][HEADS * V], parts(b)
-
-constexpr u32 CHUNK = 128;
-constexpr u32 WARP_POSITIONS = CHUNK / CONSUMERS;
-constexpr u32 SPAN = 8;     // chunks
-constexpr u32 NO_WINDOW = 0x7fffffff;  // no position is so large
-constexpr u32 NO_PAGE = ~0u;
-constexpr u32 QUERIES = 8;  // of a pass
-constexpr u32 SUMMED = 64;  // columns whose sums are in shared memory at a time
-#define MINUS_INFINITY __int_as_float(0xff800000)
-static_assert(WARP_POSITIONS == 16 && QUERIES == CONSUMERS, "a warp's share of a product; a warp prepares a query");
-
-// What decides how units are dealt out, by which bits do not change: what a unit's keys and values cost an SM, what a
-// pass costs it, and adding up what lies in memory. Measured on an H200 by what a step takes: Llama-3.2-1B, 1 row, 512
-// positions, 0.820 ms if four chunks are one SM's, 0.730 if they are four's.
-constexpr u32 LOAD_COST = 1;
-constexpr u32 PASS_COST = 2;
-constexpr u32 JOIN_COST = 2;
-
-// A condition that holds for all lanes of a warp or for none. The vote tells the compiler so, which otherwise guards
-// every exchange of lanes behind it by a dozen instructions.
-__device__ __forceinline__ bool whole_warp(bool condition) { return __all_sync(~0u, condition); }
 
 // Brings numbers into L2, a line of 128 bytes a lane.
 __device__ __forceinline__ void prefetch(const float* from, u32 count) {
@@ -234,25 +212,11 @@ template <class A> __device__ __forceinline__ void store_out(F32, float* out, u3
   hand_on(out + row * (A::HEADS * A::V) + column, v);
 }
 
-// The first chunk that a row sees.
-template <class A> __device__ __forceinline__ u32 first_chunk(const Block& b, u32 position) {
-  return A::WINDOWED && position + 1 > A::window(b) ? (position + 1 - A::window(b)) / CHUNK : 0;
-}
-
 // The last position that a row sees, whose run ends in `last`.
 template <class A> __device__ __forceinline__ u32 last_seen(const Block& b, u32 position, u32 last) {
   if constexpr (!A::BOTH_WAYS) return position;
   return A::WINDOWED && position + A::window(b) - 1 < last ? position + A::window(b) - 1 : last;
 }
-
-// A page's keys and values of a KV head, one behind the other.
-template <class A> struct CacheShape {
-  static constexpr u32 KEY_BYTES = A::PAGE_TOKENS * A::QK * 2, VALUE_BYTES = A::PAGE_TOKENS * A::V_PAD * 2;
-  static constexpr u32 BLOCK_BYTES = KEY_BYTES + VALUE_BYTES;
-  __device__ __forceinline__ static u8* at(const Block& b, u32 cache, u32 page, u32 kv_head) {
-    return A::kv(b) + (((u64)cache * b.args.kv_pages + page) * A::CACHE_HEADS + kv_head) * (u64)BLOCK_BYTES;
-  }
-};
 
 // Where a key's column lies among a page's keys of a head. Those of 16 positions lie as a warp loads them (Cached): 32
 // columns of the positions 0, 1, 4, 5, 8, 9, 12, 13, then of the others, then the next 32; so a load is four whole lines
@@ -263,191 +227,12 @@ template <class A> __device__ __forceinline__ u32 key_at(u32 position, u32 step,
   return (position - p) * A::QK + line * width + column + step * (WARP_POSITIONS * 32);
 }
 
-// Which spans come through the ring, and how (spans.cuh).
-template <class A> struct SpanShape {
-  static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
-  static constexpr u32 KEY_BYTES = CacheShape<A>::KEY_BYTES, VALUE_BYTES = CacheShape<A>::VALUE_BYTES;
-  static constexpr u32 PIECES = KEY_BYTES + VALUE_BYTES <= SLOT_BYTES ? 1 : 2;  // of a page
-  static constexpr u32 PAGES = CHUNK / A::PAGE_TOKENS;                          // of a chunk
-  static constexpr u32 PAGE_TILES = A::PAGE_TOKENS / WARP_POSITIONS;
-  static constexpr bool ANY = SPANS && !A::BOTH_WAYS && GROUP <= QUERIES && A::MAX_CHUNKS > SPAN && CHUNK % A::PAGE_TOKENS == 0 &&
-                              KEY_BYTES <= SLOT_BYTES && VALUE_BYTES <= SLOT_BYTES && PAGES * PIECES < RING_SLOTS;
-  static_assert(CHUNK * SPAN == SPAN_POSITIONS && SPAN == CONSUMERS, "a chunk of a span a warp");
-  // A layer's window cuts most spans: it has none.
-  __device__ __forceinline__ static bool any(const Block& b) {
-    if constexpr (!ANY) return false;
-    return !A::WINDOWED || A::window(b) == NO_WINDOW;
-  }
-  // The spans of the run that begins in a row; all of its positions are behind them.
-  __device__ __forceinline__ static u32 of(const Block& b, u32 row, u32 rows) {
-    return rows * GROUP <= QUERIES ? b.shared.position[row] / SPAN_POSITIONS : 0;
-  }
-};
-
-// A run, and a unit and a pass in it. Units are ordered by run, KV head, group and chunk.
-template <class A> struct Place {
-  static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
-  u32 runs;          // a bit a row: a run begins there
-  u32 unit;
-  u32 row, rows;     // the run
-  u32 position;      // of its first row; those of the others follow
-  u32 from, chunks;  // that its rows see
-  u32 groups;
-  u32 kv_head, group, chunk, pass;
-
-  // Chunks of them that have no unit: those of spans that come through the ring.
-  __device__ __forceinline__ u32 behind(const Block& b) const {
-    if constexpr (!SpanShape<A>::ANY) return 0;
-    return SpanShape<A>::any(b) ? SpanShape<A>::of(b, row, rows) * SPAN : 0;
-  }
-  __device__ __forceinline__ u32 queries() const { return rows * GROUP; }
-  __device__ __forceinline__ u32 units(const Block& b) const { return (chunks - behind(b)) * groups * A::KV_HEADS; }
-  __device__ __forceinline__ u32 passes() const { return (queries() + QUERIES - 1) / QUERIES; }
-  __device__ __forceinline__ u32 run_end() const { return position + rows; }
-  // What the run has of the span that the chunk lies in: chunks `share` to `share_end`.
-  __device__ __forceinline__ u32 share() const { return max(chunk / SPAN * SPAN, from); }
-  __device__ __forceinline__ u32 share_end() const { return least(chunk / SPAN * SPAN + SPAN, from + chunks); }
-  __device__ __forceinline__ u32 spans() const { return (from + chunks - 1) / SPAN - from / SPAN + 1; }
-  // The pass behind the unit's last.
-  __device__ __forceinline__ u32 pass_end(u32 together) const { return least((group + 1) * together, passes()); }
-
-  // The run that begins in a row, with so many passes together; no rows behind the last.
-  __device__ __forceinline__ void enter(const Consumer& b, u32 first, u32 together) {
-    row = first;
-    rows = 0;
-    if (first >= b.rows()) return;
-    const u32 others = runs >> row >> 1;
-    rows = others != 0 ? __ffs(others) : b.rows() - row;
-    position = b.shared.position[row];
-    from = first_chunk<A>(b, position);
-    chunks = (run_end() - 1) / CHUNK - from + 1;
-    groups = (passes() + together - 1) / together;
-  }
-  __device__ __forceinline__ static u32 find_runs(const Consumer& b) {
-    const u32 row = lane_id();
-    return __ballot_sync(~0u, row < b.rows() && b.shared.first_row[row] == row);
-  }
-  // The first pass of the unit of this number; there is one.
-  __device__ __forceinline__ void seek(const Consumer& b, u32 target, u32 together) {
-    unit = target;
-    enter(b, 0, together);
-#pragma unroll 1
-    while (whole_warp(target >= units(b))) {
-      target -= units(b);
-      enter(b, row + rows, together);
-    }
-    const u32 old = behind(b);
-    chunk = from + old + target % (chunks - old);
-    target /= chunks - old;
-    group = target % groups;
-    kv_head = target / groups;
-    pass = group * together;
-  }
-  // The next pass; none of a run behind the last.
-  __device__ __forceinline__ void advance(const Consumer& b, u32 together) {
-    if (++pass < pass_end(together)) return;
-    ++unit;
-    if (++chunk == from + chunks) {
-      chunk = from + behind(b);
-      if (++group == groups) {
-        group = 0;
-        if (++kv_head == A::KV_HEADS) {
-          kv_head = 0;
-          enter(b, row + rows, together);
-          chunk = from + behind(b);
-        }
-      }
-    }
-    pass = group * together;
-  }
-};
-
-// How a stage's units are dealt out: every SM takes as many as any other, give or take one; or those of the spans
-// that begin there.
-struct Deal {
-  u32 together;  // passes of a unit
-  bool spans;
-  u32 units, each;
-};
-
-// What costs least, with 1, 2, 4 or 8 passes together. A lane has a row, which stands for the run that begins there.
-template <class A> __device__ __forceinline__ Deal deal(const Consumer& b, u32 runs) {
-  const u32 row = lane_id();
-  Deal best = {};
-  u32 least_cost = ~0u;
-#pragma unroll 1
-  for (u32 together = 1; together <= 8; together *= 2) {
-    u32 units = 0, longest = 0;  // share of a span; and whether a run has several
-    if (runs >> row & 1) {
-      Place<A> run = {};
-      run.runs = runs;
-      run.enter(b, row, together);
-      units = run.units(b);
-      longest = least(run.chunks - run.behind(b), SPAN) + (run.spans() > 1 ? 16 : 0);
-    }
-    longest = warp_max(longest);
-#pragma unroll
-    for (u32 x = 1; x < LANES; x *= 2) units += __shfl_xor_sync(~0u, units, x);
-    const u32 each = (units + gridDim.x - 1) / gridDim.x, share = longest % 16;
-    const u32 unit_cost = LOAD_COST + PASS_COST * together;
-    const u32 spread = each * unit_cost + (longest > 1 ? JOIN_COST : 0);
-    const u32 whole = (each <= share ? share : (each + SPAN - 1) / SPAN * SPAN) * unit_cost + (longest > 16 ? JOIN_COST : 0);
-    // Sums stay in registers where a unit has one pass.
-    if (together == 1) {
-      best = {1, true, units, each};
-      least_cost = whole;
-    }
-    if (spread < least_cost) {
-      best = {together, false, units, each};
-      least_cost = spread;
-    }
-  }
-  return best;
-}
-
-// An SM's units.
-template <class A> struct alignas(16) Own {
-  u32 step, window, heads;  // that they are for
-  u32 together, end;
-  Place<A> next;  // the first
-};
-
-template <class A> __device__ __forceinline__ u32 spare_place(const Block& b);  // spans.cuh
-
-// Layers with the same window and the same heads deal their units out alike; so this is found once a step.
-template <class A> __device__ __forceinline__ Own<A> own_units(Consumer& b) {
-  constexpr u32 HEADS = A::HEADS | A::KV_HEADS << 16;
-  const u32 window = A::window(b);
-  static_assert(sizeof(Own<A>) == sizeof b.shared.dealt[0] && A::HEADS < 1 << 16 && A::KV_HEADS < 1 << 16);
-  Own<A>& kept = *reinterpret_cast<Own<A>*>(b.shared.dealt[A::WINDOWED && window != NO_WINDOW]);
-  Own<A> own = kept;
-  if (whole_warp(own.step == b.step && own.window == window && own.heads == HEADS)) return own;
-  Place<A> next = {};
-  next.runs = Place<A>::find_runs(b);
-  const Deal dealt = deal<A>(b, next.runs);
-  u32 place = blockIdx.x;
-  if constexpr (SpanShape<A>::ANY) {
-    if (SpanShape<A>::any(b)) place = spare_place<A>(b);
-  }
-  u32 target = least((place + 1) * dealt.each, dealt.units), end = 0;
-#pragma unroll 1
-  for (u32 n = 0; n < 3; ++n) {
-    next.unit = target;
-    u32 on = 0;
-    if (whole_warp(target < dealt.units)) {
-      next.seek(b, target, dealt.together);
-      if (dealt.spans && next.chunk != next.share()) on = next.share_end() - next.chunk;
-    }
-    target += on;
-    if (n == 0) {
-      end = target;
-      target = least(place * dealt.each, dealt.units);
-    }
-  }
-  own = {b.step, window, HEADS, dealt.together, end, next};
-  consumers_sync();  // all warps have seen that there are others
-  if (threadIdx.x == 0) kept = own;
-  return own;
+// Where a value's column lies among a page's values of a head. Those of 16 positions lie as a warp loads them (Cached): of the
+// positions 0, 4, 8, 12 eight columns each, then the next eight, up to 64; then those of the positions 1, 5, 9, 13, and so
+// on; then the next 64 columns. So a load meets each bank once.
+template <class A> __device__ __forceinline__ u32 value_at(u32 position, u32 column) {
+  const u32 p = position % WARP_POSITIONS, step = column / 64, width = least(A::V_PAD - step * 64, 64);
+  return (position - p) * A::V_PAD + step * (WARP_POSITIONS * 64) + p % 4 * (width * 4) + column % 64 / 8 * 32 + p / 4 * 8 + column % 8;
 }
 
 // A warp's keys and values of a chunk, in registers. Positions that nobody may see have any finite value.
@@ -462,14 +247,14 @@ template <class A> struct Cached {
     return g / 2 * 4 + g % 2;
   }
   __device__ __forceinline__ static u32 base(const Place<A>& at) { return at.chunk * CHUNK + anew(warp_id()) * WARP_POSITIONS; }
-  // Asks for the page of the warp's positions; for none if nobody sees one that is older than the step. It comes into shared
-  // memory: a load on its way to a register would be waited for together with those of keys and values.
+  // Where they do not come through the ring: asks for the page of the warp's positions, for none if nobody sees one that is
+  // older than the step. It comes into shared memory: a load on its way to a register would be waited for together with
+  // those of keys and values.
   __device__ __forceinline__ static void ask_page(const Consumer& b, const Place<A>& at) {
-    const u32 p = base(at);
     if (lane_id() != 0) return;
     u32& to = b.shared.pages[anew(warp_id())];
-    if (p >= at.position || (A::WINDOWED && p + WARP_POSITIONS + A::window(b) <= at.position + 1)) to = NO_PAGE;
-    else copy_word(&to, b.args.page_table + (u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + p / A::PAGE_TOKENS);
+    if (!has_older(b, at)) to = NO_PAGE;
+    else copy_word(&to, b.args.page_table + (u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + base(at) / A::PAGE_TOKENS);
     copy_group();
   }
   // It is there.
@@ -478,28 +263,59 @@ template <class A> struct Cached {
     __syncwarp();
     return b.shared.pages[anew(warp_id())];
   }
-  // Brings them into L2: nobody ever waits for that, and loads that follow take less long. (Where it pays: with windows an SM
-  // has a unit or two, and the text costs more; long contexts stream.)
-  static constexpr bool BRINGS = !A::WINDOWED && !SPANS;
-  __device__ __forceinline__ static void bring(const u8* block, const Place<A>& at) {
-    const u32 in_page = base(at) % A::PAGE_TOKENS;
-    constexpr u32 K_BYTES = A::QK * 2, V_BYTES = A::V_PAD * 2;
-    const u8* const keys = block + in_page * K_BYTES;
-    const u8* const values = block + A::PAGE_TOKENS * K_BYTES + in_page * V_BYTES;
-#pragma unroll
-    for (u32 i = 0; i < WARP_POSITIONS * max(K_BYTES, V_BYTES); i += LANES * 128) {
-      const u32 line = i + anew(lane_id()) * 128;
-      if (line < WARP_POSITIONS * K_BYTES) prefetch_line(keys + line);
-      if (line < WARP_POSITIONS * V_BYTES) prefetch_line(values + line);
-    }
+  __device__ __forceinline__ static bool has_older(const Consumer& b, const Place<A>& at) {
+    const u32 first = base(at);
+    return first < at.position && !(A::WINDOWED && first + WARP_POSITIONS + A::window(b) <= at.position + 1);
   }
   __device__ __forceinline__ void load(const u8* block, const Place<A>& at) {
-    load_keys(block, at);
-    load_values(block, at);
+    const u32 in_page = base(at) % A::PAGE_TOKENS;
+    const u8 *const keys = block + in_page * (A::QK * 2), *const values = block + (A::PAGE_TOKENS * A::QK + in_page * A::V_PAD) * 2;
+    each_key([&](u32 i, u32 s, u32 offset) { k[i][s] = load4(reinterpret_cast<const u32*>(keys + offset)); });
+    each_value(at.position - 1 - base(at), [&](u32 i, u32 s, u32 offset) { v[s][i] = load4(reinterpret_cast<const u32*>(values + offset)); });
   }
-  __device__ __forceinline__ void load_keys(const u8* block, const Place<A>& at) {
-    const u8* from = block + base(at) % A::PAGE_TOKENS * (A::QK * 2);
-    each_key([&](u32 i, u32 s, u32 offset) { k[i][s] = load4(reinterpret_cast<const u32*>(from + offset)); });
+  // The unit's keys and values, which are next in the ring. Gives how many slots have to be given back (`read`).
+  __device__ __forceinline__ u32 take(Consumer& b, const Place<A>& at) {
+    using Page = PageShape<A>;
+    constexpr u32 MOST = Page::PAGES * Page::PIECES, TOGETHER = least(MOST, RING_SLOTS);
+    const UnitPages<A> pages = UnitPages<A>::of(b, at);
+    // What this warp reads of them, if anything: its page's.
+    const u32 first = base(at), tile = anew(warp_id()) % Page::TILES, page = anew(warp_id()) / Page::TILES - pages.first;
+    const bool own = whole_warp(has_older(b, at));
+    const u32 keys = page * Page::PIECES + (Page::WHOLE ? 0 : tile / Page::KEY_TILES);
+    const u32 values = page * Page::PIECES + (Page::WHOLE ? 0 : Page::KEY_PIECES + tile / Page::VALUE_TILES);
+    u32 left = pages.count * Page::PIECES;
+#pragma unroll 1
+    for (u32 passed = 0;; passed += TOGETHER) {
+      // A short ring has not all of them at once.
+      const u32 count = MOST > TOGETHER ? least(left, TOGETHER) : left;
+      b.wait_slots(count);
+      if (own && keys - passed < count) load_keys(b.slot_ahead(keys - passed) + tile % Page::KEY_TILES * (WARP_POSITIONS * A::QK * 2));
+      if (own && values - passed < count) {
+        const u8* const from = b.slot_ahead(values - passed) + (Page::WHOLE ? CacheShape<A>::KEY_BYTES : 0);
+        load_values(from + tile % Page::VALUE_TILES * (WARP_POSITIONS * A::V_PAD * 2), at.position - 1 - first);
+      }
+      if (MOST == TOGETHER || count == left) return count;
+      b.give_back(count, read());
+      left -= count;
+    }
+  }
+  // Bits of all that was loaded.
+  __device__ __forceinline__ u32 read() const {
+    u32 bits = 0;
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+#pragma unroll
+      for (u32 s = 0; s < Space::K_STEPS; ++s) bits |= k[i][s].x;
+    }
+#pragma unroll
+    for (u32 s = 0; s < Space::V_STEPS; ++s) {
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) bits |= v[s][i].x;
+    }
+    return bits;
+  }
+  __device__ __forceinline__ void load_keys(const u8* from) {
+    each_key([&](u32 i, u32 s, u32 offset) { k[i][s] = *reinterpret_cast<const uint4*>(from + offset); });
   }
   // A lane's pieces of a tile's keys, and how many bytes behind the first each lies (`key_at`).
   template <class F> __device__ __forceinline__ static void each_key(F piece) {
@@ -513,16 +329,19 @@ template <class A> struct Cached {
       }
     }
   }
-  // What lies behind the last older position may never have been written: that one in its place.
-  __device__ __forceinline__ void load_values(const u8* block, const Place<A>& at) {
-    const u32 column = lane_id() / 4 * 8, last = at.position - 1 - base(at);
-    const u8* from = block + (A::PAGE_TOKENS * A::QK + base(at) % A::PAGE_TOKENS * A::V_PAD + column) * 2;
+  __device__ __forceinline__ void load_values(const u8* from, u32 last) {
+    each_value(last, [&](u32 i, u32 s, u32 offset) { v[s][i] = *reinterpret_cast<const uint4*>(from + offset); });
+  }
+  // A lane's pieces of a tile's values, and how many bytes behind the first each lies (`value_at`). What lies behind the `last`
+  // older position may never have been written: that one in its place.
+  template <class F> __device__ __forceinline__ static void each_value(u32 last, F piece) {
+    const u32 lane = anew(lane_id()), g = lane / 4;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-      const u8* own = from + least(lane_id() % 4 * 4 + i, last) * (A::V_PAD * 2);
+      const u32 p = least(lane % 4 * 4 + i, last);
 #pragma unroll
       for (u32 s = 0; s < Space::V_STEPS; ++s) {
-        if (A::V % 64 == 0 || s * 64 + column < A::V) v[s][i] = load4(reinterpret_cast<const u32*>(own + s * 128));
+        if (A::V % 64 == 0 || s * 64 + g * 8 < A::V) piece(i, s, value_at<A>(p, s * 64 + g * 8) * 2);
       }
     }
   }
@@ -701,7 +520,7 @@ template <class A> struct Fresh {
       }
       const u32 position = from + own, row = position - at.position;
       u16* const keys = reinterpret_cast<u16*>(CacheShape<A>::at(b, cache, page, at.kv_head));
-      u16* const values = keys + A::PAGE_TOKENS * A::QK + position % A::PAGE_TOKENS * A::V_PAD;
+      u16* const values = keys + A::PAGE_TOKENS * A::QK;
       // One of the groups that need them has the row's first head.
       const bool cached = row * GROUP / QUERIES / together == at.group;
 #pragma unroll
@@ -718,7 +537,7 @@ template <class A> struct Fresh {
         if (A::V % LANES != 0 && d >= A::V) continue;
         const u16 rounded = narrow<typename A::Kv>(value[i] * A::VALUE_SCALE);
         space.values[own][d] = rounded;
-        if (cached) values[d] = rounded;
+        if (cached) values[value_at<A>(position % A::PAGE_TOKENS, d)] = rounded;
       }
     }
   }
@@ -878,6 +697,7 @@ template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32
 template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache) {
   using Space = AttentionSpace<A>;
   constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_STEPS = Space::V_STEPS;
+  constexpr bool RINGS = PageShape<A>::RINGS;
   Space& space = *reinterpret_cast<Space*>(b.scratch);
   // The largest score of each warp's positions, and the sum of the weights relative to it, by query.
   float2(&weights)[CONSUMERS][QUERIES] = *reinterpret_cast<float2(*)[CONSUMERS][QUERIES]>(b.shared.row_sums);
@@ -887,9 +707,8 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   Ended<A> ended = {0};  // a lane each
   bool ready = false;    // the stage's inputs are there
   if constexpr (SpanShape<A>::ANY) ready = attend_spans<A>(b, cache);
-  const Own<A> own = own_units<A>(b);
-  Place<A> next = own.next;
-  const u32 first = next.unit, end = own.end, together = own.together;
+  Place<A> next = Own<A>::of(b).next;
+  const u32 first = next.unit, end = Own<A>::of(b).end, together = Own<A>::of(b).together;
   if (whole_warp(first >= end)) {
     if (!ready) b.wait_inputs();
     b.finish_stage();
@@ -903,11 +722,15 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     sums.clear();
     Place<A> now = next;
     bool there = false;          // a pass to multiply
+    u32 taken = 0;               // slots of its unit that have not been given back
 #pragma unroll 1
     while (true) {
-      const bool more = next.unit < end, new_unit = !there || next.unit != now.unit;
+      const bool new_unit = !there || next.unit != now.unit;
+      // No lane is left for what may have to be added up behind the next span: first what there is.
+      const bool full = left == LANES - 1 && there && new_unit && now.chunk + 1 == now.share_end();
+      const bool more = next.unit < end && !full;
       const bool new_keys = whole_warp(more && new_unit);
-      if (new_keys) Cached<A>::ask_page(b, next);
+      if (!RINGS && new_keys) Cached<A>::ask_page(b, next);
       const u32 base = Cached<A>::base(now), query = now.pass * QUERIES;
       float score[4] = {};
       if (whole_warp(there)) {
@@ -916,29 +739,28 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         consumers_sync();
         cached.take_fresh(space, base, fresh.from, fresh.count);
         scores<A>(space, cached, score);
+        if constexpr (RINGS) b.give_back(taken, cached.read());
+        taken = 0;
       }
-      u32 page = NO_PAGE;
-      if (new_keys) page = Cached<A>::asked_page(b);
+      const u32 page = !RINGS && new_keys ? Cached<A>::asked_page(b) : NO_PAGE;
       auto block = [&] { return CacheShape<A>::at(b, cache, page, next.kv_head); };
-      if (Cached<A>::BRINGS && there && page != NO_PAGE) Cached<A>::bring(block(), next);
-      if (whole_warp(!there)) {
-        // The cache of older positions is read while the other SMs still multiply.
-        if (page != NO_PAGE) cached.load(block(), next);
-        if (!ready) {
-          if constexpr (A::Q_NORM) prefetch(A::q_gain(b), A::QK);
-          if constexpr (A::K_NORM) prefetch(A::k_gain(b), A::QK);
-          if (A::SINKS && A::sinks(b)) prefetch(A::sinks(b), A::HEADS);
-          b.wait_inputs();
-        }
+      // While the other SMs still multiply.
+      if (!there && page != NO_PAGE) cached.load(block(), next);
+      if (whole_warp(!ready)) {
+        if constexpr (A::Q_NORM) prefetch(A::q_gain(b), A::QK);
+        if constexpr (A::K_NORM) prefetch(A::k_gain(b), A::QK);
+        if (A::SINKS && A::sinks(b)) prefetch(A::sinks(b), A::HEADS);
+        b.wait_inputs();
         ready = true;
       }
       if (more) {
         const bool same = there && next.row == now.row && next.kv_head == now.kv_head && next.pass == now.pass;
         fresh.load(b, next, !same, new_unit);
       }
+      const u32 last = now.run_end() - 1;
+      Attended<A> chunk = {};
       if (whole_warp(there)) {
         // Weights relative to the query's largest score among the warp's positions.
-        const u32 last = now.run_end() - 1;
         u32 weight[4];
         {
           const bool asked = query + g < now.queries();
@@ -957,7 +779,6 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
         }
 
         // Weights times values, and their sums over the warps: of query `warp` of the pass.
-        Attended<A> chunk;
         float factor = 0.f;  // of the sums of warp `lane % 8`
 #pragma unroll
         for (u32 s = 0; s < V_STEPS; ++s) {
@@ -994,6 +815,11 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           chunk.v[s] = sum;
         }
 
+      }
+      // Not in front of the stage's inputs: other warps may not have seen yet what the slots had before, and so their barriers
+      // would be in a phase too early.
+      if (RINGS && new_keys) taken = cached.take(b, next);
+      if (whole_warp(there)) {
         // To the span's sums, or into memory.
         const u32 share = now.share(), share_end = now.share_end(), begins = now.unit - (now.chunk - share);
         const bool whole = together == 1 && begins >= first && begins + (share_end - share) <= end;
@@ -1019,12 +845,11 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           }
         }
       }
-      if (whole_warp(!more || left == LANES)) break;
+      if (whole_warp(!more)) break;
       there = true;
       now = next;
       next.advance(b, together);
     }
-    // What has been asked for already is asked for again if there is more.
     if (whole_warp(left > 0)) join<A>(b, next.runs, ended, left, together);
     left = 0;
   } while (whole_warp(next.unit < end));

@@ -5,7 +5,7 @@
 //                       waiting for activations
 //   control    1 warp:  adds up the consumers' partial sums, runs the epilogues, publishes the
 //                       results, and waits for the other SMs
-//   second     1 warp:  runs every other epilogue beside control
+//   second     1 warp:  runs every other epilogue beside control, and deals out attention when a step begins
 //   watchdog   1 warp:  releases what the SM wrote behind checked crossings; ends a launch in which nothing
 //                       happens any more, and says who waits for what
 //
@@ -23,6 +23,8 @@
 // of mailboxes: MAILBOX_AT, where they are in the arena, MAILBOX_ROW_BYTES, and MAILBOX_OCTETS, whether rows lie in
 // octets (rows.cuh); STAGE_CLEARS, a bit for each
 // that a stage clears; CROSSING_CHECKED, whether the crossing behind a stage is a checked one.
+//
+// DEALS says how many kinds of layers attention is dealt out for.
 //
 // SPANS says whether this is the kernel for long contexts (spans.cuh).
 //
@@ -86,7 +88,7 @@ struct Shared {
   u32 stage;                    // that control is in, of the step
   u32 loader_stage;
   u64 passed;                   // barrier: control is through a checked crossing, or has left
-  u64 opened;                   // barrier: the step's rows are there (a phase a step)
+  u64 opened;                   // barrier: the step's rows are there, and dealt out (a phase a step with attention)
   u32 left;                     // that it has left
   u32 crossings;                // of this launch: what the watchdog wants to see grow
   u32 step;                     // that control is in, of the launch
@@ -106,8 +108,9 @@ struct Shared {
   u16 places[ROUND ? STEP_ROWS : 1];            // the model's rows: 256 times the sequence, and which of its rows
   u16 pass_first[ROUND ? STEP_ROWS / 2 + 1 : 1];  // the first sequence of each pass of blocks
   u32 guesses[ROUND ? STEP_ROWS : 1];           // of this round, one sequence behind the other
-  u32 pages[CONSUMERS];         // attention: of each warp's positions of the next unit
-  alignas(16) u32 dealt[2][20]; // attention: an SM's units without and with a window, see `own_units`
+  u32 pages[CONSUMERS];         // attention: of each warp's positions of the next unit, see `ask_page`
+  alignas(16) u32 dealt[DEALS > 0 ? DEALS : 1][16];  // attention: the SM's units, see `Own`
+  u32 dealt_for[DEALS > 0 ? DEALS : 1][STEP_ROWS];     // and the runs that they are of, see `deal_key`; 0 where none begins
   alignas(8) float row_sums[2][CONSUMERS][SLICE_ROWS];
   float row_scale[STEP_ROWS];   // that the sums of a row's products are multiplied by
 };
@@ -186,7 +189,8 @@ struct Loader : Block {
   u32 most = 1;     // pieces that may be on their way at once
   u32 most_here = 1;  // the same, when the consumers have come to the stage
   u32 routes_parity = 0;
-  u32 opened = 0;   // steps whose beginning was waited for
+  u32 opened = 0;   // the step whose beginning was waited for last, plus one
+  u32 opened_parity = 0;
   // This SM's weights of the stage, tiles of so many bytes that are gridDim.x tiles apart: how many of their bytes have
   // gone to the ring, and how many were asked for, there or in L2.
   const u8* tape = nullptr;
@@ -270,11 +274,13 @@ struct Loader : Block {
     return there;
   }
 
-  // The rows of this step are there, and what was written before it is in sight of the copy engine.
+  // The rows of this step are there, how attention is dealt out, and what was written before it is in sight of the copy
+  // engine. Every step with attention waits, once.
   __device__ __forceinline__ bool wait_step() {
     if (opened == step + 1) return true;
     opened = step + 1;
-    if (!wait_unless_ended(&shared.opened, step & 1, LOADER_STEP)) return false;
+    if (!wait_unless_ended(&shared.opened, opened_parity, LOADER_STEP)) return false;
+    opened_parity ^= 1;
     copies_see_writes();
     return true;
   }
@@ -346,6 +352,17 @@ struct Consumer : Block {
     barrier_wait(*this, &shared.full[at], parity ^ (u32)wraps, CONSUMER_WEIGHTS);
     return ring + at * SLOT_BYTES;
   }
+  // All of the next slots, a lane each at most, by one look at them.
+  __device__ __forceinline__ void wait_slots(u32 count) {
+    const u32 lane = anew(lane_id());
+    const bool wraps = slot + lane >= RING_SLOTS, none = lane >= count;
+    u64* const full = &shared.full[none ? slot : wraps ? slot + lane - RING_SLOTS : slot + lane];
+#pragma unroll 1
+    while (!__all_sync(~0u, none || barrier_try(full, parity ^ (u32)wraps))) shared.waiting[anew(warp_id())] = CONSUMER_WEIGHTS;
+  }
+  __device__ __forceinline__ const u8* slot_ahead(u32 ahead) const {
+    return ring + (slot + ahead >= RING_SLOTS ? slot + ahead - RING_SLOTS : slot + ahead) * SLOT_BYTES;
+  }
   // Gives a slot back whose loads have arrived in registers: `read` has bits of each of them. They take
   // part in the address, as nothing (`zero` is 0, which the compiler cannot know), so that the arrival
   // waits for them. Left alone it is issued right behind the loads, and the copy engine, whose writes are
@@ -370,6 +387,13 @@ struct Consumer : Block {
   __device__ __forceinline__ void pass_slots(u32 count) {
     slot += count;
     if (slot >= RING_SLOTS) { slot -= RING_SLOTS; parity ^= 1; }
+  }
+  // Gives back slots that were waited for together.
+  __device__ __forceinline__ void give_back(u32 count, u32 read) {
+    const u32 lane = anew(lane_id());
+    __syncwarp();
+    if (lane < count) barrier_arrive(&shared.empty[slot + lane >= RING_SLOTS ? slot + lane - RING_SLOTS : slot + lane] + (read & args.zero), 1);
+    pass_slots(count);
   }
   // A buffer of sums is free.
   __device__ __forceinline__ void wait_sums(u32 buffer) {
@@ -458,6 +482,10 @@ struct Consumer : Block {
 
 // ---- Control ---------------------------------------------------------------------------------
 
+struct Control;
+// Deals out the units of attention, for each kind of layers; gives whether the step has any. Of the generated text.
+__device__ __forceinline__ bool deal_caches(Control& b);
+
 struct Control : Block {
   __device__ __forceinline__ explicit Control(const Block& b, bool second) : Block(b), second(second) {}
   const bool second;       // the warp that only runs epilogues
@@ -511,8 +539,9 @@ struct Control : Block {
     routes_parity ^= 1;
   }
 
-  // Which rows begin sequences, and which of these have spans behind them; for the loader as well.
-  __device__ __forceinline__ void note_runs() {
+  // Which rows begin sequences, which of these have spans behind them, and what attention has for this SM. The second has
+  // nothing else to do when a step begins.
+  __device__ __forceinline__ void open_caches() {
     const u32 row = lane_id();
     const bool first = row < rows() && shared.first_row[row] == row;
     const u32 runs = __ballot_sync(~0u, first);
@@ -520,13 +549,15 @@ struct Control : Block {
     if (row == 0) {
       shared.runs = runs;
       shared.long_runs = long_runs;
-      barrier_arrive(&shared.opened);
     }
+    __syncwarp();
+    const bool any = deal_caches(*this);
+    __syncwarp();
+    if (any && row == 0) barrier_arrive(&shared.opened);
   }
 
   // The beginning of a step: its tokens lie in shared memory, or there is no such step.
   __device__ __forceinline__ void open_step() {
-    if (SPANS && !second) note_runs();
     if (lane_id() == 0 && !second) {
       shared.stage = first_stage(kind());
       shared.step = step;
@@ -540,6 +571,7 @@ struct Control : Block {
       cross();
       open_stage();
     }
+    if (second) open_caches();
   }
 
   // This was the last step.

@@ -29,7 +29,7 @@ template <class C> __device__ __forceinline__ void cache_context(Consumer& b) {
     const float* raw = C::input(b) + ((u64)row * C::LAYERS + layer) * LAYER;
     const u32 page = args.page_table[(u64)b.shared.sequence[row] * args.pages_per_sequence + position / C::PAGE_TOKENS];
     u16* const keys = reinterpret_cast<u16*>(CacheShape<C>::at(b, layer, page, head));
-    u16* const values = keys + C::PAGE_TOKENS * C::QK + position % C::PAGE_TOKENS * C::V_PAD;
+    u16* const values = keys + C::PAGE_TOKENS * C::QK;
     AttentionHead<C, C::K_NORM> key;
     key.load(raw + head * C::QK, C::k_gain(b, layer), C::rope(b), position);
     key.turn(true);
@@ -38,7 +38,7 @@ template <class C> __device__ __forceinline__ void cache_context(Consumer& b) {
       if (lane + i * LANES < C::QK) keys[key_at<C>(position % C::PAGE_TOKENS, i, lane)] = narrow<typename C::Kv>(key.v[i]);
     }
     for (u32 d = lane; d < C::V; d += LANES) {
-      values[d] = narrow<typename C::Kv>(raw[C::KV_HEADS * C::QK + head * C::V + d] * C::VALUE_SCALE);
+      values[value_at<C>(position % C::PAGE_TOKENS, d)] = narrow<typename C::Kv>(raw[C::KV_HEADS * C::QK + head * C::V + d] * C::VALUE_SCALE);
     }
   }
   b.finish_stage();

@@ -86,34 +86,22 @@ template <class A> __device__ __forceinline__ u32 spare_place(const Block& b) {
   return end - begin < most ? before : light + blockIdx.x - before;
 }
 
-// The stage as the loader sees it. False if the launch ended.
+// The stage's spans as the loader sees them. False if the launch ended.
 template <class A> __device__ __forceinline__ bool stream_spans(Loader& b, u32 cache) {
-  using Shape = SpanShape<A>;
-  if constexpr (Shape::ANY) {
-    if (Shape::any(b)) {
-      if (!b.wait_step()) return false;
-      b.begin_tape(true, Shape::PIECES == 1 ? CacheShape<A>::BLOCK_BYTES : Shape::KEY_BYTES, nullptr, 1, 0);
-      SpanPlace<A> at;
+  if (!SpanShape<A>::any(b)) return true;
+  SpanPlace<A> at;
 #pragma unroll 1
-      for (at.begin(b); at.left > 0; at.advance(b)) {
-        constexpr u32 PAGES = SPAN * Shape::PAGES, BYTES = CacheShape<A>::BLOCK_BYTES;
-        const u32* pages = b.args.page_table + (u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + at.span * PAGES;
-        u32 page = *pages;
+  for (at.begin(b); at.left > 0; at.advance(b)) {
+    constexpr u32 PAGES = SPAN * SpanShape<A>::PAGES;
+    const u32* pages = b.args.page_table + (u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + at.span * PAGES;
+    u32 page = *pages;
 #pragma unroll 1
-        for (u32 n = 0; n < PAGES; ++n) {
-          const u8* const from = CacheShape<A>::at(b, cache, page, at.kv_head);
-          page = pages[least(n + 1, PAGES - 1)];  // while the ring is waited for
-          if constexpr (Shape::PIECES == 1) {
-            if (!b.piece(from, BYTES)) return false;
-          } else {
-            if (!b.piece(from, Shape::KEY_BYTES)) return false;
-            if (!b.piece(from + Shape::KEY_BYTES, Shape::VALUE_BYTES)) return false;
-          }
-        }
-      }
+    for (u32 n = 0; n < PAGES; ++n) {
+      const u8* const from = CacheShape<A>::at(b, cache, page, at.kv_head);
+      page = pages[least(n + 1, PAGES - 1)];  // on its way while the ring is waited for
+      if (!stream_page<A>(b, from)) return false;
     }
   }
-  b.next_stage();
   return true;
 }
 
@@ -185,22 +173,19 @@ template <class A> __device__ __forceinline__ ChunkSums<A> attend_chunk(Consumer
 #pragma unroll
   for (u32 page = 0; page < Shape::PAGES; ++page) {
     if constexpr (PIECES == 2) values[page] = b.wait_slot(page * PIECES + 1);
-    const u8* const from = values[page] + (t * 4 * A::V_PAD + g * 8) * 2;
     u32 read = 0;
 #pragma unroll
     for (u32 n = 0; n < Shape::PAGE_TILES; ++n) {
       const u32 tile = page * Shape::PAGE_TILES + n;
+      Cached<A> own = {};
+      Cached<A>::each_value(WARP_POSITIONS, [&](u32 i, u32 s, u32 offset) {
+        own.v[s][i] = *reinterpret_cast<const uint4*>(values[page] + n * (WARP_POSITIONS * A::V_PAD * 2) + offset);
+        read |= own.v[s][i].x;
+      });
 #pragma unroll
       for (u32 s = 0; s < Space::V_STEPS; ++s) {
-        uint4 v[4] = {};
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-          if (A::V % 64 != 0 && s * 64 + g * 8 >= A::V) continue;
-          v[i] = *reinterpret_cast<const uint4*>(from + (n * WARP_POSITIONS + i) * (A::V_PAD * 2) + s * 128);
-          read |= v[i].x;
-        }
         float products[16];
-        weighted<A>(weight[tile], v, products);
+        weighted<A>(weight[tile], own.v[s], products);
 #pragma unroll
         for (u32 i = 0; i < 16; ++i) sums.v[s][i] = fmaf(top[tile], products[i], sums.v[s][i]);
       }

@@ -37,7 +37,10 @@ pub const GEMM: Header = Header { name: "gemm.cuh", text: include_str!("../cuda/
 /// Products with the experts that a step's rows choose. Behind [`GEMM`].
 pub const EXPERTS: Header = Header { name: "experts.cuh", text: include_str!("../cuda/experts.cuh") };
 
-/// Attention over the paged cache.
+/// How attention is dealt out to SMs, and the cache's way through the ring. Behind [`BLOCK`].
+pub const UNITS: Header = Header { name: "units.cuh", text: include_str!("../cuda/units.cuh") };
+
+/// Attention over the paged cache. Behind [`UNITS`].
 pub const ATTENTION: Header = Header { name: "attention.cuh", text: include_str!("../cuda/attention.cuh") };
 
 /// Attention over spans of a long context, through the ring. Behind [`ATTENTION`].
@@ -114,6 +117,8 @@ pub struct SharedNeeds {
     pub top_k: usize,
     /// Numbers that a thread has of each row of a router's: of scores, and of squares.
     pub scores: usize,
+    /// Kinds of layers whose attention is dealt out alike.
+    pub deals: usize,
 }
 
 impl SharedNeeds {
@@ -131,6 +136,7 @@ impl SharedNeeds {
             experts: self.experts.max(other.experts),
             top_k: self.top_k.max(other.top_k),
             scores: self.scores.max(other.scores),
+            deals: self.deals + other.deals,
         }
     }
 
@@ -141,6 +147,11 @@ impl SharedNeeds {
         let steps = self.qk.div_ceil(32);
         let own = 2 * self.slices * SLICE_ROWS * (self.qk + self.v);
         2 * queries * (steps * 64 + 8) + own + 4 * CONSUMERS * queries * summed + 64
+    }
+
+    /// Bytes of what attention has for the SM, and of which runs that is.
+    pub const fn deals(&self) -> usize {
+        (self.deals * (64 + self.slices * SLICE_ROWS * 4)).next_multiple_of(128)
     }
 
     /// Bytes of the choice of experts: counts, a bit for every expert of each row, slots of the rows by the
@@ -194,7 +205,7 @@ impl SharedNeeds {
 
     /// The layout within `available` bytes, or `None` if too little is left for a ring.
     pub fn layout(&self, available: usize) -> Option<SharedLayout> {
-        let fixed = 2048 + (self.slices - 1) * 256 + self.routes();
+        let fixed = 1920 + (self.slices - 1) * 256 + self.deals() + self.routes();
         let columns = if available >= 128 << 10 { 2048 } else { 1024 };
         let experts = self.scored().max(self.compared());
         let work = self.attention().max(self.sums()).max(self.rows(columns)).max(experts).max(SAMPLE_BYTES);

@@ -23,7 +23,7 @@ const CUBIN: &str = "kernel.cubin";
 /// memory as what lives from stage to stage may take (the stage's number, the layer): it is put away in front of a
 /// stage and fetched behind it; somewhat more if a step has more than eight rows.
 pub const fn budget(step_rows: usize) -> Budget {
-    Budget { registers: 168, stack: if step_rows > SLICE_ROWS { 168 } else { 64 }, spills: 1000 }
+    Budget { registers: 168, stack: if step_rows > SLICE_ROWS { 184 } else { 64 }, spills: 1000 }
 }
 
 /// The same for kernels for long contexts: where heads are wide, a warp with a chunk of its own puts some of its weights

@@ -15,7 +15,7 @@ use tilec_ir::resident::{
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
     ATTENTION, BASE, BLOCK, CONTEXT, CONV, EXPERTS, FORMATS, GEMM, HANDOFF, Header, PREPARED, PTX, ROUND,
-    ROWS, SAMPLE, SELECTOR, SPANS, STEP, SharedLayout, SharedNeeds,
+    ROWS, SAMPLE, SELECTOR, SPANS, STEP, SharedLayout, SharedNeeds, UNITS,
 };
 
 use super::merge::{NO_OFFSET, NO_WINDOW, merge_layers};
@@ -239,6 +239,7 @@ fn emit_parts(
     out.tables();
     out.order();
     out.header(&ROWS);
+    out.header(&UNITS);
     out.header(&ATTENTION);
     if long {
         out.header(&SPANS);
@@ -318,6 +319,11 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
         v: program.kv.v_dim,
         ..SharedNeeds::default()
     };
+    let attention = program.bodies.iter().flatten().filter_map(|stage| stage.kind.attention());
+    let mut heads: Vec<_> = attention.map(|of| (of.heads, of.kv_heads, of.window)).collect();
+    heads.sort_unstable();
+    heads.dedup();
+    needs.deals = heads.len();
     for (_, _, stage) in program.sequence() {
         if let Some(gemm) = stage.kind.gemm() {
             needs.operands = needs.operands.max(gemm.operands);
@@ -337,6 +343,18 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
         }
     }
     needs
+}
+
+/// A kind of layers whose attention is dealt out alike: the structures of their stages, and one of them.
+struct Deal {
+    /// That of the layer first.
+    names: Vec<String>,
+    /// Query heads, KV heads, and the window.
+    heads: (usize, usize, u32),
+    /// Of the kernel's programs.
+    part: usize,
+    /// Of all programs, one behind the other.
+    layer: usize,
 }
 
 /// A program of the kernel's.
@@ -465,6 +483,7 @@ impl<'p> Writer<'p> {
         let whole = if round { "round" } else { "step" };
         line!(self, "constexpr u32 STAGES = {stages};  // of a {whole}");
         line!(self, "constexpr bool ROUND = {round}, SPANS = {};", self.long);
+        line!(self, "constexpr u32 DEALS = {};", self.deals().len());
         let first = match counts[..] {
             [block, model, _] => format!("kind == 0 ? 0 : kind == 1 ? {block} : {}", block + model),
             _ => "0".into(),
@@ -1152,6 +1171,17 @@ impl<'p> Writer<'p> {
         let both = attention.bidirectional;
         line!(self, "  static constexpr bool WINDOWED = {windowed}, BOTH_WAYS = {both};");
         self.function("u32", "window", "const Block& b", &format!("return {window};"));
+        let deals = self.deals();
+        let named = |deal: &Deal| deal.names.iter().any(|own| own == name);
+        let mut own = deals.iter().enumerate().filter(|(_, deal)| named(deal)).peekable();
+        let mut deal = String::new();
+        while let Some((number, of)) = own.next() {
+            match own.peek() {
+                Some(_) => deal.push_str(&format!("{window} == {} ? {number} : ", of.heads.2)),
+                None => deal.push_str(&number.to_string()),
+            }
+        }
+        self.function("u32", "deal", "const Block& b", &format!("return {deal};"));
         line!(
             self,
             "  static constexpr float SCALE = {}, VALUE_SCALE = {};",
@@ -1294,11 +1324,11 @@ impl<'p> Writer<'p> {
     /// The work of each role in a step.
     fn roles(&mut self) {
         line!(self, "\n// ---- The step, as each role sees it {}", "-".repeat(63));
-        let long = self.long;
+        self.deal_caches();
         self.role("bool load_step(Loader& b)", "", "return true;", "", |name, kind| match kind {
             Kind::Gemm(_) => format!("if (!stream<{name}>(b, {name}::weights(b))) return false;"),
-            Kind::Attention(_) if long => {
-                format!("if (!stream_spans<{name}>(b, LAYER_CACHE[b.layer])) return false;")
+            Kind::Attention(_) => {
+                format!("if (!stream_cache<{name}>(b, LAYER_CACHE[b.layer])) return false;")
             }
             Kind::Scores(scores) => format!("b.pass_tiles({}); b.next_stage();", scores.experts),
             Kind::Experts(_) => {
@@ -1342,6 +1372,57 @@ impl<'p> Writer<'p> {
     fn kinds(&self) -> Vec<(String, &'p Stage)> {
         let lists = self.parts.iter().flat_map(Part::lists);
         lists.flat_map(|(prefix, stages)| stages.iter().map(move |stage| (prefix.clone(), stage))).collect()
+    }
+
+    /// Kinds of layers whose attention is dealt out alike.
+    fn deals(&self) -> Vec<Deal> {
+        let (mut deals, mut layers) = (Vec::<Deal>::new(), 0);
+        for (part, Part { program, windows, prefix, .. }) in self.parts.iter().enumerate() {
+            for (number, layer) in program.layers.iter().enumerate() {
+                for stage in &program.bodies[layer.body] {
+                    let Some(attention) = stage.kind.attention() else { continue };
+                    let own = attention.window.map(|window| window as u32);
+                    let name = type_name(&format!("{prefix}Layer{}", layer.body), &stage.name);
+                    let window = windows.get(number).copied().or(own).unwrap_or(NO_WINDOW);
+                    let heads = (attention.heads, attention.kv_heads, window);
+                    match deals.iter_mut().find(|other| other.part == part && other.heads == heads) {
+                        Some(other) if other.names.contains(&name) => {}
+                        Some(other) => other.names.push(name),
+                        None => deals.push(Deal { names: vec![name], heads, part, layer: layers + number }),
+                    }
+                }
+            }
+            layers += program.layers.len();
+        }
+        deals
+    }
+
+    /// What the second does when a step begins.
+    fn deal_caches(&mut self) {
+        line!(self, "\n__device__ __forceinline__ bool deal_caches(Control& b) {{");
+        let round = self.round.is_some();
+        for part in 0..self.parts.len() {
+            let deals: Vec<Deal> = self.deals().into_iter().filter(|deal| deal.part == part).collect();
+            if deals.is_empty() {
+                continue;
+            }
+            if round {
+                line!(self, "  if (b.kind() == {part}) {{");
+            }
+            let indent = if round { "    " } else { "  " };
+            for Deal { names, layer, .. } in deals {
+                line!(self, "{indent}b.layer = {layer};");
+                line!(self, "{indent}deal_units<{}>(b);", names[0]);
+            }
+            line!(self, "{indent}return true;");
+            if round {
+                line!(self, "  }}");
+            }
+        }
+        if round || self.deals().is_empty() {
+            line!(self, "  return false;");
+        }
+        line!(self, "}}");
     }
 
     /// A loop over the step's stages, so that what they share is in the text, and in the SM's cache of
@@ -1460,7 +1541,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
     shared.steps = {steps};
     shared.stage = shared.loader_stage = shared.crossings = shared.step = shared.round = shared.rounds = 0;
     for (u32& role : shared.waiting) role = 0;
-    for (auto& dealt : shared.dealt) dealt[0] = ~0u;  // of no step
+    for (auto& dealt : shared.dealt_for) dealt[0] = ~0u;  // no runs
     barriers_visible();
   }}
   __syncthreads();

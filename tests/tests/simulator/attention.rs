@@ -20,6 +20,14 @@ fn key_at(qk_dim: usize, position: usize, column: usize) -> usize {
     tile * qk_dim + 16 * step + line * (qk_dim - step).min(32) + column % 32
 }
 
+/// Where a column of a value lies among the halves of its page's values: 16 positions together, 64 columns of them; of
+/// every fourth position eight columns each, then the next eight.
+fn value_at(v_pad: usize, position: usize, column: usize) -> usize {
+    let (tile, step) = (position / 16 * 16, column / 64 * 64);
+    let (p, d) = (position % 16, column % 64);
+    tile * v_pad + 16 * step + p % 4 * 4 * (v_pad - step).min(64) + d / 8 * 32 + p / 4 * 8 + d % 8
+}
+
 /// Where a column of a row of `cols` halves lies: eight rows together, 32 columns of each side by side.
 fn half_at(row: usize, column: usize, cols: usize) -> usize {
     row / 8 * 8 * cols.next_multiple_of(128) + column / 32 * 256 + row % 8 * 32 + column % 32
@@ -96,10 +104,11 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
             sink_counts |= (0.01..0.99).contains(&((sink - top).exp() / total));
             let mut wanted = vec![0.0f64; kv.v_dim];
             for (p, score) in (from..=row.position).zip(&scores) {
-                let base =
-                    page(p, head / group) + kv.page_tokens * kv.qk_dim + p % kv.page_tokens * kv.v_pad();
+                let values = &cache[page(p, head / group) + kv.page_tokens * kv.qk_dim..];
                 let weight = (score - top).exp() / total;
-                wanted.iter_mut().zip(&cache[base..]).for_each(|(sum, v)| *sum += weight * v);
+                for (d, sum) in wanted.iter_mut().enumerate() {
+                    *sum += weight * values[value_at(kv.v_pad(), p % kv.page_tokens, d)];
+                }
             }
             let size = wanted.iter().fold(0.0f64, |size, x| size.max(x.abs()));
             for (d, wanted) in wanted.iter().enumerate() {
@@ -336,6 +345,25 @@ fn steps_bring_spans_to_an_end() {
     simulation.long.set(true);
     let wanted = simulation.launch(&rows, 4, 7, 2);
     assert!(all.chosen == wanted.chosen && all.logits == wanted.logits);
+}
+
+/// Units are dealt out anew when a sequence comes to another chunk, or its window to another first one: the last of a
+/// launch's steps is the same as alone.
+#[test]
+fn steps_go_on_to_other_chunks() {
+    for config in [llama(), mimo(5)] {
+        let simulation = random_cache(&config);
+        let places = [(126, 0), (1022, 1), (253, 2), (700, 3)];
+        let rows = rows_at(&places);
+        let all = simulation.launch(&rows, 4, 5, 1);
+        let last = |at: usize| Row {
+            token: all.chosen[2 * rows.len() + at],
+            position: rows[at].position + 3,
+            ..rows[at]
+        };
+        let alone = simulation.launch(&(0..rows.len()).map(last).collect::<Vec<_>>(), 1, 3, 2);
+        assert!(alone.chosen == all.chosen[3 * rows.len()..] && alone.logits == all.logits);
+    }
 }
 
 /// The kernel for long contexts chooses by chance as the other one does, from logits of spans and chunks.
