@@ -688,7 +688,7 @@ __device__ __forceinline__ void give_up(const Block& b, u32 role, u32 seen, u32 
   const LaunchArgs& args = b.args;
   const volatile Shared& shared = b.shared;
   if (atomicExch(&b.sync().stalled, 1u) == 0) {
-    store_host(args.stall + 1, role == LOADER_SLOT || role == LOADER_ROUTES || role == LOADER_STEP ? shared.loader_stage : shared.stage);
+    store_host(args.stall + 1, role == LOADER_SLOT || role == LOADER_ROUTES ? shared.loader_stage : shared.stage);
     store_host(args.stall + 2, blockIdx.x);
     store_host(args.stall + 3, role);
     store_host(args.stall + 4, seen);
@@ -725,10 +725,11 @@ __device__ __forceinline__ void watch(const Block& b) {
     const bool others = role == CONTROL_SMS || role == CONTROL_WRITES;
     if (now - since <= b.args.patience_ns + (others ? b.args.patience_ns / 4 : 0)) continue;
     if (others) give_up(b, role, load_acquire(&b.sync().arrived), (crossings + (role == CONTROL_SMS)) * gridDim.x);
-    // What control waits for is the consumers' work, and what they wait for may be the loader's.
+    // What control waits for is the consumers' work, and what they wait for may be the loader's; but a loader that has gone on
+    // to the next step and waits for that holds nobody up.
     if (shared.waiting[0] != 0) role = shared.waiting[0];
     const u32 loader = shared.waiting[LOADER];
-    if (role == CONSUMER_WEIGHTS && (loader == LOADER_ROUTES || loader == LOADER_STEP)) role = loader;
+    if (role == CONSUMER_WEIGHTS && loader == LOADER_ROUTES) role = loader;
     give_up(b, role, 0, 1);
   }
 }
