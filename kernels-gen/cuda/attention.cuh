@@ -814,7 +814,6 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           }
           chunk.v[s] = sum;
         }
-
       }
       // Not in front of the stage's inputs: other warps may not have seen yet what the slots had before, and so their barriers
       // would be in a phase too early.

@@ -488,7 +488,7 @@ __device__ __forceinline__ bool deal_caches(Control& b);
 
 struct Control : Block {
   __device__ __forceinline__ explicit Control(const Block& b, bool second) : Block(b), second(second) {}
-  const bool second;       // the warp that only runs epilogues
+  const bool second;       // the warp that runs epilogues and deals attention out, and waits for no SM
   u32 sum_buffer = 0;
   u32 sum_parities = 0;    // a bit a buffer, and the last one for `scaled`
   u32 routes_parity = 0;

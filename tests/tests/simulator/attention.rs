@@ -328,10 +328,7 @@ fn spans_of_narrow_heads() {
 /// layer with a window, which has no such spans.
 #[test]
 fn spans_of_wide_heads() {
-    let mut config = mimo(5);
-    (config["num_attention_heads"], config["swa_num_key_value_heads"]) = (2.into(), 1.into());
-    (config["head_dim"], config["v_head_dim"]) = (128.into(), 104.into());
-    check_spans(&random_cache(&config), 3);
+    check_spans(&random_cache(&wide_heads(128, 104)), 3);
 }
 
 /// Steps of a launch follow each other: the loader waits for each of them, and a span is whole behind the second.
@@ -345,6 +342,27 @@ fn steps_bring_spans_to_an_end() {
     simulation.long.set(true);
     let wanted = simulation.launch(&rows, 4, 7, 2);
     assert!(all.chosen == wanted.chosen && all.logits == wanted.logits);
+}
+
+/// A model of few heads of so many columns.
+fn wide_heads(qk: usize, v: usize) -> Value {
+    let mut config = mimo(5);
+    (config["num_attention_heads"], config["swa_num_key_value_heads"]) = (2.into(), 1.into());
+    (config["head_dim"], config["v_head_dim"]) = (qk.into(), v.into());
+    config
+}
+
+/// A page's keys do not fit a slot of the ring: they come in two pieces, its values in a third.
+#[test]
+fn keys_in_two_pieces() {
+    check(&wide_heads(192, 64));
+}
+
+/// Units have more than comes through the ring: consumers load them.
+#[test]
+fn units_too_large_for_the_ring() {
+    let simulation = random_cache(&wide_heads(192, 128));
+    check_bits(&simulation, &[(1023, 1), (2046, 2), (2047, 2), (5, 3), (700, 4)], &[2, 40]);
 }
 
 /// Units are dealt out anew when a sequence comes to another chunk, or its window to another first one: the last of a
