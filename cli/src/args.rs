@@ -541,6 +541,10 @@ pub struct ProfileArgs {
     /// Write a trace of the last step
     #[arg(short, long, visible_alias = "trace", value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub output: Option<PathBuf>,
+    /// On a GPU, of a mixture of experts: who chooses. `model`; `uniform`: every row by itself, at random;
+    /// or the share of experts, from 0 to 1, that all rows choose alike
+    #[arg(long, value_name = "WHO", default_value = "model", value_parser = routing)]
+    pub routing: Routing,
     /// On a GPU: lines of the trace, spread over its SMs
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1024))]
     pub sms: u64,

@@ -4,7 +4,7 @@ mod gpu;
 
 #[cfg(test)]
 pub use gpu::tests::{toy_draft, toy_plan, toy_program};
-pub use gpu::{decode_inputs, make_long, pass_rows, resident_step_bytes};
+pub use gpu::{decode_inputs, expert_layers, make_long, pass_rows, random_routing, resident_step_bytes};
 
 use crate::args::{BenchArgs, BenchOutput, Contexts, DraftArgs};
 use crate::commands::inspect::parameters;

@@ -41,13 +41,7 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
     ui::note("measuring the GPU's memory");
     let (gpu, ceiling) = ceiling::gpu_read_ceiling(&plan.target.arch)?;
     let mut engine = session::load(folder, &args.weights, false, draft.is_some())?;
-    let shared_permille = match args.routing {
-        Routing::Model => None,
-        Routing::Random(share) => Some((share * 1000.0) as u16),
-    };
-    if shared_permille.is_some() && expert_layers(plan) == 0 {
-        bail!("{} has no experts to choose: leave --routing out", plan.name);
-    }
+    let routing = random_routing(args.routing, plan)?;
     let progress = ui::step_progress("measuring", cases.tests.len() as u64);
     let mut lines = Vec::new();
     for test in &cases.tests {
@@ -57,8 +51,7 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
         // The first finds cold caches and low clocks.
         for repeat in 0..=repeats {
             let seed = repeat as u32;
-            engine
-                .set_routing(shared_permille.map(|shared_permille| RandomRouting { shared_permille, seed }));
+            engine.set_routing(routing.map(|routing| RandomRouting { seed, ..routing }));
             engine.take_streamed_experts();
             let (measured, rounds) = measure(&mut engine, test, &sampling)?;
             if repeat > 0 {
@@ -361,6 +354,15 @@ pub fn resident_step_bytes(
         weights * passes as f64 + caches(cost) + (cost.activation_bytes_per_row * rows as u64) as f64
     };
     costs.iter().map(|cost| cost.runs as f64 * one(cost)).sum()
+}
+
+/// How chance is to choose experts, if it is to.
+pub fn random_routing(routing: Routing, plan: &Plan) -> Result<Option<RandomRouting>> {
+    let Routing::Random(share) = routing else { return Ok(None) };
+    if expert_layers(plan) == 0 {
+        bail!("{} has no experts to choose: leave --routing out", plan.name);
+    }
+    Ok(Some(RandomRouting { shared_permille: (share * 1000.0) as u16, seed: 0 }))
 }
 
 /// Layers with experts.

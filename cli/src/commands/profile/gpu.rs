@@ -2,7 +2,9 @@
 
 use super::{kind_of, rounds};
 use crate::args::ProfileArgs;
-use crate::commands::bench::{Forced, decode_inputs, make_long, random_tokens, resident_step_bytes};
+use crate::commands::bench::{
+    Forced, decode_inputs, expert_layers, make_long, random_routing, random_tokens, resident_step_bytes,
+};
 use crate::stats::Spread;
 use crate::ui::{Align, Table};
 use crate::{ceiling, session, ui};
@@ -16,6 +18,7 @@ use std::time::Instant;
 use tilec_ir::cost::StageCost;
 use tilec_ir::launch::TRACE_FIELDS;
 use tilec_ir::plan::Plan;
+use tilec_runtime::cuda::RandomRouting;
 use tilec_runtime::engine::Engine;
 
 /// Steps of a launch; the last is traced, behind others that warm up.
@@ -41,6 +44,7 @@ pub fn run(args: &ProfileArgs, folder: &Path, plan: &Plan) -> Result<()> {
             limits.sequences
         );
     }
+    let routing = random_routing(args.routing, plan)?;
     let bandwidth = match ceiling::gpu_read_ceiling(&plan.target.arch) {
         Ok((_, ceiling)) => Some(ceiling.best()),
         Err(error) => {
@@ -58,14 +62,21 @@ pub fn run(args: &ProfileArgs, folder: &Path, plan: &Plan) -> Result<()> {
     let bandwidth = bandwidth.or(engine.memory_rate());
     let bandwidth = bandwidth.context("the driver does not say how fast the GPU's memory is")?;
     let mut launches = Vec::new();
+    let mut streamed = 0;
     for launch in 0..=args.repeats {
+        engine.set_routing(routing.map(|routing| RandomRouting { seed: launch as u32, ..routing }));
+        engine.take_streamed_experts();
         let traced = trace(&mut engine, rows, context)?;
         // The first finds cold caches and low clocks.
         if launch > 0 {
             launches.push(traced);
+            streamed += u64::from(engine.take_streamed_experts().unwrap_or(0));
         }
     }
-    let profile = Profile { plan, rows, context, bandwidth, launches };
+    // On average over all steps of the launches, of which the last are traced.
+    let choices = launches.len() * steps_of(context) * expert_layers(plan);
+    let distinct = (streamed > 0 && choices > 0).then(|| streamed as f64 / choices as f64);
+    let profile = Profile { plan, rows, context, bandwidth, distinct, launches };
     let rounds = match draft.zip(forced) {
         Some(draft) => rounds::measure(args, &mut engine, plan, draft, bandwidth)?,
         None => None,
@@ -94,10 +105,15 @@ pub fn run(args: &ProfileArgs, folder: &Path, plan: &Plan) -> Result<()> {
     Ok(())
 }
 
+/// Steps of a launch whose last one is behind `context` positions.
+fn steps_of(context: usize) -> usize {
+    context + 1 - context.saturating_sub(STEPS - 1)
+}
+
 /// Decodes some steps of which the last is behind `context` positions.
 fn trace(engine: &mut Engine, rows: usize, context: usize) -> Result<Launch> {
-    let start = context.saturating_sub(STEPS - 1);
-    let steps = context + 1 - start;
+    let steps = steps_of(context);
+    let start = context + 1 - steps;
     for sequence in 0..rows {
         make_long(engine, sequence, context + 1)?;
     }
@@ -365,6 +381,8 @@ struct Profile<'a> {
     context: usize,
     /// Bytes per second.
     bandwidth: f64,
+    /// Experts of a layer whose weights a step reads.
+    distinct: Option<f64>,
     launches: Vec<Launch>,
 }
 
@@ -389,7 +407,7 @@ impl Profile<'_> {
         let predict = |name: &str| {
             let costs: Vec<_> = self.plan.costs.iter().filter(|cost| cost.stage == name).cloned().collect();
             let caches = |cost: &StageCost| (self.rows as u64 * cost.kv_bytes(self.context)) as f64;
-            resident_step_bytes(&costs, None, 1, self.rows, &caches, self.rows) / self.bandwidth
+            resident_step_bytes(&costs, self.distinct, 1, self.rows, &caches, self.rows) / self.bandwidth
         };
         kinds_of(&self.plan.stages, 0, self.launches.iter(), &predict)
     }
@@ -441,6 +459,9 @@ impl Profile<'_> {
             self.bandwidth / 1e9,
             self.launches.len(),
         );
+        if let Some(distinct) = self.distinct {
+            text.push_str(&format!("experts: a step reads those of {distinct:.1} in each layer.\n"));
+        }
         for (number, kind) in Profile::losses(&kinds).into_iter().enumerate() {
             text.push_str(&format!(
                 "loss {}: {}, {} µs beyond its bytes in {} run(s), {:.2} µs each: {} of the step\n",
@@ -468,6 +489,7 @@ impl Profile<'_> {
             "rows": self.rows,
             "context": self.context,
             "bandwidth_bytes_per_s": self.bandwidth,
+            "distinct_experts": self.distinct,
             "launches": self.launches.len(),
             "step_s": self.step(),
             "host_step_s": self.host_step(),
@@ -505,7 +527,8 @@ mod tests {
     }
 
     fn profile(plan: &Plan) -> Profile<'_> {
-        Profile { plan, rows: 2, context: 100, bandwidth: 1e9, launches: vec![launch(5000), launch(70_000)] }
+        let launches = vec![launch(5000), launch(70_000)];
+        Profile { plan, rows: 2, context: 100, bandwidth: 1e9, distinct: None, launches }
     }
 
     fn close(one: f64, other: f64) {
