@@ -123,6 +123,9 @@ pub const OCTET_FORMATS: [Format; 7] = [
     Format::FP8_CHANNEL,
 ];
 
+/// Features that each expert has in [`PackContent::RouterOctets`].
+pub const SCORE_FEATURES: usize = 2;
+
 const fn block_fp8() -> Format {
     Format::FP8_BLOCK
 }
@@ -218,6 +221,26 @@ pub enum PackContent {
         /// As in the octets.
         sources: Vec<RowView>,
     },
+    /// Octets of bfloat16 by which the product behind attention also makes a router's scores of what it adds to its
+    /// rows. But for the norm's divisor a score is `s[e] = sum_i router[e][i] * gain[i] * x[i]`, and
+    /// `x = old + product * a`: its second part is `C * a` with `C[e][j] = sum_i router[e][i] * gain[i] *
+    /// product[i][j]`. Rounded to bfloat16 once, a score would be too coarse to choose experts by, so every row of C
+    /// is two features whose sum is nearly as good as float32: feature `2e` is `high = bf16(C[e])`, feature `2e + 1`
+    /// is `bf16(C[e] - high)`. An octet has four experts.
+    RouterOctets {
+        /// Columns of every feature: those of the product.
+        k: usize,
+        /// How many experts there are, a multiple of 4.
+        experts: usize,
+        /// Rows of the product, and columns of the router.
+        hidden: usize,
+        /// The router, `f32 [experts][hidden]`: [`PackContent::F32`] or [`PackContent::Elements`].
+        router: Box<PackContent>,
+        /// The gain of the norm before the router, `f32 [hidden]`: [`PackContent::F32`].
+        gain: Box<PackContent>,
+        /// The product's rows, one segment behind the other, without padding between them.
+        product: Vec<RowSegment>,
+    },
     /// Elements of a tensor as float32: element `i` is the tensor's element
     /// `start + i / block * stride + i % block`. With a share, `i` is first that share's element.
     Elements {
@@ -271,6 +294,10 @@ impl PackContent {
             PackContent::ExpertOctets { format, k, experts, rows, sources } => {
                 let octets = rows.div_ceil(OCTET).checked_mul(sources.len())?.checked_mul(*experts)?;
                 octet_bytes(*format, *k)?.checked_mul(octets)?
+            }
+            PackContent::RouterOctets { k, experts, .. } => {
+                let octets = experts.checked_mul(SCORE_FEATURES)?.div_ceil(OCTET);
+                octet_bytes(Format::BF16, *k)?.checked_mul(octets)?
             }
             PackContent::OctetScales { format, k, octets, .. } => {
                 apart_scales(*format, *k).checked_mul(4)?.checked_mul(*octets)?
@@ -363,7 +390,7 @@ pub enum PackingError {
 impl Packing {
     /// Checks that every item is aligned, lies inside [`Packing::bytes`], shares no byte with another
     /// and, for panels, octets and their scales, that the segments add up and that the format is one
-    /// which the layout can hold.
+    /// which the layout can hold; for a router's octets, that router, gain and product fit each other.
     pub fn verify(&self) -> Result<(), PackingError> {
         let mut spans = Vec::with_capacity(self.items.len());
         for (item, PackItem { offset, content }) in self.items.iter().enumerate() {
@@ -426,6 +453,11 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
             verify_expert_octets(*format, *k, sources)?;
             verify_experts(*experts, *rows, *k, sources)
         }
+        PackContent::RouterOctets { k, experts, hidden, router, gain, product } => {
+            verify_router(*experts, *hidden, router, gain)?;
+            verify_octets(Format::BF16, *k, product)?;
+            verify_segments(product, 1, *hidden, "rows", |segment| segment.rows)
+        }
         PackContent::Elements { tensor, len, start, block, stride, share } => {
             let (start, block, stride) = (*start, *block, *stride);
             let view = RowView { start, block, stride, rows: *share, ..RowView::whole(tensor) };
@@ -437,6 +469,28 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
         }
         PackContent::F32 { .. } | PackContent::RopeTable { .. } => Ok(()),
     }
+}
+
+/// What a router's octets want beyond a sound product.
+fn verify_router(
+    experts: usize,
+    hidden: usize,
+    router: &PackContent,
+    gain: &PackContent,
+) -> Result<(), String> {
+    if experts == 0 || !experts.is_multiple_of(OCTET / SCORE_FEATURES) || hidden == 0 {
+        return Err(format!("octets of the scores of {experts} experts, from rows of {hidden}"));
+    }
+    let weights = experts.checked_mul(hidden).ok_or("the number of the router's weights overflows")?;
+    match router {
+        PackContent::F32 { len, .. } | PackContent::Elements { len, .. } if *len == weights => {}
+        _ => return Err(format!("the router is no {weights} elements in float32: {router:?}")),
+    }
+    match gain {
+        PackContent::F32 { len, .. } if *len == hidden => {}
+        _ => return Err(format!("the gain before the router is no vector of {hidden}: {gain:?}")),
+    }
+    verify_content(router)
 }
 
 /// What rows of experts want of their views.
@@ -776,5 +830,102 @@ mod tests {
         let vast = octet_scales(usize::MAX, segments(&[usize::MAX]), 1);
         let error = check(vec![PackItem { offset: 0, content: vast }], u64::MAX);
         assert_eq!(error, Err(PackingError::Overflow { item: 0 }));
+    }
+
+    fn router_octets(experts: usize, hidden: usize, product: Vec<RowSegment>) -> PackContent {
+        let vector = |tensor: &str, len| Box::new(PackContent::F32 { tensor: tensor.into(), len });
+        let router = vector("router", experts.wrapping_mul(hidden));
+        PackContent::RouterOctets { k: 40, experts, hidden, router, gain: vector("gain", hidden), product }
+    }
+
+    /// Sound octets of a router of 8 experts, but for what `change` does to columns, router, gain and product.
+    fn changed(
+        change: impl FnOnce(&mut usize, &mut PackContent, &mut PackContent, &mut RowSegment),
+    ) -> PackContent {
+        let mut content = router_octets(8, 12, segments(&[12]));
+        if let PackContent::RouterOctets { k, router, gain, product, .. } = &mut content {
+            change(k, router, gain, &mut product[0]);
+        }
+        content
+    }
+
+    fn check_one(content: PackContent) -> Result<(), PackingError> {
+        check(vec![PackItem { offset: 0, content }], 1 << 40)
+    }
+
+    #[test]
+    fn sound_octets_of_a_router_pass_and_round_trip() {
+        let columns = Some(Share { start: 40, len: 40, of: 120 });
+        let product = vec![RowSegment { columns, ..RowSegment::new("o", 8, 9) }, RowSegment::new("p", 0, 3)];
+        let mut content = router_octets(12, 12, product);
+        // 3 octets of 2 blocks.
+        assert_eq!(content.bytes(), Some(3 * 2 * 512));
+        if let PackContent::RouterOctets { router, .. } = &mut content {
+            let tensor = "all".to_string();
+            **router =
+                PackContent::Elements { tensor, len: 144, start: 5, block: 12, stride: 20, share: None };
+        }
+        check_one(content.clone()).unwrap();
+        let text = serde_json::to_string(&content).unwrap();
+        assert!(text.starts_with(r#"{"router_octets":"#), "{text}");
+        assert_eq!(serde_json::from_str::<PackContent>(&text).unwrap(), content);
+    }
+
+    #[test]
+    fn octets_of_a_router_that_contradict_themselves_are_refused() {
+        let refused = |content: PackContent, words: &str| {
+            let error = check_one(content).unwrap_err();
+            assert!(matches!(error, PackingError::Content { item: 0, .. }), "{error}");
+            assert!(error.to_string().contains(words), "no {words:?} in {error}");
+        };
+        check_one(router_octets(8, 12, segments(&[12]))).unwrap();
+        for experts in [0, 1, 6] {
+            refused(router_octets(experts, 12, segments(&[12])), &format!("scores of {experts} experts"));
+        }
+        refused(router_octets(8, 0, Vec::new()), "from rows of 0");
+        for rows in [&[][..], &[11], &[12, 1]] {
+            refused(router_octets(8, 12, segments(rows)), "rows, the item says 12");
+        }
+        refused(router_octets(8, 12, segments(&[usize::MAX, 13])), "the number of rows overflows");
+        refused(router_octets(8, 12, vec![RowSegment::new("o", usize::MAX - 3, 12)]), "rows of o overflow");
+        let half = 1 << (usize::BITS - 1);
+        refused(router_octets(8, half, segments(&[half])), "the router's weights overflows");
+
+        let table = || PackContent::RopeTable { inv_freq: vec![1.0], positions: 48, attention_factor: 1.0 };
+        let elements = |len, block| PackContent::Elements {
+            tensor: "all".into(),
+            len,
+            start: 0,
+            block,
+            stride: 12,
+            share: None,
+        };
+        let short = |len| PackContent::F32 { tensor: "short".into(), len };
+        let with_router = |own| changed(|_, router, _, _| *router = own);
+        let with_gain = |own| changed(|_, _, gain, _| *gain = own);
+        check_one(with_router(elements(96, 12))).unwrap();
+        refused(with_router(elements(96, 0)), "cannot lie");
+        for own in [short(95), elements(97, 12), table(), router_octets(8, 12, segments(&[12]))] {
+            refused(with_router(own), "the router is no 96 elements");
+        }
+        for own in [short(11), elements(12, 12), table()] {
+            refused(with_gain(own), "is no vector of 12");
+        }
+        refused(changed(|k, _, _, _| *k = 0), "no columns");
+        for (start, len) in [(0, 39), (41, 40)] {
+            let columns = Some(Share { start, len, of: 80 });
+            refused(changed(|_, _, _, o| o.columns = columns), "of the columns of t0 are no 40");
+        }
+        let error = check_one(changed(|k, _, _, _| *k = usize::MAX));
+        assert_eq!(error, Err(PackingError::Overflow { item: 0 }));
+        let vast = PackContent::RouterOctets {
+            k: 1,
+            experts: usize::MAX - 3,
+            hidden: 1,
+            router: Box::new(short(usize::MAX - 3)),
+            gain: Box::new(short(1)),
+            product: segments(&[1]),
+        };
+        assert_eq!(check_one(vast), Err(PackingError::Overflow { item: 0 }));
     }
 }

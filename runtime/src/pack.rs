@@ -36,8 +36,10 @@ use tilec_ir::octet::{
 };
 use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, RowView, Share};
 
+mod router;
 mod scaled;
 
+use router::{RouterScores, lay_router};
 use scaled::{FP8_ROWS, Scaled, Wanted, block_fp8, check_codes, gather};
 
 /// Raised whenever the layout of the file or the packing of a format changes.
@@ -47,6 +49,9 @@ pub const PACKED_VERSION: u32 = 3;
 const DATA_OFFSET: usize = 4096;
 
 const MAGIC: &[u8; 8] = b"tilecpkw";
+
+/// What to do about a recipe that asks for other shapes than the checkpoint has.
+const COMPILE_AGAIN: &str = "compile the model again from this checkpoint";
 
 /// Bytes of panels or octets that one job makes: large enough to hide its start, small enough to balance.
 const JOB_BYTES: usize = 1 << 20;
@@ -303,6 +308,7 @@ enum Job<'a> {
     ExpertScales { experts: Experts<'a>, expert: usize, out: &'a mut [u8] },
     Experts { experts: Experts<'a>, expert: usize, out: &'a mut [u8] },
     Elements { tensor: &'a str, view: RowView, out: &'a mut [u8] },
+    RouterOctets { scores: RouterScores<'a>, out: &'a mut [u8] },
     F32 { tensor: &'a str, len: usize, out: &'a mut [u8] },
     RopeTable { inv_freq: &'a [f32], positions: usize, factor: f32, out: &'a mut [u8] },
 }
@@ -453,6 +459,12 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
                 let view = elements_view(tensor, *start, *block, *stride, *share);
                 jobs.push(Job::Elements { tensor, view, out: own });
             }
+            PackContent::RouterOctets { k, experts, router, gain, product, .. } => {
+                let (k, experts) = (*k, *experts);
+                // One job: splitting it would read the product again for every part, and layers are many.
+                let scores = RouterScores { k, experts, router, gain, product };
+                jobs.push(Job::RouterOctets { scores, out: own });
+            }
             PackContent::ExpertScales { format, k, experts, rows, sources } => {
                 let layout = Layout::Octets { format: *format, k: *k };
                 let each = Experts { layout, rows: *rows, sources };
@@ -567,7 +579,6 @@ fn fill(
 
 /// Checks the recipe against the checkpoint's shapes before any work, and says what will be converted.
 fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
-    const REMEDY: &str = "compile the model again from this checkpoint";
     // `to` is the format in which the item holds what it takes from the rows; scales are told of with
     // their codes.
     let check_rows = |segments: &[RowSegment], k: usize, from: fn(Format) -> Format, to: Option<Format>| {
@@ -582,7 +593,7 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
                     info.shape,
                     row_start + rows,
                 );
-                return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, REMEDY));
+                return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, COMPILE_AGAIN));
             }
             if let Some(to) = to.filter(|to| tensor != last && from(info.format) != *to) {
                 let from = info.format;
@@ -616,28 +627,43 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
                     check_experts(checkpoint, &layout, *experts, *rows, view)?;
                 }
             }
-            PackContent::Elements { tensor, len, start, block, stride, share } => {
-                let info = checkpoint.tensor(tensor)?;
-                let view = elements_view(tensor, *start, *block, *stride, *share);
-                let last = view.row(len - 1);
-                // Verified: it can be counted.
-                let last = last.unwrap_or(usize::MAX);
-                if info.elements().is_none_or(|have| last >= have) {
-                    let problem = format!("its shape is {:?}, the plan wants its element {last}", info.shape);
-                    return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, REMEDY).into());
-                }
+            PackContent::RouterOctets { k, router, gain, product, .. } => {
+                check_vector(checkpoint, router)?;
+                check_vector(checkpoint, gain)?;
+                // What converting costs is told of with the product's own octets.
+                check_rows(product, *k, |format| format, None)?;
             }
-            PackContent::F32 { tensor, len } => {
-                let info = checkpoint.tensor(tensor)?;
-                if info.elements() != Some(*len) {
-                    let problem = format!("its shape is {:?}, the plan wants {len} elements", info.shape);
-                    return Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, REMEDY).into());
-                }
+            PackContent::Elements { .. } | PackContent::F32 { .. } => {
+                check_vector(checkpoint, &item.content)?;
             }
             PackContent::RopeTable { .. } => {}
         }
     }
     Ok(())
+}
+
+/// Checks the tensor that float32 elements are taken from; other contents are none.
+fn check_vector(checkpoint: &Checkpoint, content: &PackContent) -> Result<(), CheckpointError> {
+    let wanted = match content {
+        PackContent::Elements { tensor, len, start, block, stride, share } => {
+            let info = checkpoint.tensor(tensor)?;
+            let view = elements_view(tensor, *start, *block, *stride, *share);
+            let last = view.row(len - 1);
+            // Verified: it can be counted.
+            let last = last.unwrap_or(usize::MAX);
+            let short = info.elements().is_none_or(|have| last >= have);
+            short.then(|| (tensor, info, format!("its element {last}")))
+        }
+        PackContent::F32 { tensor, len } => {
+            let info = checkpoint.tensor(tensor)?;
+            (info.elements() != Some(*len)).then(|| (tensor, info, format!("{len} elements")))
+        }
+        _ => None,
+    };
+    wanted.map_or(Ok(()), |(tensor, info, wanted)| {
+        let problem = format!("its shape is {:?}, the plan wants {wanted}", info.shape);
+        Err(checkpoint.fault(tensor, ErrorKind::Malformed, problem, COMPILE_AGAIN))
+    })
 }
 
 /// Checks the tensors that the panels or octets of experts are made of.
@@ -648,7 +674,6 @@ fn check_experts(
     rows: usize,
     view: &RowView,
 ) -> Result<(), CheckpointError> {
-    const REMEDY: &str = "compile the model again from this checkpoint";
     let each = view.tensor.contains(EXPERT);
     let (tensors, last) = if each { (experts, rows - 1) } else { (1, experts * rows - 1) };
     let mut first = None;
@@ -663,7 +688,7 @@ fn check_experts(
                 info.shape,
                 last + 1,
             );
-            return Err(checkpoint.fault(&name, ErrorKind::Malformed, problem, REMEDY));
+            return Err(checkpoint.fault(&name, ErrorKind::Malformed, problem, COMPILE_AGAIN));
         }
         first.get_or_insert(info.format);
     }
@@ -767,6 +792,24 @@ fn fill_segment<'a>(
     Ok(())
 }
 
+/// The first `len` elements of a view of `values`.
+fn picked(values: &[f32], view: &RowView, len: usize) -> Vec<f32> {
+    // In range: `check` has looked at the last.
+    (0..len).map(|i| values[view.row(i).expect("the recipe is verified")]).collect()
+}
+
+/// The elements of a vector, which [`check_vector`] has checked.
+fn vector_values(checkpoint: &Checkpoint, content: &PackContent) -> Result<Vec<f32>, CheckpointError> {
+    match content {
+        PackContent::F32 { tensor, .. } => checkpoint.tensor_f32(tensor),
+        PackContent::Elements { tensor, len, start, block, stride, share } => {
+            let view = elements_view(tensor, *start, *block, *stride, *share);
+            Ok(picked(&checkpoint.tensor_f32(tensor)?, &view, *len))
+        }
+        _ => unreachable!("the recipe is verified"),
+    }
+}
+
 /// Does a job and returns the bytes that it filled.
 fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, PackError> {
     match job {
@@ -793,12 +836,14 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
             Ok(out.len() as u64)
         }
         Job::Elements { tensor, view, out } => {
-            let values = checkpoint.tensor_f32(tensor)?;
-            for (i, bytes) in out.chunks_exact_mut(4).enumerate() {
-                // In range: `check` has looked at the last.
-                let at = view.row(i).expect("the recipe is verified");
-                bytes.copy_from_slice(&values[at].to_le_bytes());
+            let values = picked(&checkpoint.tensor_f32(tensor)?, &view, out.len() / 4);
+            for (bytes, value) in out.chunks_exact_mut(4).zip(values) {
+                bytes.copy_from_slice(&value.to_le_bytes());
             }
+            Ok(out.len() as u64)
+        }
+        Job::RouterOctets { scores, out } => {
+            lay_router(checkpoint, &scores, out)?;
             Ok(out.len() as u64)
         }
         Job::RopeTable { inv_freq, positions, factor, out } => {

@@ -1227,3 +1227,131 @@ fn experts_that_mean_nothing_are_refused() {
     refused("brain", Format::NVFP4, &["brain", "row 9, ", "column 7 is inf", "as stored"]);
     refused("nv", Format::NVFP4, &["nv", "row 11 from column 32 on is NaN", "quantize"]);
 }
+
+// ---------------------------------------------------------------- a router's scores
+
+/// The numbers of bfloat16 octets: `[features][all columns of their blocks]`.
+fn octet_values(octets: &[u8], k: usize) -> Vec<Vec<f64>> {
+    let blocks = (2 * k).div_ceil(64);
+    let number = |at: usize| half::bf16::from_le_bytes([octets[at], octets[at + 1]]).to_f64();
+    let feature = |feature: usize| {
+        let columns = 0..blocks * 32;
+        let block = |column: usize| feature / 8 * blocks + column / 32;
+        columns.map(|column| number(block(column) * 512 + feature % 8 * 64 + column % 32 * 2)).collect()
+    };
+    (0..octets.len() / (blocks * 64)).map(feature).collect()
+}
+
+fn vector(tensor: &str, len: usize) -> Box<PackContent> {
+    Box::new(PackContent::F32 { tensor: tensor.into(), len })
+}
+
+#[test]
+fn scores_in_two_halves_are_those_of_router_gain_and_product() {
+    // 70 and 13 rows of the product, of whose 141 columns 45 are taken: more rows than are read at a time.
+    let (experts, hidden, cols, own) = (8, 83, 141, 47..92);
+    let tensors = BTreeMap::from([
+        ("router".to_string(), TensorInfo::new([experts, hidden], Format::BF16)),
+        ("alternating".to_string(), TensorInfo::new([2 * experts, hidden], Format::F32)),
+        ("gain".to_string(), TensorInfo::new([hidden], Format::F32)),
+        ("a".to_string(), TensorInfo::new([100, cols], Format::BF16)),
+        ("b".to_string(), TensorInfo::new([13, cols], Format::BF16)),
+    ]);
+    let checkpoint = Checkpoint::synthetic(serde_json::Value::Null, 31, tensors);
+    let columns = share(own.start, own.len(), cols);
+    let product =
+        vec![RowSegment { columns, ..segment("a", 20, 70) }, RowSegment { columns, ..segment("b", 0, 13) }];
+    let every_second = PackContent::Elements {
+        tensor: "alternating".into(),
+        len: experts * hidden,
+        start: hidden,
+        block: hidden,
+        stride: 2 * hidden,
+        share: None,
+    };
+    let values = |name: &str| checkpoint.tensor_f32(name).unwrap();
+    let rows_of = |name: &str, rows: Range<usize>| -> Vec<Vec<f32>> {
+        let all = values(name);
+        rows.map(|row| all[row * cols..][own.clone()].to_vec()).collect()
+    };
+    let rows = [rows_of("a", 20..90), rows_of("b", 0..13)].concat();
+    let second = values("alternating").chunks(hidden).skip(1).step_by(2).collect::<Vec<_>>().concat();
+    let gain = values("gain");
+    for (router, weights) in
+        [(vector("router", experts * hidden), values("router")), (Box::new(every_second), second)]
+    {
+        let content = PackContent::RouterOctets {
+            k: own.len(),
+            experts,
+            hidden,
+            router,
+            gain: vector("gain", hidden),
+            product: product.clone(),
+        };
+        let found = packed_over_poison(&checkpoint, vec![content]);
+        let features = octet_values(&found[0], own.len());
+        assert_eq!(features.len(), 2 * experts);
+        for (expert, features) in features.chunks(2).enumerate() {
+            let scores: Vec<f64> = (0..own.len())
+                .map(|j| {
+                    let weight = |i: usize| f64::from(weights[expert * hidden + i]) * f64::from(gain[i]);
+                    (0..hidden).map(|i| weight(i) * f64::from(rows[i][j])).sum()
+                })
+                .collect();
+            let largest = scores.iter().fold(0f64, |most, score| most.max(score.abs()));
+            assert!(largest > 0.0);
+            for (j, score) in scores.iter().enumerate() {
+                let sum = features[0][j] + features[1][j];
+                assert!((sum - score).abs() <= largest * 2f64.powi(-16), "{expert}, {j}: {sum}, not {score}");
+                let high = half::bf16::from_f32(*score as f32).to_f64();
+                assert_eq!(features[0][j], high, "{expert}, {j}");
+            }
+            assert!(features.iter().all(|feature| feature[own.len()..].iter().all(|v| v.to_bits() == 0)));
+        }
+    }
+}
+
+#[test]
+fn scores_that_do_not_fit_are_refused() {
+    let floats = |len: usize, at: usize, value: f32| -> Vec<u8> {
+        (0..len).flat_map(|i| if i == at { value } else { 1f32 }.to_le_bytes()).collect()
+    };
+    let (_folder, checkpoint) = folder(&[
+        ("sound", "F32", vec![4, 6], floats(24, 24, 0.0)),
+        ("nan", "F32", vec![4, 6], floats(24, 2 * 6 + 5, f32::NAN)),
+        ("huge", "F32", vec![4, 6], floats(24, 6, f32::MAX)),
+        ("gain", "F32", vec![6], floats(6, 6, 0.0)),
+        ("bad gain", "F32", vec![6], floats(6, 3, f32::INFINITY)),
+        ("product", "F32", vec![6, 3], floats(18, 18, 0.0)),
+        ("bad product", "F32", vec![6, 3], floats(18, 13, f32::NEG_INFINITY)),
+    ]);
+    let content = |router: &str, gain: &str, product| PackContent::RouterOctets {
+        k: 3,
+        experts: 4,
+        hidden: 6,
+        router: vector(router, 24),
+        gain: vector(gain, 6),
+        product,
+    };
+    let whole = |tensor: &str| vec![segment(tensor, 0, 6)];
+    let refused = |content: PackContent, words: &[&str]| {
+        let error = pack(&checkpoint, &recipe(vec![content]), &mut |_, _| {}).unwrap_err().to_string();
+        words.iter().for_each(|word| assert!(error.contains(word), "no {word:?} in {error}"));
+    };
+    packed(&checkpoint, &recipe(vec![content("sound", "gain", whole("product"))]));
+    let named = ["\"nan\"", "\"gain\"", "\"product\"", "expert 2", "column 0", "NaN", "sound"];
+    refused(content("nan", "gain", whole("product")), &named);
+    refused(content("huge", "gain", whole("product")), &["\"huge\"", "expert 1", "bf16 cannot hold"]);
+    refused(content("sound", "bad gain", whole("product")), &["\"bad gain\"", "expert 0", "inf"]);
+    refused(content("sound", "gain", whole("bad product")), &["\"bad product\"", "column 1", "-inf"]);
+    // Shapes are checked before any work.
+    refused(content("nothing", "gain", whole("product")), &["nothing", "no tensor"]);
+    refused(content("gain", "gain", whole("product")), &["\"gain\"", "[6]", "24 elements"]);
+    refused(content("sound", "nan", whole("product")), &["\"nan\"", "[4, 6]", "6 elements"]);
+    refused(content("sound", "gain", whole("sound")), &["\"sound\"", "[4, 6]", "3 columns"]);
+    refused(content("sound", "gain", vec![segment("product", 1, 6)]), &["\"product\"", "rows 1..7"]);
+    let columns = share(1, 3, 4);
+    let part = vec![RowSegment { columns, ..segment("product", 0, 6) }];
+    refused(content("sound", "gain", part), &["\"product\"", "4 columns"]);
+    refused(content("sound", "gain", vec![segment("product", 0, 5)]), &["fill 5 rows", "compile"]);
+}

@@ -121,8 +121,10 @@ impl<'c> Held<'c> {
                         held.set(tensor, 0, at, &[f32::from_le_bytes(*value)]);
                     }
                 }
+                // A router's octets hold products of tensors, and no tensor can be read back from them.
                 PackContent::OctetScales { .. }
                 | PackContent::ExpertScales { .. }
+                | PackContent::RouterOctets { .. }
                 | PackContent::RopeTable { .. } => {}
                 other => panic!("no layout of a GPU: {other:?}"),
             }

@@ -95,8 +95,10 @@ pub fn parameters(plan: &Plan) -> u64 {
                     total = total.saturating_add(*len as u64);
                 }
             }
+            // A router's octets are made of weights that are packed, and counted, elsewhere too.
             PackContent::OctetScales { .. }
             | PackContent::ExpertScales { .. }
+            | PackContent::RouterOctets { .. }
             | PackContent::RopeTable { .. } => {}
         }
     }

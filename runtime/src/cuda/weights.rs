@@ -218,12 +218,14 @@ impl Kind {
     }
 }
 
-/// Kind and columns of an item that may be repeated: octets of eight features each, and their scales.
+/// Kind and columns of an item that may be repeated: octets of eight features each, and their scales. A router's
+/// octets, which are always full, are repeated like those of any bfloat16, so that no products have to be made.
 fn repeatable(content: &PackContent) -> Option<(Kind, usize)> {
     let whole = |segments: &[RowSegment]| segments.iter().all(|segment| segment.rows.is_multiple_of(OCTET));
     let (format, k, scales, whole) = match content {
         PackContent::Octets { format, k, segments, .. } => (format, k, false, whole(segments)),
         PackContent::ExpertOctets { format, k, rows, .. } => (format, k, false, rows.is_multiple_of(OCTET)),
+        PackContent::RouterOctets { k, .. } => (&Format::BF16, k, false, true),
         PackContent::OctetScales { format, k, segments, .. } => (format, k, true, whole(segments)),
         PackContent::ExpertScales { format, k, rows, .. } => (format, k, true, rows.is_multiple_of(OCTET)),
         _ => return None,
@@ -292,7 +294,8 @@ mod tests {
         }
     }
 
-    /// A recipe with octets that are repeated, octets that have padding, scales of a norm, and a gap.
+    /// A recipe with octets that are repeated, octets that have padding, scales of a norm, a router's octets,
+    /// and gaps.
     fn recipe() -> (Checkpoint, Packing) {
         let tensors = BTreeMap::from([
             ("a".to_string(), TensorInfo::new([96, 64], Format::BF16)),
@@ -304,6 +307,7 @@ mod tests {
             ("f.1".to_string(), TensorInfo::new([24, 40], Format::MXFP4)),
             ("f.2".to_string(), TensorInfo::new([24, 40], Format::MXFP4)),
             ("norm".to_string(), TensorInfo::new([70], Format::F32)),
+            ("router".to_string(), TensorInfo::new([32, 70], Format::BF16)),
         ]);
         let checkpoint = Checkpoint::synthetic(serde_json::Value::Null, 3, tensors);
         let mut packing = Packing::default();
@@ -331,6 +335,10 @@ mod tests {
             add(PackContent::OctetScales { format, k, segments, interleave, octets });
         }
         add(fp8);
+        let vector = |tensor: &str, len| Box::new(PackContent::F32 { tensor: tensor.into(), len });
+        let (router, gain) = (vector("router", 32 * 70), vector("norm", 70));
+        let product = vec![RowSegment::new("b", 0, 70)];
+        add(PackContent::RouterOctets { k: 64, experts: 32, hidden: 70, router, gain, product });
         (checkpoint, packing)
     }
 
@@ -376,7 +384,7 @@ mod tests {
         // The one with a padded octet is not repeated.
         let repeats: Vec<bool> =
             packing.items.iter().map(|item| repeatable(&item.content).is_some()).collect();
-        assert_eq!(repeats, [true, false, false, true, true, true, true]);
+        assert_eq!(repeats, [true, false, false, true, true, true, true, true]);
     }
 
     #[test]
