@@ -739,16 +739,32 @@ fn parts_of_a_matrix_that_octets_do_not_fit_are_refused() {
 
 #[test]
 fn damaged_choices_of_experts_are_refused() {
-    let damages: [(&str, Damage); 6] = [
-        ("slots that nobody chose", |p| drop(p.bodies[0].remove(4))),
-        ("a choice behind the slots", |p| p.bodies[0].swap(4, 5)),
-        ("more experts of a row than there are", |p| experts(p, 4).top_k = 99),
-        ("slots for another number of experts", |p| experts(p, 5).top_k = 1),
+    let damages: [(&str, Damage); 10] = [
+        ("slots that nobody chose", |p| drop(p.bodies[0].remove(3))),
+        ("a choice behind the slots", |p| p.bodies[0].swap(3, 4)),
+        ("more experts of a row than there are", |p| experts(p, 3).top_k = 99),
+        ("slots for another number of experts", |p| experts(p, 4).top_k = 1),
         ("scores of other experts", |p| {
             let x = p.bodies[0][0].kind.gemm().unwrap().input;
-            experts(p, 4).route.as_mut().unwrap().scores = x;
+            experts(p, 3).route.as_mut().unwrap().scores = x;
         }),
-        ("slots that are stored", |p| experts(p, 5).gemm.epilogue = Epilogue::Store),
+        ("slots that are stored", |p| experts(p, 4).gemm.epilogue = Epilogue::Store),
+        ("scores that nobody began", |p| {
+            let Kind::Attention(attention) = &mut p.bodies[0][1].kind else { panic!("attention") };
+            attention.router = None;
+        }),
+        ("scores that nobody completed", |p| {
+            let Kind::Gemm(gemm) = &mut p.bodies[0][2].kind else { panic!("the output projection") };
+            gemm.router = None;
+        }),
+        ("scores of what is not added to the rows", |p| {
+            let Kind::Gemm(gemm) = &mut p.bodies[0][2].kind else { panic!("the output projection") };
+            gemm.epilogue = Epilogue::Store;
+        }),
+        ("scores that are normalized by other rows", |p| {
+            let other = p.bodies[0][0].kind.gemm().unwrap().prepared.unwrap().squares;
+            experts(p, 3).route.as_mut().unwrap().unscaled.as_mut().unwrap().squares = other;
+        }),
     ];
     let sound = program("moe", &qwen3_moe(), Format::BF16, 200);
     sound.verify().unwrap();

@@ -22,7 +22,7 @@
 //! step clears all mailboxes but those that it writes itself, and the crossing behind it is none that is checked.
 
 use crate::format::Format;
-use crate::resident::{Defect, Epilogue, Experts, Kind, ResidentProgram};
+use crate::resident::{Defect, Epilogue, Experts, Gemm, Kind, ResidentProgram};
 use crate::stages::{BufferElem, BufferId};
 
 /// Rows of a step, at most, that look at words: where all products are of halves, and where some are of codes.
@@ -70,10 +70,16 @@ fn reads(program: &ResidentProgram, kind: &Kind) -> Vec<(BufferId, bool)> {
             reads.extend(gemm.prepared.map(|prepared| (prepared.squares, true)));
             reads
         }
-        Kind::Attention(attention) => vec![(attention.input, true)],
+        Kind::Attention(attention) => {
+            let mut reads = vec![(attention.input, true)];
+            reads.extend(attention.router.as_ref().map(|scores| (scores.input, false)));
+            reads
+        }
         Kind::Experts(Experts { gemm, route, .. }) => {
+            // Where no router stands in front of them, the rows are as new as the scores.
+            let looks = route.as_ref().is_some_and(|route| route.unscaled.is_some());
             let squares = gemm.prepared.map(|prepared| prepared.squares);
-            let mut reads: Vec<_> = [gemm.input].into_iter().chain(squares).map(|id| (id, false)).collect();
+            let mut reads: Vec<_> = [gemm.input].into_iter().chain(squares).map(|id| (id, looks)).collect();
             reads.extend(route.as_ref().map(|route| (route.scores, true)));
             reads
         }
@@ -106,8 +112,13 @@ fn writes(kind: &Kind) -> Vec<(BufferId, bool)> {
         },
     };
     let mut writes: Vec<_> = output.map(|output| (output, whole)).into_iter().collect();
-    if let Kind::Pairs(pairs) = kind {
-        writes.push((pairs.tokens, false));
+    match kind {
+        Kind::Pairs(pairs) => writes.push((pairs.tokens, false)),
+        Kind::Attention(attention) => {
+            writes.extend(attention.router.as_ref().map(|scores| (scores.output, false)));
+        }
+        Kind::Gemm(Gemm { router: Some(router), .. }) => writes.push((router.output, true)),
+        _ => {}
     }
     if let Some(prepared) = kind.prepares() {
         // Those of the first stage are not, but the crossing behind it is never checked.

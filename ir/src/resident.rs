@@ -9,9 +9,9 @@ use crate::abi::KvLayout;
 use crate::cost::StageCost;
 use crate::format::{Code, Format};
 use crate::graph::{ActivationFn, RopeSpec, Scoring};
-use crate::launch::{LAUNCH_ROWS, OCTET, SLICE_ROWS};
+use crate::launch::{LAUNCH_ROWS, OCTET, SLICE_ROWS, SLOT_BYTES};
 use crate::octet::{apart_scales, feature_scales, octet_block_bytes, octet_blocks};
-use crate::pack::Packing;
+use crate::pack::{Packing, SCORE_FEATURES};
 use crate::stages::{Buffer, BufferElem, BufferId, Layer, Routing, Slot};
 use std::collections::HashMap;
 use std::fmt;
@@ -38,6 +38,9 @@ pub const fn is_step_rows(rows: usize) -> bool {
 
 /// Bytes that are enough for a copy at the full rate.
 const SHORT_TILE: usize = 8192;
+
+/// Octets of a tile, at most, that have a copy each.
+const WIDE_TILE: usize = 6;
 
 /// SMs of a large chip, about.
 const LARGE_CHIP: usize = 128;
@@ -159,12 +162,43 @@ pub struct Gemm {
     /// Where the sums of the first parts of rows beyond [`part_columns`] wait for the others, f32: the
     /// step's rows of every operand's octets.
     pub partial: Option<BufferId>,
+    /// A router's scores that it also makes.
+    pub router: Option<RouterTiles>,
+}
+
+/// More tiles of a product whose results are added to the rows that a router reads: the scores of what is added
+/// (`passes/router.rs`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RouterTiles {
+    /// Octets of four experts each: see [`crate::pack::PackContent::RouterOctets`].
+    pub weights: Slot,
+    /// How many experts there are.
+    pub experts: usize,
+    /// Scores of the rows before, f32 `[rows][experts, padded to whole octets]`.
+    pub before: BufferId,
+    /// Their sums: scores without what normalizes the rows. As many columns.
+    pub output: BufferId,
+}
+
+impl RouterTiles {
+    /// Features of an expert, in bfloat16: what is high of its weights, and what is low.
+    pub const PARTS: usize = SCORE_FEATURES;
+
+    /// Tiles, of an octet each.
+    pub const fn tiles(&self) -> usize {
+        self.experts * RouterTiles::PARTS / OCTET
+    }
 }
 
 impl Gemm {
-    /// Tiles: one octet of each operand.
+    /// Tiles of its own features: one octet of each operand.
     pub const fn tiles(&self) -> usize {
         self.cols.div_ceil(OCTET)
+    }
+
+    /// Tiles of a router's scores, behind these.
+    pub fn router_tiles(&self) -> usize {
+        self.router.map_or(0, |router| router.tiles())
     }
 
     /// Blocks of an octet that it multiplies.
@@ -173,9 +207,10 @@ impl Gemm {
     }
 
     /// Bytes of weights that the stage reads, scales included.
-    pub const fn weight_bytes(&self) -> usize {
+    pub fn weight_bytes(&self) -> usize {
         let scales = 4 * apart_scales(self.format, self.k);
-        self.tiles() * self.operands * (self.blocks() * octet_block_bytes(self.format) + scales)
+        let octets = self.tiles() * self.operands + self.router_tiles();
+        octets * (self.blocks() * octet_block_bytes(self.format) + scales)
     }
 }
 
@@ -204,6 +239,19 @@ pub struct Scores {
     pub correction: Option<Slot>,
     /// `[rows][experts, padded to whole octets]`, f32; with sigmoids as many columns again.
     pub output: BufferId,
+    /// What lets the product that completes the rows make the scores; until `passes/router.rs` has decided.
+    pub through: Option<Through>,
+    /// f32 `[k]`, added to the rows first.
+    pub added: Option<Slot>,
+}
+
+/// How scores can be made of what a product adds to rows, and of the rows before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Through {
+    /// See [`RouterTiles::weights`].
+    pub weights: Slot,
+    /// What the product adds to all rows alike.
+    pub bias: Option<Slot>,
 }
 
 impl Scores {
@@ -228,10 +276,27 @@ impl Scores {
 /// How the experts of each row are found, from a router's scores. Every SM does it for itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Route {
-    /// What [`Scores`] stores.
+    /// What [`Scores`] stores, or a product's [`RouterTiles`].
     pub scores: BufferId,
     /// How they are chosen; see [`crate::graph::Router`].
     pub routing: Routing,
+    /// What scores of [`RouterTiles`] lack. What normalizes the rows is found by the choice then.
+    pub unscaled: Option<Unscaled>,
+}
+
+/// What is left to be done with scores of rows that are not normed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Unscaled {
+    /// Columns of a row.
+    pub k: usize,
+    /// Added to the mean of squares.
+    pub eps: f32,
+    /// See [`Prepared::squares`].
+    pub squares: BufferId,
+    /// See [`Scores::bias`].
+    pub bias: Option<Slot>,
+    /// See [`Scores::correction`].
+    pub correction: Option<Slot>,
 }
 
 /// Rows times the weights of the experts that they chose, of which only those stream that any row chose.
@@ -254,22 +319,39 @@ pub struct Experts {
 
 impl Experts {
     /// Bytes of all experts' weights.
-    pub const fn weight_bytes(&self) -> usize {
+    pub fn weight_bytes(&self) -> usize {
         self.experts * self.gemm.weight_bytes()
     }
 
     /// Octets of a tile. Those of the second product may be short: one by one they would be small copies, each
     /// with the work of a tile around it. Several make a copy of up to [`SHORT_TILE`] bytes, as long as each SM
     /// of a large chip has a tile.
+    ///
+    /// Long ones have a copy each. But if an SM has several of each expert, they are a tile as well: its rows are
+    /// fetched once, and two octets of FP4 are multiplied in less time together than one behind the other.
     pub fn tile_octets(&self) -> usize {
         let bytes = self.gemm.blocks() * octet_block_bytes(self.gemm.format);
         if self.route.is_some() || !matches!(self.gemm.format.code, Code::E2m1) {
             return 1;
         }
-        let most = (SHORT_TILE / bytes.max(1)).min(self.gemm.tiles().div_ceil(LARGE_CHIP));
+        let (tiles, each) = (self.gemm.tiles(), self.gemm.tiles().div_ceil(LARGE_CHIP));
+        let most = (SHORT_TILE / bytes.max(1)).min(each);
         // Two of them are multiplied together.
-        let fits = |octets: &usize| octets.is_multiple_of(2) && self.gemm.tiles().is_multiple_of(*octets);
-        (2..=most).rev().find(fits).unwrap_or(1)
+        let fits = |octets: &usize| octets.is_multiple_of(2) && tiles.is_multiple_of(*octets);
+        match (2..=most).rev().find(fits) {
+            Some(octets) => octets,
+            None if bytes <= SLOT_BYTES && (2..=WIDE_TILE).contains(&each) && tiles.is_multiple_of(each) => {
+                each
+            }
+            None => 1,
+        }
+    }
+
+    /// Whether the octets of a tile are one copy.
+    pub fn shares_slot(&self) -> bool {
+        let bytes = self.gemm.blocks() * octet_block_bytes(self.gemm.format);
+        let octets = self.tile_octets();
+        octets > 1 && octets * bytes <= SHORT_TILE
     }
 
     /// Columns of a row of the input.
@@ -319,6 +401,9 @@ pub struct Attention {
     /// Whether a row also sees the rows of its sequence behind it in the step; with a window so many
     /// positions, itself included.
     pub bidirectional: bool,
+    /// A router's scores of the rows before what attention adds to them, for the [`RouterTiles`] of the product behind it;
+    /// made behind attention by SMs with nothing else to do.
+    pub router: Option<Scores>,
 }
 
 /// An embedding of a token's own, in place of its row of the table.
@@ -497,22 +582,37 @@ impl Kind {
             slots.push(&mut gemm.weights);
             slots.extend(&mut gemm.scales);
             slots.extend(gemm.bias.iter_mut().map(|bias| &mut bias.slot));
+            slots.extend(gemm.router.as_mut().map(|router| &mut router.weights));
+            slots
+        }
+        fn of_scores(scores: &mut Scores) -> Vec<&mut Slot> {
+            let mut slots = gains([&mut scores.norm]);
+            slots.push(&mut scores.weights);
+            slots.extend(&mut scores.bias);
+            slots.extend(&mut scores.correction);
+            slots.extend(&mut scores.added);
+            if let Some(Through { weights, bias }) = &mut scores.through {
+                slots.push(weights);
+                slots.extend(bias);
+            }
             slots
         }
         match self {
             Kind::Gemm(gemm) => of_gemm(gemm),
-            Kind::Scores(scores) => {
-                let mut slots = gains([&mut scores.norm]);
-                slots.push(&mut scores.weights);
-                slots.extend(&mut scores.bias);
-                slots.extend(&mut scores.correction);
+            Kind::Scores(scores) => of_scores(scores),
+            Kind::Experts(experts) => {
+                let mut slots = of_gemm(&mut experts.gemm);
+                if let Some(unscaled) = experts.route.as_mut().and_then(|route| route.unscaled.as_mut()) {
+                    slots.extend(&mut unscaled.bias);
+                    slots.extend(&mut unscaled.correction);
+                }
                 slots
             }
-            Kind::Experts(experts) => of_gemm(&mut experts.gemm),
             Kind::Attention(attention) => {
                 let mut slots = gains([&mut attention.q_norm, &mut attention.k_norm]);
                 slots.extend(attention.rope.as_mut().map(|rope| &mut rope.table));
                 slots.extend(&mut attention.sinks);
+                slots.extend(attention.router.iter_mut().flat_map(of_scores));
                 slots
             }
             Kind::Conv(conv) => {
@@ -752,24 +852,20 @@ impl ResidentProgram {
                     {
                         return fail(format!("{} columns and room for their parts do not fit", gemm.k));
                     }
+                    if let Some(router) = gemm.router {
+                        if let Some(what) = self.router_defect(gemm, &router) {
+                            return fail(what.into());
+                        }
+                        if !written[router.before.0 as usize] {
+                            return fail("adds to scores that nobody has made".into());
+                        }
+                        written[router.output.0 as usize] = true;
+                    }
                     (vec![gemm.input], Some(gemm.output))
                 }
                 Kind::Scores(scores) => {
-                    let (input, output) = (self.buffer(scores.input), self.buffer(scores.output));
-                    if input.cols != scores.k
-                        || input.elem != BufferElem::F32
-                        || output.cols != scores.output_cols()
-                        || output.elem != BufferElem::F32
-                        || ![Format::BF16, Format::F32].contains(&scores.format)
-                    {
-                        return fail("scores and buffers do not fit".into());
-                    }
-                    if let Some(squares) = scores.squares
-                        && (scores.norm.is_none()
-                            || self.buffer(squares).elem != BufferElem::F32
-                            || self.buffer(squares).cols != (scores.k / OCTET).next_multiple_of(4))
-                    {
-                        return fail("scores and the squares of their rows do not fit".into());
+                    if let Some(what) = self.scores_defect(scores) {
+                        return fail(what.into());
                     }
                     let mut reads = vec![scores.input];
                     reads.extend(scores.squares);
@@ -790,8 +886,14 @@ impl ResidentProgram {
                     }
                     let mut reads = vec![gemm.input];
                     match route {
-                        Some(Route { scores, routing }) => {
-                            let sigmoid = routing.scoring == Scoring::Sigmoid;
+                        Some(Route { scores, routing, unscaled }) => {
+                            let sigmoid = routing.scoring == Scoring::Sigmoid && unscaled.is_none();
+                            if let Some(unscaled) = unscaled {
+                                if gemm.prepared.map(|prepared| prepared.squares) != Some(unscaled.squares) {
+                                    return fail("scores and the squares of their rows do not fit".into());
+                                }
+                                reads.push(unscaled.squares);
+                            }
                             if self.buffer(*scores).cols
                                 != count.next_multiple_of(OCTET) * if sigmoid { 2 } else { 1 }
                                 || self.buffer(*scores).elem != BufferElem::F32
@@ -826,7 +928,19 @@ impl ResidentProgram {
                     {
                         return fail("heads and buffers do not fit".into());
                     }
-                    (vec![attention.input], Some(attention.output))
+                    let mut reads = vec![attention.input];
+                    if let Some(scores) = &attention.router {
+                        // They stand without a norm, and their choice is elsewhere.
+                        let bare = scores.squares.is_none() && !scores.sigmoid && scores.bias.is_none();
+                        if let Some(what) =
+                            self.scores_defect(scores).or((!bare).then_some("makes no scores alone"))
+                        {
+                            return fail(what.into());
+                        }
+                        reads.push(scores.input);
+                        written[scores.output.0 as usize] = true;
+                    }
+                    (reads, Some(attention.output))
                 }
                 Kind::Conv(conv) => {
                     let (input, kernels) = (self.buffer(conv.input), self.buffer(conv.kernels));
@@ -963,6 +1077,42 @@ impl ResidentProgram {
         Ok(readers)
     }
 
+    /// What does not hold of a router's scores alone.
+    fn scores_defect(&self, scores: &Scores) -> Option<&'static str> {
+        let (input, output) = (self.buffer(scores.input), self.buffer(scores.output));
+        if input.cols != scores.k
+            || input.elem != BufferElem::F32
+            || output.cols != scores.output_cols()
+            || output.elem != BufferElem::F32
+            || ![Format::BF16, Format::F32].contains(&scores.format)
+        {
+            return Some("scores and buffers do not fit");
+        }
+        let squares = self.buffer(scores.squares?);
+        let fits = scores.norm.is_some()
+            && squares.elem == BufferElem::F32
+            && squares.cols == (scores.k / OCTET).next_multiple_of(4);
+        (!fits).then_some("scores and the squares of their rows do not fit")
+    }
+
+    /// What does not hold of a product and the scores that it also makes.
+    fn router_defect(&self, gemm: &Gemm, router: &RouterTiles) -> Option<&'static str> {
+        let fits = |id: BufferId| {
+            let buffer = self.buffer(id);
+            buffer.cols == router.experts.next_multiple_of(OCTET) && buffer.elem == BufferElem::F32
+        };
+        let whole = (router.experts * RouterTiles::PARTS).is_multiple_of(OCTET);
+        if !whole || !fits(router.before) || !fits(router.output) {
+            return Some("a router's scores and their buffers do not fit");
+        }
+        let suits = gemm.format == Format::BF16
+            && gemm.operands == 1
+            && gemm.partial.is_none()
+            && gemm.norm.is_none()
+            && gemm.epilogue == Epilogue::Residual;
+        (!suits).then_some("makes scores of what it does not add to its rows")
+    }
+
     fn fits_lists(&self, top: &TopK) -> bool {
         let lists = self.buffer(top.lists);
         (1..=MAX_KEPT.min(top.vocab)).contains(&top.k)
@@ -1057,7 +1207,8 @@ impl ResidentProgram {
             Kind::Gemm(gemm) => {
                 cost.anchor = format!("gemm {}", gemm.format);
                 cost.weight_bytes = gemm.weight_bytes() as u64;
-                cost.macs_per_row = (gemm.k * gemm.cols * gemm.operands) as u64;
+                let router = gemm.router_tiles() * OCTET;
+                cost.macs_per_row = (gemm.k * (gemm.cols * gemm.operands + router)) as u64;
                 cost.activation_bytes_per_row = row(gemm.input)
                     + if gemm.epilogue == Epilogue::Logits { gemm.cols as u64 * 4 } else { row(gemm.output) };
                 cost.logit_rows_only = gemm.select;
@@ -1079,6 +1230,10 @@ impl ResidentProgram {
             Kind::Attention(attention) => {
                 let each = self.kv.qk_dim + self.kv.v_dim;
                 cost.anchor = "attention".into();
+                if let Some(scores) = &attention.router {
+                    cost.weight_bytes = scores.weight_bytes() as u64;
+                    cost.macs_per_row = (scores.k * scores.experts) as u64;
+                }
                 cost.kv_bytes_per_position = (attention.kv_heads * each * self.kv.kv_type.bytes()) as u64;
                 cost.kv_macs_per_position = (attention.heads * each) as u64;
                 cost.kv_window = attention.window;
@@ -1131,6 +1286,30 @@ impl ResidentProgram {
         }
     }
 
+    fn scores_text(&self, scores: &Scores, norm: &str) -> String {
+        let Scores { weights, format, experts, k, .. } = scores;
+        let name = |id: BufferId| self.buffer(id).name.as_str();
+        let slot =
+            |what: &str, slot: Option<Slot>| slot.map_or(String::new(), |slot| format!("{what}{slot}"));
+        let norm = match scores.norm {
+            Some(Norm { gain, eps }) if norm == "rms_norm" => format!("{norm} {gain} eps={eps:e} -> "),
+            Some(Norm { gain, .. }) => format!("{norm} {gain} -> "),
+            None => String::new(),
+        };
+        let sigmoid = match scores.sigmoid {
+            true => format!(" and sigmoid{}", slot(" corrected by ", scores.correction)),
+            false => String::new(),
+        };
+        format!(
+            "{}{} -> {norm}scores of {experts} experts {format} {experts}x{k} {weights}, {} B{}{sigmoid} -> store {}",
+            name(scores.input),
+            slot(" + ", scores.added),
+            scores.weight_bytes(),
+            slot(" -> bias ", scores.bias),
+            name(scores.output)
+        )
+    }
+
     /// Text of a stage: what it does, in one or two lines.
     fn stage_text(&self, stage: &Stage) -> String {
         let name = |id: &BufferId| self.buffer(*id).name.as_str();
@@ -1170,8 +1349,18 @@ impl ResidentProgram {
             }
             Kind::Gemm(gemm) => {
                 let select = if gemm.select { "selected rows of " } else { "" };
+                let router = gemm.router.map_or(String::new(), |router| {
+                    format!(
+                        ", and scores of {} experts {} in {} tiles -> add {} -> store {}",
+                        router.experts,
+                        router.weights,
+                        router.tiles(),
+                        name(&router.before),
+                        name(&router.output)
+                    )
+                });
                 format!(
-                    "{select}{} -> {}gemm {}, {} B{}{prepares}",
+                    "{select}{} -> {}gemm {}, {} B{}{prepares}{router}",
                     name(&gemm.input),
                     norm("rms_norm", &gemm.norm),
                     self.product_text(gemm),
@@ -1179,21 +1368,7 @@ impl ResidentProgram {
                     self.epilogue_text(gemm, "add")
                 )
             }
-            Kind::Scores(scores) => {
-                let Scores { weights, format, experts, k, bias, .. } = scores;
-                let bias = bias.map_or(String::new(), |bias| format!(" -> bias {bias}"));
-                let correction =
-                    scores.correction.map_or(String::new(), |slot| format!(" corrected by {slot}"));
-                let sigmoid =
-                    if scores.sigmoid { format!(" and sigmoid{correction}") } else { String::new() };
-                format!(
-                    "{} -> {}scores of {experts} experts {format} {experts}x{k} {weights}, {} B{bias}{sigmoid} -> store {}",
-                    name(&scores.input),
-                    norm("rms_norm", &scores.norm),
-                    scores.weight_bytes(),
-                    name(&scores.output)
-                )
-            }
+            Kind::Scores(scores) => self.scores_text(scores, "rms_norm"),
             Kind::Experts(experts) => {
                 let Experts { gemm, experts: count, top_k, route } = experts;
                 let route = route.as_ref().map_or(String::new(), |route| {
@@ -1205,7 +1380,14 @@ impl ResidentProgram {
                     };
                     let renormalize = if *renormalize { " renormalized" } else { "" };
                     let factor = if *factor == 1.0 { String::new() } else { format!(" factor={factor}") };
-                    format!("by {} {scoring}{renormalize}{factor} -> ", name(&route.scores))
+                    let unscaled = route.unscaled.map_or(String::new(), |unscaled| {
+                        let bias = unscaled.bias.map_or(String::new(), |slot| format!(", bias {slot}"));
+                        let correction = unscaled
+                            .correction
+                            .map_or(String::new(), |slot| format!(", corrected by {slot}"));
+                        format!(" normalized eps={:e}{bias}{correction}", unscaled.eps)
+                    });
+                    format!("by {}{unscaled} {scoring}{renormalize}{factor} -> ", name(&route.scores))
                 });
                 format!(
                     "{} -> {}{route}experts {top_k} of {count} {}, {} B{}{prepares}",
@@ -1231,8 +1413,12 @@ impl ResidentProgram {
                     all if all == self.kv.kv_heads => String::new(),
                     fewer => format!(" kv_heads={fewer}"),
                 };
+                let router = attention
+                    .router
+                    .as_ref()
+                    .map_or(String::new(), |scores| format!("; {}", self.scores_text(scores, "gain")));
                 format!(
-                    "{} -> {}{}{rope}{values}cache -> attention heads={}{kv_heads} scale={}{window}{sinks}{both} -> {}",
+                    "{} -> {}{}{rope}{values}cache -> attention heads={}{kv_heads} scale={}{window}{sinks}{both} -> {}{router}",
                     name(&attention.input),
                     norm("q_norm", &attention.q_norm),
                     norm("k_norm", &attention.k_norm),

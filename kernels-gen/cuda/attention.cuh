@@ -711,7 +711,6 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   const u32 first = next.unit, end = Own<A>::of(b).end, together = Own<A>::of(b).together;
   if (whole_warp(first >= end)) {
     if (!ready) b.wait_inputs();
-    b.finish_stage();
     return;
   }
 #pragma unroll 1
@@ -852,5 +851,4 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     if (whole_warp(left > 0)) join<A>(b, next.runs, ended, left, together);
     left = 0;
   } while (whole_warp(next.unit < end));
-  b.finish_stage();
 }

@@ -16,19 +16,29 @@
 //   FIRST                whether it makes the choice and reads rows as they are; else it reads their slots
 //   SLOTS                experts of a row
 //   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32, which may be late if they are
-//                        CHECKED (handoff.cuh); SCORING, RENORMALIZE, FACTOR
+//                        CHECKED (handoff.cuh); SCORING, RENORMALIZE, FACTOR; UNSCALED, whether the scores lack what
+//                        normalizes the row, then K, EPS, squares(b) (gemm.cuh), bias(b), correction(b) [EXPERTS] or null
 //   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight; of tiles of
-//                        several octets, or that prepare rows, sum() where a row's sum lies, add_bias() and store(),
+//                        several octets, or that prepare rows, sum() where a row's sum lies, BIASED, bias() and store(),
 //                        of NVFP4 also scale() of an expert's features
 // The generated text defines MAX_EXPERTS and MAX_SLOTS, the most that any layer has.
 //
 // The scores are the one product in float32: they decide who works. They are few, so that no weights stream for
-// them: an SM has an expert or none, and its weights are in registers before the rows are there. A stage R says:
+// them: an SM has an expert or none, and its weights are in registers before the rows are there.
+//
+// Mostly no stage has to wait for them. Scores are sums over a row's columns, which what normalizes the row is multiplied
+// into: so they are those of the row before attention, and those of what the product behind attention adds to it. The
+// latter are more features of that product (gemm.cuh, ROUTER_TILES); the former are made behind attention, by SMs that have no
+// units (PART); and whoever chooses normalizes their sum (UNSCALED). So the choice begins where the rows are complete, a
+// crossing and a stage sooner.
+//
+// A stage R says:
 // K, EXPERTS, STRIDE, NORM, gain(b), EPS, PREPARED, CHECKED, LOGITS, squares(b) (gemm.cuh); weights4(b, expert, column, more)
 // four columns, `more` behind that one, a multiple of 32; bias(b) [EXPERTS] or null; input(b), out(b) [rows][STRIDE]. What
 // normalizes prepared rows is left in shared memory, for the stage behind it, which reads them as well. If experts are
 // compared by SIGMOID, a row's second half has what is compared, the sigmoid and correction(b) [EXPERTS] or null: made once,
-// where every SM would make it for itself.
+// where every SM would make it for itself. PART: of rows to which added(b) [K] is added first, if they are ADDED; the sums
+// alone, without what normalizes them; then place(b, expert, count, from, bytes) says where weights of so many experts lie.
 
 enum Scoring : u32 { SOFTMAX, CHOSEN_SOFTMAX, SIGMOID };
 
@@ -76,13 +86,35 @@ template <u32 N> __device__ __forceinline__ float fold(float (&v)[N]) {
   return v[0];
 }
 
+// How a router's experts are shared by the SMs: so many at a time, each thread some columns of all of them. Parts are made by
+// few SMs, which have the more experts.
+template <class R> struct ScoreShape {
+  static constexpr u32 ROUND = CONSUMER_THREADS * 4, ROUNDS = (R::K + ROUND - 1) / ROUND;
+  static constexpr u32 SMS = R::PART ? 16 : 128, FIT = 24 / ROUNDS > 0 ? 24 / ROUNDS : 1;
+  static constexpr u32 EACH = least((R::EXPERTS + SMS - 1) / SMS, least(R::PART ? 8 : 4, FIT));
+  // So many lanes share out their sums.
+  static constexpr u32 FOLD = EACH > 4 ? 8 : EACH > 2 ? 4 : EACH;
+  // This SM's first expert. Units of attention are dealt out from the first SM on, parts of scores from the last one.
+  __device__ __forceinline__ static u32 first(const Block& b) { return R::PART ? (gridDim.x - 1 - blockIdx.x) * EACH : b.first_tile(); }
+};
+
+// Has this SM's part of a router's weights brought into L2, long before it is wanted.
+template <class R> __device__ __forceinline__ void prefetch_router(const Loader& b) {
+  const u32 first = ScoreShape<R>::first(b);
+  if (lane_id() != 0 || first >= R::EXPERTS) return;
+  const u8* from;
+  u32 bytes;
+  R::place(b, first, least(ScoreShape<R>::EACH, R::EXPERTS - first), from, bytes);
+#pragma unroll 1
+  for (u32 at = 0; at < bytes; at += SLOT_BYTES) prefetch_bulk(from + at, least(bytes - at, SLOT_BYTES));
+}
+
 template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
-  constexpr u32 ROUND = CONSUMER_THREADS * 4, ROUNDS = (R::K + ROUND - 1) / ROUND;
+  constexpr u32 ROUND = ScoreShape<R>::ROUND, ROUNDS = ScoreShape<R>::ROUNDS;
   // Every thread's part of the products of a slice's rows; behind them the squares, if nobody prepared them.
   typedef float Parts[SLICE_ROWS][CONSUMER_THREADS];
-  constexpr u32 OWN = R::NORM && !R::PREPARED;
-  // Experts of an SM at a time; so many lanes share out their sums.
-  constexpr u32 EACH = least((R::EXPERTS + 127) / 128, least(4, 24 / ROUNDS > 0 ? 24 / ROUNDS : 1)), FOLD = EACH > 2 ? 4 : EACH;
+  constexpr u32 OWN = R::NORM && !R::PREPARED && !R::PART;
+  constexpr u32 EACH = ScoreShape<R>::EACH, FOLD = ScoreShape<R>::FOLD;
   static_assert(SLICE_ROWS == CONSUMERS && (1 + OWN) * sizeof(Parts) <= SCRATCH_BYTES - SCALE_BYTES, "a warp a row");
   const u32 thread = anew(threadIdx.x), warp = thread / LANES, lane = thread % LANES, column = thread * 4;
   Parts* const parts = reinterpret_cast<Parts*>(b.scratch);
@@ -92,10 +124,11 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   auto all = [](u32 i) { return (i + 1) * ROUND <= R::K; };
   auto there = [&](u32 i) { return all(i) || column + i * ROUND < R::K; };
   auto at = [&](u32 i) { return there(i) ? column + i * ROUND : 0; };
+  auto expert_of = [&](u32 first, u32 e) { return R::PART ? first + e : first + e * gridDim.x; };
   auto load_weights = [&](u32 first) {
 #pragma unroll
     for (u32 e = 0; e < EACH; ++e) {
-      const u32 expert = least(first + e * gridDim.x, R::EXPERTS - 1);
+      const u32 expert = least(expert_of(first, e), R::EXPERTS - 1);
 #pragma unroll
       for (u32 i = 0; i < ROUNDS; ++i) w[e][i] = all(i) ? R::weights4(b, expert, column, i * ROUND) : R::weights4(b, expert, at(i), 0);
     }
@@ -117,9 +150,9 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
     for (u32 x = LANES / 2; x >= apart; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
     return sum;
   };
-  bool ready = false;  // the stage's inputs are there
+  bool ready = R::PART;  // the stage's inputs are there
 #pragma unroll 1
-  for (u32 first = b.first_tile(); first < R::EXPERTS; first += EACH * gridDim.x) {
+  for (u32 first = ScoreShape<R>::first(b); first < R::EXPERTS; first += EACH * gridDim.x) {
     load_weights(first);
     // Here, so that all that is done with them is done before the rows are there.
 #pragma unroll
@@ -128,7 +161,7 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       for (u32 i = 0; i < ROUNDS; ++i) w[e][i] = anew(w[e][i]);
     }
     // A lane an expert, for what is added to its scores.
-    const u32 expert = lane < EACH ? first + lane * gridDim.x : R::EXPERTS;
+    const u32 expert = lane < EACH ? expert_of(first, lane) : R::EXPERTS;
     float bias = 0.f, correction = 0.f;
     if (expert < R::EXPERTS) {
       if (R::bias(b)) bias = R::bias(b)[expert];
@@ -136,8 +169,13 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
     }
     bias = anew(bias);
     correction = anew(correction);
+    float4 added[ROUNDS] = {};
+    if constexpr (R::ADDED) {
+#pragma unroll
+      for (u32 i = 0; i < ROUNDS; ++i) added[i] = *reinterpret_cast<const float4*>(R::added(b) + at(i));
+    }
     if (!ready) b.wait_inputs();
-    else consumers_sync();  // the sums were read
+    else consumers_sync();  // the sums, or what attention had there, were read
     ready = true;
 #pragma unroll 1
     for (u32 start = 0; start < b.rows(); start += SLICE_ROWS) {
@@ -163,6 +201,7 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
 #pragma unroll
         for (u32 i = 0; i < ROUNDS; ++i) {
           v[i] = ahead[i];
+          if constexpr (R::ADDED) v[i] = plus(v[i], added[i]);
           if (!there(i)) v[i] = make_float4(0, 0, 0, 0);
         }
         load_row(least(row + 1, rows - 1));
@@ -184,7 +223,7 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       if constexpr (R::PREPARED) {
         scale = squares.normalizer();
         if (lane == 0) b.shared.row_scale[own] = scale;
-      } else if constexpr (R::NORM) scale = normalizing(whole(parts[1], 1), R::K, R::EPS);
+      } else if constexpr (OWN != 0) scale = normalizing(whole(parts[1], 1), R::K, R::EPS);
       const float score = whole(parts[0], FOLD) * scale + bias;
       if (expert < R::EXPERTS) {
         float* const to = R::out(b) + own * R::STRIDE + expert;
@@ -193,12 +232,14 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
       }
     }
   }
-  if (!ready) {
-    b.wait_inputs();
-    if constexpr (R::PREPARED) scale_rows<R>(b);
+  if constexpr (!R::PART) {
+    if (!ready) {
+      b.wait_inputs();
+      if constexpr (R::PREPARED) scale_rows<R>(b);
+    }
+    b.finish_stage();
+    b.pass_tiles(R::EXPERTS);
   }
-  b.finish_stage();
-  b.pass_tiles(R::EXPERTS);
 }
 
 // ---- The choice ------------------------------------------------------------------------------
@@ -218,7 +259,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   static_assert(R::SLOTS <= LANES && SLICE_ROWS * LANES * (EACH * sizeof(u32) + sizeof(uint2)) <= SCRATCH_BYTES - SCALE_BYTES);
   const u32 lane = lane_id();
   const float* const scores = R::scores(b) + row * R::STRIDE;
-  const float* const compared = scores + (R::SCORING == SIGMOID ? R::STRIDE / 2 : 0);
+  const float* const compared = scores + (R::SCORING == SIGMOID && !R::UNSCALED ? R::STRIDE / 2 : 0);
   // For measurements: `alike` experts that all rows choose alike, then some of the row's own; all weigh the same.
   const bool random = b.args.routing != 0;
   const u32 alike = random ? (b.args.routing - 1) * R::SLOTS / 1000 : 0;
@@ -230,15 +271,44 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   for (u32 n = lane; n < SLOT_WORDS; n += LANES) reinterpret_cast<u32*>(routes.slot[row])[n] = NO_SLOT * 0x01010101u;
   auto there = [&](u32 i) { return (i + 1) * LANES <= R::EXPERTS || i * LANES + lane < R::EXPERTS; };
   // All loads together: one after the other they would take a thousand cycles each.
-  float loaded[EACH];
+  auto expert_of = [&](u32 i) { return there(i) ? i * LANES + lane : R::EXPERTS - 1; };
+  float loaded[EACH], bias[EACH] = {}, correction[EACH] = {};
+  if constexpr (R::UNSCALED) {
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) {
+      if (R::bias(b)) bias[i] = R::bias(b)[expert_of(i)];
+      if (R::correction(b)) correction[i] = R::correction(b)[expert_of(i)];
+    }
+  }
+  float scale = 1.f;
   u32 words;
   do {
     words = 0;
 #pragma unroll
-    for (u32 i = 0; i < EACH; ++i) loaded[i] = take1<R::CHECKED>(compared + (there(i) ? i * LANES + lane : R::EXPERTS - 1));
+    for (u32 i = 0; i < EACH; ++i) loaded[i] = take1<R::CHECKED>(compared + expert_of(i));
+    if constexpr (R::UNSCALED) {
+      Squares<R, R::CHECKED> squares;
+      squares.load(b, row);
+      words = squares.word();
+      scale = squares.normalizer();
+    }
 #pragma unroll
     for (u32 i = 0; i < EACH; ++i) words = largest_word(words, __float_as_uint(loaded[i]));
   } while (R::CHECKED && b.late(words));
+  // The score of an expert, once more: some lane has seen it, so it is not late.
+  auto score_of = [&](u32 expert) {
+    float score = take1<R::CHECKED>(scores + expert);
+    if constexpr (R::UNSCALED) score = fmaf(score, scale, R::bias(b) ? R::bias(b)[expert] : 0.f);
+    return score;
+  };
+  if constexpr (R::UNSCALED) {
+    if (lane == 0) b.shared.row_scale[row] = scale;
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) {
+      loaded[i] = fmaf(loaded[i], scale, bias[i]);
+      if constexpr (R::SCORING == SIGMOID) loaded[i] = sigmoid(loaded[i]) + correction[i];
+    }
+  }
   // 0 is no expert. The addition makes -0 equal to 0.
 #pragma unroll
   for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = there(i) ? max(ordered(loaded[i] + 0.f), 1u) : 0;
@@ -300,11 +370,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   const float top = from_ordered(largest);
   // What is compared of sigmoids is another number. It is loaded only here: in the loop each round waited for it.
   float score = from_ordered(key);
-  if constexpr (R::SCORING == SIGMOID) {
-    do {
-      score = take1<R::CHECKED>(scores + mine);
-    } while (R::CHECKED && b.late(__float_as_uint(score)));
-  }
+  if constexpr (R::SCORING == SIGMOID) score = score_of(mine);
   auto share_of = [&](float score) {
     if constexpr (R::SCORING == SIGMOID) return random ? 1.f : sigmoid(score);
     return random ? 1.f : power_of_two((score - top) * LOG2_E);
@@ -314,7 +380,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   if (R::SCORING == SOFTMAX && !R::RENORMALIZE) {
     sum = 0.f;
 #pragma unroll 1
-    for (u32 expert = lane; expert < R::EXPERTS; expert += LANES) sum += share_of(take1<R::CHECKED>(scores + expert));
+    for (u32 expert = lane; expert < R::EXPERTS; expert += LANES) sum += share_of(score_of(expert));
   }
   sum = warp_sum(sum);
   if (R::SCORING == SIGMOID) sum = R::RENORMALIZE ? sum + 1e-20f : 1.f;
@@ -379,9 +445,9 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
 
 // The second stage's tiles of all experts. Tiles of one octet come expert by expert: the rows of an expert are
 // fetched once. If a tile has several, an SM has about one of them, and a tile's experts come one behind the
-// other, or two by two (`work` is told of the first): its sums stay in registers until all are added.
+// other, or two by two (`work` is told of the first): its sums stay in control's registers until all are added.
 template <class S, class Work> __device__ __forceinline__ bool second_tiles(const Block& b, u32 count, Work work) {
-  if constexpr (Team<S>::SHORT) {
+  if constexpr (Team<S>::SEVERAL) {
     for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
       for (u32 number = 0; number < count; number += Team<S>::EXPERTS) {
         if (!work(number, t)) return false;
@@ -459,20 +525,28 @@ template <class S> __device__ __forceinline__ OctetPlace expert_place(const Cons
 }
 
 // The second stage's tiles, a run of an expert's at a time. `rows(a, there, number)` loads those of an expert, or zeros:
-// filled on one path only, they would hold their registers through all stages.
+// filled on one path only, they would hold their registers through all stages. Where there are registers, they come while
+// those before are multiplied.
 template <class S, class Rows, class F>
 __device__ __forceinline__ void multiply_runs(Consumer& b, const Runs<S>& deal, u32 count, Rows rows, u32& octet, F place) {
   using T = Team<S>;
+  constexpr bool AHEAD = T::ROWS_AHEAD && S::HALF_INPUT;
   const u32 items = deal.each == 0 ? 0 : count * deal.runs;
   u32 next = 0;  // item whose tiles are the next ones
+  auto load = [&](Activations<S>& a, u32 item) { rows(a, item < items, deal.runs == 1 ? item : item / deal.runs); };
+  Activations<S> a, ahead;
+  if constexpr (AHEAD) load(ahead, T::group());
 #pragma unroll 1
   for (u32 item = T::group();; item += T::GROUPS) {
-    const bool there = item < items;
-    Activations<S> a;
-    rows(a, there, deal.runs == 1 ? item : item / deal.runs);
+    if constexpr (AHEAD) {
+      a = ahead;
+      load(ahead, item + T::GROUPS);
+    } else {
+      load(a, item);
+    }
     // While the rows come.
     if constexpr (T::GROUPS > 1) pass_tiles<S>(b, (least(item, items) - next) * deal.run);
-    if (!there) break;
+    if (item >= items) break;
 #pragma unroll 1
     for (u32 tile = 0; tile < deal.run; ++tile) multiply_tile<S>(b, a, 0, octet, place);
     if constexpr (S::ROW_SCALE) T::meet();  // sums of rows were read
@@ -480,11 +554,11 @@ __device__ __forceinline__ void multiply_runs(Consumer& b, const Runs<S>& deal, 
   }
 }
 
-// The second stage's short tiles, tile by tile of all experts: an item is one of an expert, or one of each of two. It takes
-// less time than its rows do, so they are loaded an item ahead.
-template <class S, class Rows> __device__ __forceinline__ void multiply_short_tiles(Consumer& b, u32 each, u32 count, Rows rows) {
+// The second stage's tiles of several octets, tile by tile of all experts: an item is one of an expert, or one of each of
+// two. It takes hardly more time than its rows do, so they are loaded an item ahead.
+template <class S, class Rows> __device__ __forceinline__ void multiply_tiles_of_several(Consumer& b, u32 each, u32 count, Rows rows) {
   using T = Team<S>;
-  const u32 slots = (count + T::EXPERTS - 1) / T::EXPERTS;  // of a tile
+  const u32 slots = (count + T::EXPERTS - 1) / T::EXPERTS;  // experts of a tile, or pairs of them
   const u32 items = slots * each;
   u32 next = 0;         // item whose tiles are the next ones
   u32 at = T::group();  // of the item that is loaded, among its tile's; a division would take as long as a tile
@@ -503,12 +577,14 @@ template <class S, class Rows> __device__ __forceinline__ void multiply_short_ti
   for (u32 item = T::group();; item += T::GROUPS) {
     const Activations<S> a = ahead;
     const bool mine = own;
-    load_ahead(item + T::GROUPS);
+    if constexpr (T::ROWS_AHEAD) load_ahead(item + T::GROUPS);
     // While the rows come.
-    pass_tiles<S>(b, least(item, items) - next);
+    if constexpr (T::GROUPS > 1) pass_tiles<S>(b, least(item, items) - next);
     if (item >= items) break;
-    multiply_short_tile<S>(b, a, mine);
+    if constexpr (T::SHORT) multiply_short_tile<S>(b, a, mine);
+    else multiply_wide_tile<S>(b, a);
     next = item + 1;
+    if constexpr (!T::ROWS_AHEAD) load_ahead(item + T::GROUPS);
   }
 }
 
@@ -546,7 +622,7 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
         return Source{row < b.rows() && slot != NO_SLOT, row * S::SLOTS + slot};
       });
     };
-    if constexpr (T::SHORT) multiply_short_tiles<S>(b, deal.each, routes.count, rows);
+    if constexpr (T::SEVERAL) multiply_tiles_of_several<S>(b, deal.each, routes.count, rows);
     else multiply_runs<S>(b, deal, routes.count, rows, octet, place);
     b.finish_stage();
     b.pass_tiles(S::TILES);
@@ -605,13 +681,15 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
       else pass_tile<S>(b);
     }
   } else {
-    if constexpr (Team<S>::SHORT) {
+    if constexpr (Team<S>::SEVERAL) {
       // Both warps have every other octet of each tile.
-      constexpr u32 EACH = S::TILE_OCTETS / 2;
+      constexpr u32 EACH = (S::TILE_OCTETS + 1) / 2;
       const u32 half = b.second;
       for (u32 t = first; t < S::TILES; t += gridDim.x) {
         auto feature = [&](u32 i) { return (t * S::TILE_OCTETS + half + 2 * i) * OCTET + 2 * (lane % 4); };
-        auto there = [&](u32 row, u32 i) { return row < rows && feature(i) < S::COLS; };
+        // Of an odd number of octets the second has one less.
+        auto has = [&](u32 i) { return 2 * i + 1 < S::TILE_OCTETS || half == 0; };
+        auto there = [&](u32 row, u32 i) { return row < rows && has(i) && feature(i) < S::COLS; };
         float2 sum[SLICES][EACH] = {}, gain[EACH];
         // What the end needs is asked for here: nobody would wait for it then but all SMs.
         if constexpr (S::PREPARES) {
@@ -641,15 +719,18 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
 #pragma unroll 1
         for (u32 number = 0; number < count; number += T::EXPERTS) {
           Chosen own[T::EXPERTS][SLICES];
-          float2 scale[T::EXPERTS][EACH], v[SLICES][EACH][T::MEMBERS];
+          float2 scale[T::EXPERTS][EACH], bias[T::EXPERTS][EACH], v[SLICES][EACH][T::EXPERTS];
 #pragma unroll
           for (u32 e = 0; e < T::EXPERTS; ++e) {
             each_slice(rows, [&](u32 slice) { own[e][slice] = next[e][slice]; });
-            if constexpr (S::Weights::FEATURE_SCALES) {
+            // Asked for in front of the wait.
+            const u32 expert = routes.expert[least(number + e, count - 1)];
 #pragma unroll
-              for (u32 i = 0; i < EACH; ++i) {
-                if (there(0, i)) scale[e][i] = S::scale(b, routes.expert[least(number + e, count - 1)], feature(i));
+            for (u32 i = 0; i < EACH; ++i) {
+              if constexpr (S::Weights::FEATURE_SCALES) {
+                if (there(0, i)) scale[e][i] = S::scale(b, expert, feature(i));
               }
+              if constexpr (S::BIASED) bias[e][i] = there(0, i) ? S::bias(b, expert, feature(i)) : make_float2(0, 0);
             }
           }
           b.wait_sums();
@@ -658,7 +739,18 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
 #pragma unroll
             for (u32 i = 0; i < EACH; ++i) {
 #pragma unroll
-              for (u32 n = 0; n < T::MEMBERS; ++n) v[slice][i][n] = sums[2 * i * T::MEMBERS + n][slice][lane];
+              for (u32 e = 0; e < T::EXPERTS; ++e) {
+                const WarpSums* const of = sums + 2 * i * T::MEMBERS + e * T::WARPS;
+                float2& all = v[slice][i][e];
+                all = make_float2(0, 0);
+                if (!has(i)) continue;
+                all = of[0][slice][lane];
+#pragma unroll
+                for (u32 w = 1; w < T::WARPS; ++w) {
+                  const float2 more = of[w][slice][lane];
+                  all = make_float2(all.x + more.x, all.y + more.y);
+                }
+              }
             }
             look_up(number + T::EXPERTS, slice);
           });
@@ -670,11 +762,9 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
               const bool any = chosen.slot != NO_SLOT;
 #pragma unroll
               for (u32 i = 0; i < EACH; ++i) {
-                float2 of = v[slice][i][e * T::WARPS];
-#pragma unroll
-                for (u32 w = 1; w < T::WARPS; ++w) of = make_float2(of.x + v[slice][i][w].x, of.y + v[slice][i][w].y);
+                float2 of = v[slice][i][e];
                 if constexpr (S::Weights::FEATURE_SCALES) of = make_float2(of.x * scale[e][i].x, of.y * scale[e][i].y);
-                if (any && there(row_of(slice), i)) S::add_bias(b, feature(i), chosen, of);
+                if constexpr (S::BIASED) of = make_float2(of.x + bias[e][i].x, of.y + bias[e][i].y);
                 sum[slice][i].x = any ? fmaf(chosen.weight, of.x, sum[slice][i].x) : sum[slice][i].x;
                 sum[slice][i].y = any ? fmaf(chosen.weight, of.y, sum[slice][i].y) : sum[slice][i].y;
               }

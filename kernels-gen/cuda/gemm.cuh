@@ -31,8 +31,11 @@
 //   SCALES, scales(b)    of E4m3: scales of an octet, and all of them (of experts: an expert behind the other)
 //   K, BLOCKS, COLS      columns of x, blocks of an octet, features of one operand
 //   OPERANDS, TILES      operands, and tiles of the stage
-//   TILE_OCTETS          octets of a tile, of each operand; an even number if they are short, of experts only (whose
-//                        tiles are not `multiply_tile`'s); else 1
+//   ROUTER_TILES         of these, behind the others: a router's scores of what the product adds to its rows; then
+//                        router_weights(b), octets of four experts each, whose features 2e and 2e + 1 add up to that of expert
+//                        e; STRIDE, old_scores(b), of the rows before, and scores(b) [rows][STRIDE] f32
+//   TILE_OCTETS          octets of a tile, of each operand; several only of experts (whose tiles are not `multiply_tile`'s),
+//                        an even number if they share a slot of the ring (SHARES_SLOT); else 1
 //   Input                F32, or the half type of the products
 //   CHECKED              whether x, and its squares, may be late (handoff.cuh)
 //   ROW_OCTETS, ORDER    of halves: whether x lies in octets of rows, and the order of its columns (rows.cuh)
@@ -71,13 +74,16 @@ template <class S> struct Team {
   // Octets of halves are long: one team, unless it would have more idle warps. Octets of codes are short.
   static constexpr bool TWO = registers(HALF) <= KEPT_REGISTERS * 3 / 4 && 2 * S::OPERANDS * HALF_SLOTS <= RING_SLOTS &&
                               (S::Weights::LANE_COLUMNS > 8 || idle(HALF) < idle(CONSUMERS));
-  // Tiles of several octets (gemm.cuh, `TILE_OCTETS`) are short work: the more of them at a time, the better. A pair of
-  // FP4 is long: what it takes counts where an SM has few of them.
+  // A pair of FP4 is long: what it takes counts where an SM has few of them. So are tiles of several octets, unless these
+  // share a slot of the ring: then they are short work, and the more of them at a time, the better.
   static constexpr bool PAIR = S::Weights::LANE_COLUMNS == 32 && S::OPERANDS == 2;
-  static constexpr bool SHORT = S::TILE_OCTETS > 1;
+  static constexpr bool SEVERAL = S::TILE_OCTETS > 1;
+  static constexpr bool SHORT = S::SHARES_SLOT;
   // Of short tiles two experts' share a slot, if a warp can keep an expert's rows: each warp has one of its own then.
   static constexpr u32 EXPERTS = SHORT && registers(1) <= 32 && 2 * S::TILE_OCTETS * S::BLOCKS * S::Weights::BLOCK_BYTES <= SLOT_BYTES ? 2 : 1;
-  static constexpr u32 WARPS = SHORT ? 2 / EXPERTS : TWO && !PAIR ? HALF : CONSUMERS;
+  static constexpr u32 WARPS = SHORT ? 2 / EXPERTS : TWO && !PAIR && !SEVERAL ? HALF : CONSUMERS;
+  // Whether there are registers for the next expert's rows beside those that are multiplied.
+  static constexpr bool ROWS_AHEAD = registers(WARPS) <= KEPT_REGISTERS / 2;
   static constexpr u32 TEAMS = CONSUMERS / WARPS;
   // Octets of a tile, by the same team. Two of FP4 are multiplied together.
   static constexpr u32 OCTETS = S::Weights::LANE_COLUMNS == 32 ? S::OPERANDS : S::OPERANDS > TEAMS ? S::OPERANDS / TEAMS : 1;
@@ -101,10 +107,11 @@ template <class S> struct Slots {
   static constexpr u32 WARP_BLOCKS = SLOT_BLOCKS<typename S::Weights> / Team<S>::WARPS;  // of a slot
   static constexpr u32 BLOCKS = WARP_BLOCKS * Team<S>::WARPS;
   static constexpr u32 COUNT = (S::BLOCKS + BLOCKS - 1) / BLOCKS;  // of an octet
-  // Octets of a tile that are one behind the other are as one to the ring.
-  static constexpr u32 OCTET_BYTES = S::TILE_OCTETS * S::BLOCKS * S::Weights::BLOCK_BYTES;
-  static constexpr u32 TILE_BYTES = S::OPERANDS * OCTET_BYTES;
-  static_assert(S::TILE_OCTETS == 1 || (COUNT == 1 && S::OPERANDS == 1 && OCTET_BYTES <= SLOT_BYTES), "they share a slot");
+  // Octets that share a slot are as one to the ring; of the others there are so many in a tile.
+  static constexpr u32 OCTETS = Team<S>::SHORT ? 1 : S::OPERANDS * S::TILE_OCTETS;
+  static constexpr u32 OCTET_BYTES = (Team<S>::SHORT ? S::TILE_OCTETS : 1) * S::BLOCKS * S::Weights::BLOCK_BYTES;
+  static constexpr u32 TILE_BYTES = OCTETS * OCTET_BYTES;
+  static_assert(S::TILE_OCTETS == 1 || (COUNT == 1 && S::OPERANDS == 1 && OCTET_BYTES <= SLOT_BYTES), "an octet of several is in a slot");
   static constexpr u32 PIECE_BYTES = Team<S>::SHORT ? OCTET_BYTES : BLOCKS * S::Weights::BLOCK_BYTES;
   static constexpr u32 PIECE = PIECE_BYTES < OCTET_BYTES ? PIECE_BYTES : OCTET_BYTES;
   // Parts of the columns, and slots of an octet in each but perhaps the last.
@@ -134,7 +141,7 @@ template <class S> __device__ __forceinline__ bool stream_tile(Loader& b, const 
   using L = Slots<S>;
   // Rolled up, as all that runs once a tile: a layer's instructions should stay in the SM's cache.
 #pragma unroll 1
-  for (u32 operand = 0; operand < S::OPERANDS; ++operand, from += L::OCTET_BYTES) {
+  for (u32 octet = 0; octet < L::OCTETS; ++octet, from += L::OCTET_BYTES) {
     const u32 start = part * (L::PART * L::PIECE);
     const u32 end = L::PARTS == 1 || part + 1 == L::PARTS ? L::OCTET_BYTES : start + L::PART * L::PIECE;
 #pragma unroll 1
@@ -147,7 +154,7 @@ template <class S> __device__ __forceinline__ bool stream_tile(Loader& b, const 
 
 // Tiles through the ring. False if the launch ended.
 template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* weights) {
-  const u32 first = b.first_tile(), all = tiles<S>(b);
+  const u32 first = b.first_tile(), all = tiles<S>(b) - S::ROUTER_TILES;
   // Rows in parts come in another order than they lie in, and are not brought into L2 ahead.
   const u32 own = Slots<S>::PARTS == 1 && first < all ? (all - first + gridDim.x - 1) / gridDim.x : 0;
   constexpr bool HALVES = S::Weights::LANE_COLUMNS == 8;
@@ -155,7 +162,11 @@ template <class S> __device__ __forceinline__ bool stream(Loader& b, const u8* w
 #pragma unroll 1
   for (u32 part = 0; part < Slots<S>::PARTS; ++part) {
     for (u32 tile = b.first_tile(); tile < tiles<S>(b); tile += gridDim.x) {
-      if (!stream_tile<S>(b, weights + (u64)tile * Slots<S>::TILE_BYTES, part)) return false;
+      const u8* from = weights + (u64)tile * Slots<S>::TILE_BYTES;
+      if constexpr (S::ROUTER_TILES > 0) {
+        if (tile >= all) from = S::router_weights(b) + (tile - all) * Slots<S>::TILE_BYTES;
+      }
+      if (!stream_tile<S>(b, from, part)) return false;
     }
   }
   b.pass_tiles(tiles<S>(b));
@@ -187,6 +198,7 @@ __device__ __forceinline__ float squares(float s, float4 v) {
   return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, s))));
 }
 __device__ __forceinline__ float4 scaled(float4 v, float s) { return make_float4(v.x * s, v.y * s, v.z * s, v.w * s); }
+__device__ __forceinline__ float4 plus(float4 v, float4 w) { return make_float4(v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w); }
 __device__ __forceinline__ float4 times(float4 v, float4 w) { return make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w); }
 
 // Halves reach only to 65504: rows are scaled by a power of two, which changes no digit, so that the
@@ -634,13 +646,14 @@ template <class W> struct Fp4Piece {
   __device__ __forceinline__ typename W::Factors factors() const { return W::factors(scales); }
 };
 
-// One tile of FP4: an octet, or a pair of them side by side.
-template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b, const Activations<S>& a) {
+// One octet of FP4, or a pair of them, through the ring: this warp's sums, to `sums` and as far behind it as a tile has
+// warps.
+template <class S, u32 OCTETS> __device__ __forceinline__ void multiply_fp4(Consumer& b, const Activations<S>& a, WarpSums* sums) {
   using W = typename S::Weights;
   using T = Team<S>;
-  constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, COUNT = Slots<S>::COUNT, OCTETS = T::OCTETS;
-  static_assert(S::OPERANDS * COUNT < RING_SLOTS && Slots<S>::PARTS == 1, "a tile is in the ring as a whole");
-  static_assert(OCTETS == S::OPERANDS && OCTETS <= 2);
+  constexpr u32 WARP_BLOCKS = Slots<S>::WARP_BLOCKS, COUNT = Slots<S>::COUNT;
+  static_assert(OCTETS * COUNT < RING_SLOTS && Slots<S>::PARTS == 1, "they are in the ring as a whole");
+  static_assert(OCTETS <= 2);
   const u32 warp = T::warp(), lane = anew(lane_id());
   Chain chain[CHAINS];  // of an octet
   PairSums<4> pair[1];  // of two
@@ -665,17 +678,41 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
       else multiply_codes(chain[i % CHAINS], a.pair[block], w[0].codes, w[0].factors());
     }
   }
-  WarpSums* sums = b.sums(b.sum_buffer, S::OPERANDS * T::WARPS) + warp;
   if constexpr (OCTETS == 2) {
-    store_pair(sums[0], sums[T::WARPS], pair, lane);
+    store_pair(sums[warp], sums[T::WARPS + warp], pair, lane);
   } else {
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) {
       const float2 total = chains_total(chain, slice);
-      sums[0][slice][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
+      sums[warp][slice][lane] = make_float2(total.x * W::UNIT, total.y * W::UNIT);
     }
   }
-  b.template pass_tile<S::OPERANDS * COUNT>(Sums<S>::BUFFERS, T::TEAMS, T::GROUPS);
+}
+
+// One tile of FP4: an octet, or a pair of them side by side.
+template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b, const Activations<S>& a) {
+  using T = Team<S>;
+  static_assert(T::OCTETS == S::OPERANDS);
+  multiply_fp4<S, T::OCTETS>(b, a, b.sums(b.sum_buffer, Sums<S>::WARPS));
+  b.template pass_tile<S::OPERANDS * Slots<S>::COUNT>(Sums<S>::BUFFERS, T::TEAMS, T::GROUPS);
+}
+
+// One tile of several octets that do not share a slot, in pairs: all that an SM has of an expert, so that its rows are
+// fetched, and control is told of sums, once.
+template <class S> __device__ __forceinline__ void multiply_wide_tile(Consumer& b, const Activations<S>& a) {
+  using T = Team<S>;
+  static_assert(T::GROUPS == 1);
+  WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
+#pragma unroll 1
+  for (u32 octet = 0; octet + 2 <= S::TILE_OCTETS; octet += 2, sums += 2 * T::WARPS) {
+    multiply_fp4<S, 2>(b, a, sums);
+    b.template release_slots<2>(1);
+  }
+  if constexpr (S::TILE_OCTETS % 2 != 0) {
+    multiply_fp4<S, 1>(b, a, sums);
+    b.template release_slots<1>(1);
+  }
+  b.pass_sums(Sums<S>::BUFFERS, 1);
 }
 
 // One tile of several octets of FP4 that share a slot, each a few blocks long; or one of two experts', of which this warp
@@ -928,6 +965,25 @@ __device__ __forceinline__ void offer_best(Control& b, u32 rows, const Best (&be
   if (halt) b.sync().halted = 1;
 }
 
+// A router's scores of what this product adds to its rows, of four experts: of each the sums of two features; and what they
+// were before.
+template <class S> __device__ __forceinline__ void finish_router_tile(Control& b, u32 octet, u32 lane, u32 rows) {
+  const u32 expert = octet * (OCTET / 2) + lane % 4;
+  auto at = [&](u32 slice) { return (slice * SLICE_ROWS + lane / 4) * S::STRIDE + expert; };
+  auto there = [&](u32 slice) { return slice * SLICE_ROWS + lane / 4 < rows; };
+  float old[SLICES] = {};
+  float2 v[SLICES][1];
+  each_slice(rows, [&](u32 slice) {
+    if (there(slice)) old[slice] = S::old_scores(b)[at(slice)];
+  });
+  b.wait_sums();
+  each_slice(rows, [&](u32 slice) { add_sums<S>(b, slice, lane, v[slice]); });
+  b.pass_sums(Sums<S>::BUFFERS);
+  each_slice(rows, [&](u32 slice) {
+    if (there(slice)) hand_on(S::scores(b) + at(slice), old[slice] + (v[slice][0].x + v[slice][0].y));
+  });
+}
+
 // Adds up the warps' sums of each tile and runs the epilogue on them; control and the second take turns.
 template <class S> __device__ __forceinline__ void finish(Control& b) {
   Best best[SLICES];
@@ -972,6 +1028,12 @@ template <class S> __device__ __forceinline__ void finish(Control& b) {
   bool own = !b.second;
   for (u32 tile = first; tile < tiles<S>(b); tile += gridDim.x, own = !own) {
     if (!own) { pass_tile<S>(b); continue; }
+    if constexpr (S::ROUTER_TILES > 0) {
+      if (tile >= S::TILES - S::ROUTER_TILES) {
+        finish_router_tile<S>(b, tile - (S::TILES - S::ROUTER_TILES), lane, rows);
+        continue;
+      }
+    }
     const u32 feature = tile * OCTET + 2 * (lane % 4);
     typename S::Carry carry[SLICES] = {};
     float2 gain = {};

@@ -7,7 +7,7 @@ use tilec_ir::format::{Code, Format};
 use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::handoff::Handoff;
 use tilec_ir::launch::{KERNEL, SLICE_ROWS, SLOT_BYTES};
-use tilec_ir::octet::{apart_scales, feature_scales, octet_block_scales, octet_blocks};
+use tilec_ir::octet::{apart_scales, feature_scales, octet_block_bytes, octet_block_scales, octet_blocks};
 use tilec_ir::resident::{
     Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, Pairs, Prepared, ROW_BLOCK,
     Reader, Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps, TopK, part_columns, prepared_order,
@@ -333,13 +333,20 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
                 needs.row_columns = needs.row_columns.max(gemm.k);
             }
         }
-        if let Kind::Scores(scores) = &stage.kind {
-            let squares = usize::from(scores.norm.is_some() && scores.squares.is_none());
-            needs.scores = needs.scores.max(1 + squares);
+        match &stage.kind {
+            Kind::Scores(scores) => {
+                let squares = usize::from(scores.norm.is_some() && scores.squares.is_none());
+                needs.scores = needs.scores.max(1 + squares);
+            }
+            Kind::Attention(Attention { router: Some(_), .. }) => needs.scores = needs.scores.max(1),
+            _ => {}
         }
         if let Kind::Experts(experts) = &stage.kind {
             needs.experts = needs.experts.max(experts.experts);
             needs.top_k = needs.top_k.max(experts.top_k);
+            if !experts.shares_slot() {
+                needs.operands = needs.operands.max(experts.tile_octets());
+            }
         }
     }
     needs
@@ -667,13 +674,19 @@ impl<'p> Writer<'p> {
             }
             Kind::Context(context) => self.context(&name, &stage.name, context),
             Kind::Gemm(gemm) => {
-                self.open_gemm(&name, &stage.name, gemm, ("", gemm.weight_bytes() as u64), 1);
+                self.open_gemm(&name, &stage.name, gemm, ("", gemm.weight_bytes() as u64), (1, false));
                 self.epilogue(gemm, None);
                 line!(self, "}};");
             }
-            Kind::Scores(scores) => self.scores(&name, &stage.name, scores),
+            Kind::Scores(scores) => self.scores(&name, &stage.name, scores, false),
             Kind::Experts(experts) => self.experts(&name, &stage.name, experts),
-            Kind::Attention(attention) => self.attention(&name, &stage.name, attention),
+            Kind::Attention(attention) => {
+                self.attention(&name, &stage.name, attention);
+                if let Some(scores) = &attention.router {
+                    line!(self);
+                    self.scores(&router_name(&name), "scores of the rows before", scores, true);
+                }
+            }
             Kind::Conv(conv) => self.conv(&name, &stage.name, conv),
             Kind::TopK(top) => {
                 line!(self, "// {}: {} of each segment.", stage.name, top.k);
@@ -778,10 +791,11 @@ impl<'p> Writer<'p> {
         stage: &str,
         gemm: &Gemm,
         (times, bytes): (&str, u64),
-        octets: usize,
+        (octets, shares_slot): (usize, bool),
     ) {
         let pair = if gemm.operands == 2 { "2 x " } else { "" };
-        let tiles = gemm.tiles().div_ceil(octets);
+        let (router_tiles, tiles) =
+            (gemm.router_tiles(), gemm.tiles().div_ceil(octets) + gemm.router_tiles());
         line!(
             self,
             "// {stage}: {times}{pair}{} x {} {}, {}, {:.2} us.",
@@ -801,7 +815,8 @@ impl<'p> Writer<'p> {
             gemm.cols
         );
         line!(self, "  static constexpr u32 OPERANDS = {}, TILES = {tiles};", gemm.operands);
-        line!(self, "  static constexpr u32 TILE_OCTETS = {octets};");
+        line!(self, "  static constexpr u32 TILE_OCTETS = {octets}, ROUTER_TILES = {router_tiles};");
+        line!(self, "  static constexpr bool SHARES_SLOT = {shares_slot};");
         let half = self.program().buffer(gemm.input).elem != BufferElem::F32;
         let logits = gemm.epilogue == Epilogue::Logits;
         line!(
@@ -835,14 +850,37 @@ impl<'p> Writer<'p> {
             }
             None => self.gain(gemm.norm),
         }
+        if let Some(router) = gemm.router {
+            let stride = self.program().buffer(router.output).cols;
+            line!(
+                self,
+                "  static constexpr u32 STRIDE = {stride};  // of scores of {} experts",
+                router.experts
+            );
+            let weights = format!("return {};", self.weight(router.weights));
+            self.function("const u8*", "router_weights", "const Block& b", &weights);
+            self.floats("const float", "old_scores", router.before);
+            self.floats("float", "scores", router.output);
+        }
         let partial = gemm
             .partial
             .map_or("nullptr".into(), |id| format!("reinterpret_cast<float2*>({})", self.buffer(id)));
         self.function("float2*", "partial", "const Block& b", &format!("return {partial};"));
     }
 
-    /// Whether the stage before is a router of the same rows, which leaves what normalizes them.
+    /// Whether the stage before is a router of the same rows, which leaves what normalizes them; or a choice in front of
+    /// the product does.
     fn scaled(&self, gemm: &Gemm) -> bool {
+        let chooses = |stage: &Stage| match &stage.kind {
+            Kind::Experts(experts) => {
+                let unscaled = experts.route.as_ref().is_some_and(|route| route.unscaled.is_some());
+                unscaled && std::ptr::eq(&experts.gemm, gemm)
+            }
+            _ => false,
+        };
+        if self.program().bodies.iter().flatten().any(chooses) {
+            return true;
+        }
         let same = |stages: &[Stage]| match (&stages[0].kind, stages[1].kind.gemm()) {
             (Kind::Scores(scores), Some(next)) => {
                 std::ptr::eq(next, gemm)
@@ -874,8 +912,8 @@ impl<'p> Writer<'p> {
         }
     }
 
-    /// The scores of a router.
-    fn scores(&mut self, name: &str, stage: &str, scores: &Scores) {
+    /// The scores of a router, or a part of them.
+    fn scores(&mut self, name: &str, stage: &str, scores: &Scores, part: bool) {
         let Scores { experts, k, format, .. } = scores;
         let bytes = scores.weight_bytes() as u64;
         line!(self, "// {stage}: {experts} x {k} {format}, {}, {:.2} us.", size(bytes), micros(bytes));
@@ -892,7 +930,7 @@ impl<'p> Writer<'p> {
         let weights = self.weight(scores.weights);
         let weights = match *format {
             Format::BF16 => {
-                let blocks = tilec_ir::octet::octet_blocks(*format, *k);
+                let blocks = octet_blocks(*format, *k);
                 format!("return octet_columns({weights}, {blocks}, expert, column, more / 32);")
             }
             _ => format!(
@@ -909,7 +947,36 @@ impl<'p> Writer<'p> {
             format!("reinterpret_cast<const float*>({})", self.weight(slot))
         });
         self.function("const float*", "bias", "const Block& b", &format!("return {bias};"));
-        line!(self, "  static constexpr bool SIGMOID = {};", scores.sigmoid);
+        line!(
+            self,
+            "  static constexpr bool SIGMOID = {}, PART = {part}, ADDED = {};",
+            scores.sigmoid,
+            scores.added.is_some()
+        );
+        if part {
+            let (unit, experts) = match *format {
+                Format::BF16 => {
+                    let octet = octet_blocks(*format, *k) * octet_block_bytes(*format);
+                    (octet, 8)
+                }
+                _ => (*k * 4, 1),
+            };
+            let weights = self.weight(scores.weights);
+            let place = format!(
+                "const u32 first = expert / {experts}; from = {weights} + (u64)first * {unit}; \
+                 bytes = ((expert + count - 1) / {experts} - first + 1) * {unit};"
+            );
+            self.function(
+                "void",
+                "place",
+                "const Block& b, u32 expert, u32 count, const u8*& from, u32& bytes",
+                &place,
+            );
+        }
+        if let Some(added) = scores.added {
+            let added = format!("return reinterpret_cast<const float*>({});", self.weight(added));
+            self.function("const float*", "added", "const Block& b", &added);
+        }
         let correction = scores.correction.map_or("nullptr".into(), |slot| {
             format!("reinterpret_cast<const float*>({})", self.weight(slot))
         });
@@ -924,7 +991,7 @@ impl<'p> Writer<'p> {
     fn experts(&mut self, name: &str, stage: &str, experts: &Experts) {
         let Experts { gemm, experts: count, top_k, route } = experts;
         let routes = type_name(name, "route");
-        if let Some(Route { scores, routing }) = route {
+        if let Some(Route { scores, routing, unscaled }) = route {
             let scoring = match routing.scoring {
                 Scoring::Softmax => "SOFTMAX",
                 Scoring::ChosenSoftmax => "CHOSEN_SOFTMAX",
@@ -945,13 +1012,32 @@ impl<'p> Writer<'p> {
                 self.checked(*scores)
             );
             line!(self, "  static constexpr float FACTOR = {factor};");
+            line!(self, "  static constexpr bool UNSCALED = {};", unscaled.is_some());
             let scores = format!("return {};", self.buffer(*scores));
             self.function("const float*", "scores", "const Block& b", &scores);
+            if let Some(unscaled) = unscaled {
+                let (k, eps) = (unscaled.k, float(unscaled.eps));
+                line!(self, "  static constexpr u32 K = {k};");
+                line!(self, "  static constexpr float EPS = {eps};");
+                self.floats("const float", "squares", unscaled.squares);
+                for (name, slot) in [("bias", unscaled.bias), ("correction", unscaled.correction)] {
+                    let vector = slot.map_or("nullptr".into(), |slot| {
+                        format!("reinterpret_cast<const float*>({})", self.weight(slot))
+                    });
+                    self.function("const float*", name, "const Block& b", &format!("return {vector};"));
+                }
+            }
             line!(self, "}};");
         }
         let bytes = (*top_k * gemm.weight_bytes()) as u64;
         let octets = experts.tile_octets();
-        self.open_gemm(name, stage, gemm, (&format!("{top_k} of {count} times "), bytes), octets);
+        self.open_gemm(
+            name,
+            stage,
+            gemm,
+            (&format!("{top_k} of {count} times "), bytes),
+            (octets, experts.shares_slot()),
+        );
         line!(self, "  static constexpr u32 SLOTS = {top_k};");
         line!(self, "  static constexpr bool FIRST = {};", route.is_some());
         if route.is_some() {
@@ -991,19 +1077,14 @@ impl<'p> Writer<'p> {
             let arguments = "const Control& b, u32 expert, u32 feature";
             self.function("float2", "scale", arguments, &format!("return {scale};"));
         }
-        let bias = match &gemm.bias[..] {
-            [] => String::new(),
-            biases => {
-                let add = |bias: &Bias| {
-                    let at = format!("{} + (u64)chosen.expert * {}", self.weight(bias.slot), bias.cols * 4);
-                    format!("load_bias(bias, {at}, {}, {}, feature);", bias.start, bias.cols)
-                };
-                let loads: Vec<String> = biases.iter().map(add).collect();
-                format!("float2 bias = {{}}; {} v.x += bias.x; v.y += bias.y;", loads.join(" "))
-            }
+        let load = |bias: &Bias| {
+            let at = format!("{} + (u64)expert * {}", self.weight(bias.slot), bias.cols * 4);
+            format!("load_bias(bias, {at}, {}, {}, feature); ", bias.start, bias.cols)
         };
-        let arguments = "const Control& b, u32 feature, const Chosen& chosen, float2& v";
-        self.function("void", "add_bias", arguments, &bias);
+        let loads: String = gemm.bias.iter().map(load).collect();
+        line!(self, "  static constexpr bool BIASED = {};", !loads.is_empty());
+        let arguments = "const Control& b, u32 expert, u32 feature";
+        self.function("float2", "bias", arguments, &format!("float2 bias = {{}}; {loads}return bias;"));
         let mut store = format!("*reinterpret_cast<float2*>({out}) = v;");
         if let Some(tap) = self.tap(gemm, "v") {
             store = format!("{store} {tap}");
@@ -1327,8 +1408,11 @@ impl<'p> Writer<'p> {
         self.deal_caches();
         self.role("bool load_step(Loader& b)", "", "return true;", "", |name, kind| match kind {
             Kind::Gemm(_) => format!("if (!stream<{name}>(b, {name}::weights(b))) return false;"),
-            Kind::Attention(_) => {
-                format!("if (!stream_cache<{name}>(b, LAYER_CACHE[b.layer])) return false;")
+            Kind::Attention(Attention { router, .. }) => {
+                let scores = router
+                    .as_ref()
+                    .map_or(String::new(), |_| format!("prefetch_router<{}>(b); ", router_name(name)));
+                format!("{scores}if (!stream_cache<{name}>(b, LAYER_CACHE[b.layer])) return false;")
             }
             Kind::Scores(scores) => format!("b.pass_tiles({}); b.next_stage();", scores.experts),
             Kind::Experts(_) => {
@@ -1341,7 +1425,12 @@ impl<'p> Writer<'p> {
             Kind::Gemm(_) => format!("multiply<{name}>(b);"),
             Kind::Scores(_) => format!("score_experts<{name}>(b);"),
             Kind::Experts(_) => format!("multiply_experts<{name}>(b);"),
-            Kind::Attention(_) => format!("attend<{name}>(b, LAYER_CACHE[b.layer]);"),
+            Kind::Attention(Attention { router, .. }) => {
+                let scores = router
+                    .as_ref()
+                    .map_or(String::new(), |_| format!(" score_experts<{}>(b);", router_name(name)));
+                format!("attend<{name}>(b, LAYER_CACHE[b.layer]);{scores} b.finish_stage();")
+            }
             Kind::Taps { .. } => format!("take_taps<{name}>(b);"),
             Kind::Context(_) => format!("cache_context<{name}>(b);"),
             Kind::Conv(_) => format!("convolve<{name}>(b);"),
@@ -1608,6 +1697,11 @@ fn type_name(prefix: &str, name: &str) -> String {
     };
     let name: String = words.map(upper).collect();
     format!("{prefix}{name}")
+}
+
+/// The structure of the scores that are made behind attention.
+fn router_name(attention: &str) -> String {
+    format!("{attention}Scores")
 }
 
 fn weights_type(format: Format) -> &'static str {

@@ -94,6 +94,7 @@ pub(super) fn stages(lowering: &mut Lowering<'_>) -> Result<Vec<Stage>, TileErro
             prepares: None,
             tap: false,
             partial: lowering.partial(k, each * layers.len(), 1),
+            router: None,
         }),
     });
     let rope = rope.map(|name| lowering.rope(&name));

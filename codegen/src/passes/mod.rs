@@ -6,6 +6,7 @@ pub mod packer;
 pub mod precision;
 mod prepare;
 pub mod resident;
+mod router;
 pub mod schedule;
 mod selector;
 pub mod shard;

@@ -18,6 +18,7 @@ use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
 use super::inject;
 use super::packer::Packer;
 use super::prepare;
+use super::router;
 use super::selector::Lists;
 use super::tile::{TileError, expert_rows, kv_layout, layerless, segments_of, vector_content};
 
@@ -170,6 +171,7 @@ pub fn resident_with(
     program.vocab = vocab.unwrap_or(0);
     lowering.set_taps(&mut program)?;
     prepare::rows(&mut lowering, &mut program);
+    router::scores(&mut lowering, &mut program);
     program.buffers = lowering.buffers;
     program.packing = lowering.packer.packing.clone();
     program.verify().map_err(|defect| whole(defect.to_string()))?;
@@ -209,12 +211,12 @@ pub(super) fn value_scale(op: &FusedOp, pieces: &[Piece]) -> Result<f32, TileErr
 
 /// A norm that waits for the product in front of which it is recomputed.
 #[derive(Clone)]
-struct Normed {
-    source: ValueId,
-    gain: String,
-    len: usize,
+pub(super) struct Normed {
+    pub(super) source: ValueId,
+    pub(super) gain: String,
+    pub(super) len: usize,
     eps: f32,
-    select: bool,
+    pub(super) select: bool,
 }
 
 /// What the parts of a product of queries, keys and values leave to attention.
@@ -237,7 +239,7 @@ pub(super) struct HeadChain {
 pub(super) struct Lowering<'a> {
     pub(super) fused: &'a Fused,
     context: usize,
-    step_rows: usize,
+    pub(super) step_rows: usize,
     pub(super) kv: KvLayout,
     pub(super) buffers: Vec<Buffer>,
     pub(super) of_value: HashMap<ValueId, BufferId>,
@@ -476,6 +478,7 @@ impl<'a> Lowering<'a> {
             cols,
             tap: false,
             partial,
+            router: None,
         }))
     }
 
@@ -606,6 +609,7 @@ impl<'a> Lowering<'a> {
             }
             _ => return Err(refuse()),
         };
+        let through = self.through(op, normed.as_ref(), offsets);
         let norm = normed.map(|normed| {
             let content = PackContent::F32 { tensor: normed.gain, len: normed.len };
             Norm { gain: self.packer.slot(content, offsets.as_mut()), eps: normed.eps }
@@ -633,6 +637,8 @@ impl<'a> Lowering<'a> {
             sigmoid,
             correction,
             output: BufferId(0),
+            through,
+            added: None,
         };
         scores.output = self.half_buffer("scores", value, scores.output_cols());
         Ok(Kind::Scores(scores))
@@ -710,6 +716,7 @@ impl<'a> Lowering<'a> {
         let route = route.map(|(scores, Router { scoring, renormalize, top_k, factor, .. })| Route {
             scores,
             routing: Routing { scoring, renormalize, top_k, factor },
+            unscaled: None,
         });
         let norm = normed.map(|normed| {
             let content = PackContent::F32 { tensor: normed.gain, len: normed.len };
@@ -760,6 +767,7 @@ impl<'a> Lowering<'a> {
             cols,
             tap: false,
             partial: None,
+            router: None,
         };
         Ok(Kind::Experts(Experts { gemm, experts, top_k, route }))
     }
@@ -829,6 +837,7 @@ impl<'a> Lowering<'a> {
             sinks,
             value_scale,
             bidirectional,
+            router: None,
         }))
     }
 

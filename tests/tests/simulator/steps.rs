@@ -287,6 +287,23 @@ fn short_experts_of_two_blocks() {
     check_widths(&config, Format::BF16, Some(Format::MXFP4), &[16]);
 }
 
+/// An SM has several octets of an expert that do not share a slot, an odd number of them or an even one: pairs and a single
+/// one. With 16 rows a step there are no registers for the next expert's.
+#[test]
+fn wide_tiles_of_experts() {
+    for (hidden, octets, experts) in [(3072, 3, Format::MXFP4), (2048, 2, Format::NVFP4)] {
+        let mut config = short_experts();
+        config["hidden_size"] = hidden.into();
+        config["moe_intermediate_size"] = 1160.into();
+        let simulation = Simulation::new(&config, Format::BF16, Some(experts), sizes(8));
+        let kinds = simulation.program.bodies.iter().flatten().map(|stage| &stage.kind);
+        let wide = |kind: &Kind| matches!(kind, Kind::Experts(of) if of.tile_octets() == octets && !of.shares_slot());
+        assert!(kinds.clone().any(wide), "no tile has {octets} octets");
+        check_long(&config, Format::BF16, Some(experts), 0.03);
+        check_widths(&config, Format::BF16, Some(experts), &[16]);
+    }
+}
+
 #[test]
 fn mimo_in_fp8_with_mxfp4() {
     check_steps(&mimo_fused(), Format::FP8_BLOCK, Some(Format::MXFP4), 1, 0.03);
@@ -319,7 +336,8 @@ fn experts_by_chance() {
 /// An SM looks after three experts at a time, or after none; what normalizes the rows it finds in any case.
 #[test]
 fn routers_of_few_and_of_many_experts() {
-    for experts in [6, 300] {
+    // Of numbers that are no multiples of four a stage of its own makes the scores.
+    for experts in [6, 302, 300] {
         let mut config = mimo_fused();
         config["n_routed_experts"] = experts.into();
         let simulation = Simulation::new(&config, Format::BF16, Some(Format::MXFP4), 256);
@@ -351,15 +369,34 @@ impl WeightSource for Alike<'_> {
 /// Of equal scores, each another lane's, the lowest experts are chosen.
 #[test]
 fn experts_that_are_alike() {
-    let simulation = Simulation::new(&qwen3_moe(), Format::BF16, Some(Format::MXFP4), 256);
+    // A lane has one, or three.
+    check_alike(&qwen3_moe());
+    let mut config = qwen3_moe();
+    config["num_experts"] = 96.into();
+    config["num_experts_per_tok"] = 9.into();
+    check_alike(&config);
+}
+
+fn check_alike(config: &Value) {
+    let simulation = Simulation::new(config, Format::BF16, Some(Format::MXFP4), 256);
     let mut packed = std::fs::read(simulation.path("weights.bin")).unwrap();
     for layer in &simulation.program.layers {
         for stage in &simulation.program.bodies[layer.body] {
-            let Kind::Scores(scores) = &stage.kind else { continue };
-            let Slot::Layer(number) = scores.weights else { panic!("a layer's weights") };
+            // Of the rows before attention, and of what is added to them.
+            let (weights, octets, k) = match &stage.kind {
+                Kind::Attention(attention) => {
+                    let scores = attention.router.as_ref().expect("no stage of its own makes scores");
+                    assert_eq!(scores.format, Format::BF16);
+                    (scores.weights, scores.experts.div_ceil(8), scores.k)
+                }
+                Kind::Gemm(gemm) if gemm.router.is_some() => {
+                    (gemm.router.unwrap().weights, gemm.router_tiles(), gemm.k)
+                }
+                _ => continue,
+            };
+            let Slot::Layer(number) = weights else { panic!("a layer's weights") };
             let at = layer.offsets[number] as usize;
-            assert_eq!(scores.format, Format::BF16);
-            packed[at..at + scores.experts.div_ceil(8) * scores.k.div_ceil(32) * 512].fill(0);
+            packed[at..at + octets * k.div_ceil(32) * 512].fill(0);
         }
     }
     std::fs::write(simulation.path("weights.bin"), packed).unwrap();
@@ -367,7 +404,8 @@ fn experts_that_are_alike() {
     let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
     check_step(&simulation, &mut interpreter, &first_rows(), [0, 1], 0.03);
     let found = simulation.launch(&first_rows(), 1, 3, 4);
-    assert_eq!(found.experts, 2 * 3, "all rows choose the same three in both layers");
+    let each = config["num_experts_per_tok"].as_u64().unwrap() as u32;
+    assert_eq!(found.experts, 2 * each, "all rows choose the same in both layers");
 }
 
 /// One rank alone is the interpreter of its graph, in which its own parts stand for sums: heads, columns of
