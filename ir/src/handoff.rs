@@ -54,7 +54,7 @@ fn looks(kind: &Kind) -> bool {
     match kind {
         Kind::Attention(_) => true,
         Kind::Gemm(gemm) => [Format::BF16, Format::F16].contains(&gemm.format),
-        // What the rows themselves are was there before the router.
+        // Behind a router's stage what the rows themselves are was there before.
         Kind::Experts(experts) => experts.route.is_some(),
         _ => false,
     }

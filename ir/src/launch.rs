@@ -307,6 +307,7 @@ impl StallRecord {
             8 => "the control warp, for the choice of experts",
             9 => "the control warp, for what other SMs wrote",
             10 => "the loader, for the step's rows",
+            11 => "the control warp, for the loader to end the step",
             _ => "an unknown part",
         }
     }

@@ -39,8 +39,8 @@ pub const fn is_step_rows(rows: usize) -> bool {
 /// Bytes that are enough for a copy at the full rate.
 const SHORT_TILE: usize = 8192;
 
-/// Octets of a tile, at most, that have a copy each.
-const WIDE_TILE: usize = 6;
+/// Octets of a tile, at most, that have a copy each, in a step of one slice.
+const WIDE_TILE: usize = 8;
 
 /// SMs of a large chip, about.
 const LARGE_CHIP: usize = 128;
@@ -328,8 +328,9 @@ impl Experts {
     /// of a large chip has a tile.
     ///
     /// Long ones have a copy each. But if an SM has several of each expert, they are a tile as well: its rows are
-    /// fetched once, and two octets of FP4 are multiplied in less time together than one behind the other.
-    pub fn tile_octets(&self) -> usize {
+    /// fetched once, and two octets of FP4 are multiplied in less time together than one behind the other. Sums of more
+    /// than eight octets and slices of `step_rows` would leave too little of the ring.
+    pub fn tile_octets(&self, step_rows: usize) -> usize {
         let bytes = self.gemm.blocks() * octet_block_bytes(self.gemm.format);
         if self.route.is_some() || !matches!(self.gemm.format.code, Code::E2m1) {
             return 1;
@@ -340,7 +341,11 @@ impl Experts {
         let fits = |octets: &usize| octets.is_multiple_of(2) && tiles.is_multiple_of(*octets);
         match (2..=most).rev().find(fits) {
             Some(octets) => octets,
-            None if bytes <= SLOT_BYTES && (2..=WIDE_TILE).contains(&each) && tiles.is_multiple_of(each) => {
+            None if bytes <= SLOT_BYTES
+                && each * bytes > SHORT_TILE
+                && (2..=WIDE_TILE * SLICE_ROWS / step_rows).contains(&each)
+                && tiles.is_multiple_of(each) =>
+            {
                 each
             }
             None => 1,
@@ -348,9 +353,9 @@ impl Experts {
     }
 
     /// Whether the octets of a tile are one copy.
-    pub fn shares_slot(&self) -> bool {
+    pub fn shares_slot(&self, step_rows: usize) -> bool {
         let bytes = self.gemm.blocks() * octet_block_bytes(self.gemm.format);
-        let octets = self.tile_octets();
+        let octets = self.tile_octets(step_rows);
         octets > 1 && octets * bytes <= SHORT_TILE
     }
 
@@ -1019,6 +1024,7 @@ impl ResidentProgram {
                 written[prepared.squares.0 as usize] = true;
             }
         }
+        self.verify_routers()?;
         self.readers()?;
         self.verify_handoffs(&self.handoffs())
     }
@@ -1075,6 +1081,50 @@ impl ResidentProgram {
             }
         }
         Ok(readers)
+    }
+
+    /// Checks that scores which are made in parts are parts of the same.
+    fn verify_routers(&self) -> Result<(), Defect> {
+        for stages in &self.bodies {
+            let of =
+                |found: fn(&Kind) -> bool| stages.iter().map(|stage| &stage.kind).find(|kind| found(kind));
+            let attention = of(|kind| matches!(kind, Kind::Attention(Attention { router: Some(_), .. })));
+            let product = of(|kind| matches!(kind, Kind::Gemm(Gemm { router: Some(_), .. })));
+            let first = of(|kind| matches!(kind, Kind::Experts(Experts { route: Some(_), .. })));
+            let before = match attention {
+                Some(Kind::Attention(attention)) => attention.router.as_ref(),
+                _ => None,
+            };
+            let added = match product {
+                Some(Kind::Gemm(gemm)) => gemm.router.map(|router| (router, gemm.output)),
+                _ => None,
+            };
+            let route = match first {
+                Some(Kind::Experts(experts)) => {
+                    experts.route.as_ref().map(|route| (route, experts.experts, experts.gemm.k))
+                }
+                _ => None,
+            };
+            let sound = match (before, added, route) {
+                (Some(before), Some((added, rows)), Some((route, experts, k))) => {
+                    before.input == rows
+                        && (before.output, before.experts) == (added.before, added.experts)
+                        && (route.scores, experts) == (added.output, added.experts)
+                        && route.unscaled.is_some_and(|unscaled| unscaled.k == before.k && before.k == k)
+                }
+                (None, None, Some((route, ..))) => route.unscaled.is_none(),
+                (None, None, None) => true,
+                _ => false,
+            };
+            if !sound {
+                let stage = stages.first().map_or_else(String::new, |stage| stage.name.clone());
+                return Err(Defect {
+                    stage,
+                    what: "the parts of a router's scores do not fit each other".into(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// What does not hold of a router's scores alone.

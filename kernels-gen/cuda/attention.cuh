@@ -694,6 +694,7 @@ template <class A> __device__ __forceinline__ void clear_parts(const Consumer& b
 
 template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32 cache);  // spans.cuh
 
+// (Whoever calls it finishes the stage: a router's scores may follow.)
 template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache) {
   using Space = AttentionSpace<A>;
   constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_STEPS = Space::V_STEPS;

@@ -87,6 +87,7 @@ struct Shared {
   u64 sums_empty[SUM_BUFFERS];
   u32 stage;                    // that control is in, of the step
   u32 loader_stage;
+  u32 loader_steps;             // that the loader is through with, and with what it read of their rows
   u64 passed;                   // barrier: control is through a checked crossing, or has left
   u64 opened;                   // barrier: the step's rows are there, and dealt out (a phase a step with attention)
   u32 left;                     // that it has left
@@ -164,7 +165,7 @@ struct Block {
 
 enum Role : u32 {
   LOADER_SLOT = 1, CONSUMER_WEIGHTS = 2, CONSUMER_INPUTS = 3, CONSUMER_SUMS = 4, CONTROL_CONSUMERS = 5, CONTROL_SMS = 6,
-  LOADER_ROUTES = 7, CONTROL_ROUTES = 8, CONTROL_WRITES = 9, LOADER_STEP = 10
+  LOADER_ROUTES = 7, CONTROL_ROUTES = 8, CONTROL_WRITES = 9, LOADER_STEP = 10, CONTROL_LOADER = 11
 };
 
 // Waits until the phase of this parity is over; a whole warp. Lanes may see the end at different tries,
@@ -211,7 +212,11 @@ struct Loader : Block {
   }
   __device__ __forceinline__ void next_step() {
     ++step;
-    if (lane_id() == 0) shared.loader_stage = first_stage(kind());
+    if (LOADER_LANES > 1) __syncwarp();  // all lanes have read
+    if (lane_id() == 0) {
+      shared.loader_stage = first_stage(kind());
+      shared_release(&shared.loader_steps, step);
+    }
   }
 
   // Whether there is such a step, as far as control has said. It may lower the number at any time.
@@ -556,6 +561,14 @@ struct Control : Block {
     if (any && row == 0) barrier_arrive(&shared.opened);
   }
 
+  // The loader is through with the step: rows, and how attention is dealt out, may change. All that it streamed was
+  // multiplied, so it is mostly in the next step already; but on an SM without tiles it may be behind. (It may also be ahead
+  // by more steps than a barrier has phases.)
+  __device__ __forceinline__ void wait_loader() const {
+#pragma unroll 1
+    while (!__all_sync(~0u, shared_acquire(&shared.loader_steps) > step)) shared.waiting[anew(warp_id())] = CONTROL_LOADER;
+  }
+
   // The beginning of a step: its tokens lie in shared memory, or there is no such step.
   __device__ __forceinline__ void open_step() {
     if (lane_id() == 0 && !second) {
@@ -727,7 +740,7 @@ __device__ __forceinline__ void watch(const Block& b) {
     if (others) give_up(b, role, load_acquire(&b.sync().arrived), (crossings + (role == CONTROL_SMS)) * gridDim.x);
     // What control waits for is the consumers' work, and what they wait for may be the loader's; but a loader that has gone on
     // to the next step and waits for that holds nobody up.
-    if (shared.waiting[0] != 0) role = shared.waiting[0];
+    if (role != CONTROL_LOADER && shared.waiting[0] != 0) role = shared.waiting[0];
     const u32 loader = shared.waiting[LOADER];
     if (role == CONSUMER_WEIGHTS && loader == LOADER_ROUTES) role = loader;
     give_up(b, role, 0, 1);

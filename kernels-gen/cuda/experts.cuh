@@ -1,6 +1,6 @@
 // Mixtures of experts: which experts the step's rows choose, and products with the weights of just these.
 //
-// A layer's experts are three stages: a router's scores, then two products. The first (gate and up) begins with
+// A layer's experts are two products behind a router's scores, which mostly have no stage of their own. The first (gate and up) begins with
 // the choice: the scores are there, and every SM finds all rows' experts for itself, a warp a row. The loader has to
 // wait for that: it is the one place where it does not know what comes next. Then the tiles of all experts
 // that any row chose, expert by expert in ascending order, are dealt out to the SMs as those of any product.
@@ -24,7 +24,7 @@
 // The generated text defines MAX_EXPERTS and MAX_SLOTS, the most that any layer has.
 //
 // The scores are the one product in float32: they decide who works. They are few, so that no weights stream for
-// them: an SM has an expert or none, and its weights are in registers before the rows are there.
+// them: an SM has a few experts or none, and their weights are in registers before the rows are there.
 //
 // Mostly no stage has to wait for them. Scores are sums over a row's columns, which what normalizes the row is multiplied
 // into: so they are those of the row before attention, and those of what the product behind attention adds to it. The
@@ -295,7 +295,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
 #pragma unroll
     for (u32 i = 0; i < EACH; ++i) words = largest_word(words, __float_as_uint(loaded[i]));
   } while (R::CHECKED && b.late(words));
-  // The score of an expert, once more: some lane has seen it, so it is not late.
+  // The score of an expert, once more: but for scores beside what is compared, some lane has seen it, so it is not late.
   auto score_of = [&](u32 expert) {
     float score = take1<R::CHECKED>(scores + expert);
     if constexpr (R::UNSCALED) score = fmaf(score, scale, R::bias(b) ? R::bias(b)[expert] : 0.f);
@@ -370,7 +370,11 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   const float top = from_ordered(largest);
   // What is compared of sigmoids is another number. It is loaded only here: in the loop each round waited for it.
   float score = from_ordered(key);
-  if constexpr (R::SCORING == SIGMOID) score = score_of(mine);
+  if constexpr (R::SCORING == SIGMOID) {
+    do {
+      score = score_of(mine);
+    } while (R::CHECKED && !R::UNSCALED && b.late(__float_as_uint(score)));
+  }
   auto share_of = [&](float score) {
     if constexpr (R::SCORING == SIGMOID) return random ? 1.f : sigmoid(score);
     return random ? 1.f : power_of_two((score - top) * LOG2_E);

@@ -41,7 +41,7 @@
 //   ROW_OCTETS, ORDER    of halves: whether x lies in octets of rows, and the order of its columns (rows.cuh)
 //   PREPARED             whether x is bf16 that its maker has prepared for a norm (prepared.cuh)
 //   squares(b)           then: [rows][K / 8, padded to four] f32
-//   SCALED               then: whether the stage before has found what normalizes these rows
+//   SCALED               then: whether the stage before, or the choice in front of the product, has found what normalizes them
 //   NORM, gain(b), EPS   whether x is normed first, or was prepared for that; its gains
 //   LOGITS               whether its rows are those whose logits are wanted
 //   input(block)         x, [rows][K]

@@ -101,7 +101,7 @@ pub struct SharedNeeds {
     pub slices: usize,
     /// Columns of the longest row in float32 that a product reads.
     pub row_columns: usize,
-    /// Octets of the largest tile: 2 with gated pairs.
+    /// Octets of the largest tile: 2 with gated pairs, more where those of an expert are one tile.
     pub operands: usize,
     /// Whether octets have scales by 128 columns that lie apart.
     pub scaled: bool,

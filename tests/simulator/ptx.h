@@ -14,6 +14,8 @@ __device__ __forceinline__ u32 cycles() { return (u32)machine::time(); }
 
 __device__ __forceinline__ void add_release(u32* p, u32 n) { machine::yield(); *p += n; }
 __device__ __forceinline__ u32 load_acquire(const u32* p) { machine::yield(); return *(const volatile u32*)p; }
+__device__ __forceinline__ void shared_release(u32* p, u32 v) { *(volatile u32*)p = v; }
+__device__ __forceinline__ u32 shared_acquire(const u32* p) { machine::yield(); return *(const volatile u32*)p; }
 __device__ __forceinline__ void max_relaxed(u64* p, u64 v) { machine::yield(); if (v > *p) *p = v; }
 __device__ __forceinline__ u64 load_relaxed(const u64* p) { machine::yield(); return *p; }
 __device__ __forceinline__ u32 load_relaxed(const u32* p) { machine::yield(); return *p; }

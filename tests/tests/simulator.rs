@@ -170,8 +170,13 @@ impl WeightSource for Weights<'_> {
         let (_, weight) = known.ok_or("no weight lies there")?;
         let shape = &self.0.checkpoint.tensor(name).map_err(|error| error.to_string())?.shape;
         // Scales that are stored are kept, and need not be those that would be chosen.
-        if let ([rows, cols], true) = (&shape[..], weight.format != weight.stored) {
-            let (rows, cols) = (*rows, *cols);
+        if let ([first, rows @ .., cols], true) = (&shape[..], weight.format != weight.stored) {
+            let (rows, cols) = (first * rows.iter().product::<usize>(), *cols);
+            // Experts in one tensor have scales of their own only where no scale is of several rows.
+            assert!(
+                shape.len() == 2 || (weight.format.block_rows == 1 && !weight.format.tensor_scale),
+                "{name}"
+            );
             let planes = quantize(weight.format, rows, cols, &values).map_err(|error| error.to_string())?;
             dequantize(&planes.view(), &mut values).map_err(|error| error.to_string())?;
         }

@@ -344,8 +344,8 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
         if let Kind::Experts(experts) = &stage.kind {
             needs.experts = needs.experts.max(experts.experts);
             needs.top_k = needs.top_k.max(experts.top_k);
-            if !experts.shares_slot() {
-                needs.operands = needs.operands.max(experts.tile_octets());
+            if !experts.shares_slot(program.step_rows) {
+                needs.operands = needs.operands.max(experts.tile_octets(program.step_rows));
             }
         }
     }
@@ -1030,13 +1030,14 @@ impl<'p> Writer<'p> {
             line!(self, "}};");
         }
         let bytes = (*top_k * gemm.weight_bytes()) as u64;
-        let octets = experts.tile_octets();
+        let rows = self.program().step_rows;
+        let octets = experts.tile_octets(rows);
         self.open_gemm(
             name,
             stage,
             gemm,
             (&format!("{top_k} of {count} times "), bytes),
-            (octets, experts.shares_slot()),
+            (octets, experts.shares_slot(rows)),
         );
         line!(self, "  static constexpr u32 SLOTS = {top_k};");
         line!(self, "  static constexpr bool FIRST = {};", route.is_some());
@@ -1628,7 +1629,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       barrier_init(&shared.sums_empty[i], 2);
     }}
     shared.steps = {steps};
-    shared.stage = shared.loader_stage = shared.crossings = shared.step = shared.round = shared.rounds = 0;
+    shared.stage = shared.loader_stage = shared.loader_steps = shared.crossings = shared.step = shared.round = shared.rounds = 0;
     for (u32& role : shared.waiting) role = 0;
     for (auto& dealt : shared.dealt_for) dealt[0] = ~0u;  // no runs
     barriers_visible();
@@ -1658,6 +1659,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       if (!b.second) {take}(b);
       for (b.open_step(); b.step < *(volatile u32*)&shared.steps; b.open_step()) {{
         control_step(b);{sampled}
+        b.wait_loader();
         {choose}(b);
       }}{report}
       b.leave();

@@ -16,7 +16,8 @@ use tilec_ir::fused::{Anchor, FusedOp, Part, Piece};
 use tilec_ir::launch::OCTET;
 use tilec_ir::pack::PackContent;
 use tilec_ir::resident::{
-    Experts, Gemm, Kind, ResidentProgram, Route, RouterTiles, Scores, Stage, Through, Unscaled, part_columns,
+    Epilogue, Experts, Gemm, Kind, ResidentProgram, Route, RouterTiles, Scores, Stage, Through, Unscaled,
+    part_columns,
 };
 use tilec_ir::stages::{BufferElem, BufferId};
 
@@ -121,6 +122,8 @@ fn moved(stages: &mut [Stage], mut buffer: impl FnMut(&str, usize) -> BufferId) 
         || product.output != scores.input
         || product.input != attention.output
         || product.partial.is_some()
+        || product.norm.is_some()
+        || product.epilogue != Epilogue::Residual
         || route.scores != scores.output
     {
         return None;

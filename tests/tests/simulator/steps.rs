@@ -238,7 +238,7 @@ fn wide_steps_of_long_rows() {
 fn wide_steps_of_short_experts() {
     let simulation = Simulation::new(&short_experts(), Format::BF16, Some(Format::MXFP4), sizes(16));
     let octets = simulation.program.bodies.iter().flatten().filter_map(|stage| match &stage.kind {
-        Kind::Experts(experts) => Some(experts.tile_octets()),
+        Kind::Experts(experts) => Some(experts.tile_octets(16)),
         _ => None,
     });
     assert!(octets.max().unwrap() > 1, "no tile has several octets");
@@ -297,11 +297,51 @@ fn wide_tiles_of_experts() {
         config["moe_intermediate_size"] = 1160.into();
         let simulation = Simulation::new(&config, Format::BF16, Some(experts), sizes(8));
         let kinds = simulation.program.bodies.iter().flatten().map(|stage| &stage.kind);
-        let wide = |kind: &Kind| matches!(kind, Kind::Experts(of) if of.tile_octets() == octets && !of.shares_slot());
+        let wide = |kind: &Kind| matches!(kind, Kind::Experts(of) if of.tile_octets(8) == octets && !of.shares_slot(8));
         assert!(kinds.clone().any(wide), "no tile has {octets} octets");
         check_long(&config, Format::BF16, Some(experts), 0.03);
         check_widths(&config, Format::BF16, Some(experts), &[16]);
     }
+}
+
+/// Scores with biases, of the router and of the product that they are made by, in layers that share a text; and biases of wide
+/// tiles.
+#[test]
+fn routers_of_gpt_oss_through_attention() {
+    let mut config = gpt_oss();
+    // Every row takes all experts, so that no rounding of a router's input decides; their weights are what scores make of them.
+    config["num_local_experts"] = 8.into();
+    config["num_experts_per_tok"] = 8.into();
+    let made = |config: &Value| {
+        let simulation = Simulation::new(config, Format::BF16, Some(Format::MXFP4), sizes(8));
+        let mut stages = simulation.program.bodies.iter().flatten();
+        stages.any(|stage| {
+            stage.kind.attention().is_some_and(|of| of.router.as_ref().is_some_and(|own| own.added.is_some()))
+        })
+    };
+    assert!(made(&config), "no scores are made behind attention");
+    check_steps(&config, Format::BF16, Some(Format::MXFP4), 1, 0.03);
+    check_wide_steps(&config, Format::BF16, Some(Format::MXFP4), 16, 0, 0.03);
+    check_ranks(&config, Format::BF16, Format::BF16, 0.03);
+    for (key, value) in [
+        ("hidden_size", 3072),
+        ("intermediate_size", 1184),
+        ("num_hidden_layers", 1),
+        ("num_local_experts", 4),
+        ("num_experts_per_tok", 4),
+    ] {
+        config[key] = value.into();
+    }
+    config["layer_types"] = ["full_attention"].into_iter().collect();
+    check_long(&config, Format::BF16, Some(Format::MXFP4), 0.03);
+}
+
+/// An odd number of short octets is no tile.
+#[test]
+fn odd_numbers_of_short_octets() {
+    let mut config = short_experts();
+    config["hidden_size"] = 2088.into();
+    check_long(&config, Format::BF16, Some(Format::MXFP4), 0.03);
 }
 
 #[test]
