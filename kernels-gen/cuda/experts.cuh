@@ -1,8 +1,8 @@
 // Mixtures of experts: which experts the step's rows choose, and products with the weights of just these.
 //
-// A layer's experts are two products behind a router's scores, which mostly have no stage of their own. The first (gate and up) begins with
-// the choice: the scores are there, and every SM finds all rows' experts for itself, a warp a row. The loader has to
-// wait for that: it is the one place where it does not know what comes next. Then the tiles of all experts
+// A layer's experts are two products behind a router's scores, which mostly have no stage of their own. The first (gate
+// and up) begins with the choice: the scores are there, and every SM finds all rows' experts for itself, a warp a row.
+// The loader has to wait for that: it is the one place where it does not know what comes next. Then the tiles of all experts
 // that any row chose, expert by expert in ascending order, are dealt out to the SMs as those of any product.
 // Every tile is multiplied with all rows of the step, which costs nothing; of the results only those rows'
 // are stored that chose the expert, in the slot that the expert has among the row's.
@@ -28,7 +28,7 @@
 //
 // Mostly no stage has to wait for them. Scores are sums over a row's columns, which what normalizes the row is multiplied
 // into: so they are those of the row before attention, and those of what the product behind attention adds to it. The
-// latter are more features of that product (gemm.cuh, ROUTER_TILES); the former are made behind attention, by SMs that have no
+// latter are more features of that product, nearly as exact (gemm.cuh, ROUTER_TILES); the former are made behind attention, by SMs that have no
 // units (PART); and whoever chooses normalizes their sum (UNSCALED). So the choice begins where the rows are complete, a
 // crossing and a stage sooner.
 //

@@ -6,7 +6,7 @@ use tilec_ir::abi::KvType;
 use tilec_ir::format::{Code, Format};
 use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::handoff::Handoff;
-use tilec_ir::launch::{KERNEL, SLICE_ROWS, SLOT_BYTES};
+use tilec_ir::launch::{KERNEL, OCTET, SLICE_ROWS, SLOT_BYTES};
 use tilec_ir::octet::{apart_scales, feature_scales, octet_block_bytes, octet_block_scales, octet_blocks};
 use tilec_ir::resident::{
     Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, Pairs, Prepared, ROW_BLOCK,
@@ -957,7 +957,7 @@ impl<'p> Writer<'p> {
             let (unit, experts) = match *format {
                 Format::BF16 => {
                     let octet = octet_blocks(*format, *k) * octet_block_bytes(*format);
-                    (octet, 8)
+                    (octet, OCTET)
                 }
                 _ => (*k * 4, 1),
             };

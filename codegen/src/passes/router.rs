@@ -91,7 +91,7 @@ pub(super) fn scores(lowering: &mut Lowering<'_>, program: &mut ResidentProgram)
                 stages.remove(2);
                 body.splice(first..=at + 1, stages);
             }
-            // Nobody needs to know.
+            // What is packed for it stays where it is, unused. (No model is known to come here.)
             None => {
                 if let Kind::Scores(scores) = &mut body[at].kind {
                     scores.through = None;

@@ -161,7 +161,8 @@ fn layers_that_are_stored_differently_share_rows() {
 }
 
 /// The same rows by kernels of 8 and of so many rows a step have the same bits, beside other rows as well. (Where rows are
-/// multiplied in parts, these are others, and so are the bits.)
+/// multiplied in parts, these are others, and so are the bits; or where a product has two teams of one kernel's consumers
+/// and one of the other's, as with 65 blocks of halves.)
 fn check_widths(config: &Value, weights: Format, experts: Option<Format>, widths: &[usize]) {
     let rows = first_rows();
     let narrow = Simulation::new(config, weights, experts, sizes(8)).launch(&rows, 1, 3, 1);
