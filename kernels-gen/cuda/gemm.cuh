@@ -107,9 +107,13 @@ template <class S> struct Slots {
   static constexpr u32 WARP_BLOCKS = SLOT_BLOCKS<typename S::Weights> / Team<S>::WARPS;  // of a slot
   static constexpr u32 BLOCKS = WARP_BLOCKS * Team<S>::WARPS;
   static constexpr u32 COUNT = (S::BLOCKS + BLOCKS - 1) / BLOCKS;  // of an octet
+  // A pair of FP4, of whole rounds each, comes as one octet of twice as many blocks, if that is fewer pieces: each takes the
+  // loader as long as memory takes for 10 KB. (One of Qwen3-30B-A3B's is half as long.)
+  static constexpr bool JOINED = Team<S>::PAIR && S::BLOCKS % Team<S>::WARPS == 0 && (2 * S::BLOCKS + BLOCKS - 1) / BLOCKS < 2 * COUNT;
+  static constexpr u32 OF_TILE = JOINED ? (2 * S::BLOCKS + BLOCKS - 1) / BLOCKS : S::OPERANDS * COUNT;
   // Octets that share a slot are as one to the ring; of the others there are so many in a tile.
-  static constexpr u32 OCTETS = Team<S>::SHORT ? 1 : S::OPERANDS * S::TILE_OCTETS;
-  static constexpr u32 OCTET_BYTES = (Team<S>::SHORT ? S::TILE_OCTETS : 1) * S::BLOCKS * S::Weights::BLOCK_BYTES;
+  static constexpr u32 OCTETS = Team<S>::SHORT || JOINED ? 1 : S::OPERANDS * S::TILE_OCTETS;
+  static constexpr u32 OCTET_BYTES = (Team<S>::SHORT ? S::TILE_OCTETS : JOINED ? 2 : 1) * S::BLOCKS * S::Weights::BLOCK_BYTES;
   static constexpr u32 TILE_BYTES = OCTETS * OCTET_BYTES;
   static_assert(S::TILE_OCTETS == 1 || (COUNT == 1 && S::OPERANDS == 1 && OCTET_BYTES <= SLOT_BYTES), "an octet of several is in a slot");
   static constexpr u32 PIECE_BYTES = Team<S>::SHORT ? OCTET_BYTES : BLOCKS * S::Weights::BLOCK_BYTES;
@@ -689,12 +693,42 @@ template <class S, u32 OCTETS> __device__ __forceinline__ void multiply_fp4(Cons
   }
 }
 
+// A pair of octets that lie one behind the other in the ring. The same operations in the same order.
+template <class S> __device__ __forceinline__ void multiply_joined(Consumer& b, const Activations<S>& a, WarpSums* sums) {
+  using W = typename S::Weights;
+  using T = Team<S>;
+  constexpr u32 BLOCKS = Slots<S>::BLOCKS;
+  // The slot of a round of the second octet, which is behind all that the round needs.
+  constexpr auto last = [](u32 round) { return (S::BLOCKS + round * T::WARPS) / BLOCKS; };
+  const u32 warp = T::warp(), lane = anew(lane_id());
+  const u8* begin[last(0) + 1];
+  b.wait_tile(begin, 1);
+  const u8* slot[Slots<S>::OF_TILE];
+#pragma unroll
+  for (u32 s = 0; s <= last(0); ++s) slot[s] = begin[s];
+  PairSums<4> pair[1];
+#pragma unroll
+  for (u32 round = 0; round < S::BLOCKS / T::WARPS; ++round) {
+    if (round > 0 && last(round) > last(round - 1)) slot[last(round)] = b.wait_slot(last(round));
+    Fp4Piece<W> w[2];
+#pragma unroll
+    for (u32 octet = 0; octet < 2; ++octet) {
+      const u32 block = octet * S::BLOCKS + round * T::WARPS;
+      w[octet].load(true, slot[block / BLOCKS] + (block % BLOCKS + warp) * W::BLOCK_BYTES, lane);
+    }
+    multiply_pair(pair[0], a.pair[round], w[0].codes, w[1].codes, w[0].factors(), w[1].factors());
+  }
+  store_pair(sums[warp], sums[T::WARPS + warp], pair, lane);
+}
+
 // One tile of FP4: an octet, or a pair of them side by side.
 template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b, const Activations<S>& a) {
   using T = Team<S>;
-  static_assert(T::OCTETS == S::OPERANDS);
-  multiply_fp4<S, T::OCTETS>(b, a, b.sums(b.sum_buffer, Sums<S>::WARPS));
-  b.template pass_tile<S::OPERANDS * Slots<S>::COUNT>(Sums<S>::BUFFERS, T::TEAMS, T::GROUPS);
+  static_assert(T::OCTETS == S::OPERANDS && Slots<S>::OF_TILE < RING_SLOTS && Slots<S>::PARTS == 1);
+  WarpSums* const sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
+  if constexpr (Slots<S>::JOINED) multiply_joined<S>(b, a, sums);
+  else multiply_fp4<S, T::OCTETS>(b, a, sums);
+  b.template pass_tile<Slots<S>::OF_TILE>(Sums<S>::BUFFERS, T::TEAMS, T::GROUPS);
 }
 
 // One tile of several octets that do not share a slot, in pairs: all that an SM has of an expert, so that its rows are

@@ -305,6 +305,16 @@ fn wide_tiles_of_experts() {
     }
 }
 
+/// Pairs of octets that come as one: both in a slot, and in three slots of which they share the second.
+#[test]
+fn joined_pairs_of_octets() {
+    for (hidden, experts) in [(1024, Format::NVFP4), (6144, Format::MXFP4)] {
+        let mut config = short_experts();
+        config["hidden_size"] = hidden.into();
+        check_long(&config, Format::BF16, Some(experts), 0.03);
+    }
+}
+
 /// Scores with biases, of the router and of the product that they are made by, in layers that share a text; and biases of wide
 /// tiles.
 #[test]
