@@ -220,6 +220,10 @@ fn levels_of_the_resident_kernel() {
     let experts = mixture("qwen3-moe-scaled", Format::FP8_CHANNEL, Format::NVFP4);
     insta::assert_snapshot!("qwen3-moe-scaled.resident", experts.to_string());
     insta::assert_snapshot!("qwen3-moe-scaled.cuda", own_text(&experts));
+    // Its experts are foreseen.
+    let experts = mixture("qwen3-moe-bf16", Format::BF16, Format::BF16);
+    insta::assert_snapshot!("qwen3-moe-bf16.resident", experts.to_string());
+    insta::assert_snapshot!("qwen3-moe-bf16.cuda", own_text(&experts));
     let [_, inject, block] = pair("pair", &odd_llama(), &mimo_draft(), Format::BF16, 200);
     insta::assert_snapshot!("mimo-draft.resident", format!("{inject}\n{block}"));
     let inject = emit(&inject, Arch::Sm90a).unwrap().text;
@@ -739,7 +743,7 @@ fn parts_of_a_matrix_that_octets_do_not_fit_are_refused() {
 
 #[test]
 fn damaged_choices_of_experts_are_refused() {
-    let damages: [(&str, Damage); 10] = [
+    let damages: [(&str, Damage); 12] = [
         ("slots that nobody chose", |p| drop(p.bodies[0].remove(3))),
         ("a choice behind the slots", |p| p.bodies[0].swap(3, 4)),
         ("more experts of a row than there are", |p| experts(p, 3).top_k = 99),
@@ -764,6 +768,14 @@ fn damaged_choices_of_experts_are_refused() {
         ("scores that are normalized by other rows", |p| {
             let other = p.bodies[0][0].kind.gemm().unwrap().prepared.unwrap().squares;
             experts(p, 3).route.as_mut().unwrap().unscaled.as_mut().unwrap().squares = other;
+        }),
+        ("a forecast that nobody asks for", |p| {
+            let Kind::Gemm(gemm) = &mut p.bodies[0][2].kind else { panic!("the output projection") };
+            gemm.router.as_mut().unwrap().foresees = false;
+        }),
+        ("a forecast by the scores that it is of", |p| {
+            let route = experts(p, 3).route.as_mut().unwrap();
+            route.unscaled.as_mut().unwrap().foreseen = Some(route.scores);
         }),
     ];
     let sound = program("moe", &qwen3_moe(), Format::BF16, 200);

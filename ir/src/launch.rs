@@ -95,8 +95,8 @@ pub struct LaunchArgs {
     pub halt: u64,
     /// `u64 [SMs][stages of a step][`[`TRACE_FIELDS`]`]` of the last step, or null.
     pub trace: u64,
-    /// Mapped host memory: one `u32`, to which the launch adds the experts whose weights were streamed, in
-    /// all steps and layers. Null if nobody wants to know.
+    /// Mapped host memory: `u32 [`[`EXPERT_COUNTS`]`]`, to which the launch adds, over all steps and layers, the experts
+    /// that any row chose, those that were foreseen, and those of these that no row chose. Null if nobody wants to know.
     pub experts: u64,
     /// What layers leave for a draft, `f32 [rows][taps][columns]`: the rows of this launch, where a step
     /// writes them; all rows of the last step, where a draft reads them. Unused without a draft.
@@ -154,7 +154,15 @@ pub struct LaunchArgs {
     pub accept: u32,
     /// 1 for the plan's kernel for long contexts ([`Plan::long`](crate::plan::Plan::long)), else 0.
     pub long: u32,
+    /// Bytes of experts' first products that a step's rows foresee in each layer before they choose, about, and at least one
+    /// expert of each row: what memory brings until the choice is made. 0 foresees nothing, nor does a `routing` by chance.
+    pub foresee: u32,
+    /// 0: so that the structure has no hole.
+    pub reserved: u32,
 }
+
+/// Words of [`LaunchArgs::experts`].
+pub const EXPERT_COUNTS: usize = 3;
 
 /// A sequence of a launch of rounds, at most half as many as the kernel's step has rows. In each round a block behind the last token guesses, a step of the model
 /// has a row for that token and for each guess that is verified, and the tokens that it chooses are added up to
@@ -307,7 +315,9 @@ impl StallRecord {
             8 => "the control warp, for the choice of experts",
             9 => "the control warp, for what other SMs wrote",
             10 => "the loader, for the step's rows",
-            11 => "the control warp, for the loader to end the step",
+            11 => "the control warp, for the loader to end what it streams",
+            12 => "the loader, for the experts that are foreseen",
+            13 => "a consumer, for the experts that are foreseen",
             _ => "an unknown part",
         }
     }
@@ -320,7 +330,7 @@ mod tests {
     #[test]
     fn the_arguments_have_no_holes() {
         // The kernel's structure is written by hand to the same layout.
-        assert_eq!(std::mem::size_of::<LaunchArgs>(), 23 * 8 + 14 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<LaunchArgs>(), 23 * 8 + 16 * 4 + STOP_TOKENS * 4);
         assert_eq!(std::mem::size_of::<SampleRow>(), SAMPLE_WORDS * 4);
         assert_eq!(std::mem::size_of::<RoundSequence>(), ROUND_SEQUENCE_WORDS * 4);
         assert_eq!(std::mem::size_of::<StallRecord>(), STALL_WORDS * 4);

@@ -174,10 +174,13 @@ pub struct RouterTiles {
     pub weights: Slot,
     /// How many experts there are.
     pub experts: usize,
-    /// Scores of the rows before, f32 `[rows][experts, padded to whole octets]`.
+    /// Scores of the rows before, f32 `[rows][experts, padded to whole octets]`, and as many columns again if
+    /// [`Scores::expects`].
     pub before: BufferId,
-    /// Their sums: scores without what normalizes the rows. As many columns.
+    /// Their sums: scores without what normalizes the rows. `[rows][experts, padded]`.
     pub output: BufferId,
+    /// Whether experts are foreseen by the scores before, while this product is multiplied.
+    pub foresees: bool,
 }
 
 impl RouterTiles {
@@ -243,6 +246,9 @@ pub struct Scores {
     pub through: Option<Through>,
     /// f32 `[k]`, added to the rows first.
     pub added: Option<Slot>,
+    /// Of a part: whether what experts would be compared by, if it were all, stands behind the scores. `bias`, `sigmoid`
+    /// and `correction` are for that alone.
+    pub expects: bool,
 }
 
 /// How scores can be made of what a product adds to rows, and of the rows before.
@@ -257,7 +263,7 @@ pub struct Through {
 impl Scores {
     /// Columns of the output.
     pub const fn output_cols(&self) -> usize {
-        self.experts.next_multiple_of(OCTET) * if self.sigmoid { 2 } else { 1 }
+        self.experts.next_multiple_of(OCTET) * if self.sigmoid || self.expects { 2 } else { 1 }
     }
 
     /// Bytes of the weights.
@@ -297,6 +303,9 @@ pub struct Unscaled {
     pub bias: Option<Slot>,
     /// See [`Scores::correction`].
     pub correction: Option<Slot>,
+    /// [`RouterTiles::before`], if experts are foreseen by it before they are chosen; by the last of its columns, if they
+    /// are twice as many as those of the scores ([`Scores::expects`]).
+    pub foreseen: Option<BufferId>,
 }
 
 /// Rows times the weights of the experts that they chose, of which only those stream that any row chose.
@@ -936,7 +945,8 @@ impl ResidentProgram {
                     let mut reads = vec![attention.input];
                     if let Some(scores) = &attention.router {
                         // They stand without a norm, and their choice is elsewhere.
-                        let bare = scores.squares.is_none() && !scores.sigmoid && scores.bias.is_none();
+                        let plain = !scores.sigmoid && scores.bias.is_none() && scores.correction.is_none();
+                        let bare = scores.squares.is_none() && (plain || scores.expects);
                         if let Some(what) =
                             self.scores_defect(scores).or((!bare).then_some("makes no scores alone"))
                         {
@@ -1110,7 +1120,10 @@ impl ResidentProgram {
                     before.input == rows
                         && (before.output, before.experts) == (added.before, added.experts)
                         && (route.scores, experts) == (added.output, added.experts)
-                        && route.unscaled.is_some_and(|unscaled| unscaled.k == before.k && before.k == k)
+                        && route.unscaled.is_some_and(|unscaled| {
+                            let foreseen = added.foresees.then_some(before.output);
+                            unscaled.k == before.k && before.k == k && unscaled.foreseen == foreseen
+                        })
                 }
                 (None, None, Some((route, ..))) => route.unscaled.is_none(),
                 (None, None, None) => true,
@@ -1147,12 +1160,13 @@ impl ResidentProgram {
 
     /// What does not hold of a product and the scores that it also makes.
     fn router_defect(&self, gemm: &Gemm, router: &RouterTiles) -> Option<&'static str> {
-        let fits = |id: BufferId| {
+        let cols = router.experts.next_multiple_of(OCTET);
+        let fits = |id: BufferId, halves: &[usize]| {
             let buffer = self.buffer(id);
-            buffer.cols == router.experts.next_multiple_of(OCTET) && buffer.elem == BufferElem::F32
+            halves.iter().any(|halves| buffer.cols == halves * cols) && buffer.elem == BufferElem::F32
         };
         let whole = (router.experts * RouterTiles::PARTS).is_multiple_of(OCTET);
-        if !whole || !fits(router.before) || !fits(router.output) {
+        if !whole || !fits(router.before, &[1, 2]) || !fits(router.output, &[1]) {
             return Some("a router's scores and their buffers do not fit");
         }
         let suits = gemm.format == Format::BF16
@@ -1348,6 +1362,7 @@ impl ResidentProgram {
         };
         let sigmoid = match scores.sigmoid {
             true => format!(" and sigmoid{}", slot(" corrected by ", scores.correction)),
+            false if scores.expects => " and normalized".into(),
             false => String::new(),
         };
         format!(
@@ -1435,7 +1450,10 @@ impl ResidentProgram {
                         let correction = unscaled
                             .correction
                             .map_or(String::new(), |slot| format!(", corrected by {slot}"));
-                        format!(" normalized eps={:e}{bias}{correction}", unscaled.eps)
+                        let foreseen = unscaled
+                            .foreseen
+                            .map_or(String::new(), |before| format!(", foreseen by {}", name(&before)));
+                        format!(" normalized eps={:e}{bias}{correction}{foreseen}", unscaled.eps)
                     });
                     format!("by {}{unscaled} {scoring}{renormalize}{factor} -> ", name(&route.scores))
                 });

@@ -6,8 +6,8 @@
 //   control    1 warp:  adds up the consumers' partial sums, runs the epilogues, publishes the
 //                       results, and waits for the other SMs
 //   second     1 warp:  runs every other epilogue beside control, and deals out attention when a step begins
-//   watchdog   1 warp:  releases what the SM wrote behind checked crossings; ends a launch in which nothing
-//                       happens any more, and says who waits for what
+//   watchdog   1 warp:  releases what the SM wrote behind checked crossings, and foresees experts (experts.cuh);
+//                       ends a launch in which nothing happens any more, and says who waits for what
 //
 // Every stage ends with a crossing: each SM adds one to `Sync::arrived` when all that it makes in the
 // stage is written, and starts the next stage when all SMs have. The stream of weights does not stop
@@ -88,9 +88,9 @@ struct Shared {
   u32 stage;                    // that control is in, of the step
   u32 loader_stage;
   u32 loader_steps;             // that the loader is through with, and with what it read of their rows
-  u64 passed;                   // barrier: control is through a checked crossing, or has left
+  u64 sent[2];                  // barriers, in turn: there is an errand for the watchdog
   u64 opened;                   // barrier: the step's rows are there, and dealt out (a phase a step with attention)
-  u32 left;                     // that it has left
+  u32 errands[2];               // in turn: RELEASE, LEAVE, or FORESEE plus the number of the stage that asks
   u32 crossings;                // of this launch: what the watchdog wants to see grow
   u32 step;                     // that control is in, of the launch
   u32 round;                    // of a choice by chance, from 1 on in each step; 0 outside of it
@@ -165,8 +165,12 @@ struct Block {
 
 enum Role : u32 {
   LOADER_SLOT = 1, CONSUMER_WEIGHTS = 2, CONSUMER_INPUTS = 3, CONSUMER_SUMS = 4, CONTROL_CONSUMERS = 5, CONTROL_SMS = 6,
-  LOADER_ROUTES = 7, CONTROL_ROUTES = 8, CONTROL_WRITES = 9, LOADER_STEP = 10, CONTROL_LOADER = 11
+  LOADER_ROUTES = 7, CONTROL_ROUTES = 8, CONTROL_WRITES = 9, LOADER_STEP = 10, CONTROL_LOADER = 11, LOADER_FORECAST = 12,
+  CONSUMER_FORECAST = 13
 };
+
+// What control sends the watchdog for.
+enum Errand : u32 { RELEASE, LEAVE, FORESEE };
 
 // Waits until the phase of this parity is over; a whole warp. Lanes may see the end at different tries,
 // and what follows (tensor-core products, shuffles) needs all of them together: the vote joins them.
@@ -190,6 +194,7 @@ struct Loader : Block {
   u32 most = 1;     // pieces that may be on their way at once
   u32 most_here = 1;  // the same, when the consumers have come to the stage
   u32 routes_parity = 0;
+  u32 forecasts = 0;  // that were waited for in this launch
   u32 opened = 0;   // the step whose beginning was waited for last, plus one
   u32 opened_parity = 0;
   // This SM's weights of the stage, tiles of so many bytes that are gridDim.x tiles apart: how many of their bytes have
@@ -277,6 +282,10 @@ struct Loader : Block {
     const bool there = wait_unless_ended(routed, routes_parity, LOADER_ROUTES);
     routes_parity ^= 1;
     return there;
+  }
+  // The layer's experts are foreseen.
+  __device__ __forceinline__ bool wait_forecast(u64* foreseen) {
+    return wait_unless_ended(foreseen, forecasts++ & 1, LOADER_FORECAST);
   }
 
   // The rows of this step are there, how attention is dealt out, and what was written before it is in sight of the copy
@@ -499,6 +508,7 @@ struct Control : Block {
   u32 routes_parity = 0;
   u32 crossings = 0;       // of this launch; `done` and `ready` have a phase for each
   u32 checked = 0;         // of these
+  u32 turn = 0;            // of the next errand
   bool settled = true;     // what all SMs wrote in front of the last crossing is in sight
 
   // Nanoseconds at which this SM began to wait for a stage, could start it, and had its part written.
@@ -587,11 +597,17 @@ struct Control : Block {
     if (second) open_caches();
   }
 
+  // Of one lane. An errand may follow while the one before is done, but the next but one does not: whatever is released has
+  // been when control comes to the next crossing's results, and a forecast when the stage that it is for ends.
+  __device__ __forceinline__ void send(u32 errand) {
+    *(volatile u32*)&shared.errands[turn] = errand;
+    barrier_arrive(&shared.sent[turn]);
+    turn ^= 1;
+  }
+
   // This was the last step.
   __device__ __forceinline__ void leave() {
-    if (lane_id() != 0 || second) return;
-    *(volatile u32*)&shared.left = 1;
-    barrier_arrive(&shared.passed);
+    if (lane_id() == 0 && !second) send(LEAVE);
   }
 
   // Behind the head's crossing: rounds, until no row asks for another. All SMs come to the same: who asks
@@ -665,7 +681,7 @@ struct Control : Block {
     if (lane_id() == 0) {
       if (check) {
         add_relaxed(&sync().hints, 1);
-        barrier_arrive(&shared.passed);
+        send(RELEASE);
       } else {
         add_release(&sync().arrived, 1);
       }
@@ -701,7 +717,7 @@ __device__ __forceinline__ void give_up(const Block& b, u32 role, u32 seen, u32 
   const LaunchArgs& args = b.args;
   const volatile Shared& shared = b.shared;
   if (atomicExch(&b.sync().stalled, 1u) == 0) {
-    store_host(args.stall + 1, role == LOADER_SLOT || role == LOADER_ROUTES ? shared.loader_stage : shared.stage);
+    store_host(args.stall + 1, role == LOADER_SLOT || role == LOADER_ROUTES || role == LOADER_FORECAST ? shared.loader_stage : shared.stage);
     store_host(args.stall + 2, blockIdx.x);
     store_host(args.stall + 3, role);
     store_host(args.stall + 4, seen);
@@ -715,22 +731,33 @@ __device__ __forceinline__ void give_up(const Block& b, u32 role, u32 seen, u32 
   trap();
 }
 
-// Looks on until control has left, and releases what the SM wrote when it is through a checked crossing. Control has that
-// released before it comes to the next crossing, so no phase of `passed` is missed. If this SM passes no crossing for as long as the host has patience, it is
-// stuck, or another one is. That one should speak: whoever waits for other SMs is a quarter more patient.
+// Makes the forecast that a stage's product asks for. Of the generated text.
+__device__ __forceinline__ void foresee_experts(const Block& b, u32 stage);
+
+// Looks on until control has left, and does its errands, which come by two barriers in turn, so that no phase of them is
+// missed (`Control::send`). If this SM passes no crossing for as long as the host has patience, it is stuck, or another one is.
+// That one should speak: whoever waits for other SMs is a quarter more patient.
 __device__ __forceinline__ void watch(const Block& b) {
-  if (lane_id() != 0) return;
+  // Only a forecast is more than a lane's work.
+  if (!FORESEES && lane_id() != 0) return;
   const volatile Shared& shared = b.shared;
   u32 seen = 0;
   u64 since = global_timer();
-  u32 parity = 0;
+  u32 errands = 0;  // that are done
 #pragma unroll 1
   for (;;) {
-    if (barrier_try(&b.shared.passed, parity)) {
-      if (MAILBOXES == 0 || shared.left) return;
-      add_release(&b.sync().arrived, 1);
-      parity ^= 1;
+    const u32 turn = errands & 1;
+    // By all lanes: one of several would not be put to sleep meanwhile.
+    bool sent = barrier_try(&b.shared.sent[turn], errands >> 1 & 1);
+    if constexpr (FORESEES) sent = __all_sync(~0u, sent);
+    if (sent) {
+      const u32 errand = shared.errands[turn];
+      if (errand == LEAVE) return;
+      if (FORESEES && errand >= FORESEE) foresee_experts(b, errand - FORESEE);
+      else if (lane_id() == 0) add_release(&b.sync().arrived, 1);
+      ++errands;
     }
+    if (lane_id() != 0) continue;
     const u32 crossings = shared.crossings;
     const u64 now = global_timer();
     if (crossings != seen) { seen = crossings; since = now; }
@@ -742,7 +769,7 @@ __device__ __forceinline__ void watch(const Block& b) {
     // to the next step and waits for that holds nobody up.
     if (role != CONTROL_LOADER && shared.waiting[0] != 0) role = shared.waiting[0];
     const u32 loader = shared.waiting[LOADER];
-    if (role == CONSUMER_WEIGHTS && loader == LOADER_ROUTES) role = loader;
+    if (role == CONSUMER_WEIGHTS && (loader == LOADER_ROUTES || loader == LOADER_FORECAST)) role = loader;
     give_up(b, role, 0, 1);
   }
 }

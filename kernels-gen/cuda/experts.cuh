@@ -2,8 +2,9 @@
 //
 // A layer's experts are two products behind a router's scores, which mostly have no stage of their own. The first (gate
 // and up) begins with the choice: the scores are there, and every SM finds all rows' experts for itself, a warp a row.
-// The loader has to wait for that: it is the one place where it does not know what comes next. Then the tiles of all experts
-// that any row chose, expert by expert in ascending order, are dealt out to the SMs as those of any product.
+// The loader would have to wait for that, the one place where it does not know what comes next; so it begins with experts that
+// are foreseen (below). Then the tiles of all experts that any row chose, expert by expert, are dealt out to the SMs as those
+// of any product.
 // Every tile is multiplied with all rows of the step, which costs nothing; of the results only those rows'
 // are stored that chose the expert, in the slot that the expert has among the row's.
 //
@@ -17,7 +18,9 @@
 //   SLOTS                experts of a row
 //   Route                of the first: EXPERTS; STRIDE, scores(b) [rows][STRIDE] f32, which may be late if they are
 //                        CHECKED (handoff.cuh); SCORING, RENORMALIZE, FACTOR; UNSCALED, whether the scores lack what
-//                        normalizes the row, then K, EPS, squares(b) (gemm.cuh), bias(b), correction(b) [EXPERTS] or null
+//                        normalizes the row, then K, EPS, squares(b) (gemm.cuh), bias(b), correction(b) [EXPERTS] or null;
+//                        FORESEEN, whether there is a forecast, then EXPERT_BYTES, of the first product of an expert;
+//                        FORECAST_STRIDE, expected(b) [rows][FORECAST_STRIDE] f32, by which experts are compared for it
 //   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight; of tiles of
 //                        several octets, or that prepare rows, sum() where a row's sum lies, BIASED, bias() and store(),
 //                        of NVFP4 also scale() of an expert's features
@@ -32,6 +35,15 @@
 // units (PART); and whoever chooses normalizes their sum (UNSCALED). So the choice begins where the rows are complete, a
 // crossing and a stage sooner.
 //
+// The forecast. From the last weights behind attention to the first of an expert nothing would stream: a crossing, the choice
+// and a way to memory, 5 us and more of each layer. But attention mostly adds little to a row, and the scores of the row
+// before it are there a stage sooner: by these the watchdog's warp of every SM foresees the experts of all rows, while the
+// product behind attention is multiplied, and the loader goes on with their weights. Of each row one, and more only as far as
+// memory can bring them until the choice is made (LaunchArgs::foresee): those with the largest scores, of which fewest are wrong.
+// Foreseen experts are multiplied first; behind them come those that rows chose and nobody foresaw. An expert that no row
+// chose is multiplied for nothing, and nobody reads its sums: a forecast changes no bit, only what a step takes. All SMs
+// foresee the same, from the same words by the same operations; else they would not deal out the same tiles.
+//
 // A stage R says:
 // K, EXPERTS, STRIDE, NORM, gain(b), EPS, PREPARED, CHECKED, LOGITS, squares(b) (gemm.cuh); weights4(b, expert, column, more)
 // four columns, `more` behind that one, a multiple of 32; bias(b) [EXPERTS] or null; input(b), out(b) [rows][STRIDE]. What
@@ -39,13 +51,15 @@
 // compared by SIGMOID, a row's second half has what is compared, the sigmoid and correction(b) [EXPERTS] or null: made once,
 // where every SM would make it for itself. PART: of rows to which added(b) [K] is added first, if they are ADDED; the sums
 // alone, without what normalizes them; then place(b, expert, count, from, bytes) says where weights of so many experts lie.
+// EXPECTS: with what experts would be compared by, if this were all, in a row's second half.
 
 enum Scoring : u32 { SOFTMAX, CHOSEN_SOFTMAX, SIGMOID };
 
 constexpr u32 EXPERT_WORDS = (MAX_EXPERTS + 31) / 32;
 constexpr u32 MAX_CHOSEN = STEP_ROWS * MAX_SLOTS < MAX_EXPERTS ? STEP_ROWS * MAX_SLOTS : MAX_EXPERTS;
+constexpr u32 MAX_STREAMED = 2 * MAX_CHOSEN < MAX_EXPERTS ? 2 * MAX_CHOSEN : MAX_EXPERTS;
 constexpr u32 SLOT_WORDS = (MAX_CHOSEN + 3) / 4;  // of the slots of a row
-constexpr u32 NO_SLOT = 255;
+constexpr u32 NO_SLOT = 255, NOT_CHOSEN = 0xffff;
 static_assert(EXPERT_WORDS <= LANES && SLICE_ROWS == CONSUMERS, "a lane a word; a warp a row of a slice");
 
 // The choice of a layer, in shared memory behind `Shared`.
@@ -53,11 +67,22 @@ struct Routes {
   u64 routed;                             // barrier: the choice is made (a phase a layer)
   u32 count;                              // experts that any row chose
   u32 total;                              // the sum of these counts over the launch
+  u64 forecast;                           // barrier: experts are foreseen (a phase a layer)
+  u32 asks;                               // for forecasts, in this launch
+  u32 loaded;                             // of these, those whose layers the loader is through with
+  u32 foreseen;                           // experts of the forecast
+  u32 streamed;                           // these, and behind them what was chosen and not foreseen
+  u32 all_foreseen, all_wrong;            // sums over the launch, and of those that no row chose
+  u32 seen[FORESEES ? EXPERT_WORDS : 1];  // a bit an expert that is foreseen
   u32 chosen[STEP_ROWS][EXPERT_WORDS];    // a bit an expert
   alignas(4) u8 slot[STEP_ROWS][SLOT_WORDS * 4];  // by number in `expert`: the row's slot, or NO_SLOT
   float weight[STEP_ROWS][MAX_SLOTS];     // by slot
   u16 expert[MAX_CHOSEN];                 // in ascending order
+  u16 order[FORESEES ? MAX_STREAMED : 1];  // experts as the first product takes them
+  u16 number[FORESEES ? MAX_STREAMED : 1]; // which of the chosen each of them is, or NOT_CHOSEN
   u16 own[STEP_ROWS][MAX_SLOTS];          // by slot: the row's experts, in ascending order
+  // Of the barriers, in the layer that was asked for last.
+  __device__ __forceinline__ u32 parity() const { return (*(const volatile u32*)&asks + 1) & 1; }
 };
 static_assert(sizeof(Routes) <= ROUTES_BYTES);
 
@@ -113,7 +138,7 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
   constexpr u32 ROUND = ScoreShape<R>::ROUND, ROUNDS = ScoreShape<R>::ROUNDS;
   // Every thread's part of the products of a slice's rows; behind them the squares, if nobody prepared them.
   typedef float Parts[SLICE_ROWS][CONSUMER_THREADS];
-  constexpr u32 OWN = R::NORM && !R::PREPARED && !R::PART;
+  constexpr u32 OWN = R::NORM && !R::PREPARED && (!R::PART || R::EXPECTS);
   constexpr u32 EACH = ScoreShape<R>::EACH, FOLD = ScoreShape<R>::FOLD;
   static_assert(SLICE_ROWS == CONSUMERS && (1 + OWN) * sizeof(Parts) <= SCRATCH_BYTES - SCALE_BYTES, "a warp a row");
   const u32 thread = anew(threadIdx.x), warp = thread / LANES, lane = thread % LANES, column = thread * 4;
@@ -224,11 +249,11 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
         scale = squares.normalizer();
         if (lane == 0) b.shared.row_scale[own] = scale;
       } else if constexpr (OWN != 0) scale = normalizing(whole(parts[1], 1), R::K, R::EPS);
-      const float score = whole(parts[0], FOLD) * scale + bias;
+      const float sum = whole(parts[0], FOLD), score = sum * scale + bias;
       if (expert < R::EXPERTS) {
         float* const to = R::out(b) + own * R::STRIDE + expert;
-        hand_on(to, score);
-        if constexpr (R::SIGMOID) hand_on(to + R::STRIDE / 2, sigmoid(score) + correction);
+        hand_on(to, R::PART ? sum : score);
+        if constexpr (R::SIGMOID || R::EXPECTS) hand_on(to + R::STRIDE / 2, R::SIGMOID ? sigmoid(score) + correction : score);
       }
     }
   }
@@ -240,6 +265,75 @@ template <class R> __device__ __forceinline__ void score_experts(Consumer& b) {
     b.finish_stage();
     b.pass_tiles(R::EXPERTS);
   }
+}
+
+// ---- The forecast ----------------------------------------------------------------------------
+
+// Has the watchdog make a layer's forecast; control, when what the scores were before is in sight. The loader has to be
+// through with the experts of the layer before, which are in the same place: mostly it is, as far as all of their tiles were
+// multiplied, but on an SM that had none of them.
+__device__ __forceinline__ void ask_forecast(Control& b, u32 stage) {
+  if (b.second) return;
+  Routes& routes = routes_of(b);
+  const u32 layers = routes.asks;  // before this one
+#pragma unroll 1
+  while (!__all_sync(~0u, (int)(shared_acquire(&routes.loaded) - layers) >= 0)) b.shared.waiting[anew(warp_id())] = CONTROL_LOADER;
+  if (lane_id() != 0) return;
+  *(volatile u32*)&routes.asks = layers + 1;
+  b.send(FORESEE + stage);
+}
+
+// A warp. Lane l looks after the experts l, l + 32, ... What is chosen by chance cannot be foreseen.
+template <class R> __device__ __forceinline__ void foresee(const Block& b) {
+  constexpr u32 EACH = (R::EXPERTS + LANES - 1) / LANES;
+  Routes& routes = routes_of(b);
+  const u32 lane = lane_id(), rows = b.rows();
+  const bool none = b.args.foresee == 0 || b.args.routing != 0;
+  const u32 each = none ? 0 : least((b.args.foresee - 1) / R::EXPERT_BYTES / rows + 1, R::SLOTS);
+  u32 listed = 0, count = 0;  // a bit for each of the lane's that is in the list; its length
+  auto there = [&](u32 i) { return (i + 1) * LANES <= R::EXPERTS || i * LANES + lane < R::EXPERTS; };
+  float ahead[EACH];
+  auto load = [&](u32 row) {
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) ahead[i] = take1<true>(R::expected(b) + row * R::FORECAST_STRIDE + (there(i) ? i * LANES + lane : 0));
+  };
+  if (each > 0) load(0);
+#pragma unroll 1
+  for (u32 row = 0; row < rows && each > 0; ++row) {
+    u32 key[EACH];
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) key[i] = there(i) ? max(ordered(ahead[i] + 0.f), 1u) : 0;
+    load(least(row + 1, rows - 1));
+#pragma unroll 1
+    for (u32 n = 0; n < each; ++n) {
+      u32 best = key[0], which = 0;
+#pragma unroll
+      for (u32 i = 1; i < EACH; ++i) {
+        if (key[i] > best) { best = key[i]; which = i; }
+      }
+      const u32 holders = __ballot_sync(~0u, best == warp_max(best));
+      bool fresh = false;
+      if (lane + 1 == __ffs(holders)) {
+#pragma unroll
+        for (u32 i = 0; i < EACH; ++i) key[i] = i == which ? 0 : key[i];
+        fresh = (listed >> which & 1) == 0;
+        listed |= 1u << which;
+        if (fresh) routes.order[count] = (u16)(which * LANES + lane);
+      }
+      count += __any_sync(~0u, fresh);
+    }
+  }
+#pragma unroll 1
+  for (u32 i = 0; i < EACH; ++i) {
+    const u32 word = __ballot_sync(~0u, listed >> i & 1);
+    if (lane == 0) routes.seen[i] = word;
+  }
+  if (lane == 0) {
+    routes.foreseen = count;
+    routes.all_foreseen += count;
+  }
+  __syncwarp();  // the list is written
+  if (lane == 0) barrier_arrive(&routes.forecast);
 }
 
 // ---- The choice ------------------------------------------------------------------------------
@@ -407,6 +501,8 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
   constexpr u32 WORDS = (R::EXPERTS + LANES - 1) / LANES;
   Routes& routes = routes_of(b);
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
+  // It was made long ago, but nobody has waited for it here.
+  if constexpr (R::FORESEEN) barrier_wait(b, &routes.forecast, routes.parity(), CONSUMER_FORECAST);
 #pragma unroll 1
   for (u32 row = warp; row < STEP_ROWS; row += SLICE_ROWS) {
     if (row < b.rows()) choose_row<R>(b, routes, row);
@@ -418,26 +514,58 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
 #pragma unroll 8
     for (u32 row = 0; row < STEP_ROWS; ++row) all |= routes.chosen[row][lane];
   }
-  // Experts in the words up to this lane's, then in those before.
-  u32 number = __popc(all);
+  // Bits in the words up to this lane's.
+  auto up_to = [&](u32 word) {
+    u32 sum = __popc(word);
 #pragma unroll
-  for (u32 n = 1; n < WORDS; n *= 2) {
-    const u32 more = __shfl_up_sync(~0u, number, n);
-    if (lane >= n) number += more;
-  }
+    for (u32 n = 1; n < WORDS; n *= 2) {
+      const u32 more = __shfl_up_sync(~0u, sum, n);
+      if (lane >= n) sum += more;
+    }
+    return sum;
+  };
+  u32 number = up_to(all);
   if (warp == 0 && lane == WORDS - 1) {
     routes.count = number;
     routes.total += number;
   }
-  number -= __popc(all);
+  number -= __popc(all);  // of those before
+  auto bit = [](u32 word, u32 expert) { return word >> expert % LANES & 1; };
+  auto below = [](u32 word, u32 expert) { return __popc(word & ((1u << expert % LANES) - 1)); };
+  // Chosen and not foreseen: their places are behind the forecast.
+  u32 late = 0, place = 0;
+  if constexpr (R::FORESEEN) {
+    const u32 foreseen = routes.foreseen, seen = lane < WORDS ? routes.seen[lane] : 0;
+    late = all & ~seen;
+    place = foreseen + up_to(late);
+    if (warp == 0 && lane == WORDS - 1) {
+      routes.streamed = place;
+      routes.all_wrong += place - (number + __popc(all));
+    }
+    place -= __popc(late);
+    // Which of the chosen are those that were foreseen.
+#pragma unroll 1
+    for (u32 first = warp * LANES; first < foreseen; first += CONSUMER_THREADS) {
+      const u32 n = first + lane, expert = n < foreseen ? routes.order[n] : 0;
+      const u32 word = __shfl_sync(~0u, all, expert / LANES), at = __shfl_sync(~0u, number, expert / LANES) + below(word, expert);
+      if (n < foreseen) routes.number[n] = bit(word, expert) ? (u16)at : NOT_CHOSEN;
+    }
+  }
   // A lane has one of its row's experts, and finds its number. Rows that chose the same one write the same.
 #pragma unroll 1
   for (u32 row = warp; row < b.rows(); row += SLICE_ROWS) {
     const u32 expert = lane < R::SLOTS ? routes.own[row][lane] : 0;
-    const u32 at = __shfl_sync(~0u, number, expert / LANES) + __popc(__shfl_sync(~0u, all, expert / LANES) & ((1u << expert % LANES) - 1));
+    const u32 at = __shfl_sync(~0u, number, expert / LANES) + below(__shfl_sync(~0u, all, expert / LANES), expert);
     if (lane < R::SLOTS) {
       routes.expert[at] = (u16)expert;
       routes.slot[row][at] = (u8)lane;
+    }
+    if constexpr (R::FORESEEN) {
+      const u32 word = __shfl_sync(~0u, late, expert / LANES), n = __shfl_sync(~0u, place, expert / LANES) + below(word, expert);
+      if (lane < R::SLOTS && bit(word, expert)) {
+        routes.order[n] = (u16)expert;
+        routes.number[n] = (u16)at;
+      }
     }
   }
   __syncwarp();  // all lanes have written
@@ -446,6 +574,21 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
 }
 
 // ---- The stages, as each role sees them ------------------------------------------------------
+
+// The experts of a stage, by number: of the first as they were streamed, of the second as they were chosen.
+template <class S, bool = S::FIRST> struct Listed {
+  static constexpr bool FORESEEN = false;
+  __device__ __forceinline__ static u32 expert(const Routes& routes, u32 n) { return routes.expert[n]; }
+  __device__ __forceinline__ static u32 count(const Routes& routes) { return routes.count; }
+  __device__ __forceinline__ static u32 chosen(const Routes&, u32 n) { return n; }
+};
+template <class S> struct Listed<S, true> {
+  static constexpr bool FORESEEN = S::Route::FORESEEN;
+  __device__ __forceinline__ static u32 expert(const Routes& routes, u32 n) { return FORESEEN ? routes.order[n] : routes.expert[n]; }
+  __device__ __forceinline__ static u32 count(const Routes& routes) { return FORESEEN ? routes.streamed : routes.count; }
+  // Which of the chosen that is, or NOT_CHOSEN.
+  __device__ __forceinline__ static u32 chosen(const Routes& routes, u32 n) { return FORESEEN ? routes.number[n] : n; }
+};
 
 // The second stage's tiles of all experts. Tiles of one octet come expert by expert: the rows of an expert are
 // fetched once. If a tile has several, an SM has about one of them, and a tile's experts come one behind the
@@ -468,23 +611,40 @@ template <class S, class Work> __device__ __forceinline__ bool second_tiles(cons
 }
 
 template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, const u8* weights) {
-  const Routes& routes = routes_of(b);
+  Routes& routes = routes_of(b);
   b.begin_tape(S::Weights::LANE_COLUMNS == 8, Slots<S>::PIECE * Team<S>::EXPERTS, nullptr, 1, 0);
-  if (S::FIRST && !b.wait_routes(&routes_of(b).routed)) return false;
-  const u32 count = routes.count;
-  auto at = [&](u32 number, u32 tile) { return weights + ((u64)routes.expert[number] * S::TILES + tile) * Slots<S>::TILE_BYTES; };
-  auto tile = [&](u32 number, u32 tile) {
-    if constexpr (Team<S>::EXPERTS == 1) return stream_tile<S>(b, at(number, tile));
-    return b.piece(at(number, tile), Slots<S>::TILE_BYTES, number + 1 < count ? at(number + 1, tile) : nullptr);
-  };
+  auto at = [&](u32 number, u32 tile) { return weights + ((u64)Listed<S>::expert(routes, number) * S::TILES + tile) * Slots<S>::TILE_BYTES; };
   if constexpr (S::FIRST) {
-    for (u32 n = b.first_tile(); n < count * S::TILES; n += gridDim.x) {
-      if (!tile(n / S::TILES, n % S::TILES)) return false;
+    static_assert(Team<S>::EXPERTS == 1);
+    constexpr bool FORESEEN = Listed<S>::FORESEEN;
+    if (FORESEEN && !b.wait_forecast(&routes.forecast)) return false;
+    // Tiles of experts that are known: those of the forecast, and then all.
+    u32 n = b.first_tile(), known = FORESEEN ? routes.foreseen * S::TILES : 0;
+    bool all = false;
+#pragma unroll 1
+    for (;; n += gridDim.x) {
+      if (n >= known && !all) {
+        if (!b.wait_routes(&routes.routed)) return false;
+        known = Listed<S>::count(routes) * S::TILES;
+        all = true;
+      }
+      if (n >= known) break;
+      if (!stream_tile<S>(b, at(n / S::TILES, n % S::TILES))) return false;
     }
-    b.pass_tiles(count * S::TILES);
+    b.pass_tiles(known);
   } else {
+    const u32 count = routes.count;
+    auto tile = [&](u32 number, u32 tile) {
+      if constexpr (Team<S>::EXPERTS == 1) return stream_tile<S>(b, at(number, tile));
+      return b.piece(at(number, tile), Slots<S>::TILE_BYTES, number + 1 < count ? at(number + 1, tile) : nullptr);
+    };
     if (!second_tiles<S>(b, count, tile)) return false;
     b.pass_tiles(S::TILES);
+    // Nothing of the layer's choice is read here any more.
+    if (FORESEES) {
+      if (LOADER_LANES > 1) __syncwarp();
+      if (lane_id() == 0) shared_release(&routes.loaded, b.forecasts);
+    }
   }
   b.next_stage();
   return true;
@@ -511,7 +671,7 @@ template <class S> struct Runs {
 // Where octet number `n` of this team's is among those of all experts, in the order in which they are multiplied below.
 template <class S> __device__ __forceinline__ OctetPlace expert_place(const Consumer& b, const Routes& routes, u32 n) {
   using T = Team<S>;
-  const u32 first = b.first_tile(), count = routes.count;
+  const u32 first = b.first_tile(), count = Listed<S>::count(routes);
   u32 number, tile;
   if constexpr (S::FIRST) {
     const u32 at = first + (T::group() + n / T::OCTETS * T::GROUPS) * gridDim.x;
@@ -525,7 +685,7 @@ template <class S> __device__ __forceinline__ OctetPlace expert_place(const Cons
     tile = first + (item % deal.runs * deal.run + n % deal.run) * gridDim.x;
   }
   if (number >= count) return {false, 0, 0};
-  return {true, 0, ((u64)routes.expert[number] * S::TILES + tile) * S::OPERANDS + T::operand() + n % T::OCTETS};
+  return {true, 0, ((u64)Listed<S>::expert(routes, number) * S::TILES + tile) * S::OPERANDS + T::operand() + n % T::OCTETS};
 }
 
 // The second stage's tiles, a run of an expert's at a time. `rows(a, there, number)` loads those of an expert, or zeros:
@@ -602,7 +762,7 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
     b.wait_inputs();
     choose_experts<typename S::Route>(b);
     fetch_first_scales<S>(b, place);
-    const u32 tiles = routes.count * S::TILES;
+    const u32 tiles = Listed<S>::count(routes) * S::TILES;
     if (b.first_tile() < tiles) {
       Activations<S> a;
       load_inputs<S>(b, a, find_inputs<S>(b));
@@ -637,13 +797,14 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   const Routes& routes = routes_of(b);
   if (S::FIRST) b.wait_routes(&routes_of(b).routed);
   const u32 lane = anew(lane_id()), rows = b.rows();
-  const u32 count = routes.count, first = b.first_tile();
+  const u32 count = Listed<S>::count(routes), first = b.first_tile();
   b.pass_tiles(S::FIRST ? count * S::TILES : S::TILES);
   auto row_of = [&](u32 slice) { return slice * SLICE_ROWS + lane / 4; };
   auto chosen_by = [&](u32 row, u32 number) {
-    const u32 slot = routes.slot[row][number];
+    const u32 n = Listed<S>::chosen(routes, number);
+    const u32 slot = Listed<S>::FORESEEN && n == NOT_CHOSEN ? NO_SLOT : routes.slot[row][n];
     const bool active = row < rows && slot != NO_SLOT;
-    return Chosen{routes.expert[number], active ? slot : NO_SLOT, active ? routes.weight[row][slot] : 0.f};
+    return Chosen{Listed<S>::expert(routes, number), active ? slot : NO_SLOT, active ? routes.weight[row][slot] : 0.f};
   };
   auto tile = [&](u32 number, u32 tile) {
     const u32 feature = tile * OCTET + 2 * (lane % 4);
@@ -799,7 +960,11 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   }
 }
 
-// The end of a launch: how many experts' weights it streamed.
+// The end of a launch: how many experts rows chose, how many were foreseen, and how many of these for nothing.
 __device__ __forceinline__ void report_experts(const Control& b) {
-  if (blockIdx.x == 0 && lane_id() == 0 && !b.second && b.args.experts) store_host(b.args.experts, load_host(b.args.experts) + routes_of(b).total);
+  if (blockIdx.x != 0 || lane_id() != 0 || b.second || !b.args.experts) return;
+  const Routes& routes = routes_of(b);
+  const u32 counts[3] = {routes.total, routes.all_foreseen, routes.all_wrong};
+#pragma unroll
+  for (u32 i = 0; i < 3; ++i) store_host(b.args.experts + i, load_host(b.args.experts + i) + counts[i]);
 }

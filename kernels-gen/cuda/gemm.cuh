@@ -33,7 +33,7 @@
 //   OPERANDS, TILES      operands, and tiles of the stage
 //   ROUTER_TILES         of these, behind the others: a router's scores of what the product adds to its rows; then
 //                        router_weights(b), octets of four experts each, whose features 2e and 2e + 1 add up to that of expert
-//                        e; STRIDE, old_scores(b), of the rows before, and scores(b) [rows][STRIDE] f32
+//                        e; old_scores(b) [rows][OLD_STRIDE] f32, of the rows before, and scores(b) [rows][STRIDE] f32
 //   TILE_OCTETS          octets of a tile, of each operand; several only of experts (whose tiles are not `multiply_tile`'s),
 //                        an even number if they share a slot of the ring (SHARES_SLOT); else 1
 //   Input                F32, or the half type of the products
@@ -1003,18 +1003,18 @@ __device__ __forceinline__ void offer_best(Control& b, u32 rows, const Best (&be
 // were before.
 template <class S> __device__ __forceinline__ void finish_router_tile(Control& b, u32 octet, u32 lane, u32 rows) {
   const u32 expert = octet * (OCTET / 2) + lane % 4;
-  auto at = [&](u32 slice) { return (slice * SLICE_ROWS + lane / 4) * S::STRIDE + expert; };
+  auto at = [&](u32 slice, u32 stride) { return (slice * SLICE_ROWS + lane / 4) * stride + expert; };
   auto there = [&](u32 slice) { return slice * SLICE_ROWS + lane / 4 < rows; };
   float old[SLICES] = {};
   float2 v[SLICES][1];
   each_slice(rows, [&](u32 slice) {
-    if (there(slice)) old[slice] = S::old_scores(b)[at(slice)];
+    if (there(slice)) old[slice] = S::old_scores(b)[at(slice, S::OLD_STRIDE)];
   });
   b.wait_sums();
   each_slice(rows, [&](u32 slice) { add_sums<S>(b, slice, lane, v[slice]); });
   b.pass_sums(Sums<S>::BUFFERS);
   each_slice(rows, [&](u32 slice) {
-    if (there(slice)) hand_on(S::scores(b) + at(slice), old[slice] + (v[slice][0].x + v[slice][0].y));
+    if (there(slice)) hand_on(S::scores(b) + at(slice, S::STRIDE), old[slice] + (v[slice][0].x + v[slice][0].y));
   });
 }
 

@@ -115,6 +115,8 @@ pub struct SharedNeeds {
     pub experts: usize,
     /// Most experts of a row.
     pub top_k: usize,
+    /// Whether experts are foreseen.
+    pub foresees: bool,
     /// Numbers that a thread has of each row of a router's: of scores, and of squares.
     pub scores: usize,
     /// Kinds of layers whose attention is dealt out alike.
@@ -135,6 +137,7 @@ impl SharedNeeds {
             v: self.v.max(other.v),
             experts: self.experts.max(other.experts),
             top_k: self.top_k.max(other.top_k),
+            foresees: self.foresees | other.foresees,
             scores: self.scores.max(other.scores),
             deals: self.deals + other.deals,
         }
@@ -155,19 +158,26 @@ impl SharedNeeds {
     }
 
     /// Bytes of the choice of experts: counts, a bit for every expert of each row, slots of the rows by the
-    /// number of the expert, weights, numbers of the experts that any row chose, and those of each row.
+    /// number of the expert, weights, numbers of the experts that any row chose, and those of each row; what is foreseen.
     pub fn routes(&self) -> usize {
         if self.experts == 0 {
             return 0;
         }
         let rows = self.slices * SLICE_ROWS;
         let chosen = self.experts.min(rows * self.top_k);
+        let (seen, streamed) = match self.foresees {
+            true => (self.experts.div_ceil(32), self.experts.min(2 * chosen)),
+            false => (1, 1),
+        };
         let bytes = 16
+            + 32
             + rows * self.experts.div_ceil(32) * 4
             + rows * chosen.next_multiple_of(4)
             + rows * self.top_k * (4 + 2)
             + 2 * chosen
-            + 4;
+            + 4 * seen
+            + 2 * 2 * streamed
+            + 8;
         bytes.next_multiple_of(128)
     }
 

@@ -33,7 +33,7 @@ struct Launch {
   uint32_t lost_from, lost_to, patience;
 };
 
-extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices, uint8_t* const draft[3]) {
+extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices, uint8_t* const draft[3], uint64_t seed) {
   LaunchArgs args = {};
   args.weights = weights;
   args.kv = kv;
@@ -67,6 +67,9 @@ extern "C" void simulator_args(void* to, const Launch& launch, const uint8_t* we
   args.round_sequences = launch.round_sequences;
   args.block_passes = launch.block_passes;
   args.accept = launch.accept;
+  // Nothing is foreseen, an expert of each row, some, or all. No bit depends on it.
+  const u32 foresee[4] = {0, 1, 100000 * launch.rows, ~0u};
+  args.foresee = foresee[seed % 4];
   args.trace = trace.path != nullptr ? trace.times : nullptr;
   args.stop_count = launch.stop_count;
   for (int i = 0; i < 8; ++i) args.stop_tokens[i] = launch.stop_tokens[i];

@@ -390,7 +390,7 @@ struct Launch {
   uint32_t lost_from, lost_to, patience;
 };
 
-extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices, uint8_t* const draft[3]);
+extern "C" void simulator_args(void* args, const Launch& launch, const uint8_t* weights, uint8_t* kv, uint8_t* arena, uint8_t* sync, float* logits, const uint32_t* pages, uint32_t* mail, float* taps, uint8_t* choices, uint8_t* const draft[3], uint64_t seed);
 
 // Reads weights.bin and launch.bin, reads and writes kv.bin, draft_kv.bin and taps.bin, writes arena.bin, logits.bin,
 // chosen.bin and experts.bin.
@@ -417,10 +417,10 @@ int main(int, char** argv) {
   machine::lost_to = weights + size_t(launch.lost_to) * 64;
   machine::record = mail.data();
   uint64_t args[64];
-  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps), choices, draft);
+  simulator_args(args, launch, weights, kv, arena, sync, reinterpret_cast<float*>(logits), reinterpret_cast<const uint32_t*>(words + sizeof(Launch)), mail.data(), reinterpret_cast<float*>(taps), choices, draft, atoll(argv[3]));
   machine::run(atoll(argv[3]), args, launch.shared_bytes);
   store(folder + "arena.bin", arena, launch.arena_bytes);
   store(folder + "logits.bin", logits, logit_bytes);
-  store(folder + "experts.bin", mail.data() + 40, 4);
+  store(folder + "experts.bin", mail.data() + 40, 12);
   store(folder + "chosen.bin", mail.data() + 64, chosen * 4);
 }

@@ -151,8 +151,10 @@ struct Outcome {
     logits: Vec<f32>,
     chosen: Vec<u32>,
     arena: Vec<u8>,
-    /// Experts that were streamed.
+    /// Experts that rows chose.
     experts: u32,
+    /// Those that were foreseen, and of these those that no row chose.
+    foreseen: [u32; 2],
 }
 
 /// The checkpoint's weights, in the formats that the graph reads.
@@ -437,8 +439,9 @@ impl Simulation {
         let chosen = words(&read("chosen.bin"));
         let chosen = chosen.chunks(LAUNCH_ROWS).flat_map(|step| step[..wanted.len()].to_vec());
         let chosen = chosen.map(|word| word - 1).collect();
-        let experts = words(&read("experts.bin"))[0];
-        Outcome { logits, chosen, arena: read("arena.bin"), experts }
+        let counts = words(&read("experts.bin"));
+        let (experts, foreseen) = (counts[0], [counts[1], counts[2]]);
+        Outcome { logits, chosen, arena: read("arena.bin"), experts, foreseen }
     }
 }
 

@@ -10,7 +10,8 @@ use tilec_ir::launch::{KERNEL, OCTET, SLICE_ROWS, SLOT_BYTES};
 use tilec_ir::octet::{apart_scales, feature_scales, octet_block_bytes, octet_block_scales, octet_blocks};
 use tilec_ir::resident::{
     Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, Pairs, Prepared, ROW_BLOCK,
-    Reader, Replaced, ResidentProgram, Route, SPAN, Scores, Stage, Taps, TopK, part_columns, prepared_order,
+    Reader, Replaced, ResidentProgram, Route, RouterTiles, SPAN, Scores, Stage, Taps, TopK, part_columns,
+    prepared_order,
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
@@ -338,12 +339,16 @@ fn needs(program: &ResidentProgram) -> SharedNeeds {
                 let squares = usize::from(scores.norm.is_some() && scores.squares.is_none());
                 needs.scores = needs.scores.max(1 + squares);
             }
-            Kind::Attention(Attention { router: Some(_), .. }) => needs.scores = needs.scores.max(1),
+            Kind::Attention(Attention { router: Some(scores), .. }) => {
+                needs.scores = needs.scores.max(1 + usize::from(scores.expects));
+            }
             _ => {}
         }
         if let Kind::Experts(experts) = &stage.kind {
             needs.experts = needs.experts.max(experts.experts);
             needs.top_k = needs.top_k.max(experts.top_k);
+            let unscaled = experts.route.as_ref().and_then(|route| route.unscaled);
+            needs.foresees |= unscaled.is_some_and(|unscaled| unscaled.foreseen.is_some());
             if !experts.shares_slot(program.step_rows) {
                 needs.operands = needs.operands.max(experts.tile_octets(program.step_rows));
             }
@@ -483,6 +488,7 @@ impl<'p> Writer<'p> {
             let (experts, slots) = (needs.experts, needs.top_k);
             line!(self, "constexpr u32 MAX_EXPERTS = {experts}, MAX_SLOTS = {slots};");
         }
+        line!(self, "constexpr bool FORESEES = {};  // experts, before they are chosen", needs.foresees);
         line!(self, "constexpr u32 LAYERS = {};", self.layers());
         let counts: Vec<usize> = self.parts.iter().map(|part| part.program.sequence().len()).collect();
         let stages: usize = counts.iter().sum();
@@ -851,10 +857,10 @@ impl<'p> Writer<'p> {
             None => self.gain(gemm.norm),
         }
         if let Some(router) = gemm.router {
-            let stride = self.program().buffer(router.output).cols;
+            let [stride, old] = [router.output, router.before].map(|id| self.program().buffer(id).cols);
             line!(
                 self,
-                "  static constexpr u32 STRIDE = {stride};  // of scores of {} experts",
+                "  static constexpr u32 STRIDE = {stride}, OLD_STRIDE = {old};  // of scores of {} experts",
                 router.experts
             );
             let weights = format!("return {};", self.weight(router.weights));
@@ -949,9 +955,10 @@ impl<'p> Writer<'p> {
         self.function("const float*", "bias", "const Block& b", &format!("return {bias};"));
         line!(
             self,
-            "  static constexpr bool SIGMOID = {}, PART = {part}, ADDED = {};",
+            "  static constexpr bool SIGMOID = {}, PART = {part}, ADDED = {}, EXPECTS = {};",
             scores.sigmoid,
-            scores.added.is_some()
+            scores.added.is_some(),
+            scores.expects
         );
         if part {
             let (unit, experts) = match *format {
@@ -1012,9 +1019,22 @@ impl<'p> Writer<'p> {
                 self.checked(*scores)
             );
             line!(self, "  static constexpr float FACTOR = {factor};");
-            line!(self, "  static constexpr bool UNSCALED = {};", unscaled.is_some());
+            let foreseen = unscaled.and_then(|unscaled| unscaled.foreseen);
+            line!(
+                self,
+                "  static constexpr bool UNSCALED = {}, FORESEEN = {};",
+                unscaled.is_some(),
+                foreseen.is_some()
+            );
             let scores = format!("return {};", self.buffer(*scores));
             self.function("const float*", "scores", "const Block& b", &scores);
+            if let Some(before) = foreseen {
+                let (cols, bytes) = (self.program().buffer(before).cols, gemm.weight_bytes());
+                line!(self, "  static constexpr u32 FORECAST_STRIDE = {cols}, EXPERT_BYTES = {bytes};");
+                let half = if cols > stride { format!(" + {stride}") } else { String::new() };
+                let expected = format!("return {}{half};", self.buffer(before));
+                self.function("const float*", "expected", "const Block& b", &expected);
+            }
             if let Some(unscaled) = unscaled {
                 let (k, eps) = (unscaled.k, float(unscaled.eps));
                 line!(self, "  static constexpr u32 K = {k};");
@@ -1407,6 +1427,7 @@ impl<'p> Writer<'p> {
     fn roles(&mut self) {
         line!(self, "\n// ---- The step, as each role sees it {}", "-".repeat(63));
         self.deal_caches();
+        self.foresee_experts();
         self.role("bool load_step(Loader& b)", "", "return true;", "", |name, kind| match kind {
             Kind::Gemm(_) => format!("if (!stream<{name}>(b, {name}::weights(b))) return false;"),
             Kind::Attention(Attention { router, .. }) => {
@@ -1448,6 +1469,7 @@ impl<'p> Writer<'p> {
             "b.cross(CROSSING_CHECKED[n], !ends_step(n + 1));",
             |name, kind| match kind {
                 Kind::Embed { .. } | Kind::Taps { .. } | Kind::Context(_) => String::new(),
+                Kind::Gemm(_) if asks_forecast(kind) => format!("ask_forecast(b, n); finish<{name}>(b);"),
                 Kind::Gemm(_) => format!("finish<{name}>(b);"),
                 Kind::Scores(scores) => format!("b.pass_tiles({});", scores.experts),
                 Kind::Experts(_) => format!("finish_experts<{name}>(b);"),
@@ -1511,6 +1533,32 @@ impl<'p> Writer<'p> {
         }
         if round || self.deals().is_empty() {
             line!(self, "  return false;");
+        }
+        line!(self, "}}");
+    }
+
+    /// What the watchdog does for the stages that ask for a forecast.
+    fn foresee_experts(&mut self) {
+        let asks = |stage: &Stage| asks_forecast(&stage.kind);
+        let chooses = |stage: &Stage| matches!(stage.kind, Kind::Experts(Experts { route: Some(_), .. }));
+        let mut cases = Vec::new();
+        let mut number = 0;
+        for (prefix, stages) in self.parts.iter().flat_map(Part::lists) {
+            // A verified program has both.
+            let [asks, chooses] = [stages.iter().position(asks), stages.iter().position(chooses)];
+            if let Some((asks, chooses)) = asks.zip(chooses) {
+                let route = type_name(&type_name(&prefix, &stages[chooses].name), "route");
+                cases.push((number + asks, route));
+            }
+            number += stages.len();
+        }
+        line!(self, "\n__device__ __forceinline__ void foresee_experts(const Block& b, u32 stage) {{");
+        if !cases.is_empty() {
+            line!(self, "  switch (STAGE_KIND[stage]) {{");
+            for (asks, route) in cases {
+                line!(self, "    case {asks}: foresee<{route}>(b); break;");
+            }
+            line!(self, "  }}");
         }
         line!(self, "}}");
     }
@@ -1588,7 +1636,8 @@ impl<'p> Writer<'p> {
                 " - ROUTES_BYTES",
                 "\n    Routes& routes = *reinterpret_cast<Routes*>(scratch - ROUTES_BYTES);\
                  \n    barrier_init(&routes.routed, CONSUMERS);\
-                 \n    routes.total = 0;",
+                 \n    barrier_init(&routes.forecast, 1);\
+                 \n    routes.total = routes.asks = routes.loaded = routes.all_foreseen = routes.all_wrong = 0;",
                 "\n      report_experts(b);",
             ),
             false => ("", "", ""),
@@ -1619,10 +1668,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) {KERNEL}(const __
       barrier_init(&shared.empty[i], CONSUMERS);
     }}
     barrier_init(&shared.ready, 1);
-    barrier_init(&shared.passed, 1);
+    for (u64& sent : shared.sent) barrier_init(&sent, 1);
     barrier_init(&shared.opened, 1);
     barrier_init(&shared.scaled, CONSUMERS);
-    shared.left = 0;
     barrier_init(&shared.done, CONSUMERS + 1);  // and the second{routed}
     for (u32 i = 0; i < SUM_BUFFERS; ++i) {{
       barrier_init(&shared.sums_full[i], CONSUMERS);
@@ -1699,6 +1747,11 @@ fn type_name(prefix: &str, name: &str) -> String {
     };
     let name: String = words.map(upper).collect();
     format!("{prefix}{name}")
+}
+
+/// Whether a stage's product asks for a forecast of experts.
+fn asks_forecast(kind: &Kind) -> bool {
+    matches!(kind, Kind::Gemm(Gemm { router: Some(RouterTiles { foresees: true, .. }), .. }))
 }
 
 /// The structure of the scores that are made behind attention.

@@ -639,6 +639,7 @@ impl<'a> Lowering<'a> {
             output: BufferId(0),
             through,
             added: None,
+            expects: false,
         };
         scores.output = self.half_buffer("scores", value, scores.output_cols());
         Ok(Kind::Scores(scores))

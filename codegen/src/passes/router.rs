@@ -6,6 +6,10 @@
 //! times the gains times the product's, made when weights are packed. The choice then begins where the rows are complete:
 //! a stage and a crossing of the chip sooner, in each layer.
 //!
+//! The scores of the row before say something by themselves: attention mostly adds little to a row, so the experts that
+//! these would choose are mostly those that are chosen. Where experts are multiplied faster than they stream, they are
+//! foreseen, and weights stream before the choice is made (`experts.cuh`).
+//!
 //! The product multiplies in bfloat16, so each expert has two features, what is high of its weights and what is low:
 //! 17 bits, of which the last is far below what rounding attention's output to bfloat16 changes.
 
@@ -129,22 +133,23 @@ fn moved(stages: &mut [Stage], mut buffer: impl FnMut(&str, usize) -> BufferId) 
         return None;
     }
     let experts = scores.experts;
-    let cols = experts.next_multiple_of(OCTET);
-    let before = buffer("scores.before", cols);
-    let output = buffer("scores.sum", cols);
-    product.router = Some(RouterTiles { weights: through.weights, experts, before, output });
-    let unscaled =
-        Unscaled { k: scores.k, eps: norm.eps, squares, bias: scores.bias, correction: scores.correction };
+    // Experts of codes are multiplied no faster than they stream: with a forecast (Qwen3-30B-A3B in MXFP4, gpt-oss-20b, a rank
+    // of MiMo-V2.5-Pro) steps took as long, or longer.
+    let foresees = gemm.format == Format::BF16;
+    // What normalizes a row changes no order of its bare scores.
+    let bare = scores.bias.is_none() && !scores.sigmoid && scores.correction.is_none();
+    let expects = foresees && !bare;
+    let mut part = Scores { squares: None, through: None, added: through.bias, expects, ..scores.clone() };
+    if !expects {
+        (part.bias, part.sigmoid, part.correction) = (None, false, None);
+    }
+    let before = buffer("scores.before", part.output_cols());
+    let output = buffer("scores.sum", experts.next_multiple_of(OCTET));
+    product.router = Some(RouterTiles { weights: through.weights, experts, before, output, foresees });
+    let (bias, correction) = (scores.bias, scores.correction);
+    let foreseen = foresees.then_some(before);
+    let unscaled = Unscaled { k: scores.k, eps: norm.eps, squares, bias, correction, foreseen };
     *route = Route { scores: output, unscaled: Some(unscaled), routing: route.routing };
-    attention.router = Some(Scores {
-        squares: None,
-        bias: None,
-        sigmoid: false,
-        correction: None,
-        through: None,
-        added: through.bias,
-        output: before,
-        ..scores.clone()
-    });
+    attention.router = Some(Scores { output: before, ..part });
     Some(())
 }

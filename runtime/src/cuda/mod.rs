@@ -18,7 +18,7 @@ mod weights;
 
 pub use ceiling::{Ceiling, CeilingCode, read_ceiling};
 pub use driver::{DeviceInfo, devices, runs_on};
-pub use engine::RandomRouting;
+pub use engine::{ExpertCounts, RandomRouting};
 pub use error::CudaError;
 
 pub(crate) use device::{Device, Gpu};

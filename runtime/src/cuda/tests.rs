@@ -1,6 +1,6 @@
 //! The engine on a device in software.
 
-use super::engine::takes_long;
+use super::engine::{ExpertCounts, takes_long};
 use super::fake::*;
 use crate::engine::tests::{CONTEXT, VOCAB, toy_engine_on, toy_next, toy_plan};
 use crate::engine::{Engine, EngineError, EngineOptions, PROFILE_FIELDS, RowInput, StepError};
@@ -429,18 +429,21 @@ fn poisoned_memory_is_not_a_number_before_it_is_written_and_changes_nothing_afte
 }
 
 #[test]
-fn streamed_experts_are_summed_up_until_they_are_asked_for() {
+fn counts_of_experts_are_summed_up_until_they_are_asked_for() {
     let toy = toy_kernel(cuda_plan().kv);
     // SAFETY: the engine keeps the arguments valid.
     let kernel: FakeKernel = Arc::new(move |args| unsafe {
-        *(args.experts as *mut u32) += 3;
+        for (at, count) in [3, 2, 1].into_iter().enumerate() {
+            *(args.experts as *mut u32).add(at) += count;
+        }
         toy(args)
     });
     let (mut engine, _) = fake_engine_on(cuda_plan(), kernel, &EngineOptions::default());
     engine.step(&rows(0, 0, &[1; 9]), &[]).unwrap();
     engine.step(&rows(0, 9, &[1]), &[0]).unwrap();
-    assert_eq!(engine.take_streamed_experts(), Some(9), "three launches");
-    assert_eq!(engine.take_streamed_experts(), Some(0));
+    let counts = ExpertCounts { chosen: 9, foreseen: 6, wrong: 3 };
+    assert_eq!(engine.take_expert_counts(), Some(counts), "three launches");
+    assert_eq!(engine.take_expert_counts(), Some(ExpertCounts::default()));
 }
 
 #[test]

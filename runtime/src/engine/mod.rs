@@ -18,8 +18,8 @@ pub use proposal::Proposal;
 
 use crate::checkpoint::Checkpoint;
 use crate::conversion::Conversion;
-use crate::cuda::RandomRouting;
 use crate::cuda::{self, CudaEngine};
+use crate::cuda::{ExpertCounts, RandomRouting};
 use crate::kv::PageTable;
 use crate::memory::Breakdown;
 use crate::native::{Entry, NativeCode};
@@ -916,12 +916,11 @@ impl Engine {
         }
     }
 
-    /// Experts whose weights were streamed since this was asked for last, over all steps and layers.
-    /// `None` on a processor.
-    pub fn take_streamed_experts(&mut self) -> Option<u32> {
+    /// What is known of experts since this was asked for last. `None` on a processor.
+    pub fn take_expert_counts(&mut self) -> Option<ExpertCounts> {
         match &mut self.back {
             Back::Cpu(_) => None,
-            Back::Cuda(back) => Some(back.take_streamed_experts()),
+            Back::Cuda(back) => Some(back.take_expert_counts()),
         }
     }
 

@@ -7,6 +7,7 @@ use tilec_runtime::sampling::{Sampler, SamplingError, SamplingParams, uniform};
 /// The choice behind a head that only finds each row's best one of given logits; step by step, positions rise.
 const CHOOSER: &str = r#"
 __device__ __forceinline__ bool deal_caches(Control&) { return false; }
+__device__ __forceinline__ void foresee_experts(const Block&, u32) {}
 
 extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
   const u32 vocab = args.pages_per_sequence, rows = args.logit_rows;
@@ -78,6 +79,7 @@ const SIZES: &str = "constexpr u32 STEP_ROWS = 32, SLOT_BYTES = 16384, RING_SLOT
 constexpr bool ROUND = false, SPANS = false;
 constexpr u32 DEALS = 0;
 __device__ __forceinline__ u32 first_stage(u32) { return 0; }
+constexpr bool FORESEES = false;
 constexpr u32 MAILBOXES = 0, MAILBOX_ROW_BYTES[1] = {}, MAILBOX_OCTETS[1] = {}, STAGE_CLEARS[1] = {};
 constexpr u64 MAILBOX_AT[1] = {};";
 

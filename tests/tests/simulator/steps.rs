@@ -11,7 +11,7 @@ use tilec_codegen::passes::resident::Sizes;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{Interpreter, Row, WeightSource};
-use tilec_ir::resident::Kind;
+use tilec_ir::resident::{Experts, Kind, Stage};
 use tilec_ir::spec::{Activations, ModelSpec, Shard, WeightFormat};
 use tilec_ir::stages::Slot;
 
@@ -382,6 +382,78 @@ fn experts_by_chance() {
     assert_eq!(streamed[0], 2 * 3);
     assert!(streamed[1] <= 2 * (1 + 8 * 2) && streamed[2] <= 2 * 8 * 3, "{streamed:?}");
     assert!(streamed.is_sorted() && streamed[2] > 2 * 12, "{streamed:?}");
+}
+
+/// Experts of halves are foreseen, an expert of each row, some or all of them, by scores that order them alone, with biases,
+/// and by sigmoids with corrections: rightly or not, no bit depends on it. (Seeds choose what is foreseen; see `entry.h`.)
+#[test]
+fn forecasts_change_no_bit() {
+    for mut config in [qwen3_moe(), gpt_oss(), mimo_fused()] {
+        // As many as make whole octets of scores.
+        for key in ["num_local_experts", "n_routed_experts"] {
+            if let Some(experts) = config.get_mut(key) {
+                *experts = 8.into();
+            }
+        }
+        check_steps(&config, Format::BF16, Some(Format::BF16), 2, 0.03);
+        let name = &config["model_type"];
+        let simulation = Simulation::new(&config, Format::BF16, Some(Format::BF16), sizes(8));
+        let foreseen = |stage: &Stage| match &stage.kind {
+            Kind::Experts(Experts { route: Some(route), .. }) => {
+                route.unscaled.is_some_and(|of| of.foreseen.is_some())
+            }
+            _ => false,
+        };
+        let layers = simulation.program.layers.iter();
+        let layers =
+            layers.filter(|layer| simulation.program.bodies[layer.body].iter().any(foreseen)).count() as u32;
+        assert!(layers > 0, "{name}: nothing is foreseen");
+        let cache = simulation.cache();
+        let launch = |rows: &[Row], seed: u64, blocks: usize| {
+            simulation.write_cache(&cache);
+            simulation.launch(rows, 1, blocks, seed)
+        };
+        // Of each row alone, so that no expert is right for another row's sake.
+        let (mut all_foreseen, mut right, mut late) = (0, 0, 0);
+        for token in 0..8 {
+            let [none, one, all] = [4, 5, 7].map(|seed| launch(&[row(token * 3, 0, 0)], seed, 3));
+            assert_eq!((none.foreseen, one.foreseen[0]), ([0, 0], layers), "{name}");
+            assert_eq!(all.foreseen[0], none.experts, "{name}: as many as are chosen");
+            assert!(one.logits == none.logits && all.logits == none.logits, "{name}");
+            (all_foreseen, right) =
+                (all_foreseen + all.foreseen[0], right + all.foreseen[0] - all.foreseen[1]);
+            late += none.experts + one.foreseen[1] - one.foreseen[0];
+        }
+        // Far more of them than of any experts, but not all.
+        let kinds = simulation.program.bodies.iter().flatten();
+        let experts = kinds.clone().find_map(|stage| match &stage.kind {
+            Kind::Experts(experts) => Some(experts),
+            _ => None,
+        });
+        let [count, top_k] = experts.map(|of| [of.experts as u32, of.top_k as u32]).unwrap();
+        assert!(2 * right * count > 3 * all_foreseen * top_k, "{name}: {right} of {all_foreseen}");
+        assert!(right < all_foreseen && late > 0, "{name}: {right} of {all_foreseen}, {late}");
+        let outcomes = [4, 5, 6, 7].map(|seed| launch(&first_rows(), seed, 3));
+        let counts = outcomes.each_ref().map(|outcome| outcome.foreseen[0]);
+        assert!(
+            counts.is_sorted() && counts[0] == 0 && counts[1] >= layers && counts[3] > counts[1],
+            "{name}: {counts:?}"
+        );
+        // On so many blocks some have no tile of the product behind attention, where forecasts are asked for and what was
+        // written is released at nearly the same time.
+        for outcome in
+            outcomes[1..].iter().chain(&[5, 6, 7, 9, 10, 11].map(|seed| launch(&first_rows(), seed, 16)))
+        {
+            assert!(outcome.logits == outcomes[0].logits && outcome.experts == outcomes[0].experts, "{name}");
+            let [foreseen, wrong] = outcome.foreseen;
+            assert!(wrong <= foreseen && foreseen - wrong <= outcome.experts, "{name}: {foreseen}, {wrong}");
+        }
+    }
+    check_wide_steps(&qwen3_moe(), Format::BF16, Some(Format::BF16), 16, 1, 0.03);
+    // What is chosen by chance cannot be foreseen.
+    let simulation = Simulation::new(&qwen3_moe(), Format::BF16, Some(Format::BF16), sizes(8));
+    let chance = [4, 7].map(|seed| simulation.launch_routed(&first_rows(), 1, 3, seed, 1));
+    assert!(chance[0].logits == chance[1].logits && chance[1].foreseen == [0, 0]);
 }
 
 /// An SM looks after three experts at a time, or after none; what normalizes the rows it finds in any case.

@@ -46,23 +46,26 @@ pub fn run(args: &BenchArgs, folder: &Path, plan: &Plan) -> Result<()> {
     let mut lines = Vec::new();
     for test in &cases.tests {
         let mut seconds = Vec::with_capacity(repeats);
-        let mut streamed = Vec::new();
+        let mut all_chosen = Vec::new();
         let mut split = Vec::new();
         // The first finds cold caches and low clocks.
         for repeat in 0..=repeats {
             let seed = repeat as u32;
             engine.set_routing(routing.map(|routing| RandomRouting { seed, ..routing }));
-            engine.take_streamed_experts();
+            engine.take_expert_counts();
             let (measured, rounds) = measure(&mut engine, test, &sampling)?;
             if repeat > 0 {
                 seconds.push(measured);
                 split.extend(rounds);
-                streamed.extend(engine.take_streamed_experts().filter(|experts| *experts > 0));
+                let chosen = engine.take_expert_counts().map(|counts| counts.chosen);
+                all_chosen.extend(chosen.filter(|experts| *experts > 0));
             }
         }
         let choices = test.passes(plan) as f64 * expert_layers(plan) as f64;
-        let distinct = (!streamed.is_empty() && choices > 0.0).then(|| {
-            streamed.iter().map(|experts| f64::from(*experts)).sum::<f64>() / streamed.len() as f64 / choices
+        let distinct = (!all_chosen.is_empty() && choices > 0.0).then(|| {
+            all_chosen.iter().map(|experts| f64::from(*experts)).sum::<f64>()
+                / all_chosen.len() as f64
+                / choices
         });
         lines.push(Line { rounds: split, ..Line::new(plan, *test, seconds, distinct) });
         progress.inc(1);

@@ -18,7 +18,7 @@ use std::time::Instant;
 use tilec_ir::cost::StageCost;
 use tilec_ir::launch::TRACE_FIELDS;
 use tilec_ir::plan::Plan;
-use tilec_runtime::cuda::RandomRouting;
+use tilec_runtime::cuda::{ExpertCounts, RandomRouting};
 use tilec_runtime::engine::Engine;
 
 /// Steps of a launch; the last is traced, behind others that warm up.
@@ -62,21 +62,26 @@ pub fn run(args: &ProfileArgs, folder: &Path, plan: &Plan) -> Result<()> {
     let bandwidth = bandwidth.or(engine.memory_rate());
     let bandwidth = bandwidth.context("the driver does not say how fast the GPU's memory is")?;
     let mut launches = Vec::new();
-    let mut streamed = 0;
+    let mut counts = Vec::new();
     for launch in 0..=args.repeats {
         engine.set_routing(routing.map(|routing| RandomRouting { seed: launch as u32, ..routing }));
-        engine.take_streamed_experts();
+        engine.take_expert_counts();
         let traced = trace(&mut engine, rows, context)?;
         // The first finds cold caches and low clocks.
         if launch > 0 {
             launches.push(traced);
-            streamed += u64::from(engine.take_streamed_experts().unwrap_or(0));
+            counts.extend(engine.take_expert_counts());
         }
     }
     // On average over all steps of the launches, of which the last are traced.
     let choices = launches.len() * steps_of(context) * expert_layers(plan);
-    let distinct = (streamed > 0 && choices > 0).then(|| streamed as f64 / choices as f64);
-    let profile = Profile { plan, rows, context, bandwidth, distinct, launches };
+    let each = |of: fn(&ExpertCounts) -> u32| {
+        let sum = counts.iter().map(|counts| u64::from(of(counts))).sum::<u64>();
+        (sum > 0 && choices > 0).then(|| sum as f64 / choices as f64)
+    };
+    let (distinct, foreseen) = (each(|counts| counts.chosen), each(|counts| counts.foreseen));
+    let foreseen = foreseen.map(|foreseen| (foreseen, each(|counts| counts.wrong).unwrap_or(0.0)));
+    let profile = Profile { plan, rows, context, bandwidth, distinct, foreseen, launches };
     let rounds = match draft.zip(forced) {
         Some(draft) => rounds::measure(args, &mut engine, plan, draft, bandwidth)?,
         None => None,
@@ -383,6 +388,8 @@ struct Profile<'a> {
     bandwidth: f64,
     /// Experts of a layer whose weights a step reads.
     distinct: Option<f64>,
+    /// Experts that are foreseen in a layer, and those of them that no row chose.
+    foreseen: Option<(f64, f64)>,
     launches: Vec<Launch>,
 }
 
@@ -460,7 +467,13 @@ impl Profile<'_> {
             self.launches.len(),
         );
         if let Some(distinct) = self.distinct {
-            text.push_str(&format!("experts: a step reads those of {distinct:.1} in each layer.\n"));
+            text.push_str(&format!("experts: a step reads those of {distinct:.1} in each layer"));
+            if let Some((foreseen, wrong)) = self.foreseen {
+                text.push_str(&format!(
+                    ", and began with {foreseen:.1} before they were chosen, of which {wrong:.2} were not"
+                ));
+            }
+            text.push_str(".\n");
         }
         for (number, kind) in Profile::losses(&kinds).into_iter().enumerate() {
             text.push_str(&format!(
@@ -490,6 +503,8 @@ impl Profile<'_> {
             "context": self.context,
             "bandwidth_bytes_per_s": self.bandwidth,
             "distinct_experts": self.distinct,
+            "foreseen_experts": self.foreseen.map(|(foreseen, _)| foreseen),
+            "wrongly_foreseen_experts": self.foreseen.map(|(_, wrong)| wrong),
             "launches": self.launches.len(),
             "step_s": self.step(),
             "host_step_s": self.host_step(),
@@ -528,7 +543,7 @@ mod tests {
 
     fn profile(plan: &Plan) -> Profile<'_> {
         let launches = vec![launch(5000), launch(70_000)];
-        Profile { plan, rows: 2, context: 100, bandwidth: 1e9, distinct: None, launches }
+        Profile { plan, rows: 2, context: 100, bandwidth: 1e9, distinct: None, foreseen: None, launches }
     }
 
     fn close(one: f64, other: f64) {
