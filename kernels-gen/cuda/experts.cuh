@@ -2,9 +2,9 @@
 //
 // A layer's experts are two products behind a router's scores, which mostly have no stage of their own. The first (gate
 // and up) begins with the choice: the scores are there, and every SM finds all rows' experts for itself, a warp a row.
-// The loader would have to wait for that, the one place where it does not know what comes next; so it begins with experts that
-// are foreseen (below). Then the tiles of all experts that any row chose, expert by expert, are dealt out to the SMs as those
-// of any product.
+// The loader has to wait for that, the one place where it does not know what comes next; but where experts are foreseen
+// (below), it begins with these. The tiles of all experts that any row chose, and of those that were foreseen, expert by
+// expert, are dealt out to the SMs as those of any product.
 // Every tile is multiplied with all rows of the step, which costs nothing; of the results only those rows'
 // are stored that chose the expert, in the slot that the expert has among the row's.
 //
@@ -31,9 +31,9 @@
 //
 // Mostly no stage has to wait for them. Scores are sums over a row's columns, which what normalizes the row is multiplied
 // into: so they are those of the row before attention, and those of what the product behind attention adds to it. The
-// latter are more features of that product, nearly as exact (gemm.cuh, ROUTER_TILES); the former are made behind attention, by SMs that have no
-// units (PART); and whoever chooses normalizes their sum (UNSCALED). So the choice begins where the rows are complete, a
-// crossing and a stage sooner.
+// latter are more features of that product, nearly as exact (gemm.cuh, ROUTER_TILES); the former are made behind attention,
+// by SMs that have no units (PART); and whoever chooses normalizes their sum (UNSCALED). So the choice begins where the rows
+// are complete, a crossing and a stage sooner.
 //
 // The forecast. From the last weights behind attention to the first of an expert nothing would stream: a crossing, the choice
 // and a way to memory, 5 us and more of each layer. But attention mostly adds little to a row, and the scores of the row

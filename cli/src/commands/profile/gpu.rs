@@ -580,6 +580,21 @@ mod tests {
     }
 
     #[test]
+    fn experts_that_were_foreseen_are_named_beside_those_that_were_read() {
+        let plan = toy_plan();
+        let of = |foreseen| Profile { distinct: Some(8.0), foreseen, ..profile(&plan) };
+        assert!(of(None).text().contains("\nexperts: a step reads those of 8.0 in each layer.\n"));
+        let text = of(Some((2.0, 0.031))).text();
+        let said = "in each layer, and began with 2.0 before they were chosen, of which 0.03 were not.\n";
+        assert!(text.contains(said), "{text}");
+        let json = of(Some((2.0, 0.031))).json();
+        assert_eq!(
+            (&json["foreseen_experts"], &json["wrongly_foreseen_experts"]),
+            (&2.0.into(), &0.031.into())
+        );
+    }
+
+    #[test]
     fn the_table_sums_up_and_names_the_three_largest_losses() {
         let plan = toy_plan();
         let text = profile(&plan).text();
