@@ -464,7 +464,7 @@ fn handoffs_that_are_not_in_time_are_refused() {
         assert!(emit(&program, Arch::Sm90a).unwrap().text.contains("constexpr u32 MAILBOXES = 0;"));
     }
     // In a mixture neither the router looks, which reads a sum that stays, nor the second product of the experts; of a
-    // layer's five in FP8 only attention.
+    // layer's five in FP8 all do.
     let mixture = program("qwen3_moe", &example("qwen3-30b-a3b", 2), Format::BF16, 4096);
     let fp8 = program("llama", &example("llama-3.2-1b", 2), Format::FP8_BLOCK, 4096);
     let who = |program: &ResidentProgram| -> Vec<String> {
@@ -480,7 +480,15 @@ fn handoffs_that_are_not_in_time_are_refused() {
         "{names:?}"
     );
     let names = who(&fp8);
-    assert!(names.len() == 2 && names.iter().all(|name| name.ends_with("attn")), "{names:?}");
+    let looking =
+        ["attn", "attn_res", "act", "ffn_res", "q+k+v", "attn", "attn_res", "act", "ffn_res", "head"];
+    assert!(
+        names.iter().zip(looking).all(|(name, own)| name.ends_with(own)) && names.len() == looking.len(),
+        "{names:?}"
+    );
+    // Behind attention of one row most SMs come at once, which the crossing has to know.
+    let text = emit(&fp8, Arch::Sm90a).unwrap().text;
+    assert!(text.contains("CROSSING_CHECKED[STAGES] = {0, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 0};"), "{text}");
 }
 
 #[test]

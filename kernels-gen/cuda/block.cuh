@@ -22,7 +22,8 @@
 // The generated text defines STEP_ROWS, SLOT_BYTES, RING_SLOTS, STAGES and the sizes of the parts of shared memory; and
 // of mailboxes: MAILBOX_AT, where they are in the arena, MAILBOX_ROW_BYTES, and MAILBOX_OCTETS, whether rows lie in
 // octets (rows.cuh); STAGE_CLEARS, a bit for each
-// that a stage clears; CROSSING_CHECKED, whether the crossing behind a stage is a checked one.
+// that a stage clears; CROSSING_CHECKED, whether the crossing behind a stage is a checked one (1), or one in front of which
+// only few SMs may have work (2).
 //
 // DEALS says how many kinds of layers attention is dealt out for.
 //
@@ -659,14 +660,15 @@ struct Control : Block {
 
   // So many SMs may still be on their way to a checked crossing: what is asked for comes back when most of them have come,
   // and whatever is late is asked for again. That is more work the more rows there are. (Tried: from none to half of them.)
-  __device__ __forceinline__ u32 stragglers() const { return rows() == 1 ? gridDim.x / 2 : gridDim.x / 6; }
+  // Behind attention of one row most SMs have nothing to do, and come at once: they say nothing about the others.
+  __device__ __forceinline__ u32 stragglers(bool few) const { return rows() == 1 && !few ? gridDim.x / 2 : gridDim.x / 6; }
 
   // What this SM makes in the stage is written: says so, and waits for the other SMs. Lane 0 releases
   // what all lanes wrote (ordered by __syncwarp) and what the consumers wrote (ordered by `done`); behind a
   // checked crossing the watchdog's does, which this warp's arrival comes before. If there is a stage of the same step
   // behind it (`more`), lane 0 opens it at once, ordered behind what it has acquired: the others of the warp follow.
-  __device__ __forceinline__ void cross(bool check = false, bool more = false) {
-    if constexpr (MAILBOXES == 0) check = false;
+  __device__ __forceinline__ void cross(u32 checking = 0, bool more = false) {
+    const bool check = MAILBOXES > 0 && checking != 0;
     settled = !check;
     if (second) {
       ++crossings;
@@ -688,7 +690,7 @@ struct Control : Block {
       const u64 finished = args.trace ? global_timer() : 0;
       shared.waiting[CONTROL] = CONTROL_SMS;
       if (check) {
-        const u32 expected = checked * gridDim.x - stragglers();
+        const u32 expected = checked * gridDim.x - stragglers(checking == 2);
 #pragma unroll 1
         while (!hinted(&sync().hints, expected)) {}
       } else {

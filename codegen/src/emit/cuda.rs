@@ -525,11 +525,13 @@ impl<'p> Writer<'p> {
                 bytes.push(buffer.row_bytes().to_string());
                 octets.push(u8::from(buffer.elem == BufferElem::Bf16).to_string());
             }
+            let sequence = part.program.sequence();
             for (n, handoff) in part.handoffs.iter().enumerate() {
                 let bit = |id: &BufferId| 1u32 << boxes.binary_search(id).unwrap_or_default();
                 clears.push(format!("{:#x}", handoff.clears.iter().map(bit).sum::<u32>()));
                 let next = part.handoffs.get(n + 1).is_some_and(Handoff::checked);
-                checked.push(u8::from(next).to_string());
+                let few = matches!(sequence[n].2.kind, Kind::Attention(_));
+                checked.push(if next { 1 + u8::from(few) } else { 0 }.to_string());
             }
         }
         debug_assert!(
