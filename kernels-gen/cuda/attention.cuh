@@ -142,6 +142,11 @@ template <class A, bool NORMS> struct AttentionHead {
 
   // Asks for all that it takes.
   __device__ __forceinline__ void load(const float* raw, const float* gains, const float* rope, u32 position) {
+    load_place(gains, rope, position);
+    load(raw);
+  }
+  // What is there before the step's rows are.
+  __device__ __forceinline__ void load_place(const float* gains, const float* rope, u32 position) {
 #pragma unroll
     for (u32 i = 0; i < ANGLES; ++i) {
       const u32 d = lane_id() + i * LANES;
@@ -152,8 +157,15 @@ template <class A, bool NORMS> struct AttentionHead {
 #pragma unroll
     for (u32 i = 0; i < EACH; ++i) {
       const u32 d = lane_id() + i * LANES;
-      v[i] = A::QK % LANES == 0 || d < A::QK ? take1<A::CHECKED>(raw + d) : 0.f;
       if (NORMS && gains) gain[i] = A::QK % LANES == 0 || d < A::QK ? gains[d] : 0.f;
+    }
+  }
+  // The head itself.
+  __device__ __forceinline__ void load(const float* raw) {
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) {
+      const u32 d = lane_id() + i * LANES;
+      v[i] = A::QK % LANES == 0 || d < A::QK ? take1<A::CHECKED>(raw + d) : 0.f;
     }
   }
   // A lane's largest word of the head.
@@ -444,32 +456,40 @@ template <class A> struct Fresh {
   bool queries;     // others than before
   u32 from, count;  // position of the run's first row in the chunk, and how many there are; 0 if they are known
 
-  __device__ __forceinline__ void load(const Consumer& b, const Place<A>& at, bool new_queries, bool new_unit) {
+  // Which these are, and what is there of them before the step's rows are.
+  __device__ __forceinline__ void open(const Consumer& b, const Place<A>& at, bool new_queries, bool new_unit) {
     const u32 warp = anew(warp_id()), n = at.pass * QUERIES + warp;
     queries = new_queries;
-    if (queries && n < at.queries()) {
-      const u32 r = at.row + n / GROUP;
-      const u32 head = at.kv_head * GROUP + n % GROUP;
-      query.load(A::input(b) + (u64)r * QKV + head * A::QK, A::q_gain(b), A::rope(b), at.position + n / GROUP);
-      if constexpr (A::SINKS) next_sink = sink_of<A>(b, head);
-    }
+    if (queries && n < at.queries()) query.load_place(A::q_gain(b), A::rope(b), at.position + n / GROUP);
     const u32 start = at.chunk * CHUNK;
     from = max(start, at.position);
     const u32 end = least(start + CHUNK, at.run_end());
     count = new_unit && from < end ? end - from : 0;
     // The last warps, since the first have queries.
+    if (CONSUMERS - 1 - warp < count) open_row(b, at, CONSUMERS - 1 - warp);
+  }
+  // The rest of them.
+  __device__ __forceinline__ void load(const Consumer& b, const Place<A>& at) {
+    const u32 warp = anew(warp_id()), n = at.pass * QUERIES + warp;
+    if (queries && n < at.queries()) {
+      load_query(b, at, n);
+      if constexpr (A::SINKS) next_sink = sink_of<A>(b, at.kv_head * GROUP + n % GROUP);
+    }
     if (CONSUMERS - 1 - warp < count) load_row(b, at, CONSUMERS - 1 - warp);
   }
-  // Query n of the run, once more.
+  // Query n of the run.
   __device__ __forceinline__ void load_query(const Consumer& b, const Place<A>& at, u32 n) {
     const u32 r = at.row + n / GROUP, head = at.kv_head * GROUP + n % GROUP;
-    query.load(A::input(b) + (u64)r * QKV + head * A::QK, A::q_gain(b), A::rope(b), at.position + n / GROUP);
+    query.load(A::input(b) + (u64)r * QKV + head * A::QK);
   }
   // Key and value of row `own` of those in the chunk.
+  __device__ __forceinline__ void open_row(const Consumer& b, const Place<A>& at, u32 own) {
+    page = b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + (from + own) / A::PAGE_TOKENS];
+    key.load_place(A::k_gain(b), A::rope(b), from + own);
+  }
   __device__ __forceinline__ void load_row(const Consumer& b, const Place<A>& at, u32 own) {
     const float* raw = A::input(b) + (u64)(at.row + (from - at.position) + own) * QKV + A::HEADS * A::QK;
-    page = b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + (from + own) / A::PAGE_TOKENS];
-    key.load(raw + at.kv_head * A::QK, A::k_gain(b), A::rope(b), from + own);
+    key.load(raw + at.kv_head * A::QK);
 #pragma unroll
     for (u32 i = 0; i < V_EACH; ++i) {
       const u32 d = lane_id() + i * LANES;
@@ -495,7 +515,10 @@ template <class A> struct Fresh {
       const u32 own = kind * CONSUMERS - 1 - warp;
       if (kind > 0) {
         if (own >= count) break;
-        if (SLICES > 1 && kind > 1) load_row(b, at, own);
+        if (SLICES > 1 && kind > 1) {
+          open_row(b, at, own);
+          load_row(b, at, own);
+        }
         if constexpr (A::CHECKED) {
 #pragma unroll 1
           while (b.late(row_word())) load_row(b, at, own);
@@ -699,6 +722,9 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   using Space = AttentionSpace<A>;
   constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_STEPS = Space::V_STEPS;
   constexpr bool RINGS = PageShape<A>::RINGS;
+  // Whether what can be done in front of the stage's inputs is done there: in a wide step there are many units, of which it
+  // is the first's alone.
+  constexpr bool AHEAD = RINGS && SLICES == 1;
   Space& space = *reinterpret_cast<Space*>(b.scratch);
   // The largest score of each warp's positions, and the sum of the weights relative to it, by query.
   float2(&weights)[CONSUMERS][QUERIES] = *reinterpret_cast<float2(*)[CONSUMERS][QUERIES]>(b.shared.row_sums);
@@ -714,17 +740,27 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
     if (!ready) b.wait_inputs();
     return;
   }
+  Cached<A> cached = {};
+  u32 taken = 0;         // slots of the unit in registers that have not been given back
+  bool ahead = false;    // the next unit is there already
+  if (AHEAD && whole_warp(!ready)) {
+    // While the other SMs still multiply. When all warps have met, all of them are behind the slots of the product before; else
+    // one could still wait for what a slot had then, and its barrier would be in a phase too early for it.
+    consumers_sync();
+    taken = cached.take(b, next);
+    ahead = true;
+  }
 #pragma unroll 1
   do {
-    Cached<A> cached = {};
     Fresh<A> fresh = {};
     Attended<A> sums;
     sums.clear();
     Place<A> now = next;
     bool there = false;          // a pass to multiply
-    u32 taken = 0;               // slots of its unit that have not been given back
 #pragma unroll 1
     while (true) {
+      Place<A> after = next;
+      if (AHEAD && whole_warp(next.unit < end)) after.advance(b, together);
       const bool new_unit = !there || next.unit != now.unit;
       // No lane is left for what may have to be added up behind the next span: first what there is.
       const bool full = left == LANES - 1 && there && new_unit && now.chunk + 1 == now.share_end();
@@ -746,17 +782,16 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       auto block = [&] { return CacheShape<A>::at(b, cache, page, next.kv_head); };
       // While the other SMs still multiply.
       if (!there && page != NO_PAGE) cached.load(block(), next);
+      if (more) {
+        const bool same = there && next.row == now.row && next.kv_head == now.kv_head && next.pass == now.pass;
+        fresh.open(b, next, !same, new_unit);
+      }
       if (whole_warp(!ready)) {
-        if constexpr (A::Q_NORM) prefetch(A::q_gain(b), A::QK);
-        if constexpr (A::K_NORM) prefetch(A::k_gain(b), A::QK);
         if (A::SINKS && A::sinks(b)) prefetch(A::sinks(b), A::HEADS);
         b.wait_inputs();
         ready = true;
       }
-      if (more) {
-        const bool same = there && next.row == now.row && next.kv_head == now.kv_head && next.pass == now.pass;
-        fresh.load(b, next, !same, new_unit);
-      }
+      if (more) fresh.load(b, next);
       const u32 last = now.run_end() - 1;
       Attended<A> chunk = {};
       if (whole_warp(there)) {
@@ -815,9 +850,8 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
           chunk.v[s] = sum;
         }
       }
-      // Not in front of the stage's inputs: other warps may not have seen yet what the slots had before, and so their barriers
-      // would be in a phase too early.
-      if (RINGS && new_keys) taken = cached.take(b, next);
+      if (RINGS && new_keys && !ahead) taken = cached.take(b, next);
+      ahead = false;
       if (whole_warp(there)) {
         // To the span's sums, or into memory.
         const u32 share = now.share(), share_end = now.share_end(), begins = now.unit - (now.chunk - share);
@@ -847,7 +881,8 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       if (whole_warp(!more)) break;
       there = true;
       now = next;
-      next.advance(b, together);
+      if constexpr (AHEAD) next = after;
+      else next.advance(b, together);
     }
     if (whole_warp(left > 0)) join<A>(b, next.runs, ended, left, together);
     left = 0;
