@@ -456,31 +456,35 @@ template <class A> struct Fresh {
   bool queries;     // others than before
   u32 from, count;  // position of the run's first row in the chunk, and how many there are; 0 if they are known
 
-  // Which these are, and what is there of them before the step's rows are.
-  __device__ __forceinline__ void open(const Consumer& b, const Place<A>& at, bool new_queries, bool new_unit) {
+  // Which these are, and what is there of them before the step's rows are; or ALL of them.
+  template <bool ALL> __device__ __forceinline__ void open(const Consumer& b, const Place<A>& at, bool new_queries, bool new_unit) {
     const u32 warp = anew(warp_id()), n = at.pass * QUERIES + warp;
     queries = new_queries;
-    if (queries && n < at.queries()) query.load_place(A::q_gain(b), A::rope(b), at.position + n / GROUP);
+    if (queries && n < at.queries()) {
+      query.load_place(A::q_gain(b), A::rope(b), at.position + n / GROUP);
+      if constexpr (ALL) load_query(b, at, n);
+    }
     const u32 start = at.chunk * CHUNK;
     from = max(start, at.position);
     const u32 end = least(start + CHUNK, at.run_end());
     count = new_unit && from < end ? end - from : 0;
     // The last warps, since the first have queries.
-    if (CONSUMERS - 1 - warp < count) open_row(b, at, CONSUMERS - 1 - warp);
+    if (CONSUMERS - 1 - warp < count) {
+      open_row(b, at, CONSUMERS - 1 - warp);
+      if constexpr (ALL) load_row(b, at, CONSUMERS - 1 - warp);
+    }
   }
   // The rest of them.
   __device__ __forceinline__ void load(const Consumer& b, const Place<A>& at) {
     const u32 warp = anew(warp_id()), n = at.pass * QUERIES + warp;
-    if (queries && n < at.queries()) {
-      load_query(b, at, n);
-      if constexpr (A::SINKS) next_sink = sink_of<A>(b, at.kv_head * GROUP + n % GROUP);
-    }
+    if (queries && n < at.queries()) load_query(b, at, n);
     if (CONSUMERS - 1 - warp < count) load_row(b, at, CONSUMERS - 1 - warp);
   }
   // Query n of the run.
   __device__ __forceinline__ void load_query(const Consumer& b, const Place<A>& at, u32 n) {
     const u32 r = at.row + n / GROUP, head = at.kv_head * GROUP + n % GROUP;
     query.load(A::input(b) + (u64)r * QKV + head * A::QK);
+    if constexpr (A::SINKS) next_sink = sink_of<A>(b, head);
   }
   // Key and value of row `own` of those in the chunk.
   __device__ __forceinline__ void open_row(const Consumer& b, const Place<A>& at, u32 own) {
@@ -724,7 +728,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   constexpr bool RINGS = PageShape<A>::RINGS;
   // Whether what can be done in front of the stage's inputs is done there: in a wide step there are many units, of which it
   // is the first's alone.
-  constexpr bool AHEAD = RINGS && SLICES == 1;
+  constexpr bool EARLY = SLICES == 1, AHEAD = RINGS && EARLY;
   Space& space = *reinterpret_cast<Space*>(b.scratch);
   // The largest score of each warp's positions, and the sum of the weights relative to it, by query.
   float2(&weights)[CONSUMERS][QUERIES] = *reinterpret_cast<float2(*)[CONSUMERS][QUERIES]>(b.shared.row_sums);
@@ -752,6 +756,7 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
   }
 #pragma unroll 1
   do {
+    if constexpr (!AHEAD) cached = {};  // it need not live on behind sums that were added up
     Fresh<A> fresh = {};
     Attended<A> sums;
     sums.clear();
@@ -782,16 +787,17 @@ template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache
       auto block = [&] { return CacheShape<A>::at(b, cache, page, next.kv_head); };
       // While the other SMs still multiply.
       if (!there && page != NO_PAGE) cached.load(block(), next);
-      if (more) {
-        const bool same = there && next.row == now.row && next.kv_head == now.kv_head && next.pass == now.pass;
-        fresh.open(b, next, !same, new_unit);
-      }
+      const bool same = there && next.row == now.row && next.kv_head == now.kv_head && next.pass == now.pass;
+      if (EARLY && more) fresh.template open<false>(b, next, !same, new_unit);
       if (whole_warp(!ready)) {
+        if constexpr (A::Q_NORM && !EARLY) prefetch(A::q_gain(b), A::QK);
+        if constexpr (A::K_NORM && !EARLY) prefetch(A::k_gain(b), A::QK);
         if (A::SINKS && A::sinks(b)) prefetch(A::sinks(b), A::HEADS);
         b.wait_inputs();
         ready = true;
       }
-      if (more) fresh.load(b, next);
+      if (EARLY && more) fresh.load(b, next);
+      if (!EARLY && more) fresh.template open<true>(b, next, !same, new_unit);
       const u32 last = now.run_end() - 1;
       Attended<A> chunk = {};
       if (whole_warp(there)) {

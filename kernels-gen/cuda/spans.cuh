@@ -219,8 +219,7 @@ template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32
       now.position = b.shared.position[at.row];
       now.kv_head = at.kv_head;
       Fresh<A> fresh = {};
-      fresh.open(b, now, true, false);
-      fresh.load(b, now);
+      fresh.template open<true>(b, now, true, false);
       // Nobody is at the scores of queries before: all warps have met behind them.
       fresh.prepare(b, space, cache, now, 1);
       consumers_sync();
