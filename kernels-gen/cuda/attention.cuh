@@ -3,8 +3,9 @@
 //
 // What a run, a pass and a unit are, and which units an SM has: units.cuh. An SM keeps a chunk's keys and values in registers
 // for all passes of a unit. What is older than the step it takes from the ring, or asks memory for it behind the last use of
-// what it has; and while it multiplies it asks for the next pass's queries. The chunk that a row itself lies in takes its key
-// and value from the step, normed and rotated by each unit that needs them, and written into the cache by the one that has
+// what it has, its first unit's in front of the stage's inputs; and while it multiplies it asks for the next pass's queries.
+// The chunk that a row itself lies in takes its key and value from the step, normed and rotated by each unit that needs
+// them, and written into the cache by the one that has
 // the row's first head.
 //
 // A warp has 16 positions of the chunk and keeps their keys and values in registers, as they lie in the
