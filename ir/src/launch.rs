@@ -3,31 +3,13 @@
 //! such plan.
 
 /// Raised whenever [`LaunchArgs`] or a layout behind it changes.
-pub const LAUNCH_VERSION: u32 = 13;
+pub const LAUNCH_VERSION: u32 = 14;
 
 /// Name of the kernel: `__global__ void tilec_resident(const __grid_constant__ LaunchArgs args)`.
 pub const KERNEL: &str = "tilec_resident";
 
 /// Bytes of a slot of the ring; a sixteenth more where weights are MXFP4, whose blocks are longer.
 pub const SLOT_BYTES: usize = 16 << 10;
-
-/// Plans for contexts beyond this have a kernel for long contexts, and a launch with a row behind so many positions may
-/// take it: see [`long_is_faster`].
-pub const LONG_CONTEXT: usize = 4096;
-
-/// Whether the kernel for long contexts is the faster one, where the SMs have so many spans between them, of all KV heads.
-///
-/// It streams spans through the ring, an SM whole ones, so a step waits for the SM with the most of them; the other kernel
-/// deals out chunks, an eighth as long, and takes half as long again for each. On an H200 with 132 SMs (without, with, ms): a row
-/// of Llama-3.2-1B behind 4,096 positions, 32 spans, 0.704, 0.779; 8,192 (64) 0.782, 0.791; 12,288 (96) 0.859, 0.802; four
-/// rows behind 4,096 (128) 0.909, 0.835. A row of Qwen3-8B behind 4,096 and 8,192 3.707, 4.160 and 3.952, 4.228; of
-/// gpt-oss-20b behind 8,192 1.455, 1.511.
-pub const fn long_is_faster(spans: usize, sms: usize) -> bool {
-    spans > 0 && 2 * sms * spans.div_ceil(sms) <= 3 * spans
-}
-
-/// Positions of a span of the context: [`SPAN`](crate::resident::SPAN) chunks.
-pub const SPAN_POSITIONS: usize = crate::resident::CHUNK * crate::resident::SPAN;
 
 /// Rows of a slice of a step: the columns of one tensor-core tile. A kernel's step has one, two or four slices
 /// ([`ResidentProgram::step_rows`](crate::resident::ResidentProgram::step_rows)); the runtime runs longer steps as
@@ -152,13 +134,9 @@ pub struct LaunchArgs {
     /// For measurements: a thousand times the tokens that a round adds on average, whatever was guessed. 0 takes
     /// the guesses that are right.
     pub accept: u32,
-    /// 1 for the plan's kernel for long contexts ([`Plan::long`](crate::plan::Plan::long)), else 0.
-    pub long: u32,
     /// Bytes of experts' first products that a step's rows foresee in each layer before they choose, about, and at least one
     /// expert of each row: what memory brings until the choice is made. 0 foresees nothing, nor does a `routing` by chance.
     pub foresee: u32,
-    /// 0: so that the structure has no hole.
-    pub reserved: u32,
 }
 
 /// Words of [`LaunchArgs::experts`].
@@ -330,7 +308,7 @@ mod tests {
     #[test]
     fn the_arguments_have_no_holes() {
         // The kernel's structure is written by hand to the same layout.
-        assert_eq!(std::mem::size_of::<LaunchArgs>(), 23 * 8 + 16 * 4 + STOP_TOKENS * 4);
+        assert_eq!(std::mem::size_of::<LaunchArgs>(), 23 * 8 + 14 * 4 + STOP_TOKENS * 4);
         assert_eq!(std::mem::size_of::<SampleRow>(), SAMPLE_WORDS * 4);
         assert_eq!(std::mem::size_of::<RoundSequence>(), ROUND_SEQUENCE_WORDS * 4);
         assert_eq!(std::mem::size_of::<StallRecord>(), STALL_WORDS * 4);

@@ -216,10 +216,6 @@ pub struct Plan {
     /// How the resident kernel is launched: there for CUDA, and only there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resident: Option<ResidentPlan>,
-    /// On CUDA, where sequences may be longer than [`crate::launch::LONG_CONTEXT`]: the same kernel with attention that
-    /// streams a long context, launched as `resident` says. It gives the same bits.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub long: Option<PlanFile>,
     /// The one rank of several whose share of the model this is; its peers are left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shard: Option<Shard>,
@@ -352,9 +348,6 @@ impl Plan {
             }
         }
         self.check_kernel(self.resident.as_ref())?;
-        if self.long.is_some() && self.resident.is_none() {
-            return Err("it has a kernel for long contexts and none for others".into());
-        }
         self.packing.verify().map_err(|error| error.to_string())
     }
 

@@ -1,12 +1,11 @@
 // Attention of a step's rows over the paged KV cache, grouped-query, split over the context and over the queries,
 // on the tensor cores: causal, or such that a row also sees the rows of its run behind it.
 //
-// What a run, a pass and a unit are, and which units an SM has: units.cuh. An SM keeps a chunk's keys and values in registers
-// for all passes of a unit. What is older than the step it takes from the ring, or asks memory for it behind the last use of
-// what it has, its first unit's in front of the stage's inputs; and while it multiplies it asks for the next pass's queries.
-// The chunk that a row itself lies in takes its key and value from the step, normed and rotated by each unit that needs
-// them, and written into the cache by the one that has
-// the row's first head.
+// What a run, a pass and a chunk are: units.cuh. What an SM's units are, and how their sums come together: sweeps.cuh, and for
+// wide heads chunks.cuh. Here is what both do with a warp's positions, with the step's own rows, and with sums in memory.
+// What is older than the step comes from the ring, or from memory. The chunk that a row itself lies in takes its key and value
+// from the step, normed and rotated by each unit that needs them, and written into the cache by the one that has the row's
+// first head.
 //
 // A warp has 16 positions of the chunk and keeps their keys and values in registers, as they lie in the
 // cache (`key_at`, `value_at`). Lane 4g + t:
@@ -19,13 +18,9 @@
 // weights are split into rounded and left over as the queries are. Sums of the warps are added up through shared
 // memory, 64 columns at a time: warp n has the pass's query n, its lane l the columns 64s + 2l and 64s + 2l + 1.
 //
-// A chunk's sums are added to those of the chunks before it in its span, eight chunks, and a row's spans are
-// added up the same way, in the order of the positions. An SM that has all chunks of a span keeps their sum in
-// registers. Where a span's chunks are spread over SMs each leaves its own in memory, and whoever has the last of
-// them adds them up, with the same operations in the same order; so with spans. These parts are told by what they are
-// (handoff.cuh): nobody counts them. Their memory is late words but for the time between who leaves a part and who
-// reads it, once, and makes it late again; a launch begins with that. An SM waits only for units in front of its
-// own, so that somebody can always go on. Chunks and spans lie at
+// Sums of units that belong together lie in memory as parts, and whoever has the last of them adds them up, in the order of the
+// positions. Parts are told by what they are (handoff.cuh): nobody counts them. Their memory is late words but for the time
+// between who leaves a part and who reads it, once, and makes it late again; a launch begins with that. Chunks and spans lie at
 // absolute positions, so a row's bits depend neither on who has which unit nor on its neighbours; and only on the
 // rows that it sees, as long as the values of those behind it in the run are finite (an unseen value is
 // multiplied by 0).
@@ -41,7 +36,7 @@
 //   Q_NORM, K_NORM, EPS        whether heads are normed
 //   SINKS, sinks(b)            whether heads have a score that carries no value, and these [HEADS]; null of a layer without
 //   ROPE                       leading columns of a head that are rotated, 0 for none
-//   PAGE_TOKENS, V_PAD, MAX_CHUNKS
+//   PAGE_TOKENS, V_PAD, MAX_CHUNKS, NEAR_SPAN, FAR_SPAN (sweeps.cuh)
 //   CHECKED                    whether queries, keys and values may be late (handoff.cuh)
 //   kv(b)                      the cache: that of the model, or of a draft
 //   q_gain(b), k_gain(b), rope(b) [positions][ROPE/2] cosines then sines, input(b) [rows][(HEADS +
@@ -110,8 +105,8 @@ template <class A> struct Attended {
   }
 };
 
-// The sums of rows that are spread over SMs: [row][kv head][chunk of the row, then span of the row][head
-// of the group].
+// The sums of rows that are spread over SMs: [row][kv head][span of the row (sweeps.cuh), or its chunk, then its span
+// (chunks.cuh)][head of the group].
 template <class A> struct Parts {
   float* base;
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
@@ -444,6 +439,40 @@ template <class A> __device__ __forceinline__ void weighted(const u32 (&weight)[
   }
 }
 
+// Leaves a warp's sums of 64 columns where all warps find them: of query g the columns 16t to 16t + 15.
+template <class A> __device__ __forceinline__ void store_sums(AttentionSpace<A>& space, const float (&sums)[16]) {
+  const u32 lane = anew(lane_id()), g = lane / 4, at = sums_at(g, lane % 4);
+  float* const to = space.sums[anew(warp_id())][g];
+#pragma unroll
+  for (u32 j = 0; j < 4; ++j) *reinterpret_cast<float4*>(to + (at ^ j * 4)) = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+}
+
+// Adds up what the warps have left of step s's columns, of query `warp` of the pass. `weights`: the largest score of each warp's
+// positions, and the sum of the weights relative to it, by query; `factor`, of lane l, is that of the sums of warp l % 8,
+// found with the first step.
+template <class A> __device__ __forceinline__ void add_warps(const AttentionSpace<A>& space, const float2 (&weights)[CONSUMERS][QUERIES], u32 s, float& factor, Attended<A>& all) {
+  const u32 warp = anew(warp_id()), lane = anew(lane_id());
+  if (s == 0) {
+    const float2 own = weights[lane % CONSUMERS][warp];
+    all.top = own.x;
+#pragma unroll
+    for (u32 x = 1; x < CONSUMERS; x *= 2) all.top = fmaxf(all.top, __shfl_xor_sync(~0u, all.top, x));
+    factor = power_of_two(own.x - all.top);
+    all.total = multiply(factor, own.y);
+#pragma unroll
+    for (u32 x = 1; x < CONSUMERS; x *= 2) all.total += __shfl_xor_sync(~0u, all.total, x);
+  }
+  const float* of = space.sums[0][warp] + (sums_at(warp, lane / 8) ^ lane / 2 % 4 * 4) + lane % 2 * 2;
+  float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+  for (u32 w = 0; w < CONSUMERS; ++w) {
+    const float2 own = *reinterpret_cast<const float2*>(of + w * QUERIES * SUMMED);
+    const float f = __shfl_sync(~0u, factor, w);
+    sum = make_float2(fmaf(f, own.x, sum.x), fmaf(f, own.y, sum.y));
+  }
+  all.v[s] = sum;
+}
+
 // What a pass needs of the step: a warp has one of its queries, and a row of the run in the chunk if the unit begins.
 template <class A> struct Fresh {
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_EACH = (A::V + LANES - 1) / LANES;
@@ -455,20 +484,20 @@ template <class A> struct Fresh {
   float sink;       // of the query's head
   float next_sink;
   bool queries;     // others than before
-  u32 from, count;  // position of the run's first row in the chunk, and how many there are; 0 if they are known
+  u32 from, count;  // position of the run's first row in the unit, and how many there are; 0 if they are known
 
-  // Which these are, and what is there of them before the step's rows are; or ALL of them.
-  template <bool ALL> __device__ __forceinline__ void open(const Consumer& b, const Place<A>& at, bool new_queries, bool new_unit) {
+  // Which these are, and what is there of them before the step's rows are; or ALL of them. Keys and values of the rows at the
+  // positions `start` to `behind`, none if they are known.
+  template <bool ALL> __device__ __forceinline__ void open(const Consumer& b, const Place<A>& at, u32 start, u32 behind, bool new_queries) {
     const u32 warp = anew(warp_id()), n = at.pass * QUERIES + warp;
     queries = new_queries;
     if (queries && n < at.queries()) {
       query.load_place(A::q_gain(b), A::rope(b), at.position + n / GROUP);
       if constexpr (ALL) load_query(b, at, n);
     }
-    const u32 start = at.chunk * CHUNK;
     from = max(start, at.position);
-    const u32 end = least(start + CHUNK, at.run_end());
-    count = new_unit && from < end ? end - from : 0;
+    const u32 end = least(behind, at.run_end());
+    count = from < end ? end - from : 0;
     // The last warps, since the first have queries.
     if (CONSUMERS - 1 - warp < count) {
       open_row(b, at, CONSUMERS - 1 - warp);
@@ -487,7 +516,7 @@ template <class A> struct Fresh {
     query.load(A::input(b) + (u64)r * QKV + head * A::QK);
     if constexpr (A::SINKS) next_sink = sink_of<A>(b, head);
   }
-  // Key and value of row `own` of those in the chunk.
+  // Key and value of row `own` of those in the unit.
   __device__ __forceinline__ void open_row(const Consumer& b, const Place<A>& at, u32 own) {
     page = b.args.page_table[(u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + (from + own) / A::PAGE_TOKENS];
     key.load_place(A::k_gain(b), A::rope(b), from + own);
@@ -549,8 +578,8 @@ template <class A> struct Fresh {
       const u32 position = from + own, row = position - at.position;
       u16* const keys = reinterpret_cast<u16*>(CacheShape<A>::at(b, cache, page, at.kv_head));
       u16* const values = keys + A::PAGE_TOKENS * A::QK;
-      // One of the groups that need them has the row's first head.
-      const bool cached = row * GROUP / QUERIES / together == at.group;
+      // One of the units that need them has the row's first head, in one of its passes from this one on.
+      const bool cached = row * GROUP / QUERIES - at.pass < together;
 #pragma unroll
       for (u32 i = 0; i < Head::EACH; ++i) {
         const u32 d = lane_id() + i * LANES;
@@ -595,118 +624,66 @@ template <class A> __device__ __forceinline__ void leave(const Consumer& b, u32 
   }
 }
 
-// What an SM has to add up, of a run, a KV head and a group: the chunks of a span, all spans, or both.
-template <class A> struct Ended {
-  // Groups of a run, KV heads and spans share what a row and the levels leave.
-  static constexpr u32 GROUPS = (A::HEADS / A::KV_HEADS * STEP_ROWS + QUERIES - 1) / QUERIES, SPANS = (A::MAX_CHUNKS + SPAN - 1) / SPAN;
-  static_assert((u64)LAUNCH_ROWS * 4 * GROUPS * A::KV_HEADS * SPANS < 1ull << 32, "a word has all of it");
-  u32 bits;
-  __device__ __forceinline__ u32 row() const { return bits % LAUNCH_ROWS; }
-  __device__ __forceinline__ bool on(u32 level) const { return bits / LAUNCH_ROWS >> level & 1; }
-  __device__ __forceinline__ u32 group() const { return bits / (LAUNCH_ROWS * 4) % GROUPS; }
-  __device__ __forceinline__ u32 kv_head() const { return bits / (LAUNCH_ROWS * 4 * GROUPS) % A::KV_HEADS; }
-  __device__ __forceinline__ u32 span() const { return bits / (LAUNCH_ROWS * 4 * GROUPS * A::KV_HEADS); }
-  __device__ __forceinline__ static u32 of(const Place<A>& at, bool chunks, bool spans) {
-    return at.row | (chunks + 2 * spans) * LAUNCH_ROWS | LAUNCH_ROWS * 4 * (at.group + GROUPS * (at.kv_head + A::KV_HEADS * (at.chunk / SPAN)));
-  }
-};
-
-// Adds up what of a group's queries is left in memory, a warp a query: on the first level the chunks of a span, on the
-// second the spans. Waits for parts that are not there yet.
-template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 runs, Ended<A> ended, u32 level, u32 together) {
+// Adds up `count` parts of a query from a slot on, a warp, in the order of their positions, and leaves the sum as the result or
+// in another slot. Waits for parts that are not there yet.
+template <class A> __device__ __forceinline__ void add_parts(Consumer& b, u32 row, u32 kv_head, u32 h, u32 slot, u32 count, bool all, u32 to) {
   constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
   const Parts<A> parts = {A::parts(b)};
-  Place<A> at = {};
-  at.runs = runs;
-  at.enter(b, ended.row(), together);
-  const u32 kv_head = ended.kv_head(), span = ended.span(), last = at.run_end() - 1;
-  const u32 end = least((ended.group() + 1) * together, at.passes());
+  Attended<A> sums;
+  sums.clear();
+  const u32 place = parts.at(row, kv_head, slot, h);
+  float sink = 0.f;
+  if constexpr (A::SINKS) sink = sink_of<A>(b, kv_head * GROUP + h);
+  float2 *of = parts.sum(place), *weights = parts.weight(place);
 #pragma unroll 1
-  for (u32 pass = ended.group() * together; whole_warp(pass < end); ++pass) {
-    const u32 query = pass * QUERIES + anew(warp_id());
-    if (whole_warp(query >= at.queries())) break;
-    const u32 h = query % GROUP, r = at.row + query / GROUP, position = at.position + query / GROUP;
-    const u32 from = first_chunk<A>(b, position), to = last_seen<A>(b, position, last) / CHUNK + 1;
-    const u32 spans = (to - 1) / SPAN - from / SPAN + 1;
-    u32 slot = A::MAX_CHUNKS, count = spans;
-    if (whole_warp(level == 0)) {
-      const u32 first = max(span * SPAN, from), behind = least(span * SPAN + SPAN, to);
-      // A row with one chunk has left it as a whole, and one may not see the span.
-      if (whole_warp(to - from == 1 || first >= behind)) continue;
-      slot = first - from;
-      count = behind - first;
-    } else if (whole_warp(spans == 1)) {
-      continue;
-    }
-    Attended<A> sums;
-    sums.clear();
-    const u32 place = parts.at(r, kv_head, slot, h);
-    float sink = 0.f;
-    if constexpr (A::SINKS) sink = sink_of<A>(b, kv_head * GROUP + h);
-    float2 *of = parts.sum(place), *weights = parts.weight(place);
-#pragma unroll 1
-    for (u32 c = 0; whole_warp(c < count); c += SPAN, of += SPAN * GROUP * A::V / 2, weights += SPAN * GROUP) {
-      // Their loads wait together: without conditions, for which there are not registers enough. The last part stands for
-      // those behind it, and a lane without columns reads what is no part of a result.
-      const u32 last = count - 1 - c;
-      float2 weight, part[SPAN][Attended<A>::V_STEPS];
-      u32 word;
-      do {
-        weight = take_pair(weights + least(lane_id(), last) * GROUP);
+  for (u32 c = 0; whole_warp(c < count); c += SPAN, of += SPAN * GROUP * A::V / 2, weights += SPAN * GROUP) {
+    // Their loads wait together: without conditions, for which there are not registers enough. The last part stands for
+    // those behind it, and a lane without columns reads what is no part of a result.
+    const u32 last = count - 1 - c;
+    float2 weight, part[SPAN][Attended<A>::V_STEPS];
+    u32 word;
+    do {
+      weight = take_pair(weights + least(lane_id(), last) * GROUP);
 #pragma unroll
-        for (u32 i = 0; i < SPAN; ++i) {
+      for (u32 i = 0; i < SPAN; ++i) {
 #pragma unroll
-          for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) part[i][s] = take_pair(of + least(i, last) * (GROUP * A::V / 2) + s * 32);
-        }
-        word = largest_word(0, weight);
-#pragma unroll
-        for (u32 i = 0; i < SPAN; ++i) {
-#pragma unroll
-          for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
-            if (has_columns<A>(s)) word = largest_word(word, part[i][s]);
-          }
-        }
-      } while (b.late(word));
-      const float2 late = make_float2(__uint_as_float(LATE), __uint_as_float(LATE));
+        for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) part[i][s] = take_pair(of + least(i, last) * (GROUP * A::V / 2) + s * 32);
+      }
+      word = largest_word(0, weight);
 #pragma unroll
       for (u32 i = 0; i < SPAN; ++i) {
 #pragma unroll
         for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
-          if (i <= last && has_columns<A>(s)) tell(of + i * (GROUP * A::V / 2) + s * 32, late);
+          if (has_columns<A>(s)) word = largest_word(word, part[i][s]);
         }
       }
-      if (lane_id() <= least(last, SPAN - 1)) tell(weights + lane_id() * GROUP, late);
-      // A lane finds what `add` multiplies its part by.
-      float top = weight.x;
+    } while (b.late(word));
+    const float2 late = make_float2(__uint_as_float(LATE), __uint_as_float(LATE));
 #pragma unroll
-      for (u32 x = 1; x < SPAN; x *= 2) top = fmaxf(top, __shfl_up_sync(~0u, top, x));
-      float before = __shfl_up_sync(~0u, top, 1);
-      before = lane_id() == 0 ? sums.top : fmaxf(before, sums.top);
-      sums.top = fmaxf(sums.top, __shfl_sync(~0u, top, SPAN - 1));
-      const float factor = power_of_two(-fabsf(before - weight.x));
-      const bool higher = weight.x > before;
-      const float others = higher ? 1.f : factor, earlier = higher ? factor : 1.f;
+    for (u32 i = 0; i < SPAN; ++i) {
 #pragma unroll
-      for (u32 i = 0; i < SPAN; ++i) {
-        const float f = __shfl_sync(~0u, earlier, i), o = __shfl_sync(~0u, others, i), total = __shfl_sync(~0u, weight.y, i);
-        if (i <= last) sums.add(f, o, total, part[i]);
+      for (u32 s = 0; s < Attended<A>::V_STEPS; ++s) {
+        if (i <= last && has_columns<A>(s)) tell(of + i * (GROUP * A::V / 2) + s * 32, late);
       }
     }
-    leave<A>(b, r, kv_head, h, level > 0 || spans == 1, A::MAX_CHUNKS + span - from / SPAN, sink, sums);
-  }
-}
-
-// Adds up what this SM has to, a lane each: spans behind all chunks, since its own may be among them.
-template <class A> __device__ __forceinline__ void join(Consumer& b, u32 runs, Ended<A> own, u32 count, u32 together) {
-  constexpr u32 LEVELS = A::MAX_CHUNKS > SPAN ? 2 : 1;
-#pragma unroll 1
-  for (u32 level = 0; level < LEVELS; ++level) {
-#pragma unroll 1
-    for (u32 n = 0; n < count; ++n) {
-      const Ended<A> ended = {__shfl_sync(~0u, own.bits, n)};
-      if (whole_warp(ended.on(level))) add_parts<A>(b, runs, ended, level, together);
+    if (lane_id() <= least(last, SPAN - 1)) tell(weights + lane_id() * GROUP, late);
+    // A lane finds what `add` multiplies its part by.
+    float top = weight.x;
+#pragma unroll
+    for (u32 x = 1; x < SPAN; x *= 2) top = fmaxf(top, __shfl_up_sync(~0u, top, x));
+    float before = __shfl_up_sync(~0u, top, 1);
+    before = lane_id() == 0 ? sums.top : fmaxf(before, sums.top);
+    sums.top = fmaxf(sums.top, __shfl_sync(~0u, top, SPAN - 1));
+    const float factor = power_of_two(-fabsf(before - weight.x));
+    const bool higher = weight.x > before;
+    const float others = higher ? 1.f : factor, earlier = higher ? factor : 1.f;
+#pragma unroll
+    for (u32 i = 0; i < SPAN; ++i) {
+      const float f = __shfl_sync(~0u, earlier, i), o = __shfl_sync(~0u, others, i), total = __shfl_sync(~0u, weight.y, i);
+      if (i <= last) sums.add(f, o, total, part[i]);
     }
   }
+  leave<A>(b, row, kv_head, h, all, to, sink, sums);
 }
 
 // A launch begins with late words in place of parts; a crossing lies between these and the first attention.
@@ -720,178 +697,11 @@ template <class A> __device__ __forceinline__ void clear_parts(const Consumer& b
   for (u32 n = first; n < slots; n += each) store2_relaxed(reinterpret_cast<u32*>(parts.weight(n)), LATE, LATE);
 }
 
-template <class A> __device__ __forceinline__ bool attend_spans(Consumer& b, u32 cache);  // spans.cuh
+template <class A> __device__ __forceinline__ void attend_sweeps(Consumer& b, u32 cache);  // sweeps.cuh
+template <class A> __device__ __forceinline__ void attend_chunks(Consumer& b, u32 cache);  // chunks.cuh
 
 // (Whoever calls it finishes the stage: a router's scores may follow.)
 template <class A> __device__ __forceinline__ void attend(Consumer& b, u32 cache) {
-  using Space = AttentionSpace<A>;
-  constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_STEPS = Space::V_STEPS;
-  constexpr bool RINGS = PageShape<A>::RINGS;
-  // Whether what can be done in front of the stage's inputs is done there: in a wide step there are many units, of which it
-  // is the first's alone.
-  constexpr bool EARLY = SLICES == 1, AHEAD = RINGS && EARLY;
-  Space& space = *reinterpret_cast<Space*>(b.scratch);
-  // The largest score of each warp's positions, and the sum of the weights relative to it, by query.
-  float2(&weights)[CONSUMERS][QUERIES] = *reinterpret_cast<float2(*)[CONSUMERS][QUERIES]>(b.shared.row_sums);
-  const u32 warp = anew(warp_id()), lane = anew(lane_id());
-  const u32 g = lane / 4, t = lane % 4;
-  u32 left = 0;          // to be added up
-  Ended<A> ended = {0};  // a lane each
-  bool ready = false;    // the stage's inputs are there
-  if constexpr (SpanShape<A>::ANY) ready = attend_spans<A>(b, cache);
-  Place<A> next = Own<A>::of(b).next;
-  const u32 first = next.unit, end = Own<A>::of(b).end, together = Own<A>::of(b).together;
-  if (whole_warp(first >= end)) {
-    if (!ready) b.wait_inputs();
-    return;
-  }
-  Cached<A> cached = {};
-  u32 taken = 0;         // slots of the unit in registers that have not been given back
-  bool ahead = false;    // the next unit is there already
-  if (AHEAD && whole_warp(!ready)) {
-    // While the other SMs still multiply. When all warps have met, all of them are behind the slots of the product before; else
-    // one could still wait for what a slot had then, and its barrier would be in a phase too early for it.
-    consumers_sync();
-    taken = cached.take(b, next);
-    ahead = true;
-  }
-#pragma unroll 1
-  do {
-    if constexpr (!AHEAD) cached = {};  // it need not live on behind sums that were added up
-    Fresh<A> fresh = {};
-    Attended<A> sums;
-    sums.clear();
-    Place<A> now = next;
-    bool there = false;          // a pass to multiply
-#pragma unroll 1
-    while (true) {
-      Place<A> after = next;
-      if (AHEAD && whole_warp(next.unit < end)) after.advance(b, together);
-      const bool new_unit = !there || next.unit != now.unit;
-      // No lane is left for what may have to be added up behind the next span: first what there is.
-      const bool full = left == LANES - 1 && there && new_unit && now.chunk + 1 == now.share_end();
-      const bool more = next.unit < end && !full;
-      const bool new_keys = whole_warp(more && new_unit);
-      if (!RINGS && new_keys) Cached<A>::ask_page(b, next);
-      const u32 base = Cached<A>::base(now), query = now.pass * QUERIES;
-      float score[4] = {};
-      if (whole_warp(there)) {
-        fresh.prepare(b, space, cache, now, together);
-        // The queries are there, and the last pass's sums have been read.
-        consumers_sync();
-        cached.take_fresh(space, base, fresh.from, fresh.count);
-        scores<A>(space, cached, score);
-        if constexpr (RINGS) b.give_back(taken, cached.read());
-        taken = 0;
-      }
-      const u32 page = !RINGS && new_keys ? Cached<A>::asked_page(b) : NO_PAGE;
-      auto block = [&] { return CacheShape<A>::at(b, cache, page, next.kv_head); };
-      // While the other SMs still multiply.
-      if (!there && page != NO_PAGE) cached.load(block(), next);
-      const bool same = there && next.row == now.row && next.kv_head == now.kv_head && next.pass == now.pass;
-      if (EARLY && more) fresh.template open<false>(b, next, !same, new_unit);
-      if (whole_warp(!ready)) {
-        if constexpr (A::Q_NORM && !EARLY) prefetch(A::q_gain(b), A::QK);
-        if constexpr (A::K_NORM && !EARLY) prefetch(A::k_gain(b), A::QK);
-        if (A::SINKS && A::sinks(b)) prefetch(A::sinks(b), A::HEADS);
-        b.wait_inputs();
-        ready = true;
-      }
-      if (EARLY && more) fresh.load(b, next);
-      if (!EARLY && more) fresh.template open<true>(b, next, !same, new_unit);
-      const u32 last = now.run_end() - 1;
-      Attended<A> chunk = {};
-      if (whole_warp(there)) {
-        // Weights relative to the query's largest score among the warp's positions.
-        u32 weight[4];
-        {
-          const bool asked = query + g < now.queries();
-          const u32 position = now.position + (query + g) / GROUP;
-          const u32 from = A::WINDOWED && position + 1 > A::window(b) ? position + 1 - A::window(b) : 0;
-          const u32 seen = last_seen<A>(b, position, last);
-          float top = MINUS_INFINITY;
-#pragma unroll
-          for (u32 i = 0; i < 4; ++i) {
-            const u32 p = base + t * 4 + i;
-            if (!asked || p > seen || (A::WINDOWED && p < from)) score[i] = MINUS_INFINITY;
-            top = fmaxf(top, score[i]);
-          }
-          const float total = weigh<A>(score, top, weight);
-          if (t == 0) weights[warp][g] = make_float2(top, total);
-        }
-
-        // Weights times values, and their sums over the warps: of query `warp` of the pass.
-        float factor = 0.f;  // of the sums of warp `lane % 8`
-#pragma unroll
-        for (u32 s = 0; s < V_STEPS; ++s) {
-          float products[16];
-          weighted<A>(weight, cached.v[s], products);
-          // Keys as well, only here: one counter is for all loads of a loop, and these values would be waited for with them.
-          if (s + 1 == V_STEPS && page != NO_PAGE) cached.load(block(), next);
-          if (s > 0) consumers_sync();  // the columns before have been read
-          float* to = space.sums[warp][g];
-          const u32 at = sums_at(g, t);
-#pragma unroll
-          for (u32 j = 0; j < 4; ++j) {
-            *reinterpret_cast<float4*>(to + (at ^ j * 4)) = make_float4(products[4 * j], products[4 * j + 1], products[4 * j + 2], products[4 * j + 3]);
-          }
-          consumers_sync();
-          if (s == 0) {
-            const float2 own = weights[lane % CONSUMERS][warp];
-            chunk.top = own.x;
-#pragma unroll
-            for (u32 x = 1; x < CONSUMERS; x *= 2) chunk.top = fmaxf(chunk.top, __shfl_xor_sync(~0u, chunk.top, x));
-            factor = power_of_two(own.x - chunk.top);
-            chunk.total = multiply(factor, own.y);
-#pragma unroll
-            for (u32 x = 1; x < CONSUMERS; x *= 2) chunk.total += __shfl_xor_sync(~0u, chunk.total, x);
-          }
-          const float* of = space.sums[0][warp] + (sums_at(warp, lane / 8) ^ lane / 2 % 4 * 4) + lane % 2 * 2;
-          float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-          for (u32 w = 0; w < CONSUMERS; ++w) {
-            const float2 own = *reinterpret_cast<const float2*>(of + w * QUERIES * SUMMED);
-            const float f = __shfl_sync(~0u, factor, w);
-            sum = make_float2(fmaf(f, own.x, sum.x), fmaf(f, own.y, sum.y));
-          }
-          chunk.v[s] = sum;
-        }
-      }
-      if (RINGS && new_keys && !ahead) taken = cached.take(b, next);
-      ahead = false;
-      if (whole_warp(there)) {
-        // To the span's sums, or into memory.
-        const u32 share = now.share(), share_end = now.share_end(), begins = now.unit - (now.chunk - share);
-        const bool whole = together == 1 && begins >= first && begins + (share_end - share) <= end;
-        const bool ends = now.chunk + 1 == share_end || next.unit == end;
-        if (query + warp < now.queries()) {
-          const u32 r = now.row + (query + warp) / GROUP, position = now.position + (query + warp) / GROUP;
-          const u32 from = first_chunk<A>(b, position), to = last_seen<A>(b, position, last) / CHUNK;
-          const bool seen = now.chunk >= from && now.chunk <= to;
-          if (seen) sums.add(chunk);
-          // Who adds up waits for what the row sees, whatever its scores are.
-          if (whole ? ends && from < share_end && to >= share : seen) {
-            const bool all = whole ? from / SPAN == to / SPAN : from == to;
-            leave<A>(b, r, now.kv_head, (query + warp) % GROUP, all, whole ? A::MAX_CHUNKS + share / SPAN - from / SPAN : now.chunk - from, fresh.sink, sums);
-          }
-        }
-        if (!whole || ends) sums.clear();
-        if (new_unit) {
-          // The span ends here: whoever has its last chunk adds up what others have of it, and of the last span all spans.
-          const bool chunks = !whole && now.chunks > 1, spans = now.chunk + 1 == now.from + now.chunks && now.spans() > 1;
-          if (now.chunk + 1 == share_end && (chunks || spans)) {
-            if (left == lane) ended.bits = Ended<A>::of(now, chunks, spans);
-            ++left;
-          }
-        }
-      }
-      if (whole_warp(!more)) break;
-      there = true;
-      now = next;
-      if constexpr (AHEAD) next = after;
-      else next.advance(b, together);
-    }
-    if (whole_warp(left > 0)) join<A>(b, next.runs, ended, left, together);
-    left = 0;
-  } while (whole_warp(next.unit < end));
+  if constexpr (PageShape<A>::RINGS) attend_sweeps<A>(b, cache);
+  else attend_chunks<A>(b, cache);
 }

@@ -75,9 +75,7 @@ struct LaunchArgs {
   u32 round_sequences;
   u32 block_passes;
   u32 accept;
-  u32 long_context;
   u32 foresee;
-  u32 reserved;
 };
 
 __device__ __forceinline__ u32 lane_id() { return threadIdx.x % LANES; }

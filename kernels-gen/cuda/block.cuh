@@ -27,8 +27,6 @@
 //
 // DEALS says how many kinds of layers attention is dealt out for.
 //
-// SPANS says whether this is the kernel for long contexts (spans.cuh).
-//
 // A kernel of rounds with a draft has three kinds of steps (round.cuh): ROUND says so. Its stages are numbered through
 // all three; first_stage(kind) says where a step begins. Where there is only one kind of steps, that is 0.
 
@@ -65,7 +63,6 @@ constexpr u32 KEPT_REGISTERS = 128;  // of a consumer, for activations
 constexpr u32 SUM_BUFFERS = 8;       // that a stage has at most
 constexpr u32 AHEAD_BYTES = 256 << 10;  // that an SM brings into L2 behind what its ring holds
 constexpr u32 AHEAD_CYCLES = 1600;      // from one piece of them to the next, twice what memory takes for it
-constexpr u32 SPAN_POSITIONS = 1024;    // of a span of the context, see attention.cuh
 
 #if __CUDA_ARCH__ >= 900
 constexpr u32 FULL_ARRIVALS = 1;      // the loader's announcement; the bytes are counted beside it
@@ -103,7 +100,7 @@ struct Shared {
   u32 sequence[STEP_ROWS];
   u32 first_row[STEP_ROWS];     // first row of the step that is of the row's sequence
   u32 logit_row[STEP_ROWS];
-  u32 runs, long_runs;          // rows that are the first of their sequence, and those with spans behind them, a bit each
+  u32 runs;                     // rows that are the first of their sequence, a bit each
   u32 steps;                    // steps of this launch, lowered by control when it ends early
   u32 rows, logit_rows;         // of a step of a round
   RoundSequence rounds_of[ROUND ? STEP_ROWS / 2 : 1];  // what becomes of the launch's sequences
@@ -555,17 +552,13 @@ struct Control : Block {
     routes_parity ^= 1;
   }
 
-  // Which rows begin sequences, which of these have spans behind them, and what attention has for this SM. The second has
+  // Which rows begin sequences, and what attention has for this SM. The second has
   // nothing else to do when a step begins.
   __device__ __forceinline__ void open_caches() {
     const u32 row = lane_id();
     const bool first = row < rows() && shared.first_row[row] == row;
     const u32 runs = __ballot_sync(~0u, first);
-    const u32 long_runs = __ballot_sync(~0u, first && shared.position[row] >= SPAN_POSITIONS);
-    if (row == 0) {
-      shared.runs = runs;
-      shared.long_runs = long_runs;
-    }
+    if (row == 0) shared.runs = runs;
     __syncwarp();
     const bool any = deal_caches(*this);
     __syncwarp();

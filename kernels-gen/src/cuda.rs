@@ -43,8 +43,11 @@ pub const UNITS: Header = Header { name: "units.cuh", text: include_str!("../cud
 /// Attention over the paged cache. Behind [`UNITS`].
 pub const ATTENTION: Header = Header { name: "attention.cuh", text: include_str!("../cuda/attention.cuh") };
 
-/// Attention over spans of a long context, through the ring. Behind [`ATTENTION`].
-pub const SPANS: Header = Header { name: "spans.cuh", text: include_str!("../cuda/spans.cuh") };
+/// Attention whose warps go through their positions of a span alone. Behind [`ATTENTION`].
+pub const SWEEPS: Header = Header { name: "sweeps.cuh", text: include_str!("../cuda/sweeps.cuh") };
+
+/// Attention of wide heads, chunk by chunk. Behind [`ATTENTION`].
+pub const CHUNKS: Header = Header { name: "chunks.cuh", text: include_str!("../cuda/chunks.cuh") };
 
 /// Convolutions of a draft's rows. Behind [`PREPARED`].
 pub const CONV: Header = Header { name: "conv.cuh", text: include_str!("../cuda/conv.cuh") };

@@ -17,14 +17,13 @@ mod steps;
 
 use serde_json::{Value, json};
 use std::borrow::Cow;
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use tilec_codegen::emit::cuda::{emit, emit_long};
+use tilec_codegen::emit::cuda::emit;
 use tilec_codegen::frontends;
 use tilec_codegen::nvrtc::Arch;
 use tilec_codegen::passes::{fuse, precision, resident, shard};
@@ -142,8 +141,6 @@ struct Simulation {
     graph: Graph,
     checkpoint: Checkpoint,
     shared_bytes: usize,
-    /// Whether launches take the kernel for long contexts.
-    long: Cell<bool>,
 }
 
 /// What a launch left.
@@ -282,8 +279,7 @@ impl Simulation {
         std::fs::write(folder.path().join("weights.bin"), packed.as_slice()).unwrap();
         std::fs::write(folder.path().join("taps.bin"), []).unwrap();
         std::fs::write(folder.path().join("draft_kv.bin"), []).unwrap();
-        let (shared_bytes, long) = (text.shared.bytes(), Cell::new(false));
-        let simulation = Simulation { folder, program, graph, checkpoint, shared_bytes, long };
+        let simulation = Simulation { folder, program, graph, checkpoint, shared_bytes: text.shared.bytes() };
         build_kernel(simulation.folder.path(), &keep_attention(&text.text, &simulation.program));
         // Whoever reads what was never written gets NaN.
         simulation.write_cache(&vec![0xff; simulation.cache_bytes()]);
@@ -292,18 +288,6 @@ impl Simulation {
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
-    }
-
-    /// The program's kernel for long contexts; compiled when it is first asked for.
-    fn long_kernel(&self) -> PathBuf {
-        let folder = self.path("long");
-        if !folder.exists() {
-            let text = emit_long(&self.program, Arch::Sm90a).unwrap().expect("it has spans");
-            assert_eq!(text.shared.bytes(), self.shared_bytes);
-            std::fs::create_dir(&folder).unwrap();
-            build_kernel(&folder, &keep_attention(&text.text, &self.program));
-        }
-        folder.join("simulator")
     }
 
     /// Attention of the last layer.
@@ -425,8 +409,7 @@ impl Simulation {
         launch.extend(0..pages as u32);
         let bytes: Vec<u8> = launch.iter().flat_map(|word| word.to_le_bytes()).collect();
         std::fs::write(self.path("launch.bin"), bytes).unwrap();
-        let kernel = if self.long.get() { self.long_kernel() } else { self.path("simulator") };
-        let output = Command::new(kernel)
+        let output = Command::new(self.path("simulator"))
             .arg(self.folder.path())
             .args([blocks.to_string(), seed.to_string()])
             .output()

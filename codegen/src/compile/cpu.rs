@@ -94,7 +94,6 @@ pub(super) fn compile(input: &Input<'_>, spec: &ModelSpec, threads: usize) -> Re
         costs: costs(&stages),
         code: plan_file(OBJECT, &native.object),
         resident: None,
-        long: None,
         shard: None,
         draft,
         texts: level_files(&texts),

@@ -1,7 +1,7 @@
 //! A plan for a GPU: one resident kernel, through NVRTC.
 
 use super::{CompileError, Compiled, Input, Level, graphs, level_files, limits, plan_file, sha256, verified};
-use crate::emit::cuda::{CudaError, CudaText, RoundPrograms, emit, emit_long, emit_round};
+use crate::emit::cuda::{CudaError, CudaText, RoundPrograms, emit, emit_round};
 use crate::frontends;
 use crate::nvrtc::{self, Arch, Budget, Cubin, CubinCache, Nvrtc, Options};
 use crate::passes::packer::Packer;
@@ -9,7 +9,7 @@ use crate::passes::{fuse, resident};
 use std::path::Path;
 use tilec_ir::abi::ABI_VERSION;
 use tilec_ir::graph::Graph;
-use tilec_ir::launch::{KERNEL, LAUNCH_VERSION, LONG_CONTEXT, SLICE_ROWS};
+use tilec_ir::launch::{KERNEL, LAUNCH_VERSION, SLICE_ROWS};
 use tilec_ir::plan::{DraftPlan, PLAN_VERSION, Plan, PlanTarget, ProgramPlan, ResidentPlan};
 use tilec_ir::resident::ResidentProgram;
 use tilec_ir::spec::{Activations, ModelSpec};
@@ -26,17 +26,10 @@ pub const fn budget(step_rows: usize) -> Budget {
     Budget { registers: 168, stack: if step_rows > SLICE_ROWS { 184 } else { 64 }, spills: 1000 }
 }
 
-/// The same for kernels for long contexts: where heads are wide, a warp with a chunk of its own puts some of its weights
-/// away, once a span.
-pub const LONG_BUDGET: Budget = Budget { registers: 168, stack: 224, spills: 1200 };
-
 /// Names of the draft's machine code.
 const INJECT_CUBIN: &str = "draft-inject.cubin";
 const BLOCK_CUBIN: &str = "draft-block.cubin";
 const ROUND_CUBIN: &str = "draft-round.cubin";
-
-/// Name of the machine code for long contexts.
-const LONG_CUBIN: &str = "kernel-long.cubin";
 
 /// Compiles for the architecture that `spec.target.arch` names.
 pub(super) fn compile(
@@ -73,13 +66,8 @@ pub(super) fn compile(
         }
         _ => None,
     };
-    let long = match limits.context > LONG_CONTEXT {
-        true => compiler.long(&programs[0].0)?,
-        false => None,
-    };
-    let texts = programs.iter().map(|(program, text)| (text, budget(program.step_rows)));
-    let texts = texts.chain(round.iter().map(|(text, _)| (text, budget(programs[0].0.step_rows))));
-    let texts: Vec<_> = texts.chain(long.iter().map(|text| (text, LONG_BUDGET))).collect();
+    let texts = programs.iter().map(|(program, text)| (text, program.step_rows));
+    let texts: Vec<_> = texts.chain(round.iter().map(|(text, _)| (text, programs[0].0.step_rows))).collect();
     let mut cubins = assemble(input.name, &texts, compiler.arch, cubins)?.into_iter();
     let kernels = programs.into_iter().zip(cubins.by_ref()).map(|((program, text), cubin)| Kernel {
         program,
@@ -87,8 +75,7 @@ pub(super) fn compile(
         cubin,
     });
     let mut kernels: Vec<Kernel> = kernels.collect();
-    let round = round.map(|round| (round, cubins.next().expect("each text has its code")));
-    let long = cubins.next();
+    let round = round.zip(cubins.next());
     let of_draft = kernels.split_off(1);
     let model = kernels.remove(0);
     let mut buffers = model.program.buffers.clone();
@@ -128,11 +115,6 @@ pub(super) fn compile(
         }
         _ => None,
     };
-    let long = long.map(|cubin| {
-        let file = plan_file(LONG_CUBIN, &cubin.bytes);
-        objects.push((LONG_CUBIN.to_string(), cubin.bytes));
-        file
-    });
     let texts = compiler.texts.to_vec();
     let graph_sha256 = sha256(texts[0].1.as_bytes());
     let ProgramPlan { stages, costs, code, resident, .. } = model.plan(Vec::new(), CUBIN);
@@ -162,7 +144,6 @@ pub(super) fn compile(
         costs,
         code,
         resident,
-        long,
         shard: spec.target.shard(),
         draft,
         texts: level_files(&texts),
@@ -217,28 +198,16 @@ impl Compiler {
         Ok((program, kernel))
     }
 
-    /// The text of the program's kernel for long contexts, if it has one.
-    fn long(&mut self, program: &ResidentProgram) -> Result<Option<CudaText>, CompileError> {
-        let Some(kernel) = emit_long(program, self.arch)? else { return Ok(None) };
-        self.add_text(&kernel);
-        Ok(Some(kernel))
-    }
-
-    /// Adds the text of a kernel beside those of the programs.
-    fn add_text(&mut self, kernel: &CudaText) {
-        if let Some((_, all)) = self.texts.iter_mut().find(|(level, _)| *level == Level::Cuda) {
-            all.push('\n');
-            all.push_str(&kernel.text);
-        }
-    }
-
     /// The text of the kernel of rounds, with the names of its stages; none if the programs do not fit together.
     fn round(
         &mut self,
         programs: RoundPrograms<'_>,
     ) -> Result<Option<(CudaText, Vec<String>)>, CompileError> {
         let Some(kernel) = emit_round(programs, self.arch)? else { return Ok(None) };
-        self.add_text(&kernel);
+        if let Some((_, all)) = self.texts.iter_mut().find(|(level, _)| *level == Level::Cuda) {
+            all.push('\n');
+            all.push_str(&kernel.text);
+        }
         Ok(Some((kernel, programs.stages())))
     }
 }
@@ -261,17 +230,20 @@ impl Kernel {
     }
 }
 
-/// Machine code of all kernels, each by a thread of its own: it takes seconds. A kernel is a text and what it may use.
+/// Machine code of all kernels, each by a thread of its own: it takes seconds. A kernel is a text and the rows of
+/// its step.
 fn assemble(
     name: &str,
-    kernels: &[(&CudaText, Budget)],
+    kernels: &[(&CudaText, usize)],
     arch: Arch,
     cubins: Option<&Path>,
 ) -> Result<Vec<Cubin>, CompileError> {
     std::thread::scope(|scope| {
         let started: Vec<_> = kernels
             .iter()
-            .map(|(kernel, budget)| scope.spawn(|| assemble_one(name, kernel, *budget, arch, cubins)))
+            .map(|(kernel, step_rows)| {
+                scope.spawn(|| assemble_one(name, kernel, budget(*step_rows), arch, cubins))
+            })
             .collect();
         started
             .into_iter()

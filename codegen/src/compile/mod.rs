@@ -4,7 +4,7 @@
 mod cpu;
 mod cuda;
 
-pub use cuda::{LONG_BUDGET, budget};
+pub use cuda::budget;
 
 use crate::emit::cuda::CudaError;
 use crate::frontends::{self, Dflash, DraftTarget};

@@ -6,7 +6,7 @@ use tilec_ir::abi::KvType;
 use tilec_ir::format::{Code, Format};
 use tilec_ir::graph::{ActivationFn, Scoring};
 use tilec_ir::handoff::Handoff;
-use tilec_ir::launch::{KERNEL, OCTET, SLICE_ROWS, SLOT_BYTES};
+use tilec_ir::launch::{KERNEL, OCTET, SLICE_ROWS};
 use tilec_ir::octet::{apart_scales, feature_scales, octet_block_bytes, octet_block_scales, octet_blocks};
 use tilec_ir::resident::{
     Attention, Bias, CHUNK, Context, Conv, Epilogue, Experts, Gemm, Kind, Norm, Pairs, Prepared, ROW_BLOCK,
@@ -15,8 +15,8 @@ use tilec_ir::resident::{
 };
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, BASE, BLOCK, CONTEXT, CONV, EXPERTS, FORMATS, GEMM, HANDOFF, Header, PREPARED, PTX, ROUND,
-    ROWS, SAMPLE, SELECTOR, SPANS, STEP, SharedLayout, SharedNeeds, UNITS,
+    ATTENTION, BASE, BLOCK, CHUNKS, CONTEXT, CONV, EXPERTS, FORMATS, GEMM, HANDOFF, Header, PREPARED, PTX,
+    ROUND, ROWS, SAMPLE, SELECTOR, STEP, SWEEPS, SharedLayout, SharedNeeds, UNITS,
 };
 
 use super::merge::{NO_OFFSET, NO_WINDOW, merge_layers};
@@ -143,27 +143,7 @@ impl RoundPrograms<'_> {
 /// # Errors
 /// [`CudaError`].
 pub fn emit(program: &ResidentProgram, arch: Arch) -> Result<CudaText, CudaError> {
-    emit_parts(&[(program, ["", "b.args.arena", "b.args.kv"])], None, false, arch)
-}
-
-/// Emits the same program's kernel for long contexts, which streams spans that are older than the step (`spans.cuh`).
-/// `None` where no attention has such spans. It gives the same bits, and takes as much shared memory.
-///
-/// # Errors
-/// [`CudaError`].
-pub fn emit_long(program: &ResidentProgram, arch: Arch) -> Result<Option<CudaText>, CudaError> {
-    let kv = program.kv;
-    let row = kv.qk_dim.max(kv.v_pad()) * kv.kv_type.bytes();
-    let fits = kv.page_tokens * row <= SLOT_BYTES && kv.kv_type.bytes() == 2;
-    // As `SpanShape` says.
-    let streams = |stage: &Stage| {
-        matches!(&stage.kind, Kind::Attention(of)
-            if of.window.is_none() && !of.bidirectional && of.heads / of.kv_heads <= SLICE_ROWS)
-    };
-    if !fits || program.max_spans() < 2 || !program.sequence().iter().any(|(_, _, stage)| streams(stage)) {
-        return Ok(None);
-    }
-    emit_parts(&[(program, ["", "b.args.arena", "b.args.kv"])], None, true, arch).map(Some)
+    emit_parts(&[(program, ["", "b.args.arena", "b.args.kv"])], None, arch)
 }
 
 /// Emits the kernel that runs whole rounds of a draft. `None` where the programs do not fit together into one
@@ -186,7 +166,7 @@ pub fn emit_round(round: RoundPrograms<'_>, arch: Arch) -> Result<Option<CudaTex
     if !fits || together(&parts).slot() != needs(model).slot() || block.vocab != model.vocab {
         return Ok(None);
     }
-    match emit_parts(&parts, Some(Round { mask_token, taps }), false, arch) {
+    match emit_parts(&parts, Some(Round { mask_token, taps }), arch) {
         Err(CudaError::Shared { .. }) => Ok(None),
         text => text.map(Some),
     }
@@ -213,7 +193,6 @@ fn together(parts: &[NamedProgram<'_>]) -> SharedNeeds {
 fn emit_parts(
     programs: &[NamedProgram<'_>],
     round: Option<Round>,
-    long: bool,
     arch: Arch,
 ) -> Result<CudaText, CudaError> {
     let needs = together(programs);
@@ -234,16 +213,17 @@ fn emit_parts(
         };
         Part { program: merged, windows, readers, handoffs, prefix, arena, kv }
     });
-    let mut out =
-        Writer { text: String::new(), parts: parts.collect(), at: 0, checks: Vec::new(), round, long };
+    let mut out = Writer { text: String::new(), parts: parts.collect(), at: 0, checks: Vec::new(), round };
     out.head(&shared, &needs);
     out.tables();
     out.order();
     out.header(&ROWS);
     out.header(&UNITS);
     out.header(&ATTENTION);
-    if long {
-        out.header(&SPANS);
+    for (header, ring) in [(&SWEEPS, true), (&CHUNKS, false)] {
+        if programs.iter().any(|(program, _)| program.rings() == ring) {
+            out.header(header);
+        }
     }
     out.header(&PREPARED);
     out.header(&GEMM);
@@ -394,8 +374,6 @@ struct Writer<'p> {
     checks: Vec<BufferId>,
     /// What only a kernel of rounds has.
     round: Option<Round>,
-    /// Whether it is the kernel for long contexts.
-    long: bool,
 }
 
 impl<'p> Part<'p> {
@@ -495,7 +473,7 @@ impl<'p> Writer<'p> {
         let round = self.round.is_some();
         let whole = if round { "round" } else { "step" };
         line!(self, "constexpr u32 STAGES = {stages};  // of a {whole}");
-        line!(self, "constexpr bool ROUND = {round}, SPANS = {};", self.long);
+        line!(self, "constexpr bool ROUND = {round};");
         line!(self, "constexpr u32 DEALS = {};", self.deals().len());
         let first = match counts[..] {
             [block, model, _] => format!("kind == 0 ? 0 : kind == 1 ? {block} : {}", block + model),
@@ -1310,6 +1288,8 @@ impl<'p> Writer<'p> {
             kv.v_pad(),
             self.program().max_chunks()
         );
+        let [near, far] = self.program().spans();
+        line!(self, "  static constexpr u32 NEAR_SPAN = {near}, FAR_SPAN = {far};");
         self.kv();
         let floats = |slot: Option<Slot>| match slot {
             Some(slot) => format!("return reinterpret_cast<const float*>({});", self.weight(slot)),
@@ -1330,7 +1310,7 @@ impl<'p> Writer<'p> {
         self.function(&format!("{out_elem}*"), "out", "const Block& b", &format!("return {out};"));
         self.function("float*", "parts", "const Block& b", &format!("return {parts};"));
         line!(self, "}};");
-        debug_assert_eq!((CHUNK, SPAN), (128, 8), "attention.cuh says so too");
+        debug_assert_eq!((CHUNK, SPAN), (128, 8), "units.cuh says so too");
     }
 
     /// Where sinks are: in some layers of a text nowhere.

@@ -237,8 +237,6 @@ impl<T> DraftKernels<T> {
 pub struct Gpu {
     stream: Stream,
     kernel: Kernel,
-    /// The same for long contexts, if there is one.
-    long: Option<Kernel>,
     /// What makes a draft's context, a block, and whole rounds where there is such a kernel.
     draft: Option<DraftKernels<Kernel>>,
     context: Arc<Context>,
@@ -253,7 +251,6 @@ impl Gpu {
     /// [`CudaError`].
     pub fn open(number: usize, folder: &Path, plan: &Plan, draft: bool) -> Result<Gpu, CudaError> {
         let cubin = Cubin::read(folder, &plan.code, plan.resident)?;
-        let long = plan.long.as_ref().map(|file| Cubin::read(folder, file, plan.resident)).transpose()?;
         let draft = match plan.draft.as_ref().filter(|_| draft) {
             Some(DraftPlan { inject, block_pass: block, round, .. }) => {
                 let programs = DraftKernels { inject, block, round: round.as_ref() };
@@ -266,12 +263,11 @@ impl Gpu {
         let stream = Stream::new(&context)?;
         let of_draft =
             draft.iter().flat_map(|draft| [&draft.inject, &draft.block].into_iter().chain(&draft.round));
-        let all = std::iter::once(&cubin).chain(&long).chain(of_draft);
+        let all = std::iter::once(&cubin).chain(of_draft);
         let code_bytes = all.map(|cubin| cubin.bytes.len()).sum();
         let kernel = cubin.load(&context)?;
-        let long = long.map(|cubin| cubin.load(&context)).transpose()?;
         let draft = draft.map(|draft| draft.try_map(|cubin| cubin.load(&context))).transpose()?;
-        Ok(Gpu { stream, kernel, long, draft, context, code_bytes })
+        Ok(Gpu { stream, kernel, draft, context, code_bytes })
     }
 }
 
@@ -371,7 +367,7 @@ impl Device for Gpu {
             (Program::Inject, Some(draft)) => &draft.inject,
             (Program::Block, Some(draft)) => &draft.block,
             (Program::Round, Some(DraftKernels { round: Some(round), .. })) => round,
-            (Program::Model, _) => self.long.as_ref().filter(|_| args.long != 0).unwrap_or(&self.kernel),
+            (Program::Model, _) => &self.kernel,
             (_, _) => {
                 let problem = "the plan's draft was not loaded, or has no such kernel".into();
                 return Err(CudaError::Code { path: KERNEL.into(), problem });

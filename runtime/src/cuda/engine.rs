@@ -16,9 +16,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tilec_ir::abi::KvLayout;
 use tilec_ir::launch::{
-    BROKEN_LOGITS, EXPERT_COUNTS, LAUNCH_ROWS, LONG_CONTEXT, LaunchArgs, NO_LOGITS, ROUND_SEQUENCE_WORDS,
-    ROUND_WORDS, RoundResult, RoundSequence, SAMPLE_ROW_BYTES, SAMPLE_WORDS, SLICE_ROWS, SPAN_POSITIONS,
-    STALL_WORDS, STOP_TOKENS, SYNC_BYTES, SampleRow, StallRecord, TRACE_FIELDS, long_is_faster,
+    BROKEN_LOGITS, EXPERT_COUNTS, LAUNCH_ROWS, LaunchArgs, NO_LOGITS, ROUND_SEQUENCE_WORDS, ROUND_WORDS,
+    RoundResult, RoundSequence, SAMPLE_ROW_BYTES, SAMPLE_WORDS, SLICE_ROWS, STALL_WORDS, STOP_TOKENS,
+    SYNC_BYTES, SampleRow, StallRecord, TRACE_FIELDS,
 };
 use tilec_ir::plan::{DraftPlan, Plan};
 
@@ -113,11 +113,6 @@ pub struct CudaEngine {
     /// What pages are filled with that change hands: zero, or [`POISON`].
     fresh: u8,
     patience: Duration,
-    /// Whether there is a kernel for long contexts, and the positions behind which a launch takes it in place of where it is
-    /// faster.
-    long_kernel: Option<Option<usize>>,
-    /// KV heads of a layer.
-    kv_heads: usize,
     /// How experts are chosen, if not by the model.
     routing: Option<RandomRouting>,
     /// An `inject` is queued that nobody has waited for: the next wait is for it as well.
@@ -243,8 +238,6 @@ impl CudaEngine {
             pages,
             fresh: 0,
             patience: options.patience,
-            long_kernel: plan.long.is_some().then_some(options.long_context),
-            kv_heads: plan.kv.kv_heads,
             routing: None,
             injecting: false,
             poisoned: None,
@@ -595,7 +588,6 @@ impl CudaEngine {
         }
         let mut args = self.args(Program::Model, pages, 0, rows.len(), rows.len());
         args.steps = steps as u32;
-        args.long = self.long(0, rows.len(), steps);
         args.chosen = self.chosen.address();
         if !sampling.is_empty() {
             self.write_sampling(0, sampling);
@@ -867,18 +859,7 @@ impl CudaEngine {
             block_passes: 0,
             accept: 0,
             foresee: FORESEE_BYTES,
-            reserved: 0,
-            long: if program == Program::Model { self.long(pass, rows, 1) } else { 0 },
         }
-    }
-
-    /// [`LaunchArgs::long`] of a launch of so many steps, by the rows of a pass, which are written.
-    fn long(&self, pass: usize, rows: usize, steps: usize) -> u32 {
-        let Some(behind) = self.long_kernel else { return 0 };
-        let words = &self.inputs_host.words()[pass * PASS_WORDS..][..PASS_WORDS];
-        let word = |at: usize| words[at].load(Ordering::Relaxed);
-        let rows: Vec<_> = (0..rows).map(|row| (word(SEQUENCES + row), word(POSITIONS + row))).collect();
-        u32::from(takes_long(&rows, steps, behind, self.kv_heads, self.device.blocks()))
     }
 
     fn ready(&self) -> Result<(), StepError> {
@@ -1086,23 +1067,6 @@ fn narrowest(plan: &Plan) -> usize {
 fn split(rows: usize, logit_rows: &[u32], most: usize) -> Vec<Pass> {
     let starts = (0..rows).step_by(most);
     with_wanted(starts.map(|start| start..rows.min(start + most)), logit_rows)
-}
-
-/// Whether a launch of so many steps takes the kernel for long contexts: by the rows of its pass, each a sequence and a
-/// position, behind so many positions, or where that is faster.
-pub(super) fn takes_long(
-    rows: &[(u32, u32)],
-    steps: usize,
-    behind: Option<usize>,
-    kv_heads: usize,
-    sms: usize,
-) -> bool {
-    let most = behind.unwrap_or(LONG_CONTEXT);
-    // It streams the spans of rows that are alone in their sequence.
-    let runs = rows.chunk_by(|(one, _), (next, _)| one == next).filter(|run| run.len() == 1);
-    let spans: usize = runs.map(|run| run[0].1 as usize / SPAN_POSITIONS).sum();
-    rows.iter().any(|(_, position)| *position as usize + steps > most)
-        && (behind.is_some() || long_is_faster(spans * kv_heads, sms))
 }
 
 /// The passes of blocks, which are not cut: their rows see each other. As many of them as fit to a pass.

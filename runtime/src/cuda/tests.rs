@@ -1,6 +1,6 @@
 //! The engine on a device in software.
 
-use super::engine::{ExpertCounts, takes_long};
+use super::engine::ExpertCounts;
 use super::fake::*;
 use crate::engine::tests::{CONTEXT, VOCAB, toy_engine_on, toy_next, toy_plan};
 use crate::engine::{Engine, EngineError, EngineOptions, PROFILE_FIELDS, RowInput, StepError};
@@ -8,8 +8,7 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tilec_ir::launch::{LAUNCH_ROWS, long_is_faster};
-use tilec_ir::plan::PlanFile;
+use tilec_ir::launch::{LAUNCH_ROWS, LAUNCH_VERSION};
 
 fn rows(sequence: u32, start: u32, tokens: &[u32]) -> Vec<RowInput> {
     (start..).zip(tokens).map(|(position, token)| RowInput { token: *token, position, sequence }).collect()
@@ -87,6 +86,16 @@ fn wide_kernels_have_more_rows_a_pass() {
         let error = plan.verify().unwrap_err();
         assert!(error.contains(&format!("resident.step_rows is {damaged}")), "{error}");
     }
+}
+
+/// A kernel of an older plan reads other arguments.
+#[test]
+fn kernels_with_another_interface_are_refused() {
+    let mut plan = cuda_plan();
+    plan.resident.as_mut().unwrap().launch_version -= 1;
+    let error = plan.verify().unwrap_err();
+    let wanted = format!("has interface {}, this version launches {LAUNCH_VERSION}", LAUNCH_VERSION - 1);
+    assert!(error.contains(&wanted), "{error}");
 }
 
 #[test]
@@ -228,63 +237,6 @@ fn one_launch_decodes_many_steps_of_several_sequences() {
     assert_eq!(next, [toy_next(&history[..23])]);
     let told = decode(&mut engine, &rows(0, 23, &next), 2, &[]).unwrap();
     assert_eq!(told[0], expected(&history, 2));
-}
-
-/// By the last position that a launch may come to, if there is such a kernel.
-#[test]
-fn long_contexts_have_a_kernel_of_their_own() {
-    let mut plan = cuda_plan();
-    let options = EngineOptions { long_context: Some(10), ..Default::default() };
-    for has in [true, false] {
-        plan.long = has.then(|| PlanFile { file: "kernel-long.cubin".into(), sha256: String::new() });
-        plan.verify().unwrap();
-        let (mut engine, seen) = fake_engine_on(plan.clone(), toy_kernel(plan.kv), &options);
-        // Two passes: positions 0 to 7, then 8 to 10.
-        engine.step(&rows(0, 0, &[1; 11]), &[]).unwrap();
-        engine.step(&rows(1, 0, &[1; 5]), &[]).unwrap();
-        engine.step(&[rows(1, 5, &[2]), rows(0, 11, &[3])].concat(), &[0]).unwrap();
-        for steps in [5, 6] {
-            engine.reset(1);
-            engine.step(&rows(1, 0, &[1; 5]), &[]).unwrap();
-            decode(&mut engine, &rows(1, 5, &[4]), steps, &[]).unwrap();
-        }
-        let long: Vec<u32> = seen.launches.lock().unwrap().iter().map(|args| args.long).collect();
-        assert_eq!(long, [0, 1, 0, 1, 0, 0, 0, 1].map(|long| long * u32::from(has)), "{has}");
-    }
-    plan.resident = None;
-    plan.long = Some(plan.code.clone());
-    assert!(plan.verify().is_err());
-}
-
-/// By itself a launch counts the spans of sequences that decode, of 8 KV heads for 132 SMs: a run of several rows has none.
-#[test]
-fn launches_take_the_faster_kernel() {
-    let takes = |rows: &[(u32, u32)], steps| takes_long(rows, steps, None, 8, 132);
-    assert!(!takes(&[], 1));
-    // 11 spans are enough, 10 are not, nor are 17 (two for a few SMs).
-    for (position, is) in
-        [(10 * 1024 + 1023, false), (11 * 1024, true), (16 * 1024, true), (17 * 1024, false)]
-    {
-        assert_eq!(takes(&[(7, position)], 1), is, "{position}");
-    }
-    assert!(takes(&[(7, 6 * 1024), (3, 5 * 1024), (9, 0)], 1));
-    assert!(!takes(&[(7, 6 * 1024), (3, 5 * 1024), (3, 5 * 1024 + 1)], 1));
-    // None is behind so many positions, until the last step is.
-    let many: Vec<_> = (0..11).map(|sequence| (sequence, 4000)).collect();
-    assert!(!takes(&many, 96) && takes(&many, 97));
-    // Where somebody says from where on, nothing is counted.
-    assert!(takes_long(&[(7, 20)], 1, Some(20), 8, 132) && !takes_long(&[(7, 20)], 1, Some(21), 8, 132));
-}
-
-/// Whole spans are no detour where SMs have about as many: two thirds of them one each, more than that two.
-#[test]
-fn spans_are_streamed_where_sms_have_as_many() {
-    let faster = |spans: usize| long_is_faster(spans, 132);
-    for (from, to, is) in
-        [(0, 87, false), (88, 132, true), (133, 175, false), (176, 264, true), (352, 396, true)]
-    {
-        assert!((from..=to).all(|spans| faster(spans) == is), "{from} to {to}");
-    }
 }
 
 #[test]

@@ -73,9 +73,6 @@ pub struct EngineOptions {
     pub patience: Duration,
     /// Whether the plan's draft is loaded, if it has one.
     pub draft: bool,
-    /// Positions behind which a launch on a GPU takes the plan's kernel for long contexts, if there is one. By default it
-    /// takes that where it is faster.
-    pub long_context: Option<usize>,
 }
 
 impl Default for EngineOptions {
@@ -90,7 +87,6 @@ impl Default for EngineOptions {
             device: 0,
             patience: PATIENCE,
             draft: true,
-            long_context: None,
         }
     }
 }

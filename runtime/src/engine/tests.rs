@@ -47,7 +47,6 @@ pub fn toy_plan(workers: usize) -> Plan {
         costs: Vec::new(),
         code: PlanFile { file: "kernel.o".into(), sha256: String::new() },
         resident: None,
-        long: None,
         shard: None,
         draft: None,
         texts: Vec::new(),

@@ -126,13 +126,16 @@ fn check_attention(simulation: &Simulation, rows: &[Row], blocks: usize, seed: u
     sink_counts
 }
 
+/// Columns of heads whose chunks do not come through the ring.
+const WIDE_HEAD: usize = 160;
+
 /// A model whose cache is random.
 fn random_cache(config: &Value) -> Simulation {
-    wide_cache(config, 8)
+    cache_of(config, Sizes { context: 3072, step_rows: 8 })
 }
 
-fn wide_cache(config: &Value, step_rows: usize) -> Simulation {
-    let simulation = Simulation::new(config, Format::BF16, None, Sizes { context: 3072, step_rows });
+fn cache_of(config: &Value, sizes: Sizes) -> Simulation {
+    let simulation = Simulation::new(config, Format::BF16, None, sizes);
     if !simulation.sinks().is_empty() {
         // Among the scores, below all of them, and so far above that their weights vanish.
         simulation.set_sinks(&[0.5, 3.0, -7.0, f32::NEG_INFINITY, 300.0, 6.5]);
@@ -148,9 +151,13 @@ fn rows_at(places: &[(usize, usize)]) -> Vec<Row> {
     places.iter().map(|(p, s)| row((p * 7 + s * 9) as u32 % 80, *p, *s)).collect()
 }
 
-/// A model's attention in several launches.
+/// A model's attention in several launches, of a narrow kernel, whose spans are short, and of a wide one.
 fn check(config: &Value) {
-    let simulation = random_cache(config);
+    check_launches(&random_cache(config));
+    check_launches(&cache_of(config, Sizes { context: 3072, step_rows: 16 }));
+}
+
+fn check_launches(simulation: &Simulation) {
     // Around the ends of chunks (128) and spans (1,024); a run over an end; all rows of one sequence.
     let mixed = [(2046, 0), (2047, 0), (2048, 0), (1023, 1), (1024, 1), (2900, 2), (5, 3), (1500, 4)];
     let run: Vec<(usize, usize)> = (1020..1028).map(|position| (position, 5)).collect();
@@ -159,7 +166,7 @@ fn check(config: &Value) {
         [(&mixed[..], 2), (&mixed[..], 40), (&run[..], 3), (&single[..], 7)].into_iter().enumerate()
     {
         let rows: Vec<Row> = places.iter().enumerate().map(|(n, (p, s))| row(n as u32 * 9, *p, *s)).collect();
-        let sink_counts = check_attention(&simulation, &rows, blocks, seed as u64);
+        let sink_counts = check_attention(simulation, &rows, blocks, seed as u64);
         assert_eq!(sink_counts, !simulation.sinks().is_empty());
     }
 }
@@ -234,26 +241,28 @@ fn check_bits(simulation: &Simulation, places: &[(usize, usize)], blocks: &[usiz
 #[test]
 fn passes_of_one_run_are_shared_out() {
     let mut config = qwen3(1 << 20);
-    (config["num_attention_heads"], config["head_dim"]) = (16.into(), 32.into());
     (config["intermediate_size"], config["use_sliding_window"]) = (16.into(), false.into());
-    let simulation = random_cache(&config);
     let run = |first: usize, count: usize| (first..first + count).map(|p| (p, 2)).collect::<Vec<_>>();
-    check_bits(&simulation, &run(200, 8), &[1, 7, 30]);
-    // Over the end of a chunk, and of a span.
-    check_bits(&simulation, &run(252, 8), &[20, 3]);
-    check_bits(&simulation, &run(1021, 8), &[4, 40]);
-    check_bits(&simulation, &[run(1300, 5), vec![(40, 3), (300, 4), (301, 4)]].concat(), &[40, 5]);
+    for head_dim in [32, WIDE_HEAD] {
+        (config["num_attention_heads"], config["head_dim"]) = (16.into(), head_dim.into());
+        let simulation = random_cache(&config);
+        check_bits(&simulation, &run(200, 8), &[1, 7, 30]);
+        // Over the end of a chunk, and of a span.
+        check_bits(&simulation, &run(252, 8), &[20, 3]);
+        check_bits(&simulation, &run(1021, 8), &[4, 40]);
+        check_bits(&simulation, &[run(1300, 5), vec![(40, 3), (300, 4), (301, 4)]].concat(), &[40, 5]);
+    }
 }
 
 /// Long runs have more rows of their own in a chunk than there are warps.
 #[test]
 fn runs_of_sixteen_and_thirty_two_rows() {
     let mut config = qwen3(1 << 20);
-    (config["num_attention_heads"], config["head_dim"]) = (4.into(), 32.into());
     (config["intermediate_size"], config["use_sliding_window"]) = (16.into(), false.into());
     let run = |first: usize, count: usize, sequence| (first..first + count).map(move |p| (p, sequence));
-    for step_rows in [16, 32] {
-        let simulation = wide_cache(&config, step_rows);
+    for (step_rows, head_dim) in [(16, 32), (16, WIDE_HEAD), (32, 32)] {
+        (config["num_attention_heads"], config["head_dim"]) = (4.into(), head_dim.into());
+        let simulation = cache_of(&config, Sizes { context: 3072, step_rows });
         check_bits(&simulation, &run(200, step_rows, 2).collect::<Vec<_>>(), &[1, 7, 30]);
         // Over the end of a chunk, and of a span.
         check_bits(&simulation, &run(245, step_rows, 3).collect::<Vec<_>>(), &[20, 3]);
@@ -268,67 +277,66 @@ fn runs_of_sixteen_and_thirty_two_rows() {
 #[test]
 fn chunks_are_added_up_where_it_costs_least() {
     let mut config = llama();
-    (config["num_hidden_layers"], config["head_dim"]) = (1.into(), 16.into());
-    let simulation = random_cache(&config);
-    for last in [100, 383, 1023, 1151] {
-        check_bits(&simulation, &[(last, 1)], &[1, 3, 20]);
+    for head_dim in [16, WIDE_HEAD] {
+        (config["num_hidden_layers"], config["head_dim"]) = (1.into(), head_dim.into());
+        let simulation = random_cache(&config);
+        for last in [100, 383, 1023, 1151] {
+            check_bits(&simulation, &[(last, 1)], &[1, 3, 20]);
+        }
+        check_bits(&simulation, &[(100, 0), (383, 1), (1023, 2), (1151, 3), (2559, 4)], &[9, 2, 40]);
     }
-    check_bits(&simulation, &[(100, 0), (383, 1), (1023, 2), (1151, 3), (2559, 4)], &[9, 2, 40]);
 }
 
-/// One SM has 48 contexts of several spans to add up, of which it keeps 32 in mind at a time.
+/// One SM has 48 contexts of several spans to add up; where heads are wide it keeps 32 of them in mind at a time.
 #[test]
 fn more_is_added_up_than_lanes_keep_in_mind() {
     let mut config = llama();
-    for (key, value) in
-        [("num_hidden_layers", 1), ("head_dim", 16), ("num_attention_heads", 6), ("num_key_value_heads", 6)]
-    {
+    for (key, value) in [("num_hidden_layers", 1), ("num_attention_heads", 6), ("num_key_value_heads", 6)] {
         config[key] = value.into();
     }
-    let simulation = random_cache(&config);
-    let rows = rows_at(&(0..8).map(|sequence| (2050 + sequence, sequence)).collect::<Vec<_>>());
-    check_attention(&simulation, &rows, 1, 5);
-    assert!(attended(&simulation, &rows, 1, 6) == attended(&simulation, &rows, 7, 7), "other bits");
+    for head_dim in [16, WIDE_HEAD] {
+        config["head_dim"] = head_dim.into();
+        more_is_added_up(&random_cache(&config));
+    }
 }
 
-/// Spans that are older than the step come through the ring where a run has one pass; contexts end around the ends of
-/// spans.
-fn check_spans(simulation: &Simulation, run: usize) {
-    let check = |places: &[(usize, usize)], blocks: &[usize]| {
-        check_bits(simulation, places, &blocks[..1]);
-        let rows = rows_at(places);
-        let wanted = attended(simulation, &rows, blocks[0], 3);
-        simulation.long.set(true);
-        for (seed, blocks) in blocks.iter().enumerate() {
-            let found = attended(simulation, &rows, *blocks, 5 + seed as u64);
-            assert!(found == wanted, "{places:?}, {blocks} blocks: spans from the ring give other bits");
-        }
-        simulation.long.set(false);
-    };
-    for last in [1023, 1024, 2047, 3071] {
-        check(&[(last, 1)], &[2, 40]);
+fn more_is_added_up(simulation: &Simulation) {
+    let rows = rows_at(&(0..8).map(|sequence| (2050 + sequence, sequence)).collect::<Vec<_>>());
+    check_attention(simulation, &rows, 1, 5);
+    assert!(attended(simulation, &rows, 1, 6) == attended(simulation, &rows, 7, 7), "other bits");
+}
+
+/// Short and long spans, where sequences end around the ends of both; `run` rows of one, which decode or verify.
+fn check_spans(config: &Value, run: usize) {
+    let simulation = cache_of(config, Sizes { context: 6144, step_rows: 8 });
+    for last in [255, 256, 4095, 4096, 5119, 6143] {
+        check_bits(&simulation, &[(last, 1)], &[2, 40]);
     }
-    // A row of the run is the first of a span.
+    // A row of the run is the first of a long span.
     let rows = |first: usize, sequence| (first..first + run).map(move |p| (p, sequence));
-    check(&rows(2047, 3).collect::<Vec<_>>(), &[1, 30]);
-    // Short and long, so that SMs have spans and parts of them; of five some have a span fewer than others.
-    let short = [(2100, 0), (700, 1), (1024, 2)].into_iter();
-    let places: Vec<_> = short.chain(rows(3000, 3)).chain([(5, 5), (1500, 6)]).collect();
-    check(&places, &[1, 3, 5, 40]);
+    check_bits(&simulation, &rows(4095, 3).collect::<Vec<_>>(), &[1, 30]);
+    check_bits(&simulation, &rows(5119, 3).collect::<Vec<_>>(), &[7, 3]);
+    // Short and long, so that SMs have some of both; of five some have less than others.
+    let short = [(5200, 0), (700, 1), (4224, 2)].into_iter();
+    let places: Vec<_> = short.chain(rows(6000, 3)).chain([(5, 5), (1500, 6)]).collect();
+    check_bits(&simulation, &places, &[1, 3, 5, 40]);
+    // Plans for longer contexts have longer ones.
+    let simulation = cache_of(config, Sizes { context: 17 << 10, step_rows: 8 });
+    check_bits(&simulation, &[(3071, 1), (3072, 2)], &[3, 40]);
 }
 
 #[test]
 fn spans_of_narrow_heads() {
     let mut config = llama();
     config["num_hidden_layers"] = 1.into();
-    check_spans(&random_cache(&config), 2);
+    check_spans(&config, 2);
 }
 
 /// Keys and values of a page in slots of their own, and values of more columns than are added up at a time, behind a
-/// layer with a window, which has no such spans.
+/// layer with a window, which sees few spans.
 #[test]
 fn spans_of_wide_heads() {
-    check_spans(&random_cache(&wide_heads(128, 104)), 3);
+    check_spans(&wide_heads(128, 104), 3);
 }
 
 /// Steps of a launch follow each other: the loader waits for each of them, and a span is whole behind the second.
@@ -339,7 +347,6 @@ fn steps_bring_spans_to_an_end() {
     let simulation = random_cache(&config);
     let rows = rows_at(&[(1022, 0), (2046, 1), (100, 2)]);
     let all = simulation.launch(&rows, 4, 5, 1);
-    simulation.long.set(true);
     let wanted = simulation.launch(&rows, 4, 7, 2);
     assert!(all.chosen == wanted.chosen && all.logits == wanted.logits);
 }
@@ -384,7 +391,7 @@ fn steps_go_on_to_other_chunks() {
     }
 }
 
-/// The kernel for long contexts chooses by chance as the other one does, from logits of spans and chunks.
+/// Logits of several spans, from which a launch on other SMs chooses the same by chance.
 #[test]
 fn long_contexts_choose_by_chance() {
     let mut config = llama();
@@ -402,7 +409,6 @@ fn long_contexts_choose_by_chance() {
     };
     let before = simulation.cache();
     let wanted = launch(5, 1, &sampling);
-    simulation.long.set(true);
     let chosen = |seed, sampling: &[SampleRow]| {
         simulation.write_cache(&before);
         launch(4, seed, sampling)

@@ -405,28 +405,6 @@ fn a_mixture_leaves_the_interpreters_taps() {
     assert!(unused.iter().all(|value| value.is_nan()), "rows that the step did not have");
 }
 
-/// The kernel for long contexts leaves the same taps as the other one, and the same logits, from a cache in float16.
-#[test]
-fn long_contexts_leave_taps() {
-    let sizes = Sizes { context: 3072, step_rows: 8 };
-    let pair = Pair::synthetic(&super::llama(), &small_draft(200), Format::F16, sizes);
-    let numbers = random_numbers(1).take(pair.target.cache_bytes() / 2);
-    let cache: Vec<u8> = numbers.flat_map(|n| half::f16::from_f32(n).to_le_bytes()).collect();
-    let rows = [row(3, 1023, 0), row(9, 2100, 1), row(27, 5, 2), row(31, 1024, 3)];
-    let [(short, taps), (long, long_taps)] = [false, true].map(|long| {
-        pair.target.write_cache(&cache);
-        pair.write_taps(&vec![0xff; ROWS * pair.tap_cols * 4]);
-        pair.target.long.set(long);
-        (pair.step(&rows), std::fs::read(pair.target.path("taps.bin")).unwrap())
-    });
-    let (made, unused) = taps.split_at(rows.len() * pair.tap_cols * 4);
-    assert!(short.iter().chain(&super::floats(made)).all(|value| value.is_finite()));
-    assert!(super::floats(unused).iter().all(|value| value.is_nan()), "rows that the step did not have");
-    assert!(long == short, "other logits");
-    assert!(long_taps == taps, "other taps");
-    assert!(pair.target.path("long").exists(), "the other kernel was run");
-}
-
 /// Drafts of MiMo's kind and unlike their targets, against the interpreter: sinks, values scaled and narrower
 /// than keys, a part of a head rotated, another rope for the context, an embedding of the mask's own, windows
 /// inside of a block; contexts of several chunks and spans; `fc` in parts.

@@ -76,7 +76,7 @@ extern "C" __global__ void tilec_resident(const LaunchArgs& args) {
 
 /// Sizes that the headers ask for.
 const SIZES: &str = "constexpr u32 STEP_ROWS = 32, SLOT_BYTES = 16384, RING_SLOTS = 4, STAGES = 1, SCRATCH_BYTES = 15616, SCALE_BYTES = 0;
-constexpr bool ROUND = false, SPANS = false;
+constexpr bool ROUND = false;
 constexpr u32 DEALS = 0;
 __device__ __forceinline__ u32 first_stage(u32) { return 0; }
 constexpr bool FORESEES = false;

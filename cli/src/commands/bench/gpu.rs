@@ -788,7 +788,6 @@ pub mod tests {
                 shared_bytes: 0,
                 step_rows: 8,
             }),
-            long: None,
             shard: None,
             draft: None,
             texts: Vec::new(),

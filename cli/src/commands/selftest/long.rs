@@ -1,6 +1,5 @@
-//! Long contexts. In the kernel for them a row that decodes reads spans that are older than the step through the ring, rows of a prompt
-//! read them chunk by chunk (`kernels-gen/cuda/spans.cuh`): both have to come to the same bits, alone and in
-//! company, around the ends of spans, and over the steps of a launch.
+//! Long contexts. Attention goes by spans of some chunks, whose sums are added up. A row that decodes and rows of a prompt
+//! have to come to the same bits, alone and in company, around the ends of spans, and over the steps of a launch.
 
 use super::cases::Random;
 use super::checks::{After, Outcome, Stop, sequence_rows};
@@ -14,10 +13,15 @@ use tilec_codegen::compile::{Host, Input, compile};
 use tilec_codegen::frontends;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
-use tilec_ir::launch::{LONG_CONTEXT, SPAN_POSITIONS};
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::spec::{Device, Limits, ModelSpec};
 use tilec_runtime::engine::{Engine, EngineOptions, RowInput, StepError};
+
+/// Spans end at multiples of so many positions, at least.
+const SPAN_POSITIONS: usize = 1024;
+
+/// Positions of a sequence.
+const CONTEXT: usize = 4096 + SPAN_POSITIONS;
 
 /// Tokens of the sequences: up to the ends of spans, over them, and short of the first.
 const LENGTHS: [usize; 8] = [
@@ -30,9 +34,6 @@ const LENGTHS: [usize; 8] = [
     100,
     1500,
 ];
-
-/// Positions of a sequence.
-const CONTEXT: usize = LONG_CONTEXT + SPAN_POSITIONS;
 
 /// Rows at the end of a sequence that are run one by one as well.
 const LAST: usize = 8;
@@ -89,9 +90,7 @@ impl Long {
         let cubins = source::cache_folder().ok().map(|folder| folder.join("cubins"));
         let plan = folder.join("plan");
         compile(&input, &spec, &Host { threads: 1, cubins })?.write(&plan)?;
-        // Wherever there are spans.
-        let options = EngineOptions { long_context: Some(SPAN_POSITIONS), ..options.clone() };
-        Ok(Engine::load(&plan, &options, &mut |_, _| {})?)
+        Ok(Engine::load(&plan, options, &mut |_, _| {})?)
     }
 }
 
@@ -139,7 +138,7 @@ fn compare(engine: &mut Engine, repeats: usize) -> Result<usize, (usize, Stop)> 
         if engine.is_resident() {
             engine.poison()?;
         }
-        // Runs of so many rows have several passes of queries: chunk by chunk.
+        // Runs of so many rows have several passes of queries.
         let mut together = Vec::new();
         for rows in &texts.rows {
             engine.reset(rows[0].sequence as usize);
@@ -230,15 +229,11 @@ pub fn check(long: &Long, mut engine: Engine, repeats: usize) -> (Outcome, After
     (outcome, after)
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "llvm"))]
 mod tests {
     use super::*;
-    use tilec_codegen::emit::cuda::emit_long;
-    use tilec_codegen::nvrtc::Arch;
-    use tilec_codegen::passes::{fuse, precision, resident};
 
-    /// On the processor there is one way only; what is left of the check has to hold there.
-    #[cfg(feature = "llvm")]
+    /// There are no launches of several steps there; what is left of the check has to hold.
     #[test]
     fn long_contexts_have_the_same_bits_on_the_processor() {
         let folder = tempfile::tempdir().unwrap();
@@ -248,25 +243,5 @@ mod tests {
         let (outcome, after) = check(long, engine, 1);
         assert_eq!((outcome.problem, after), (None, After::GoOn));
         assert_eq!(outcome.rows, LENGTHS.len() * (LAST + 2 + 1));
-    }
-
-    /// Their kernels have spans that come through the ring, in one piece of a page and in two.
-    #[test]
-    fn long_contexts_have_spans_in_the_ring() {
-        for (long, pieces) in LONG.iter().zip([1, 2]) {
-            let config = long.config();
-            let tensors = frontends::synthetic_tensors(&config, Format::BF16).unwrap();
-            let mut graph = frontends::build(&config, &tensors).unwrap();
-            let mut asked = ModelSpec::for_checkpoint("unused").precision;
-            asked.kv_cache = Some(long.kv);
-            precision::precision(&mut graph, &asked).unwrap();
-            let sizes = resident::Sizes { context: CONTEXT, step_rows: 8 };
-            let program = resident::resident(&fuse::fuse(&graph).unwrap(), sizes).unwrap();
-            let text = emit_long(&program, Arch::Sm90a).unwrap().expect("it has spans").text;
-            assert!(text.contains("stream_spans<"));
-            let page = program.kv.page_tokens * long.head_dim * 2;
-            assert_eq!(if 2 * page <= tilec_ir::launch::SLOT_BYTES { 1 } else { 2 }, pieces);
-            assert!(long.heads[0] / long.heads[1] * 2 <= 8 && program.max_spans() > 2);
-        }
     }
 }
