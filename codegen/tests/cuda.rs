@@ -400,11 +400,11 @@ fn far_offsets_are_no_literals_in_addresses() {
 fn a_context_with_more_parts_than_a_word_tells_apart_is_refused() {
     // All of MiMo's.
     emit(&program("mimo", &flash_mimo(), Format::FP8_BLOCK, 262_144), Arch::Sm90a).unwrap();
-    let program = program("llama", &odd_llama(), Format::BF16, 1 << 29);
+    let program = program("llama", &odd_llama(), Format::BF16, 1 << 32);
     let error = emit(&program, Arch::Sm90a).unwrap_err().to_string();
     assert_eq!(
         error,
-        "8 rows of 4 heads over 536870912 positions: too many parts of sums; lower limits.context"
+        "8 rows of 4 heads over 4294967296 positions: too many parts of sums; lower limits.context"
     );
 }
 

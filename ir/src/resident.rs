@@ -22,6 +22,21 @@ pub const CHUNK: usize = 128;
 /// Chunks whose sums are added up before others are.
 pub const SPAN: usize = 8;
 
+const fn rings(kv: &KvLayout) -> bool {
+    CHUNK * (kv.qk_dim + kv.v_pad()) * kv.kv_type.bytes() <= 64 << 10
+}
+
+/// As [`ResidentProgram::max_parts`].
+pub const fn max_parts(kv: &KvLayout, context: usize) -> usize {
+    let chunks = context.div_ceil(CHUNK);
+    if !rings(kv) {
+        return chunks + chunks.div_ceil(SPAN);
+    }
+    // See `ResidentProgram::spans`.
+    let (near, far) = (8, 4);
+    if chunks < near { chunks } else { near + (chunks - near).div_ceil(far) }
+}
+
 /// Columns of a slice's rows that a kernel keeps in registers.
 pub const PART_COLUMNS: usize = 8192;
 
@@ -392,7 +407,7 @@ pub struct Attention {
     pub input: BufferId,
     /// `[rows][heads * v]`.
     pub output: BufferId,
-    /// Room for the parts of rows with more than one chunk.
+    /// Room for the parts of rows with more than one span, or chunk where heads are wide.
     pub parts: BufferId,
     /// Query heads.
     pub heads: usize,
@@ -754,14 +769,15 @@ impl ResidentProgram {
         self.context.div_ceil(CHUNK)
     }
 
-    /// Spans of eight chunks, at whole positions, that a sequence has at most.
-    pub const fn max_spans(&self) -> usize {
-        self.max_chunks().div_ceil(SPAN)
-    }
-
     /// Whether keys and values of a chunk come through the ring; those of wide heads have more than it may hold.
     pub const fn rings(&self) -> bool {
-        CHUNK * (self.kv.qk_dim + self.kv.v_pad()) * self.kv.kv_type.bytes() <= 64 << 10
+        rings(&self.kv)
+    }
+
+    /// Parts of a row and a head that may lie in memory to be added up: of spans as short as any, or of chunks and their
+    /// spans.
+    pub const fn max_parts(&self) -> usize {
+        max_parts(&self.kv, self.context)
     }
 
     /// Chunks of a span among a sequence's first 1,024 positions, and behind them (`kernels-gen/cuda/sweeps.cuh`). Of short spans

@@ -36,7 +36,7 @@
 //   Q_NORM, K_NORM, EPS        whether heads are normed
 //   SINKS, sinks(b)            whether heads have a score that carries no value, and these [HEADS]; null of a layer without
 //   ROPE                       leading columns of a head that are rotated, 0 for none
-//   PAGE_TOKENS, V_PAD, MAX_CHUNKS, NEAR_SPAN, FAR_SPAN (sweeps.cuh)
+//   PAGE_TOKENS, V_PAD, MAX_CHUNKS, MAX_PARTS (of a row and a head), NEAR_SPAN, FAR_SPAN (sweeps.cuh)
 //   CHECKED                    whether queries, keys and values may be late (handoff.cuh)
 //   kv(b)                      the cache: that of the model, or of a draft
 //   q_gain(b), k_gain(b), rope(b) [positions][ROPE/2] cosines then sines, input(b) [rows][(HEADS +
@@ -110,8 +110,7 @@ template <class A> struct Attended {
 template <class A> struct Parts {
   float* base;
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
-  static constexpr u32 SPANS = (A::MAX_CHUNKS + SPAN - 1) / SPAN;
-  static constexpr u32 SLOTS = A::MAX_CHUNKS + SPANS;
+  static constexpr u32 SLOTS = A::MAX_PARTS;
   static_assert((u64)STEP_ROWS * A::HEADS * SLOTS * A::V < 1ull << 32, "a word says where a part lies");
   // Slots that follow each other are GROUP apart.
   __device__ __forceinline__ u32 at(u32 row, u32 kv_head, u32 slot, u32 h) const {
@@ -243,7 +242,8 @@ template <class A> __device__ __forceinline__ u32 value_at(u32 position, u32 col
   return (position - p) * A::V_PAD + step * (WARP_POSITIONS * 64) + p % 4 * (width * 4) + column % 64 / 8 * 32 + p / 4 * 8 + column % 8;
 }
 
-// A warp's keys and values of a chunk, in registers. Positions that nobody may see have any finite value.
+// A warp's keys and values of a chunk, in registers. Positions that nobody may see have any key, and a value of the same
+// sequence or 0.
 template <class A> struct Cached {
   using Space = AttentionSpace<A>;
   uint4 k[2][Space::K_STEPS];
@@ -281,17 +281,18 @@ template <class A> struct Cached {
     each_key([&](u32 i, u32 s, u32 offset) { k[i][s] = load4(reinterpret_cast<const u32*>(keys + offset)); });
     each_value(at.position - 1 - base(at), [&](u32 i, u32 s, u32 offset) { v[s][i] = load4(reinterpret_cast<const u32*>(values + offset)); });
   }
-  // The unit's keys and values, which are next in the ring. Gives how many slots have to be given back (`read`).
+  // The chunk's keys and values, which are next in the ring. Gives how many slots have to be given back (`read`).
   __device__ __forceinline__ u32 take(Consumer& b, const Place<A>& at) {
     using Page = PageShape<A>;
     constexpr u32 MOST = Page::PAGES * Page::PIECES, TOGETHER = least(MOST, RING_SLOTS);
-    const UnitPages<A> pages = UnitPages<A>::of(b, at);
+    const ChunkPages<A> pages = ChunkPages<A>::of(b, at);
     // What this warp reads of them, if anything: its page's.
     const u32 first = base(at), tile = anew(warp_id()) % Page::TILES, page = anew(warp_id()) / Page::TILES - pages.first;
     const bool own = whole_warp(has_older(b, at));
     const u32 keys = page * Page::PIECES + (Page::WHOLE ? 0 : tile / Page::KEY_TILES);
     const u32 values = page * Page::PIECES + (Page::WHOLE ? 0 : Page::KEY_PIECES + tile / Page::VALUE_TILES);
     u32 left = pages.count * Page::PIECES;
+    if (!own) clear_values();
 #pragma unroll 1
     for (u32 passed = 0;; passed += TOGETHER) {
       // A short ring has not all of them at once.
@@ -321,6 +322,14 @@ template <class A> struct Cached {
       for (u32 i = 0; i < 4; ++i) bits |= v[s][i].x;
     }
     return bits;
+  }
+  // Where none is older than the step: what another sequence has left here is multiplied by 0, and need not be finite.
+  __device__ __forceinline__ void clear_values() {
+#pragma unroll
+    for (u32 s = 0; s < Space::V_STEPS; ++s) {
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) v[s][i] = make_uint4(0, 0, 0, 0);
+    }
   }
   __device__ __forceinline__ void load_keys(const u8* from) {
     each_key([&](u32 i, u32 s, u32 offset) { k[i][s] = *reinterpret_cast<const uint4*>(from + offset); });
@@ -410,8 +419,8 @@ template <class A> __device__ __forceinline__ void scores(const AttentionSpace<A
   }
 }
 
-// Weights of a tile's scores, relative to the largest, `top`, of which this lane has its own part at first: as pairs of
-// halves; gives their sum.
+// Weights of a tile's scores, relative to the largest, `top`, of which this lane has its own part at first, and that of earlier
+// tiles if their sums are kept: as pairs of halves; gives their sum.
 template <class A> __device__ __forceinline__ float weigh(float (&score)[4], float& top, u32 (&weight)[4]) {
   top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
   top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
@@ -473,7 +482,7 @@ template <class A> __device__ __forceinline__ void add_warps(const AttentionSpac
   all.v[s] = sum;
 }
 
-// What a pass needs of the step: a warp has one of its queries, and a row of the run in the chunk if the unit begins.
+// What a pass needs of the step: a warp has one of its queries, and a row of the run in the unit if that begins.
 template <class A> struct Fresh {
   static constexpr u32 GROUP = A::HEADS / A::KV_HEADS, V_EACH = (A::V + LANES - 1) / LANES;
   static constexpr u32 QKV = (A::HEADS + A::KV_HEADS) * A::QK + A::KV_HEADS * A::V;
@@ -542,7 +551,7 @@ template <class A> struct Fresh {
   __device__ __forceinline__ void prepare(Consumer& b, AttentionSpace<A>& space, u32 cache, const Place<A>& at, u32 together) {
     const u32 warp = anew(warp_id());
     sink = next_sink;
-    // The same instructions for queries and keys. There are more rows than warps in the chunk of a long run only: those
+    // The same instructions for queries and keys. There are more rows than warps in the unit of a long run only: those
     // behind the first ones are not asked for ahead.
 #pragma unroll 1
     for (u32 kind = queries ? 0 : 1; kind <= SLICES; ++kind) {

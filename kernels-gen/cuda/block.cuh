@@ -108,7 +108,7 @@ struct Shared {
   u16 pass_first[ROUND ? STEP_ROWS / 2 + 1 : 1];  // the first sequence of each pass of blocks
   u32 guesses[ROUND ? STEP_ROWS : 1];           // of this round, one sequence behind the other
   u32 pages[CONSUMERS];         // attention: of each warp's positions of the next unit, see `ask_page`
-  alignas(16) u32 dealt[DEALS > 0 ? DEALS : 1][16];  // attention: the SM's units, see `Own`
+  alignas(16) u32 dealt[DEALS > 0 ? DEALS : 1][16];  // attention: the SM's units, see `Sweep::Dealt` and `Own`
   u32 dealt_for[DEALS > 0 ? DEALS : 1][STEP_ROWS];     // and the runs that they are of, see `deal_key`; 0 where none begins
   alignas(8) float row_sums[2][CONSUMERS][SLICE_ROWS];
   float row_scale[STEP_ROWS];   // that the sums of a row's products are multiplied by
@@ -552,8 +552,7 @@ struct Control : Block {
     routes_parity ^= 1;
   }
 
-  // Which rows begin sequences, and what attention has for this SM. The second has
-  // nothing else to do when a step begins.
+  // Which rows begin sequences, and what attention has for this SM. The second has nothing else to do when a step begins.
   __device__ __forceinline__ void open_caches() {
     const u32 row = lane_id();
     const bool first = row < rows() && shared.first_row[row] == row;

@@ -3,7 +3,7 @@
 // A unit is a pass of a run and a KV head, and what the run has of a span. A warp takes its 16 positions of one chunk after the
 // other, with the same registers, and keeps their sums relative to the largest score so far. Behind the last chunk the warps
 // add up theirs through shared memory. A row that sees one span has its result then; otherwise sums lie in memory as parts,
-// and the SM with the run's last span adds up all of them, in the order of the positions.
+// and the SM with the last span of the pass and KV head adds up all of them, in the order of the positions.
 //
 // Spans are short where few positions lie before them, so that a row's first thousands are many SMs' work, and long behind that,
 // so that there are few parts. Where steps are wide all SMs have work anyway. Spans, chunks and tiles lie at absolute positions,
@@ -140,7 +140,7 @@ template <class A> __device__ __forceinline__ void deal_sweeps(const Block& b) {
     const u32 most = groups == 0 ? 0 : list == 1 ? last_cost : far > 0 ? far_cost : near > 0 ? near_cost : 0;
     const u32 costs_before = sum_before(groups * cost), costs = __shfl_sync(~0u, costs_before + groups * cost, LANES - 1);
     // An SM has those that begin in its share of all costs. Few units are the first SMs', since the last ones have a
-    // router's scores to make (experts.cuh); SMs without units of the list before come first.
+    // router's scores to make (experts.cuh); of the second list SMs without units of the first come first.
     const u32 share = max(max((costs + gridDim.x - 1) / gridDim.x, warp_max(most)), 1u);
     const u32 place = (blockIdx.x + gridDim.x - taken) % gridDim.x;
     u32 bounds[2];  // numbers of the first and of the one behind the last

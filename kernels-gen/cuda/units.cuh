@@ -40,7 +40,7 @@ template <class A> struct CacheShape {
 // How a page's keys and values of a KV head come through the ring: as one piece if they fit into a slot together, else
 // pieces of keys, then of values, of as many positions as fit.
 //
-// Where a unit has much, its pages do not come through the ring (RINGS), but consumers load them: else the few SMs that have
+// Where a chunk has much, its pages do not come through the ring (RINGS), but consumers load them: else the few SMs that have
 // units of one sequence would begin the next product with an empty ring, and all others wait for them. Measured on an H200,
 // through the ring and not (ms): one and eight rows of a rank of MiMo-V2.5-Pro, whose units have 80 KB, 2.937, 5.693 and 2.785,
 // 5.531; eight rows of Llama-3.2-1B (32 KB) 0.669 and 0.689, 32 of them 1.135 and 1.185, one behind 4,090 positions 0.650 and
@@ -116,10 +116,10 @@ template <class A> __device__ __forceinline__ void deal_units(const Block& b) {
   }
 }
 
-// A unit's pages that come through the ring: those of positions that are older than the step and that a row of it sees.
-template <class A> struct UnitPages {
-  u32 first, count;  // of the chunk's
-  __device__ __forceinline__ static UnitPages of(const Block& b, const Place<A>& at) {
+// A chunk's pages that come through the ring: those of positions that are older than the step and that a row of it sees.
+template <class A> struct ChunkPages {
+  u32 first, count;
+  __device__ __forceinline__ static ChunkPages of(const Block& b, const Place<A>& at) {
     const u32 start = at.chunk * CHUNK, old = least(at.position - least(start, at.position), CHUNK);
     const u32 end = (old + A::PAGE_TOKENS - 1) / A::PAGE_TOKENS;
     u32 first = 0;
@@ -146,7 +146,7 @@ template <class A> __device__ __forceinline__ bool stream_page(Loader& b, const 
 
 // What is older than the step of the place's chunk, as the loader sees it. False if the launch ended.
 template <class A> __device__ __forceinline__ bool stream_chunk(Loader& b, u32 cache, const Place<A>& at) {
-  const UnitPages<A> pages = UnitPages<A>::of(b, at);
+  const ChunkPages<A> pages = ChunkPages<A>::of(b, at);
   const u32* const entry = b.args.page_table + (u64)b.shared.sequence[at.row] * b.args.pages_per_sequence + at.chunk * PageShape<A>::PAGES + pages.first;
   u32 page = pages.count > 0 ? *entry : 0;
 #pragma unroll 1

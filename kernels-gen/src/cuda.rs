@@ -37,7 +37,7 @@ pub const GEMM: Header = Header { name: "gemm.cuh", text: include_str!("../cuda/
 /// Products with the experts that a step's rows choose. Behind [`GEMM`].
 pub const EXPERTS: Header = Header { name: "experts.cuh", text: include_str!("../cuda/experts.cuh") };
 
-/// How attention is dealt out to SMs, and the cache's way through the ring. Behind [`BLOCK`].
+/// What attention goes by, and the cache's way through the ring. Behind [`BLOCK`].
 pub const UNITS: Header = Header { name: "units.cuh", text: include_str!("../cuda/units.cuh") };
 
 /// Attention over the paged cache. Behind [`UNITS`].

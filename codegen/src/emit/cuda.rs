@@ -275,7 +275,7 @@ fn check(program: &ResidentProgram) -> Result<(), CudaError> {
     for (stage, _, Stage { kind, .. }) in program.sequence() {
         if let Kind::Attention(Attention { heads, .. }) = kind {
             let (heads, context) = (*heads, program.context);
-            let parts = heads * (program.max_chunks() + program.max_spans()) * program.kv.v_dim;
+            let parts = heads * program.max_parts() * program.kv.v_dim;
             if u32::try_from(rows * parts).is_err() {
                 return Err(CudaError::Parts { rows, heads, context });
             }
@@ -1283,10 +1283,11 @@ impl<'p> Writer<'p> {
         let (dims, positions) = attention.rope.map_or((0, 0), |rope| (rope.dims, rope.positions));
         line!(
             self,
-            "  static constexpr u32 ROPE = {dims}, POSITIONS = {positions}, PAGE_TOKENS = {}, V_PAD = {}, MAX_CHUNKS = {};",
+            "  static constexpr u32 ROPE = {dims}, POSITIONS = {positions}, PAGE_TOKENS = {}, V_PAD = {}, MAX_CHUNKS = {}, MAX_PARTS = {};",
             kv.page_tokens,
             kv.v_pad(),
-            self.program().max_chunks()
+            self.program().max_chunks(),
+            self.program().max_parts()
         );
         let [near, far] = self.program().spans();
         line!(self, "  static constexpr u32 NEAR_SPAN = {near}, FAR_SPAN = {far};");

@@ -10,8 +10,8 @@ use tilec_ir::launch::{OCTET, SLICE_ROWS};
 use tilec_ir::octet::apart_scales;
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{
-    Attention, Bias, CHUNK, Conv, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, Replaced,
-    ResidentProgram, Rope, Route, SPAN, Scores, Stage, Taps, part_columns,
+    Attention, Bias, Conv, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, Replaced,
+    ResidentProgram, Rope, Route, Scores, Stage, Taps, max_parts, part_columns,
 };
 use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
 
@@ -821,8 +821,7 @@ impl<'a> Lowering<'a> {
             self.packer.slot(content, offsets.as_mut())
         });
         let output = self.half_buffer("attn", value, heads * self.kv.v_dim);
-        let chunks = self.context.div_ceil(CHUNK);
-        let parts = heads * (chunks + chunks.div_ceil(SPAN)) * (self.kv.v_dim + 2);
+        let parts = heads * max_parts(&self.kv, self.context) * (self.kv.v_dim + 2);
         let parts = self.buffer("parts", BufferElem::F32, parts);
         Ok(Kind::Attention(Attention {
             input: qkv,

@@ -418,6 +418,36 @@ fn long_contexts_choose_by_chance() {
     assert!(chosen(3, &[]).chosen != found.chosen, "nothing was left to chance");
 }
 
+/// Spans of one chunk, which mixtures have.
+#[test]
+fn spans_of_a_mixture() {
+    let mut config = super::qwen3_moe();
+    config["num_hidden_layers"] = 1.into();
+    check_spans(&config, 2);
+}
+
+/// What a sequence has in its cache need not be finite for others to be right: an SM that had its chunk in registers takes
+/// one of another sequence next, most of whose positions nobody sees.
+#[test]
+fn values_without_end_stay_with_their_sequence() {
+    for head_dim in [32, WIDE_HEAD] {
+        let mut config = llama();
+        (config["num_hidden_layers"], config["head_dim"]) = (1.into(), head_dim.into());
+        let simulation = random_cache(&config);
+        let places = [(700, 0), (5, 1), (128, 2)];
+        let wanted = attended(&simulation, &rows_at(&places[1..]), 3, 1);
+        // The pages of the first sequence are the first ones.
+        let mut cache = simulation.cache();
+        let of_first = cache.len() * simulation.pages_per_sequence() / simulation.pages();
+        for half in cache[..of_first].chunks_exact_mut(2) {
+            half.copy_from_slice(&half::bf16::INFINITY.to_le_bytes());
+        }
+        simulation.write_cache(&cache);
+        let found = attended(&simulation, &rows_at(&places), 1, 2);
+        assert!(found[found.len() - wanted.len()..] == wanted, "other bits");
+    }
+}
+
 /// Whoever adds up waits for parts whatever their scores are.
 #[test]
 fn scores_that_are_no_numbers_leave_parts_as_well() {
