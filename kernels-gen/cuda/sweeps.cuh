@@ -22,7 +22,7 @@ template <class A> struct Spans {
   static constexpr u32 NEAR = 8, COUNT = NEAR / A::NEAR_SPAN;
   static_assert(NEAR % A::NEAR_SPAN == 0);
   // That in which a chunk lies.
-  __device__ __forceinline__ static u32 of(u32 chunk) {
+  __device__ __forceinline__ static constexpr u32 of(u32 chunk) {
     return ALIKE || chunk < NEAR ? chunk / A::NEAR_SPAN : COUNT + (chunk - NEAR) / A::FAR_SPAN;
   }
   // Its first chunk.
@@ -182,6 +182,7 @@ template <class A> __device__ __forceinline__ bool stream_sweeps(Loader& b, u32 
 // Adds up the spans of the runs whose last ones this SM has, a warp a query. Waits for those that are not there yet.
 template <class A> __device__ __forceinline__ void join_sweeps(Consumer& b) {
   constexpr u32 GROUP = A::HEADS / A::KV_HEADS;
+  static_assert(Spans<A>::of(A::MAX_CHUNKS - 1) < Parts<A>::SLOTS, "a span a part");
   Sweep<A> unit = Sweep<A>::before(1);
 #pragma unroll 1
   while (true) {
