@@ -440,19 +440,26 @@ template <class S> __device__ __forceinline__ Inputs find_inputs(const Block& b)
 // Of rows that may be late, whoever asks looks at the words.
 template <class S> __device__ __forceinline__ void load_inputs(Consumer& b, Activations<S>& a, const Inputs& inputs, u32 part = 0) {
   if constexpr (S::HALF_INPUT) {
-    bool scales = S::PREPARED && !S::SCALED && part == 0;
-    do {
+    auto load = [&] {
 #pragma unroll
       for (u32 slice = 0; slice < SLICES; ++slice) load_halves<S, ALL_ROWS>(b, a, slice, inputs.start[slice], part);
-      // The squares come while the rows do.
-      if constexpr (S::PREPARED && !S::SCALED) {
-        if (scales) {
-          scale_rows<S>(b);
-          if constexpr (Team<S>::TELLS_SCALES) b.pass_scales();
-        }
-        scales = false;
+    };
+    if constexpr (S::PREPARED && !S::SCALED) {
+      RowScales<S> scales;
+      do {
+        if (part == 0) scales.load(b);
+        load();
+      } while (S::CHECKED && b.late(largest_word(row_word<S>(a), part == 0 ? scales.word() : 0)));
+      if (part == 0) {
+        scales.store(b);
+        scales.rest(b);
+        if constexpr (Team<S>::TELLS_SCALES) b.pass_scales();
       }
-    } while (S::CHECKED && b.late(row_word<S>(a)));
+    } else {
+      do {
+        load();
+      } while (S::CHECKED && b.late(row_word<S>(a)));
+    }
   } else {
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) share_slice<S>(b, a, slice, inputs.source[slice], part);

@@ -74,15 +74,60 @@ template <class S, bool CHECKED> struct Squares {
 
 // What normalizes the rows, a warp each of a slice, for control. It reads them behind a tile's sums: every consumer
 // arrives there behind this, or, if a tile is not all consumers', at a barrier of its own (`Team::TELLS_SCALES`).
-template <class S> __device__ __forceinline__ void scale_rows(Consumer& b) {
-  static_assert(CONSUMERS == SLICE_ROWS, "a warp a row");
-#pragma unroll 1
-  for (u32 row = anew(warp_id()); row < (S::LOGITS ? b.logit_rows() : b.rows()); row += SLICE_ROWS) {
-    Squares<S, S::CHECKED> squares;
-    do {
-      squares.load(b, S::LOGITS ? b.shared.logit_row[row] : row);
-    } while (S::CHECKED && b.late(squares.word()));
-    const float normalizer = squares.normalizer();
-    if (lane_id() == 0) b.shared.row_scale[row] = normalizer;
+//
+// The squares of as many slices as there are registers for are asked for together, in front of whatever else is read with
+// them: one behind the other each would be a way to L2.
+template <class S> struct RowScales {
+  typedef Squares<S, S::CHECKED> Row;
+  static constexpr u32 FIT = 8 / Row::LOADS > 0 ? 8 / Row::LOADS : 1, AHEAD = least(SLICES, FIT);
+  Row of[AHEAD];
+
+  __device__ __forceinline__ static u32 rows(const Block& b) { return S::LOGITS ? b.logit_rows() : b.rows(); }
+  __device__ __forceinline__ static u32 row(u32 slice) { return slice * SLICE_ROWS + anew(warp_id()); }
+  // Of a row that is not there nothing is kept.
+  __device__ __forceinline__ void load(const Block& b, u32 first = 0) {
+    static_assert(CONSUMERS == SLICE_ROWS, "a warp a row");
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; ++i) {
+      const u32 n = row(first + i);
+      of[i] = {};
+      if (n < rows(b)) of[i].load(b, S::LOGITS ? b.shared.logit_row[n] : n);
+    }
   }
+  __device__ __forceinline__ u32 word() const {
+    u32 m = 0;
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; ++i) m = largest_word(m, of[i].word());
+    return m;
+  }
+  __device__ __forceinline__ void store(const Block& b, u32 first = 0) const {
+    if (row(first) >= rows(b)) return;
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; ++i) {
+      const float normalizer = of[i].normalizer();
+      const u32 n = row(first + i);
+      if (n < rows(b) && lane_id() == 0) b.shared.row_scale[n] = normalizer;
+    }
+  }
+  // Those of the other slices.
+  __device__ __forceinline__ void rest(Consumer& b) {
+    if constexpr (AHEAD == SLICES) return;
+#pragma unroll 1
+    for (u32 first = AHEAD; row(first) < rows(b); first += AHEAD) {
+      do {
+        load(b, first);
+      } while (S::CHECKED && b.late(word()));
+      store(b, first);
+    }
+  }
+};
+
+// The same, where nothing else is read.
+template <class S> __device__ __forceinline__ void scale_rows(Consumer& b) {
+  RowScales<S> scales;
+  do {
+    scales.load(b);
+  } while (S::CHECKED && b.late(scales.word()));
+  scales.store(b);
+  scales.rest(b);
 }
