@@ -54,15 +54,24 @@ struct Fp4 {
   static constexpr Scaling SCALING = BY_SUM;
   static constexpr u32 BLOCK_COLUMNS = 128, LANE_COLUMNS = 32;
   static constexpr float UNIT = 1.8446744073709552e19f;  // 2^64
-  // The codes 2 * PAIR and 2 * PAIR + 1 of eight.
-  template <u32 PAIR> __device__ __forceinline__ static u32 pair(u32 codes, u32 factor) {
-    constexpr u32 MAGNITUDE = 0x01c001c0u, SIGN = 0x80008000u;
-    u32 bits;
-    if constexpr (PAIR < 2) bits = codes << (3 * PAIR) & (MAGNITUDE | SIGN);
-    else if constexpr (PAIR == 2) bits = (codes << 6 & MAGNITUDE) | (codes << 2 & SIGN);
-    else bits = (codes >> 3 & MAGNITUDE) | (codes << 1 & SIGN);
-    return multiply_bf16(bits, factor);
-  }
+  // A lane's words. Of each the first three pairs of codes lie by themselves; `rest` has the last ones of two.
+  struct Words {
+    u32 own[4], rest[2];
+    __device__ __forceinline__ explicit Words(const uint4& v) : own{v.x, v.y, v.z, v.w}, rest{together(v.x, v.y), together(v.z, v.w)} {}
+    // The codes 2 * PAIR and 2 * PAIR + 1 of a word.
+    template <u32 PAIR> __device__ __forceinline__ u32 pair(u32 word, u32 factor) const {
+      u32 bits;
+      if constexpr (PAIR == 0) bits = own[word];
+      else if constexpr (PAIR == 1) bits = own[word] << 6;
+      else if constexpr (PAIR == 2) bits = turned(own[word], 6);
+      else bits = word % 2 == 0 ? rest[word / 2] << 2 : turned(rest[word / 2], 4);
+      return multiply_bf16(bits & 0x81c081c0u, factor);
+    }
+    __device__ __forceinline__ static u32 turned(u32 bits, u32 right) { return bits >> right | bits << (32 - right); }
+    __device__ __forceinline__ static u32 together(u32 first, u32 second) {
+      return merge_bits(0x0c180c18u, first, second << 2);
+    }
+  };
 };
 // A power of two for a lane's columns.
 struct Mxfp4 : Fp4 {

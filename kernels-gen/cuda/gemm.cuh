@@ -586,43 +586,40 @@ __device__ __forceinline__ void multiply_codes(Chain& chain, const u32 (&x)[2][S
 // Products of a block of two octets of FP4 and the activations. Here the weights are the 16 rows of a product and
 // the activations its columns: widening is what FP4 costs most, but on this chip a tensor-core product holds the
 // other instructions up, and this way there are half as many. A lane has feature g = lane / 4 of both octets and the
-// rows 2t and 2t + 1 of each slice, t = lane % 4. The halves of the words go to the chains in turn.
-template <u32 CHAINS> struct PairSums {
+// rows 2t and 2t + 1 of each slice, t = lane % 4. The halves of a word go to one chain each.
+struct PairSums {
   float of[SLICES][CHAINS][4] = {};
 };
-template <u32 CHAINS, class F>
-__device__ __forceinline__ void multiply_pair(PairSums<CHAINS>& d, const u32 (&x)[4][SLICES][4], const uint4& w, const uint4& v, const F& w_factors, const F& v_factors) {
-  const u32 first[4] = {w.x, w.y, w.z, w.w}, second[4] = {v.x, v.y, v.z, v.w};
+template <class F>
+__device__ __forceinline__ void multiply_pair(PairSums& d, const u32 (&x)[4][SLICES][4], const uint4& w, const uint4& v, const F& w_factors, const F& v_factors) {
+  const Fp4::Words first(w), second(v);
 #pragma unroll
   for (u32 set = 0; set < 4; ++set) {
     const u32 w_factor = w_factors.of(set), v_factor = v_factors.of(set);
-    const u32 front[4] = {Fp4::pair<0>(first[set], w_factor), Fp4::pair<0>(second[set], v_factor),
-                          Fp4::pair<1>(first[set], w_factor), Fp4::pair<1>(second[set], v_factor)};
+    const u32 front[4] = {first.pair<0>(set, w_factor), second.pair<0>(set, v_factor),
+                          first.pair<1>(set, w_factor), second.pair<1>(set, v_factor)};
 #pragma unroll
-    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d.of[slice][set * 2 % CHAINS], front, x[set][slice][0], x[set][slice][1]);
-    const u32 back[4] = {Fp4::pair<2>(first[set], w_factor), Fp4::pair<2>(second[set], v_factor),
-                         Fp4::pair<3>(first[set], w_factor), Fp4::pair<3>(second[set], v_factor)};
+    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d.of[slice][0], front, x[set][slice][0], x[set][slice][1]);
+    const u32 back[4] = {first.pair<2>(set, w_factor), second.pair<2>(set, v_factor),
+                         first.pair<3>(set, w_factor), second.pair<3>(set, v_factor)};
 #pragma unroll
-    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d.of[slice][(set * 2 + 1) % CHAINS], back, x[set][slice][2], x[set][slice][3]);
+    for (u32 slice = 0; slice < SLICES; ++slice) mma(Bf16(), d.of[slice][1], back, x[set][slice][2], x[set][slice][3]);
   }
 }
 
 // The sums of such a product, in so many parts, to where those of other products lie: of rows and pairs of features.
-template <u32 CHAINS, u32 PARTS> __device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, const PairSums<CHAINS> (&sums)[PARTS], u32 lane) {
+template <u32 PARTS> __device__ __forceinline__ void store_pair(WarpSums& first, WarpSums& second, const PairSums (&sums)[PARTS], u32 lane) {
   const u32 at = lane % 4 * (2 * OCTET) + lane / 4;  // row 2t, feature g
 #pragma unroll
   for (u32 slice = 0; slice < SLICES; ++slice) {
-    static_assert(CHAINS == 2 || CHAINS == 4);
+    static_assert(CHAINS == 2);
     float total[4];
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
+      total[i] = 0.f;
 #pragma unroll
-      for (u32 part = 0; part < PARTS; ++part) {
-        const float(&d)[CHAINS][4] = sums[part].of[slice];
-        float of = d[0][i] + d[1][i];
-        if constexpr (CHAINS == 4) of += d[2][i] + d[3][i];
-        total[i] = part == 0 ? of * Fp4::UNIT : total[i] + of * Fp4::UNIT;
-      }
+      for (u32 part = 0; part < PARTS; ++part) total[i] += sums[part].of[slice][0][i] + sums[part].of[slice][1][i];
+      total[i] *= Fp4::UNIT;
     }
     float* const to = reinterpret_cast<float*>(&first[slice]);
     float* const also = reinterpret_cast<float*>(&second[slice]);
@@ -635,11 +632,11 @@ template <u32 CHAINS, u32 PARTS> __device__ __forceinline__ void store_pair(Warp
 
 // Products of one block of FP4 and the activations, onto the sums of a chain.
 template <class F> __device__ __forceinline__ void multiply_codes(Chain& chain, const u32 (&x)[4][SLICES][4], const uint4& w, const F& factors) {
-  const u32 words[4] = {w.x, w.y, w.z, w.w};
+  const Fp4::Words words(w);
 #pragma unroll
   for (u32 set = 0; set < 4; ++set) {
     const u32 factor = factors.of(set);
-    chain.add(Bf16(), x[set], Fp4::pair<0>(words[set], factor), Fp4::pair<1>(words[set], factor), Fp4::pair<2>(words[set], factor), Fp4::pair<3>(words[set], factor));
+    chain.add(Bf16(), x[set], words.pair<0>(set, factor), words.pair<1>(set, factor), words.pair<2>(set, factor), words.pair<3>(set, factor));
   }
 }
 
@@ -667,7 +664,7 @@ template <class S, u32 OCTETS> __device__ __forceinline__ void multiply_fp4(Cons
   static_assert(OCTETS <= 2);
   const u32 warp = T::warp(), lane = anew(lane_id());
   Chain chain[CHAINS];  // of an octet
-  PairSums<4> pair[1];  // of two
+  PairSums pair[1];     // of two
 #pragma unroll
   for (u32 s = 0; s < COUNT; ++s) {
     const u8* slot[OCTETS];
@@ -713,7 +710,7 @@ template <class S> __device__ __forceinline__ void multiply_joined(Consumer& b, 
   const u8* slot[Slots<S>::OF_TILE];
 #pragma unroll
   for (u32 s = 0; s <= last(0); ++s) slot[s] = begin[s];
-  PairSums<4> pair[1];
+  PairSums pair[1];
 #pragma unroll
   for (u32 round = 0; round < S::BLOCKS / T::WARPS; ++round) {
     if (round > 0 && last(round) > last(round - 1)) slot[last(round)] = b.wait_slot(last(round));
@@ -770,7 +767,7 @@ template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer&
   WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS) + T::expert() + warp;
 #pragma unroll 1
   for (u32 octet = 0; own && octet < S::TILE_OCTETS; octet += 2) {
-    PairSums<2> pair[T::EXPERTS];  // fewer chains are fewer sums of sums, and a tile is short
+    PairSums pair[T::EXPERTS];
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i) {
       const bool there = (i + 1) * T::WARPS <= S::BLOCKS || i * T::WARPS + warp < S::BLOCKS;

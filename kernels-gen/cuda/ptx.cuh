@@ -195,6 +195,13 @@ __device__ __forceinline__ float reciprocal_root(float v) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
+// The bits of `ones` where `mask` has ones, and else those of `zeros`, in one instruction: left to itself the compiler makes
+// it two.
+__device__ __forceinline__ u32 merge_bits(u32 mask, u32 ones, u32 zeros) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(ones), "r"(zeros));
+  return r;
+}
 // Products of two pairs of bfloat16, rounded to nearest even; the third operand is -0, which adds nothing.
 __device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {
   u32 r;

@@ -43,7 +43,7 @@ use router::{RouterScores, lay_router};
 use scaled::{FP8_ROWS, Scaled, Wanted, block_fp8, check_codes, gather};
 
 /// Raised whenever the layout of the file or the packing of a format changes.
-pub const PACKED_VERSION: u32 = 3;
+pub const PACKED_VERSION: u32 = 4;
 
 /// Where the weights start in the file: a page, so that they can be mapped aligned.
 const DATA_OFFSET: usize = 4096;

@@ -87,6 +87,7 @@ __device__ __forceinline__ float widen_bf16(u16 bits) { return __uint_as_float((
 __device__ __forceinline__ float power_of_two(float v) { return exp2f(v); }
 __device__ __forceinline__ float reciprocal(float v) { return 1.f / v; }
 __device__ __forceinline__ float reciprocal_root(float v) { return 1.f / sqrtf(v); }
+__device__ __forceinline__ u32 merge_bits(u32 mask, u32 ones, u32 zeros) { return (mask & ones) | (~mask & zeros); }
 __device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {
   return pack_bf16(widen_bf16((u16)a) * widen_bf16((u16)b), widen_bf16((u16)(a >> 16)) * widen_bf16((u16)(b >> 16)));
 }

@@ -184,15 +184,22 @@ fn open(format: Format, k: usize, bytes: &[u8], octet: usize, scales: &[u8]) -> 
                     e4m3_to_f32(code as u8) * f32::from_le_bytes(scale)
                 }
                 Format::MXFP4 | Format::NVFP4 => {
-                    let word = u32::from_le_bytes(piece[at / 8 * 4..][..4].try_into().unwrap());
-                    let half = word >> (at % 2 * 16);
-                    let bit = |number: u32| half >> number & 1;
-                    let (sign, magnitude) = match at % 8 / 2 {
-                        0 => (bit(15), half >> 6 & 7),
-                        1 => (bit(12), half >> 3 & 7),
-                        2 => (bit(13), half & 7),
-                        _ => (bit(14), half >> 9 & 7),
+                    // The tables in `octet.rs`: halves of two words, and what both have of their last columns.
+                    let halves: [u32; 4] = std::array::from_fn(|n| {
+                        let bytes = &piece[at / 16 * 8 + n * 2..][..2];
+                        u32::from(u16::from_le_bytes(bytes.try_into().unwrap()))
+                    });
+                    let rest = |half: usize| halves[half] & 0x0c18 | (halves[2 + half] & 0x0c18) << 2;
+                    let (word, half) = (at % 16 / 8, at % 2);
+                    let (own, other) = (halves[word * 2 + half], halves[word * 2 + 1 - half]);
+                    let (sign, magnitude) = match (at % 8 / 2, word) {
+                        (0, _) => (own >> 15, own >> 6),
+                        (1, _) => (own >> 9, own),
+                        (2, _) => (other >> 5, own >> 12),
+                        (_, 0) => (rest(half) >> 13, rest(half) >> 4),
+                        _ => (rest(1 - half) >> 3, rest(half) >> 10),
                     };
+                    let (sign, magnitude) = (sign & 1, magnitude & 7);
                     let code = e2m1_to_f32((sign << 3 | magnitude) as u8);
                     if format == Format::MXFP4 {
                         let scale = block[OCTET_BLOCK + feature * 4 + at / 32];
