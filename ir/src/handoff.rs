@@ -31,6 +31,7 @@ const WIDEST: [usize; 2] = [16, 8];
 const WIDEST_HEAD: usize = 128;
 
 const HALVES: [Format; 2] = [Format::BF16, Format::F16];
+const FP4: [Format; 2] = [Format::MXFP4, Format::NVFP4];
 const FP8: [Format; 3] = [Format::FP8_BLOCK, Format::FP8_1X128, Format::FP8_CHANNEL];
 
 /// What a stage of the step has to do with mailboxes.
@@ -56,9 +57,9 @@ fn looks(kind: &Kind) -> bool {
     match kind {
         Kind::Attention(_) => true,
         Kind::Gemm(gemm) => HALVES.contains(&gemm.format) || FP8.contains(&gemm.format),
-        // Behind a router's stage what the rows themselves are was there before. (The second product does not look: with
-        // one row of Qwen3-30B-A3B in bf16 that took 1.83 ms in place of 1.79.)
-        Kind::Experts(experts) => experts.route.is_some(),
+        // Behind a router's stage what the rows themselves are was there before. (The second product of halves does not look:
+        // with one row of Qwen3-30B-A3B in bf16 that took 1.83 ms in place of 1.79.)
+        Kind::Experts(experts) => experts.route.is_some() || FP4.contains(&experts.gemm.format),
         _ => false,
     }
 }
@@ -79,8 +80,8 @@ fn reads(program: &ResidentProgram, kind: &Kind) -> Vec<(BufferId, bool)> {
             reads
         }
         Kind::Experts(Experts { gemm, route, .. }) => {
-            // Where no router stands in front of them, the rows are as new as the scores.
-            let looks = route.as_ref().is_some_and(|route| route.unscaled.is_some());
+            // Where no router stands in front of them, the rows are as new as the scores. Those of the second product are new.
+            let looks = route.as_ref().is_none_or(|route| route.unscaled.is_some());
             let squares = gemm.prepared.map(|prepared| prepared.squares);
             let mut reads: Vec<_> = [gemm.input].into_iter().chain(squares).map(|id| (id, looks)).collect();
             reads.extend(route.as_ref().map(|route| (route.scores, true)));

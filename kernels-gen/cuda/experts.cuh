@@ -703,10 +703,16 @@ __device__ __forceinline__ void multiply_runs(Consumer& b, const Runs<S>& deal, 
 #pragma unroll 1
   for (u32 item = T::group();; item += T::GROUPS) {
     if constexpr (AHEAD) {
+      if constexpr (S::CHECKED) {
+#pragma unroll 1
+        while (b.late(row_word<S>(ahead))) load(ahead, item);
+      }
       a = ahead;
       load(ahead, item + T::GROUPS);
     } else {
-      load(a, item);
+      do {
+        load(a, item);
+      } while (S::CHECKED && b.late(row_word<S>(a)));
     }
     // While the rows come.
     if constexpr (T::GROUPS > 1) pass_tiles<S>(b, (least(item, items) - next) * deal.run);
@@ -728,17 +734,22 @@ template <class S, class Rows> __device__ __forceinline__ void multiply_tiles_of
   u32 at = T::group();  // of the item that is loaded, among its tile's; a division would take as long as a tile
   Activations<S> ahead;
   bool own = false;  // whether these are of an expert
+  u32 expert = 0;    // and its number
   auto load_ahead = [&](u32 item) {
 #pragma unroll 1
     while (item < items && at >= slots) at -= slots;
-    const u32 number = at * T::EXPERTS + T::expert();
-    own = item < items && number < count;
-    rows(ahead, own, number);
+    expert = at * T::EXPERTS + T::expert();
+    own = item < items && expert < count;
+    rows(ahead, own, expert);
     at += T::GROUPS;
   };
   load_ahead(T::group());
 #pragma unroll 1
   for (u32 item = T::group();; item += T::GROUPS) {
+    if constexpr (S::CHECKED) {
+#pragma unroll 1
+      while (b.late(row_word<S>(ahead))) rows(ahead, own, expert);
+    }
     const Activations<S> a = ahead;
     const bool mine = own;
     if constexpr (T::ROWS_AHEAD) load_ahead(item + T::GROUPS);
