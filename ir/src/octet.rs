@@ -28,17 +28,17 @@
 //! | columns 4 and 5 | | eem | | | | s' | | |
 //! | columns 6 and 7 | | | x | | | | x | |
 //!
-//! Turned to where columns 0 and 1 are, by 0, 6 and 10 bits to the left, and masked, a code is a bfloat16 that is `2^126`
-//! times too small. `s'` is of the other half, since the whole word is turned. No four columns' places are such that each
-//! would be turned to the same bits, so the last ones of two words are put together: bits 3, 4, 10 and 11 of the first one,
-//! and those of the second two bits further to the left. Of what comes out
+//! Brought to where columns 0 and 1 are, by a shift of 6 bits to the left or a turn of 6 to the right, and masked, a code is a
+//! bfloat16 that is `2^126` times too small. `s'` is of the other half, since the whole word is turned. The places of four codes
+//! that one turn each brings there do not fit a half, so the last columns of two words (`x`) are put together: bits 3, 4, 10 and
+//! 11 of the first one, and those of the second two bits further to the left. Of what comes out
 //!
 //! | bit | 13 | 12 11 10 | 6 5 4 | 3 |
 //! | --- | --- | --- | --- | --- |
 //! | columns 6 and 7 of the first | s | | eem | |
 //! | columns 6 and 7 of the second | | eem | | s' |
 //!
-//! the former are turned by 2 bits, the latter by 12. In all that is 16 instructions for 16 columns, where a word by itself
+//! the former are shifted by 2 bits to the left, the latter turned by 4 to the right. In all that is 16 instructions for 16 columns, where a word by itself
 //! needs 11 for 8 at least.
 //! The lanes' scales follow the codes of a block, a byte each, as the exponent of the bfloat16 that makes up
 //! for it but for `2^64`, which a kernel multiplies into its sums: no product leaves the range of bfloat16.

@@ -234,6 +234,17 @@ fn wide_steps_of_long_rows() {
     }
 }
 
+/// Rows for a norm that are longer than a part, and of more squares than a warp asks for at a time.
+#[test]
+fn wide_steps_of_long_norms() {
+    for (hidden, step_rows) in [(2056, 32), (4104, 16)] {
+        let simulation = Simulation::new(&long(hidden, 16), Format::BF16, None, sizes(step_rows));
+        let weights = Weights(&simulation);
+        let mut interpreter = Interpreter::new(&simulation.graph, &weights).unwrap();
+        check_step(&simulation, &mut interpreter, &wide_rows(step_rows), [0, 1], 0.03);
+    }
+}
+
 /// Several octets a tile: their sums over all experts stay in control's registers, of two slices.
 #[test]
 fn wide_steps_of_short_experts() {
@@ -303,6 +314,15 @@ fn wide_tiles_of_experts() {
         check_long(&config, Format::BF16, Some(experts), 0.03);
         check_widths(&config, Format::BF16, Some(experts), &[16]);
     }
+}
+
+/// Rows of an expert so long that there are no registers for the next one's, of words that may be late.
+#[test]
+fn long_experts() {
+    let mut config = short_experts();
+    config["hidden_size"] = 64.into();
+    config["moe_intermediate_size"] = 4200.into();
+    check_long(&config, Format::BF16, Some(Format::MXFP4), 0.03);
 }
 
 /// Pairs of octets that come as one: both in a slot, and in three slots of which they share the second.
