@@ -9,8 +9,8 @@
 //! what says so does not wait for what they wrote.
 //!
 //! Looking at words costs instructions, and a look that comes too early costs another way to memory. Mostly that is less
-//! than what it saves; it is more in steps of many rows (with codes more than 8 were not tried), and beside attention of
-//! wide heads, which has more text than any other (`ARCHITECTURE.md`).
+//! than what it saves; it is more in steps of many rows (with codes more than 8 were not tried), and in attention of wide
+//! heads, which has more text than any other (`ARCHITECTURE.md`).
 //!
 //! What a stage reads of stages further back has no such words. It is ordered as ever: every SM also releases what it
 //! wrote, beside its work, and nobody begins the results of a stage before all SMs have released the stage before. So a
@@ -27,7 +27,7 @@ use crate::stages::{BufferElem, BufferId};
 /// Rows of a step, at most, that look at words: where all products are of halves, and where some are of codes.
 const WIDEST: [usize; 2] = [16, 8];
 
-/// Columns of a key, at most, of a kernel that looks at words.
+/// Columns of a key, at most, of attention that looks at words.
 const WIDEST_HEAD: usize = 128;
 
 const HALVES: [Format; 2] = [Format::BF16, Format::F16];
@@ -172,12 +172,13 @@ impl ResidentProgram {
         let mut handoffs = vec![Handoff::default(); sequence.len()];
         let codes = |kind: &Kind| kind.gemm().is_some_and(|gemm| !HALVES.contains(&gemm.format));
         let codes = sequence.iter().any(|(_, _, stage)| codes(&stage.kind));
-        if self.step_rows > WIDEST[usize::from(codes)] || self.kv.qk_dim > WIDEST_HEAD {
+        if self.step_rows > WIDEST[usize::from(codes)] {
             return handoffs;
         }
         let mut checked = vec![false; self.buffers.len()];
         for (number, (_, _, stage)) in sequence.iter().enumerate().skip(2) {
-            if !looks(&stage.kind) {
+            let wide = matches!(stage.kind, Kind::Attention(_)) && self.kv.qk_dim > WIDEST_HEAD;
+            if wide || !looks(&stage.kind) {
                 continue;
             }
             let fresh = |id: &BufferId| {
