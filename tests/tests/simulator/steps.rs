@@ -380,6 +380,41 @@ fn mimo_in_fp8_with_mxfp4() {
     check_steps(&mimo_fused(), Format::FP8_BLOCK, Some(Format::MXFP4), 1, 0.03);
 }
 
+/// Heads as wide as the real ones: attention does not look whether its words are written, but products and experts around
+/// it do; of a whole model and of a rank.
+#[test]
+fn mimo_with_wide_heads() {
+    let mut config = mimo_fused();
+    for (key, value) in [
+        ("num_attention_heads", 4),
+        ("num_key_value_heads", 2),
+        ("swa_num_key_value_heads", 4),
+        ("head_dim", 192),
+        ("v_head_dim", 128),
+        ("intermediate_size", 256),
+        ("moe_intermediate_size", 64),
+    ] {
+        config[key] = value.into();
+    }
+    for weights in [Format::FP8_BLOCK, Format::BF16] {
+        let program = Simulation::new(&config, weights, Some(Format::MXFP4), sizes(8)).program;
+        let handoffs = program.handoffs();
+        let checked = |kind: fn(&Kind) -> bool| {
+            let stages = program.sequence();
+            stages
+                .iter()
+                .zip(&handoffs)
+                .any(|((_, _, stage), handoff)| kind(&stage.kind) && handoff.checked())
+        };
+        assert!(!checked(|kind| matches!(kind, Kind::Attention(_))));
+        assert!(
+            checked(|kind| matches!(kind, Kind::Gemm(_))) && checked(|kind| matches!(kind, Kind::Experts(_)))
+        );
+        check_steps(&config, weights, Some(Format::MXFP4), 1, 0.03);
+    }
+    check_ranks(&config, Format::FP8_BLOCK, Format::MXFP4, 0.03);
+}
+
 /// Two layers with experts and as many KV heads share a text, though they differ in windows, rotations and sinks.
 #[test]
 fn layers_of_mimo_that_share_a_text() {
