@@ -114,6 +114,12 @@ struct Shared {
   float row_scale[STEP_ROWS];   // that the sums of a row's products are multiplied by
 };
 
+enum Role : u32 {
+  LOADER_SLOT = 1, CONSUMER_WEIGHTS = 2, CONSUMER_INPUTS = 3, CONSUMER_SUMS = 4, CONTROL_CONSUMERS = 5, CONTROL_SMS = 6,
+  LOADER_ROUTES = 7, CONTROL_ROUTES = 8, CONTROL_WRITES = 9, LOADER_STEP = 10, CONTROL_LOADER = 11, LOADER_FORECAST = 12,
+  CONSUMER_FORECAST = 13
+};
+
 // Kinds of steps of a round (round.cuh), in their order.
 enum RoundStep : u32 { BLOCK_STEP, MODEL_STEP, INJECT_STEP };
 
@@ -151,6 +157,13 @@ struct Block {
   // Buffer of a tile's sums, of so many warps.
   __device__ __forceinline__ WarpSums* sums(u32 buffer, u32 warps) const { return reinterpret_cast<WarpSums*>(scratch) + buffer * warps; }
 
+  // Whether any of the warp's words, of which this is each lane's largest, is late, so that they are to be asked for again.
+  __device__ __forceinline__ bool late(u32 word) const {
+    if (!__any_sync(~0u, word == LATE)) return false;
+    shared.waiting[anew(warp_id())] = CONSUMER_INPUTS;
+    return true;
+  }
+
   // Tiles of a stage are dealt out round robin, and the next stage goes on where this one stopped, so
   // that every SM streams the same number of tiles, give or take one, over the whole step.
   __device__ __forceinline__ u32 first_tile() const { return rotation; }
@@ -159,12 +172,6 @@ struct Block {
     const u32 next = rotation + gridDim.x - tiles % gridDim.x;
     rotation = anew(next >= gridDim.x ? next - gridDim.x : next);
   }
-};
-
-enum Role : u32 {
-  LOADER_SLOT = 1, CONSUMER_WEIGHTS = 2, CONSUMER_INPUTS = 3, CONSUMER_SUMS = 4, CONTROL_CONSUMERS = 5, CONTROL_SMS = 6,
-  LOADER_ROUTES = 7, CONTROL_ROUTES = 8, CONTROL_WRITES = 9, LOADER_STEP = 10, CONTROL_LOADER = 11, LOADER_FORECAST = 12,
-  CONSUMER_FORECAST = 13
 };
 
 // What control sends the watchdog for.
@@ -478,12 +485,6 @@ struct Consumer : Block {
   // What this warp has of `row_scale` is there, for tiles that not all consumers arrive at.
   __device__ __forceinline__ void pass_scales() {
     if (lane_id() == 0) barrier_arrive(&shared.scaled);
-  }
-  // Whether any of the warp's words, of which this is each lane's largest, is late, so that they are to be asked for again.
-  __device__ __forceinline__ bool late(u32 word) const {
-    if (!__any_sync(~0u, word == LATE)) return false;
-    shared.waiting[anew(warp_id())] = CONSUMER_INPUTS;
-    return true;
   }
   // All that this warp reads and writes in the stage is read and written.
   __device__ __forceinline__ void finish_stage() {

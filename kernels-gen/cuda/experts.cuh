@@ -345,11 +345,34 @@ __device__ __forceinline__ u32 mixed(u32 a, u32 b) {
   return x ^ x >> 13;
 }
 
-// The experts of a row and their weights; a warp. Lane l looks after the experts l, l + 32, ..., whose keys lie in shared
-// memory: in registers each of them would have instructions of its own, ten kilobytes in all, which are cold in
-// every layer and cost more than the choice. The n-th chosen one is lane n's.
-template <class R> __device__ __forceinline__ void choose_row(const Consumer& b, Routes& routes, u32 row) {
-  constexpr u32 EACH = (R::EXPERTS + LANES - 1) / LANES;
+// What a lane's experts l, l + 32, ... have beside a row: it is asked for in front of the wait for the rows, since it comes
+// from far away.
+template <class R> struct Offsets {
+  static constexpr u32 EACH = (R::EXPERTS + LANES - 1) / LANES;
+  float bias[EACH] = {}, correction[EACH] = {};
+  __device__ __forceinline__ void load(const Block& b) {
+    if constexpr (R::UNSCALED) {
+#pragma unroll
+      for (u32 i = 0; i < EACH; ++i) {
+        const u32 expert = least(i * LANES + lane_id(), R::EXPERTS - 1);
+        if (R::bias(b)) bias[i] = R::bias(b)[expert];
+        if (R::correction(b)) correction[i] = R::correction(b)[expert];
+      }
+    }
+  }
+};
+
+// The score of an expert, once more: but for scores beside what is compared, some lane has seen it, so it is not late.
+template <class R> __device__ __forceinline__ float score_of(const Block& b, u32 row, u32 expert) {
+  float score = take1<R::CHECKED>(R::scores(b) + row * R::STRIDE + expert);
+  if constexpr (R::UNSCALED) score = fmaf(score, b.shared.row_scale[row], R::bias(b) ? R::bias(b)[expert] : 0.f);
+  return score;
+}
+
+// The experts of a row; a warp. Lane l looks after the experts l, l + 32, ..., whose keys lie in shared memory: in registers each
+// of them would have instructions of its own, ten kilobytes in all, which are cold in every layer and cost more than the choice.
+template <class R> __device__ __forceinline__ void choose_row(const Consumer& b, Routes& routes, u32 row, const Offsets<R>& offsets) {
+  constexpr u32 EACH = Offsets<R>::EACH;
   static_assert(R::SLOTS <= LANES && SLICE_ROWS * LANES * (EACH * sizeof(u32) + sizeof(uint2)) <= SCRATCH_BYTES - SCALE_BYTES);
   const u32 lane = lane_id();
   const float* const scores = R::scores(b) + row * R::STRIDE;
@@ -366,14 +389,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   auto there = [&](u32 i) { return (i + 1) * LANES <= R::EXPERTS || i * LANES + lane < R::EXPERTS; };
   // All loads together: one after the other they would take a thousand cycles each.
   auto expert_of = [&](u32 i) { return there(i) ? i * LANES + lane : R::EXPERTS - 1; };
-  float loaded[EACH], bias[EACH] = {}, correction[EACH] = {};
-  if constexpr (R::UNSCALED) {
-#pragma unroll
-    for (u32 i = 0; i < EACH; ++i) {
-      if (R::bias(b)) bias[i] = R::bias(b)[expert_of(i)];
-      if (R::correction(b)) correction[i] = R::correction(b)[expert_of(i)];
-    }
-  }
+  float loaded[EACH];
   float scale = 1.f;
   u32 words;
   do {
@@ -389,18 +405,12 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
 #pragma unroll
     for (u32 i = 0; i < EACH; ++i) words = largest_word(words, __float_as_uint(loaded[i]));
   } while (R::CHECKED && b.late(words));
-  // The score of an expert, once more: but for scores beside what is compared, some lane has seen it, so it is not late.
-  auto score_of = [&](u32 expert) {
-    float score = take1<R::CHECKED>(scores + expert);
-    if constexpr (R::UNSCALED) score = fmaf(score, scale, R::bias(b) ? R::bias(b)[expert] : 0.f);
-    return score;
-  };
   if constexpr (R::UNSCALED) {
     if (lane == 0) b.shared.row_scale[row] = scale;
 #pragma unroll
     for (u32 i = 0; i < EACH; ++i) {
-      loaded[i] = fmaf(loaded[i], scale, bias[i]);
-      if constexpr (R::SCORING == SIGMOID) loaded[i] = sigmoid(loaded[i]) + correction[i];
+      loaded[i] = fmaf(loaded[i], scale, offsets.bias[i]);
+      if constexpr (R::SCORING == SIGMOID) loaded[i] = sigmoid(loaded[i]) + offsets.correction[i];
     }
   }
   // 0 is no expert. The addition makes -0 equal to 0.
@@ -408,7 +418,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = there(i) ? max(ordered(loaded[i] + 0.f), 1u) : 0;
   // A lane knows the largest two of its own, the lowest expert first among equals, or, behind these, none (`known`):
   // few lanes ever have to look again.
-  u32 best = 0, second = 0, at = ~0u, second_at = ~0u, known = 0, largest = 0;
+  u32 best = 0, second = 0, at = ~0u, second_at = ~0u, known = 0;
   uint2* const chosen = reinterpret_cast<uint2*>(b.scratch + SLICE_ROWS * EACH * LANES * sizeof(u32)) + row % SLICE_ROWS * LANES;
   u32 renewed = random ? 0 : ~0u;  // in front of this choice keys become random
 #pragma unroll 1
@@ -449,7 +459,6 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
       const u32 lowest = warp_min(best == top ? at : ~0u);
       holders = __ballot_sync(~0u, at == lowest);
     }
-    if (n == 0) largest = top;
     if (lane + 1 == __ffs(holders)) {
       chosen[n] = make_uint2(at, best);
       keys[at - lane] = 0;
@@ -460,15 +469,33 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   }
   __syncwarp();  // the chosen are in sight
   const u32 mine = lane < R::SLOTS ? chosen[lane].x : 0, key = lane < R::SLOTS ? chosen[lane].y : 0;
-  // Shares of the chosen, and what they are divided by.
-  const float top = from_ordered(largest);
-  // What is compared of sigmoids is another number. It is loaded only here: in the loop each round waited for it.
-  float score = from_ordered(key);
+  u32 slot = 0;  // chosen experts below this lane's
+#pragma unroll
+  for (u32 n = 0; n < R::SLOTS; n += 2) {
+    const uint4 two = *reinterpret_cast<const uint4*>(chosen + n);
+    slot += two.x < mine;
+    if (n + 1 < R::SLOTS) slot += two.z < mine;
+  }
+  if (lane < R::SLOTS) {
+    routes.weight[row][slot] = from_ordered(key);  // for `weigh_row`
+    routes.own[row][slot] = (u16)mine;
+    shared_add(&routes.chosen[row][mine / LANES], 1u << mine % LANES);
+  }
+}
+
+// What a row's experts weigh, of what was compared; a warp of control's.
+template <class R> __device__ __forceinline__ void weigh_row(const Control& b, Routes& routes, u32 row) {
+  const u32 lane = lane_id(), slot = least(lane, R::SLOTS - 1);
+  const bool random = b.args.routing != 0;
+  // What is compared of sigmoids is another number.
+  float score = routes.weight[row][slot];
   if constexpr (R::SCORING == SIGMOID) {
     do {
-      score = score_of(mine);
+      score = score_of<R>(b, row, routes.own[row][slot]);
     } while (R::CHECKED && !R::UNSCALED && b.late(__float_as_uint(score)));
   }
+  // Shares of the chosen, and what they are divided by.
+  const float top = R::SCORING == SIGMOID ? 0.f : from_ordered(warp_max(ordered(score)));
   auto share_of = [&](float score) {
     if constexpr (R::SCORING == SIGMOID) return random ? 1.f : sigmoid(score);
     return random ? 1.f : power_of_two((score - top) * LOG2_E);
@@ -478,26 +505,15 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
   if (R::SCORING == SOFTMAX && !R::RENORMALIZE) {
     sum = 0.f;
 #pragma unroll 1
-    for (u32 expert = lane; expert < R::EXPERTS; expert += LANES) sum += share_of(score_of(expert));
+    for (u32 expert = lane; expert < R::EXPERTS; expert += LANES) sum += share_of(score_of<R>(b, row, expert));
   }
   sum = warp_sum(sum);
   if (R::SCORING == SIGMOID) sum = R::RENORMALIZE ? sum + 1e-20f : 1.f;
-  u32 slot = 0;  // chosen experts below this lane's
-#pragma unroll
-  for (u32 n = 0; n < R::SLOTS; n += 2) {
-    const uint4 two = *reinterpret_cast<const uint4*>(chosen + n);
-    slot += two.x < mine;
-    if (n + 1 < R::SLOTS) slot += two.z < mine;
-  }
-  if (lane < R::SLOTS) {
-    routes.weight[row][slot] = share / sum * R::FACTOR;
-    routes.own[row][slot] = (u16)mine;
-    shared_add(&routes.chosen[row][mine / LANES], 1u << mine % LANES);
-  }
+  if (lane < R::SLOTS) routes.weight[row][lane] = share / sum * R::FACTOR;
 }
 
 // Every consumer warp: the experts of all rows, and those that any of them chose.
-template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
+template <class R> __device__ __forceinline__ void choose_experts(Consumer& b, const Offsets<R>& offsets) {
   constexpr u32 WORDS = (R::EXPERTS + LANES - 1) / LANES;
   Routes& routes = routes_of(b);
   const u32 warp = anew(warp_id()), lane = anew(lane_id());
@@ -505,7 +521,7 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
   if constexpr (R::FORESEEN) barrier_wait(b, &routes.forecast, routes.parity(), CONSUMER_FORECAST);
 #pragma unroll 1
   for (u32 row = warp; row < STEP_ROWS; row += SLICE_ROWS) {
-    if (row < b.rows()) choose_row<R>(b, routes, row);
+    if (row < b.rows()) choose_row<R>(b, routes, row, offsets);
     else if (lane < WORDS) routes.chosen[row][lane] = 0;
   }
   consumers_sync();
@@ -571,6 +587,13 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b) {
   __syncwarp();  // all lanes have written
   if (lane == 0) barrier_arrive(&routes.routed);  // for the loader and control
   consumers_sync();                               // for the consumers
+}
+
+// Weights are wanted in the second stage only, and control has nothing to do until the first weights have come: its two warps
+// have every other row.
+template <class R> __device__ __forceinline__ void weigh_experts(const Control& b) {
+#pragma unroll 1
+  for (u32 row = b.second; row < b.rows(); row += 2) weigh_row<R>(b, routes_of(b), row);
 }
 
 // ---- The stages, as each role sees them ------------------------------------------------------
@@ -770,8 +793,11 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
   u32 octet = 0;
   auto place = [&](u32 n) { return expert_place<S>(b, routes, n); };
   if constexpr (S::FIRST) {
+    using R = typename S::Route;
+    Offsets<R> offsets;
+    offsets.load(b);
     b.wait_inputs();
-    choose_experts<typename S::Route>(b);
+    choose_experts<R>(b, offsets);
     fetch_first_scales<S>(b, place);
     const u32 tiles = Listed<S>::count(routes) * S::TILES;
     if (b.first_tile() < tiles) {
@@ -806,7 +832,10 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
 
 template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
   const Routes& routes = routes_of(b);
-  if (S::FIRST) b.wait_routes(&routes_of(b).routed);
+  if constexpr (S::FIRST) {
+    b.wait_routes(&routes_of(b).routed);
+    weigh_experts<typename S::Route>(b);
+  }
   const u32 lane = anew(lane_id()), rows = b.rows();
   const u32 count = Listed<S>::count(routes), first = b.first_tile();
   b.pass_tiles(S::FIRST ? count * S::TILES : S::TILES);
@@ -815,7 +844,7 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
     const u32 n = Listed<S>::chosen(routes, number);
     const u32 slot = Listed<S>::FORESEEN && n == NOT_CHOSEN ? NO_SLOT : routes.slot[row][n];
     const bool active = row < rows && slot != NO_SLOT;
-    return Chosen{Listed<S>::expert(routes, number), active ? slot : NO_SLOT, active ? routes.weight[row][slot] : 0.f};
+    return Chosen{Listed<S>::expert(routes, number), active ? slot : NO_SLOT, active && !S::FIRST ? routes.weight[row][slot] : 0.f};
   };
   auto tile = [&](u32 number, u32 tile) {
     const u32 feature = tile * OCTET + 2 * (lane % 4);
