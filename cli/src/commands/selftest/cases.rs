@@ -49,6 +49,10 @@ pub const DRAFTS: std::ops::Range<usize> = SHARES.end..SHARES.end + 8;
 /// The cases stored in FP8 with scales of rows, in NVFP4, or with experts in block FP8.
 pub const SCALED: std::ops::Range<usize> = DRAFTS.end..DRAFTS.end + KIND_COUNT;
 
+/// The cases with experts behind attention of heads of 192 columns, whose keys do not come through the ring: passes of 8, 16
+/// and 32 rows.
+pub const WIDE_HEADS: std::ops::Range<usize> = SCALED.end..SCALED.end + PASS_ROWS.len();
+
 /// Rows of a pass, in turn.
 const PASS_ROWS: [usize; 3] = [8, 16, 32];
 
@@ -56,7 +60,7 @@ const PASS_ROWS: [usize; 3] = [8, 16, 32];
 pub const DRAFT_FOLDER: &str = "dflash";
 
 /// Cases in all.
-pub const CASES: usize = SCALED.end;
+pub const CASES: usize = WIDE_HEADS.end;
 
 /// Deviation of a router's scores. What a rounded input can change is then a choice between experts that
 /// weigh little.
@@ -161,6 +165,9 @@ impl Case {
         }
         if SCALED.contains(&number) {
             return Case::scaled(random, number, number - SCALED.start, PASS_ROWS[number % 3]);
+        }
+        if WIDE_HEADS.contains(&number) {
+            return Case::wide_heads(random, number, PASS_ROWS[number - WIDE_HEADS.start]);
         }
         let moe = EXPERTS.contains(&number);
         let qwen = moe || !number.is_multiple_of(2);
@@ -358,6 +365,47 @@ impl Case {
             vocab,
             shard: None,
             products: hidden * (all_heads * (head_dim + v_head_dim) + 6 * intermediate) + vocab * hidden,
+            loud: 1.0,
+            draft: None,
+        }
+    }
+
+    /// MiMo with heads as wide as its own: a dense layer with a window, and experts of FP4 behind one without.
+    fn wide_heads(mut random: Random, number: usize, pass_rows: usize) -> Case {
+        let (hidden, intermediate) = (random.pick(&[128, 200, 256]), random.pick(&[96, 256, 288]));
+        let (vocab, kv) = (random.pick(&[161, 512, 1003]), random.pick(&[KvType::F16, KvType::Bf16]));
+        let (heads, kv_heads, top_k, experts) = (8, 2, 3, 40);
+        let config = json!({
+            "architectures": ["MiMoV2ForCausalLM"], "model_type": "mimo_v2", "hidden_act": "silu",
+            "hidden_size": hidden, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": vocab,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "swa_num_key_value_heads": kv_heads,
+            "head_dim": 192, "v_head_dim": 128, "partial_rotary_factor": 0.334,
+            "layernorm_epsilon": 1e-5, "rope_theta": 5_000_000.0, "swa_rope_theta": 10_000.0,
+            "max_position_embeddings": CONTEXT, "sliding_window": 64,
+            "hybrid_layer_pattern": [1, 0], "moe_layer_freq": [0, 1],
+            "n_routed_experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": intermediate,
+            "attention_value_scale": 0.612, "attention_projection_layout": "fused_qkv",
+            "tie_word_embeddings": false, "bos_token_id": null, "eos_token_id": null,
+        });
+        let columns = 2 * (heads + kv_heads) * (192 + 128) + 3 * 256 + 3 * intermediate * top_k + experts;
+        Case {
+            name: format!(
+                "{number} mimo_v2 bf16 kv-{} {hidden}x{intermediate} {heads}/{kv_heads}x192+128 v{vocab} {top_k}of{experts} \
+                 mxfp4 r{pass_rows}",
+                kv.name()
+            ),
+            seed: random.next(),
+            config,
+            stored: Format::BF16,
+            fp8: false,
+            fp4_experts: true,
+            scaled: None,
+            pass_rows,
+            kv,
+            layers: 2,
+            vocab,
+            shard: None,
+            products: hidden * columns + vocab * hidden,
             loud: 1.0,
             draft: None,
         }

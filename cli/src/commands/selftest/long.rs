@@ -14,7 +14,7 @@ use tilec_codegen::frontends;
 use tilec_ir::abi::KvType;
 use tilec_ir::format::Format;
 use tilec_ir::plan::WeightsFrom;
-use tilec_ir::spec::{Device, Limits, ModelSpec};
+use tilec_ir::spec::{Device, Limits, ModelSpec, WeightFormat};
 use tilec_runtime::engine::{Engine, EngineOptions, RowInput, StepError};
 
 /// Spans end at multiples of so many positions, at least.
@@ -48,23 +48,56 @@ pub struct Long {
     heads: [usize; 2],
     head_dim: usize,
     kv: KvType,
+    /// Whether its feed-forward layers are experts, of FP4.
+    experts: bool,
+    /// Rows of a pass.
+    pass_rows: usize,
 }
 
-/// All of them: keys and values of a page in one slot of the ring and in two.
-pub const LONG: [Long; 2] = [
-    Long { name: "long contexts, heads of 64", heads: [8, 2], head_dim: 64, kv: KvType::Bf16 },
-    Long { name: "long contexts, heads of 128", heads: [4, 1], head_dim: 128, kv: KvType::F16 },
+/// All of them: keys and values of a page in one slot of the ring and in two, experts, and wide passes.
+pub const LONG: [Long; 5] = [
+    Long::of("long contexts, heads of 64", [8, 2], 64, KvType::Bf16, false, 8),
+    Long::of("long contexts, heads of 128", [4, 1], 128, KvType::F16, false, 8),
+    Long::of("long contexts, experts", [8, 2], 64, KvType::Bf16, true, 8),
+    Long::of("long contexts, passes of 16", [4, 1], 128, KvType::Bf16, false, 16),
+    Long::of("long contexts, experts, passes of 32", [8, 2], 64, KvType::F16, true, 32),
 ];
 
 impl Long {
+    const fn of(
+        name: &'static str,
+        heads: [usize; 2],
+        head_dim: usize,
+        kv: KvType,
+        experts: bool,
+        pass_rows: usize,
+    ) -> Long {
+        Long { name, heads, head_dim, kv, experts, pass_rows }
+    }
+
     fn config(&self) -> Value {
-        json!({
+        let mut config = json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 500,
             "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
             "num_attention_heads": self.heads[0], "num_key_value_heads": self.heads[1],
             "head_dim": self.head_dim, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
             "max_position_embeddings": CONTEXT, "tie_word_embeddings": false,
-        })
+        });
+        if self.experts {
+            config["architectures"] = json!(["Qwen3MoeForCausalLM"]);
+            config["model_type"] = "qwen3_moe".into();
+            for (key, value) in [
+                ("num_experts", 24),
+                ("num_experts_per_tok", 4),
+                ("moe_intermediate_size", 192),
+                ("decoder_sparse_step", 1),
+            ] {
+                config[key] = value.into();
+            }
+            config["norm_topk_prob"] = true.into();
+            config["mlp_only_layers"] = json!([]);
+        }
+        config
     }
 
     /// Compiles the model for a device of this architecture, in `folder`, and loads it.
@@ -77,7 +110,11 @@ impl Long {
         let mut spec = ModelSpec::for_checkpoint(folder);
         (spec.target.device, spec.target.arch) = (target.0, target.1.into());
         spec.precision.kv_cache = Some(self.kv);
-        spec.limits = Limits { sequences: LENGTHS.len(), context: Some(CONTEXT), rows: 64, pass_rows: None };
+        if self.experts {
+            spec.precision.experts = Some(WeightFormat::Converted(Format::MXFP4));
+        }
+        let pass_rows = Some(self.pass_rows);
+        spec.limits = Limits { sequences: LENGTHS.len(), context: Some(CONTEXT), rows: 64, pass_rows };
         let weights = WeightsFrom::Synthetic { seed: 3, config: config.clone(), tensors: tensors.clone() };
         let input = Input {
             name: "selftest",

@@ -1,5 +1,6 @@
 use super::cases::{
     CASES, CONTEXT, Case, DRAFTS, EXPERTS, LONG_ROWS, MIMO, NARROW_HEADS, Random, SCALED, SEQUENCES, SHARES,
+    WIDE_HEADS,
 };
 use super::checks::{Added, After, BLOCKS, Machine, PROMPT, choose, run};
 use super::compare::{Deviation, deviation, finite, same_bits};
@@ -82,7 +83,8 @@ fn the_kernels_assemble() {
     let nvrtc = Nvrtc::find().unwrap_or_else(|error| panic!("{error}"));
     let mut problems = Vec::new();
     let some = [NARROW_HEADS, LONG_ROWS, EXPERTS.start, EXPERTS.end - 1];
-    for number in (0..10).chain(some).chain(MIMO).chain(SHARES).chain(DRAFTS).chain(SCALED) {
+    for number in (0..10).chain(some).chain(MIMO).chain(SHARES).chain(DRAFTS).chain(SCALED).chain(WIDE_HEADS)
+    {
         let case = Case::new(1, number);
         for text in text(&case) {
             let options = Options { fast: true, ..Options::default() };
@@ -171,7 +173,7 @@ impl WeightSource for Noisy<'_> {
 
 /// Cases that the interpreter runs quickly, of all kinds of weights.
 fn light_cases() -> impl Iterator<Item = Case> {
-    let all = MIMO.chain(0..40).chain(EXPERTS).chain(SHARES).chain(SCALED);
+    let all = MIMO.chain(0..40).chain(EXPERTS).chain(SHARES).chain(SCALED).chain(WIDE_HEADS);
     let all = all.map(|number| Case::new(1, number));
     all.filter(|case| case.products < 1_500_000 || case.fp4_experts || case.scaled.is_some())
 }
