@@ -524,6 +524,22 @@ template <class R> __device__ __forceinline__ void choose_experts(Consumer& b, c
     if (row < b.rows()) choose_row<R>(b, routes, row, offsets);
     else if (lane < WORDS) routes.chosen[row][lane] = 0;
   }
+  // A row by itself: what it chose is all that anybody chose, and its warp need not wait for the others to say so.
+  if (!R::FORESEEN && b.rows() == 1) {
+    __syncwarp();  // the row's experts are there
+    if (warp == 0 && lane < R::SLOTS) {
+      routes.expert[lane] = routes.own[0][lane];
+      routes.slot[0][lane] = (u8)lane;
+    }
+    if (warp == 0 && lane == 0) {
+      routes.count = R::SLOTS;
+      routes.total += R::SLOTS;
+    }
+    __syncwarp();  // all lanes have written
+    if (lane == 0) barrier_arrive(&routes.routed);
+    consumers_sync();
+    return;
+  }
   consumers_sync();
   u32 all = 0;
   if (lane < WORDS) {
