@@ -6,7 +6,7 @@
 //   control    1 warp:  adds up the consumers' partial sums, runs the epilogues, publishes the
 //                       results, and waits for the other SMs
 //   second     1 warp:  runs every other epilogue beside control, and deals out attention when a step begins
-//   watchdog   1 warp:  releases what the SM wrote behind checked crossings, and foresees experts (experts.cuh);
+//   watchdog   1 warp:  releases what the SM wrote behind checked crossings, and foresees experts (router.cuh);
 //                       ends a launch in which nothing happens any more, and says who waits for what
 //
 // Every stage ends with a crossing: each SM adds one to `Sync::arrived` when all that it makes in the

@@ -122,6 +122,6 @@ template <class T> __device__ __forceinline__ u16 narrow(float v) { return (u16)
 template <class T> __device__ __forceinline__ float widen(u16 v) { return T::low((u32)v); }
 
 // D (16 x 8) += A (16 rows x 16 columns) x B (16 columns x 8 features). The rows do not touch each
-// other: A's upper and lower half are rows of two slices, or the same rows at other columns: see gemm.cuh.
+// other: A's upper and lower half are rows of two slices, or the same rows at other columns: see products.cuh.
 __device__ __forceinline__ void mma(Bf16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(d, a, b0, b1); }
 __device__ __forceinline__ void mma(F16, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(d, a, b0, b1); }

@@ -140,7 +140,7 @@ template <class A> __device__ __forceinline__ void deal_sweeps(const Block& b) {
     const u32 most = groups == 0 ? 0 : list == 1 ? last_cost : far > 0 ? far_cost : near > 0 ? near_cost : 0;
     const u32 costs_before = sum_before(groups * cost), costs = __shfl_sync(~0u, costs_before + groups * cost, LANES - 1);
     // An SM has those that begin in its share of all costs. Few units are the first SMs', since the last ones have a
-    // router's scores to make (experts.cuh); of the second list SMs without units of the first come first.
+    // router's scores to make (router.cuh); of the second list SMs without units of the first come first.
     const u32 share = max(max((costs + gridDim.x - 1) / gridDim.x, warp_max(most)), 1u);
     const u32 place = (blockIdx.x + gridDim.x - taken) % gridDim.x;
     u32 bounds[2];  // numbers of the first and of the one behind the last

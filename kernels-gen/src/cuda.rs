@@ -31,10 +31,23 @@ pub const ROWS: Header = Header { name: "rows.cuh", text: include_str!("../cuda/
 /// Rows on their way from a maker to the products behind a norm. Behind [`ROWS`] and the tables of the step.
 pub const PREPARED: Header = Header { name: "prepared.cuh", text: include_str!("../cuda/prepared.cuh") };
 
-/// Rows times streamed weights. Behind [`PREPARED`].
+/// Who multiplies a tile, and how it passes through the ring. Behind [`PREPARED`].
+pub const TEAMS: Header = Header { name: "teams.cuh", text: include_str!("../cuda/teams.cuh") };
+
+/// Rows as activations in registers. Behind [`TEAMS`].
+pub const ACTIVATIONS: Header =
+    Header { name: "activations.cuh", text: include_str!("../cuda/activations.cuh") };
+
+/// Tensor-core products of a block of weights. Behind [`ACTIVATIONS`].
+pub const PRODUCTS: Header = Header { name: "products.cuh", text: include_str!("../cuda/products.cuh") };
+
+/// Rows times streamed weights. Behind [`PRODUCTS`].
 pub const GEMM: Header = Header { name: "gemm.cuh", text: include_str!("../cuda/gemm.cuh") };
 
-/// Products with the experts that a step's rows choose. Behind [`GEMM`].
+/// Scores of experts, their forecast, and the choice. Behind [`GEMM`].
+pub const ROUTER: Header = Header { name: "router.cuh", text: include_str!("../cuda/router.cuh") };
+
+/// Products with the experts that a step's rows choose. Behind [`ROUTER`].
 pub const EXPERTS: Header = Header { name: "experts.cuh", text: include_str!("../cuda/experts.cuh") };
 
 /// What attention goes by, and the cache's way through the ring. Behind [`BLOCK`].

@@ -8,7 +8,7 @@
 //!
 //! The scores of the row before say something by themselves: attention mostly adds little to a row, so the experts that
 //! these would choose are mostly those that are chosen. Where experts are multiplied faster than they stream, they are
-//! foreseen, and weights stream before the choice is made (`experts.cuh`).
+//! foreseen, and weights stream before the choice is made (`router.cuh`).
 //!
 //! The product multiplies in bfloat16, so each expert has two features, what is high of its weights and what is low:
 //! 17 bits, of which the last is far below what rounding attention's output to bfloat16 changes.

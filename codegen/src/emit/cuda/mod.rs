@@ -8,8 +8,8 @@ use tilec_ir::octet::octet_blocks;
 use tilec_ir::resident::{Kind, Reader, Replaced, ResidentProgram, Stage};
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ATTENTION, CHUNKS, CONTEXT, CONV, EXPERTS, GEMM, Header, PREPARED, ROUND, ROWS, SAMPLE, SELECTOR, STEP,
-    SWEEPS, SharedLayout, UNITS,
+    ACTIVATIONS, ATTENTION, CHUNKS, CONTEXT, CONV, EXPERTS, GEMM, Header, PREPARED, PRODUCTS, ROUND, ROUTER,
+    ROWS, SAMPLE, SELECTOR, STEP, SWEEPS, SharedLayout, TEAMS, UNITS,
 };
 
 use super::merge::merge_layers;
@@ -216,8 +216,12 @@ fn emit_parts(
         }
     }
     out.header(&PREPARED);
+    out.header(&TEAMS);
+    out.header(&ACTIVATIONS);
+    out.header(&PRODUCTS);
     out.header(&GEMM);
     if needs.experts > 0 {
+        out.header(&ROUTER);
         out.header(&EXPERTS);
     }
     let any = |of: fn(&Kind) -> bool| {
