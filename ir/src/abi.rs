@@ -2,6 +2,7 @@
 //! of the memory behind its pointers. Version [`ABI_VERSION`] is part of every plan.
 
 use crate::format::ACT_BLOCK;
+use std::fmt;
 
 /// Raised whenever [`StepArgs`] or a layout behind it changes.
 pub const ABI_VERSION: u32 = 2;
@@ -109,6 +110,18 @@ pub struct KvLayout {
     pub v_dim: usize,
     /// Positions in a page, a multiple of [`KV_GROUP`].
     pub page_tokens: usize,
+}
+
+/// As the text forms of programs have it.
+impl fmt::Display for KvLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let KvLayout { kv_type, layers, kv_heads, qk_dim, v_dim, page_tokens } = self;
+        let name = kv_type.name();
+        write!(
+            f,
+            "kv {name} layers={layers} kv_heads={kv_heads} qk_dim={qk_dim} v_dim={v_dim} page_tokens={page_tokens}"
+        )
+    }
 }
 
 impl KvLayout {

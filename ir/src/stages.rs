@@ -62,6 +62,14 @@ pub struct Buffer {
     pub offset: usize,
 }
 
+/// As the text forms of programs have it.
+impl fmt::Display for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Buffer { name, rows, cols, offset, .. } = self;
+        write!(f, "buffer {name:<8} {}[{rows}, {cols}] at {offset:#x}", self.elem.name())
+    }
+}
+
 impl Buffer {
     /// Bytes of the buffer.
     pub fn bytes(&self) -> usize {
@@ -594,27 +602,9 @@ impl StageProgram {
 impl fmt::Display for StageProgram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "stages {:?} max_rows={} {{", self.name, self.max_rows)?;
-        let kv = &self.kv;
-        writeln!(
-            f,
-            "  kv {} layers={} kv_heads={} qk_dim={} v_dim={} page_tokens={}",
-            kv.kv_type.name(),
-            kv.layers,
-            kv.kv_heads,
-            kv.qk_dim,
-            kv.v_dim,
-            kv.page_tokens
-        )?;
+        writeln!(f, "  {}", self.kv)?;
         for buffer in &self.buffers {
-            writeln!(
-                f,
-                "  buffer {:<8} {}[{}, {}] at {:#x}",
-                buffer.name,
-                buffer.elem.name(),
-                buffer.rows,
-                buffer.cols,
-                buffer.offset
-            )?;
+            writeln!(f, "  {buffer}")?;
         }
         writeln!(f, "  packed {} bytes in {} items", self.packing.bytes, self.packing.items.len())?;
         self.list(f, "before the layers", &self.before)?;

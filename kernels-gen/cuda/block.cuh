@@ -4,7 +4,7 @@
 //   loader     1 warp:  streams the SM's weights into the ring, in the order of the step, never
 //                       waiting for activations
 //   control    1 warp:  adds up the consumers' partial sums, runs the epilogues, publishes the
-//                       results, and waits for the other SMs
+//                       results, and waits for the other SMs; weighs the experts that rows chose
 //   second     1 warp:  runs every other epilogue beside control, and deals out attention when a step begins
 //   watchdog   1 warp:  releases what the SM wrote behind checked crossings, and foresees experts (router.cuh);
 //                       ends a launch in which nothing happens any more, and says who waits for what

@@ -21,7 +21,7 @@
 //                        normalizes the row, then K, EPS, squares(b) (gemm.cuh), bias(b), correction(b) [EXPERTS] or null;
 //                        FORESEEN, whether there is a forecast, then EXPERT_BYTES, of the first product of an expert;
 //                        FORECAST_STRIDE, expected(b) [rows][FORECAST_STRIDE] f32, by which experts are compared for it
-//   before(), finish()   the epilogue, which is told of the expert, of the row's slot and of its weight; of tiles of
+//   before(), finish()   the epilogue, which is told of the expert, of the row's slot and, but of the first, of its weight; of tiles of
 //                        several octets, or that prepare rows, sum() where a row's sum lies, BIASED, bias() and store(),
 //                        of NVFP4 also scale() of an expert's features
 

@@ -51,7 +51,7 @@ struct Routes {
   u32 seen[FORESEES ? EXPERT_WORDS : 1];  // a bit an expert that is foreseen
   u32 chosen[STEP_ROWS][EXPERT_WORDS];    // a bit an expert
   alignas(4) u8 slot[STEP_ROWS][SLOT_WORDS * 4];  // by number in `expert`: the row's slot, or NO_SLOT
-  float weight[STEP_ROWS][MAX_SLOTS];     // by slot
+  float weight[STEP_ROWS][MAX_SLOTS];     // by slot; what was compared, until control has weighed the row
   u16 expert[MAX_CHOSEN];                 // in ascending order
   u16 order[FORESEES ? MAX_STREAMED : 1];  // experts as the first product takes them
   u16 number[FORESEES ? MAX_STREAMED : 1]; // which of the chosen each of them is, or NOT_CHOSEN

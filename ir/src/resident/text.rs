@@ -211,24 +211,9 @@ impl ResidentProgram {
 impl fmt::Display for ResidentProgram {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "resident {:?} rows={} {{", self.name, self.step_rows)?;
-        let kv = &self.kv;
-        writeln!(
-            f,
-            "  kv {} layers={} kv_heads={} qk_dim={} v_dim={} page_tokens={}",
-            kv.kv_type.name(),
-            kv.layers,
-            kv.kv_heads,
-            kv.qk_dim,
-            kv.v_dim,
-            kv.page_tokens
-        )?;
+        writeln!(f, "  {}", self.kv)?;
         for buffer in &self.buffers {
-            let (elem, rows) = (buffer.elem.name(), buffer.rows);
-            writeln!(
-                f,
-                "  buffer {:<8} {elem}[{rows}, {}] at {:#x}",
-                buffer.name, buffer.cols, buffer.offset
-            )?;
+            writeln!(f, "  {buffer}")?;
         }
         if let Some(taps) = &self.taps {
             writeln!(f, "  taps of layers {:?}, {} columns each", taps.layers, taps.cols)?;

@@ -54,27 +54,32 @@ pub struct Long {
     pass_rows: usize,
 }
 
+/// One that the others differ from.
+const PLAIN: Long = Long {
+    name: "long contexts, heads of 64",
+    heads: [8, 2],
+    head_dim: 64,
+    kv: KvType::Bf16,
+    experts: false,
+    pass_rows: 8,
+};
+
 /// All of them: keys and values of a page in one slot of the ring and in two, experts, and wide passes.
 pub const LONG: [Long; 5] = [
-    Long::of("long contexts, heads of 64", [8, 2], 64, KvType::Bf16, false, 8),
-    Long::of("long contexts, heads of 128", [4, 1], 128, KvType::F16, false, 8),
-    Long::of("long contexts, experts", [8, 2], 64, KvType::Bf16, true, 8),
-    Long::of("long contexts, passes of 16", [4, 1], 128, KvType::Bf16, false, 16),
-    Long::of("long contexts, experts, passes of 32", [8, 2], 64, KvType::F16, true, 32),
+    PLAIN,
+    Long { name: "long contexts, heads of 128", heads: [4, 1], head_dim: 128, kv: KvType::F16, ..PLAIN },
+    Long { name: "long contexts, experts", experts: true, ..PLAIN },
+    Long { name: "long contexts, passes of 16", heads: [4, 1], head_dim: 128, pass_rows: 16, ..PLAIN },
+    Long {
+        name: "long contexts, experts, passes of 32",
+        experts: true,
+        kv: KvType::F16,
+        pass_rows: 32,
+        ..PLAIN
+    },
 ];
 
 impl Long {
-    const fn of(
-        name: &'static str,
-        heads: [usize; 2],
-        head_dim: usize,
-        kv: KvType,
-        experts: bool,
-        pass_rows: usize,
-    ) -> Long {
-        Long { name, heads, head_dim, kv, experts, pass_rows }
-    }
-
     fn config(&self) -> Value {
         let mut config = json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 500,
