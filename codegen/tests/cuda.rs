@@ -224,6 +224,10 @@ fn levels_of_the_resident_kernel() {
     let experts = mixture("qwen3-moe-bf16", Format::BF16, Format::BF16);
     insta::assert_snapshot!("qwen3-moe-bf16.resident", experts.to_string());
     insta::assert_snapshot!("qwen3-moe-bf16.cuda", own_text(&experts));
+    // Its second products are dealt out in bands.
+    let experts = banded_experts();
+    insta::assert_snapshot!("gpt-oss-fp4.resident", experts.to_string());
+    insta::assert_snapshot!("gpt-oss-fp4.cuda", own_text(&experts));
     let [_, inject, block] = pair("pair", &odd_llama(), &mimo_draft(), Format::BF16, 200);
     insta::assert_snapshot!("mimo-draft.resident", format!("{inject}\n{block}"));
     let inject = emit(&inject, Arch::Sm90a).unwrap().text;
@@ -796,6 +800,54 @@ fn experts(program: &mut ResidentProgram, number: usize) -> &mut tilec_ir::resid
 /// Experts in FP4, all else in bfloat16.
 fn fp4_experts() -> ResidentProgram {
     mixture("qwen3-moe-fp4", Format::BF16, Format::MXFP4)
+}
+
+/// gpt-oss-20b, experts in FP4.
+fn banded_experts() -> ResidentProgram {
+    let sizes = resident::Sizes { context: 200, step_rows: 8 };
+    mixture_of("gpt-oss-fp4", &example("gpt-oss-20b", 24), Format::BF16, Format::MXFP4, sizes)
+}
+
+#[test]
+fn damaged_bands_are_refused() {
+    let sound = banded_experts();
+    sound.verify().unwrap();
+    let bands = experts(&mut sound.clone(), 4).bands.unwrap();
+    // 45 bands of 23 strips: 1,035 of the 1,056 warps of a large chip.
+    assert_eq!((bands.octets, bands.strips(&experts(&mut sound.clone(), 4).gemm)), (8, 1035));
+    let damages: [(&str, Damage); 5] = [
+        ("bands of other octets", |p| experts(p, 4).bands.as_mut().unwrap().octets = 4),
+        ("bands of a first product", |p| {
+            let bands = experts(p, 4).bands;
+            experts(p, 3).bands = bands;
+        }),
+        ("parts in another buffer", |p| {
+            let other = p.bodies[0][0].kind.gemm().unwrap().output;
+            experts(p, 4).bands.as_mut().unwrap().parts = other;
+        }),
+        ("bands of a format that they are not made for", |p| experts(p, 4).gemm.format = Format::BF16),
+        ("bands that no octets fill", |p| experts(p, 4).gemm.cols += 8),
+    ];
+    for (what, damage) in damages {
+        let mut damaged = sound.clone();
+        damage(&mut damaged);
+        assert!(damaged.verify().is_err(), "{what} was accepted:\n{damaged}");
+    }
+    // Consumers add to rows in place, so that behind the stage that reads these no crossing is checked.
+    let handoffs = sound.handoffs();
+    let sequence = sound.sequence();
+    let banded = |kind: &Kind| matches!(kind, Kind::Experts(experts) if experts.bands.is_some());
+    let at = sequence.iter().position(|(_, _, stage)| banded(&stage.kind)).unwrap();
+    assert!(handoffs[at].checked());
+    let mut late = sound.clone();
+    let rows = experts(&mut late, 4).gemm.output;
+    experts(&mut late, 3).route.as_mut().unwrap().scores = rows;
+    let mut of_late = late.handoffs();
+    late.verify_handoffs(&of_late).unwrap();
+    assert!(!of_late[at].checked());
+    of_late[at].checks.clone_from(&handoffs[at].checks);
+    let error = late.verify_handoffs(&of_late).unwrap_err().to_string();
+    assert!(error.contains("while other SMs read it"), "{error}");
 }
 
 /// Experts in one format, all else in another.

@@ -79,12 +79,14 @@ fn reads(program: &ResidentProgram, kind: &Kind) -> Vec<(BufferId, bool)> {
             reads.extend(attention.router.as_ref().map(|scores| (scores.input, false)));
             reads
         }
-        Kind::Experts(Experts { gemm, route, .. }) => {
+        Kind::Experts(Experts { gemm, route, bands, .. }) => {
             // Where no router stands in front of them, the rows are as new as the scores. Those of the second product are new.
             let looks = route.as_ref().is_none_or(|route| route.unscaled.is_some());
             let squares = gemm.prepared.map(|prepared| prepared.squares);
             let mut reads: Vec<_> = [gemm.input].into_iter().chain(squares).map(|id| (id, looks)).collect();
             reads.extend(route.as_ref().map(|route| (route.scores, true)));
+            // Consumers add to the rows, which nobody looks at.
+            reads.extend(bands.map(|_| (gemm.output, false)));
             reads
         }
         Kind::Scores(scores) => {
@@ -95,6 +97,15 @@ fn reads(program: &ResidentProgram, kind: &Kind) -> Vec<(BufferId, bool)> {
         Kind::Pairs(pairs) => blind(&[pairs.top.lists, pairs.hidden]),
         Kind::Walk { tokens, scores, .. } => blind(&[*tokens, *scores]),
         Kind::Embed { .. } | Kind::Taps { .. } | Kind::TopK(_) => Vec::new(),
+    }
+}
+
+/// What a stage's consumers write in place. They do not wait until all SMs have released the stage before, which therefore
+/// must not read it.
+fn written_in_place(kind: &Kind) -> Option<BufferId> {
+    match kind {
+        Kind::Experts(Experts { gemm, bands: Some(_), .. }) => Some(gemm.output),
+        _ => None,
     }
 }
 
@@ -186,6 +197,10 @@ impl ResidentProgram {
                 written.rfind(|written| *written < number) == Some(number - 1)
             };
             let fresh: Vec<_> = reads(self, &stage.kind).into_iter().filter(|(id, _)| fresh(id)).collect();
+            let before = reads(self, &sequence[number - 1].2.kind);
+            if written_in_place(&stage.kind).is_some_and(|id| before.iter().any(|(read, _)| *read == id)) {
+                continue;
+            }
             if fresh.iter().all(|(id, looks)| *looks && uses[id.0 as usize].is_mailbox()) {
                 handoffs[number].checks = fresh.into_iter().map(|(id, _)| id).collect();
                 for id in &handoffs[number].checks {
@@ -219,9 +234,12 @@ impl ResidentProgram {
             written: usize,
             /// The same since it was cleared, if it has not been written since.
             cleared: Option<usize>,
+            /// Stages since it was read.
+            read: usize,
         }
         let sequence = self.sequence();
-        let mut states = vec![State { written: usize::MAX, cleared: None }; self.buffers.len()];
+        let mut states =
+            vec![State { written: usize::MAX, cleared: None, read: usize::MAX }; self.buffers.len()];
         // Whether what is in a mailbox was cleared before it was written.
         let mut tellable = vec![false; self.buffers.len()];
         for (number, ((name, _, stage), handoff)) in
@@ -232,11 +250,17 @@ impl ResidentProgram {
             let stages = if handoff.checked() { 1 } else { 2 };
             for state in &mut states {
                 state.written = state.written.saturating_add(stages);
+                state.read = state.read.saturating_add(stages);
                 state.cleared = state.cleared.map(|since| since + stages);
             }
             let reads = reads(self, &stage.kind);
             if handoff.checked() && (number < 2 || !looks(&stage.kind)) {
                 return fail("cannot check what it reads".into());
+            }
+            if let Some(id) = written_in_place(&stage.kind)
+                && states[id.0 as usize].read < 2
+            {
+                return fail(format!("writes {} while other SMs read it", self.buffer(id).name));
             }
             for (id, looks) in &reads {
                 let (buffer, state) = (&self.buffer(*id).name, states[id.0 as usize]);
@@ -262,7 +286,10 @@ impl ResidentProgram {
                     return fail(format!("writes {} while it is cleared", self.buffer(id).name));
                 }
                 tellable[id.0 as usize] = state.cleared.is_some();
-                *state = State { written: 0, cleared: None };
+                *state = State { written: 0, cleared: None, ..*state };
+            }
+            for (id, _) in &reads {
+                states[id.0 as usize].read = 0;
             }
         }
         Ok(())

@@ -49,6 +49,9 @@
 //! times `2^62`. A code has two significant bits and a scale four, so that their product is a bfloat16. A scale that is
 //! negative has the signs of its codes turned over; that of the tensor lies apart.
 //!
+//! Octets may lie in bands, several of them block by block: the first blocks of all, then all second ones. So what the
+//! products with some columns need of many features is one piece of memory.
+//!
 //! Scales of FP8 lie apart ([`apart_scales`]): of block FP8 one for each octet and 128 columns, of formats with one
 //! scale a row, and of the tensor's of NVFP4, one for each feature. With scales for each row and 128 columns, those of
 //! the 8 features follow the codes of a block as float32.
@@ -107,6 +110,11 @@ pub const fn apart_scales(format: Format, k: usize) -> usize {
 /// Whether the scales that lie apart are the features', so that sums are multiplied by them.
 pub const fn feature_scales(format: Format) -> bool {
     apart_scales(format, 0) == OCTET
+}
+
+/// Where a block of an octet of so many lies, counted in blocks, if `band` octets are a band.
+pub const fn band_place(band: usize, blocks: usize, octet: usize, block: usize) -> usize {
+    (octet / band * blocks + block) * band + octet % band
 }
 
 /// Bytes of an octet of `k` columns, or `None` if they cannot be counted.

@@ -194,7 +194,7 @@ pub enum PackContent {
         sources: Vec<RowView>,
     },
     /// Octets of all experts, one expert behind the other. Those of an expert are the octets of its
-    /// sources, alternating as in [`PackContent::Octets`].
+    /// sources, alternating as in [`PackContent::Octets`]; in bands, if there are several octets in one.
     ExpertOctets {
         /// Format of the codes, as of [`PackContent::Octets`].
         format: Format,
@@ -206,6 +206,10 @@ pub enum PackContent {
         rows: usize,
         /// Where the features come from: one, or gate and up.
         sources: Vec<RowView>,
+        /// Octets of a band, whose first blocks lie side by side, and then their second ones
+        /// ([`crate::octet::band_place`]); 1 where octets lie one behind the other.
+        #[serde(default = "no_bands", skip_serializing_if = "is_no_bands")]
+        band: usize,
     },
     /// Scales for the features of an [`PackContent::ExpertOctets`] item that lie apart, in its order, as
     /// [`PackContent::OctetScales`]. Blocks of 128 rows of block FP8 are counted in the rows of an expert's source.
@@ -277,6 +281,16 @@ pub enum PackContent {
     },
 }
 
+/// [`PackContent::ExpertOctets`] whose octets lie one behind the other.
+const fn no_bands() -> usize {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+const fn is_no_bands(band: &usize) -> bool {
+    *band == 1
+}
+
 impl PackContent {
     /// Bytes of the content without padding, or `None` if that overflows.
     pub fn bytes(&self) -> Option<u64> {
@@ -291,7 +305,7 @@ impl PackContent {
             PackContent::Octets { format, k, octets, .. } => {
                 octet_bytes(*format, *k)?.checked_mul(*octets)?
             }
-            PackContent::ExpertOctets { format, k, experts, rows, sources } => {
+            PackContent::ExpertOctets { format, k, experts, rows, sources, .. } => {
                 let octets = rows.div_ceil(OCTET).checked_mul(sources.len())?.checked_mul(*experts)?;
                 octet_bytes(*format, *k)?.checked_mul(octets)?
             }
@@ -443,8 +457,12 @@ fn verify_content(content: &PackContent) -> Result<(), String> {
             }
             verify_experts(*experts, *rows, layout.k, sources)
         }
-        PackContent::ExpertOctets { format, k, experts, rows, sources } => {
+        PackContent::ExpertOctets { format, k, experts, rows, sources, band } => {
             verify_octet_format(*format)?;
+            let octets = rows.div_ceil(OCTET).checked_mul(sources.len());
+            if *band == 0 || octets.is_none_or(|octets| !octets.is_multiple_of(*band)) {
+                return Err(format!("{rows} rows are no bands of {band} octets"));
+            }
             verify_expert_octets(*format, *k, sources)?;
             verify_experts(*experts, *rows, *k, sources)
         }
@@ -719,7 +737,7 @@ mod tests {
     fn octets_of_experts_that_contradict_themselves_are_refused() {
         let view = RowView::whole("up.{}");
         let octets = |format, k, experts, rows, sources| {
-            let content = PackContent::ExpertOctets { format, k, experts, rows, sources };
+            let content = PackContent::ExpertOctets { format, k, experts, rows, sources, band: 1 };
             check(vec![PackItem { offset: 0, content }], 1 << 40)
         };
         for (name, format) in Format::NAMED {
@@ -764,6 +782,7 @@ mod tests {
             experts: 3,
             rows: 9,
             sources: vec![view.clone(), view],
+            band: 1,
         };
         assert_eq!(content.bytes(), Some(2 * 3 * 2 * 544));
     }

@@ -11,7 +11,7 @@
 // The second stage (down) has other rows for each expert: those that chose it, from their slots. An SM keeps
 // the same features for all experts, so that the row's sum over its experts is made by one lane, in
 // ascending order of the experts, right in the residual. What a row's neighbours choose changes only what
-// lies between its own terms, which is not added to it.
+// lies between its own terms, which is not added to it. (Of long rows of FP4 an SM has some columns as well: bands.cuh.)
 //
 // A stage S says what a product says (gemm.cuh; BLOCKS, TILES and COLS are of one expert), and
 //   FIRST                whether it makes the choice and reads rows as they are; else it reads their slots
@@ -44,7 +44,7 @@ template <class S> struct Listed<S, true> {
 // fetched once. If a tile has several, an SM has about one of them, and a tile's experts come one behind the
 // other, or two by two (`work` is told of the first): its sums stay in control's registers until all are added.
 template <class S, class Work> __device__ __forceinline__ bool second_tiles(const Block& b, u32 count, Work work) {
-  if constexpr (Team<S>::SEVERAL) {
+  if constexpr (Team<S>::SHORT) {
     for (u32 t = b.first_tile(); t < S::TILES; t += gridDim.x) {
       for (u32 number = 0; number < count; number += Team<S>::EXPERTS) {
         if (!work(number, t)) return false;
@@ -58,6 +58,13 @@ template <class S, class Work> __device__ __forceinline__ bool second_tiles(cons
     }
   }
   return true;
+}
+
+// Nothing of the layer's choice is streamed any more.
+__device__ __forceinline__ void leave_routes(Loader& b) {
+  if (!FORESEES) return;
+  if (LOADER_LANES > 1) __syncwarp();
+  if (lane_id() == 0) shared_release(&routes_of(b).loaded, b.forecasts);
 }
 
 template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, const u8* weights) {
@@ -90,11 +97,7 @@ template <class S> __device__ __forceinline__ bool stream_experts(Loader& b, con
     };
     if (!second_tiles<S>(b, count, tile)) return false;
     b.pass_tiles(S::TILES);
-    // Nothing of the layer's choice is read here any more.
-    if (FORESEES) {
-      if (LOADER_LANES > 1) __syncwarp();
-      if (lane_id() == 0) shared_release(&routes.loaded, b.forecasts);
-    }
+    leave_routes(b);
   }
   b.next_stage();
   return true;
@@ -206,8 +209,7 @@ template <class S, class Rows> __device__ __forceinline__ void multiply_tiles_of
     // While the rows come.
     if constexpr (T::GROUPS > 1) pass_tiles<S>(b, least(item, items) - next);
     if (item >= items) break;
-    if constexpr (T::SHORT) multiply_short_tile<S>(b, a, mine);
-    else multiply_wide_tile<S>(b, a);
+    multiply_short_tile<S>(b, a, mine);
     next = item + 1;
     if constexpr (!T::ROWS_AHEAD) load_ahead(item + T::GROUPS);
   }
@@ -250,7 +252,7 @@ template <class S> __device__ __forceinline__ void multiply_experts(Consumer& b)
         return Source{row < b.rows() && slot != NO_SLOT, row * S::SLOTS + slot};
       });
     };
-    if constexpr (T::SEVERAL) multiply_tiles_of_several<S>(b, deal.each, routes.count, rows);
+    if constexpr (T::SHORT) multiply_tiles_of_several<S>(b, deal.each, routes.count, rows);
     else multiply_runs<S>(b, deal, routes.count, rows, octet, place);
     b.finish_stage();
     b.pass_tiles(S::TILES);
@@ -313,26 +315,24 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
       else pass_tile<S>(b);
     }
   } else {
-    if constexpr (Team<S>::SEVERAL) {
+    if constexpr (Team<S>::SHORT) {
       // Both warps have every other octet of each tile.
-      constexpr u32 EACH = (S::TILE_OCTETS + 1) / 2;
+      constexpr u32 EACH = S::TILE_OCTETS / 2;
+      static_assert(S::TILES * S::TILE_OCTETS * OCTET == S::COLS);
       const u32 half = b.second;
       for (u32 t = first; t < S::TILES; t += gridDim.x) {
         auto feature = [&](u32 i) { return (t * S::TILE_OCTETS + half + 2 * i) * OCTET + 2 * (lane % 4); };
-        // Of an odd number of octets the second has one less.
-        auto has = [&](u32 i) { return 2 * i + 1 < S::TILE_OCTETS || half == 0; };
-        auto there = [&](u32 row, u32 i) { return row < rows && has(i) && feature(i) < S::COLS; };
         float2 sum[SLICES][EACH] = {}, gain[EACH];
         // What the end needs is asked for here: nobody would wait for it then but all SMs.
         if constexpr (S::PREPARES) {
 #pragma unroll
-          for (u32 i = 0; i < EACH; ++i) gain[i] = there(0, i) ? gain_ahead<S>(b, feature(i)) : make_float2(0, 0);
+          for (u32 i = 0; i < EACH; ++i) gain[i] = gain_ahead<S>(b, feature(i));
         }
         each_slice(rows, [&](u32 slice) {
           const u32 row = row_of(slice);
 #pragma unroll
           for (u32 i = 0; i < EACH; ++i) {
-            if (there(row, i)) sum[slice][i] = *S::sum(b, row, feature(i));
+            if (row < rows) sum[slice][i] = *S::sum(b, row, feature(i));
           }
         });
         // An expert's tile must not take these warps longer than it takes memory, or all others wait for them: what the
@@ -360,9 +360,9 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
 #pragma unroll
             for (u32 i = 0; i < EACH; ++i) {
               if constexpr (S::Weights::FEATURE_SCALES) {
-                if (there(0, i)) scale[e][i] = S::scale(b, expert, feature(i));
+                scale[e][i] = S::scale(b, expert, feature(i));
               }
-              if constexpr (S::BIASED) bias[e][i] = there(0, i) ? S::bias(b, expert, feature(i)) : make_float2(0, 0);
+              if constexpr (S::BIASED) bias[e][i] = S::bias(b, expert, feature(i));
             }
           }
           b.wait_sums();
@@ -374,8 +374,6 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
               for (u32 e = 0; e < T::EXPERTS; ++e) {
                 const WarpSums* const of = sums + 2 * i * T::MEMBERS + e * T::WARPS;
                 float2& all = v[slice][i][e];
-                all = make_float2(0, 0);
-                if (!has(i)) continue;
                 all = of[0][slice][lane];
 #pragma unroll
                 for (u32 w = 1; w < T::WARPS; ++w) {
@@ -407,9 +405,9 @@ template <class S> __device__ __forceinline__ void finish_experts(Control& b) {
           const u32 row = row_of(slice);
 #pragma unroll
           for (u32 i = 0; i < EACH; ++i) {
-            if (there(row, i)) S::store(b, row, feature(i), sum[slice][i]);
+            if (row < rows) S::store(b, row, feature(i), sum[slice][i]);
             if constexpr (S::PREPARES) {
-              prepare<S>(b, there(row, i), row, feature(i), sum[slice][i], gain[i]);
+              prepare<S>(b, row < rows, row, feature(i), sum[slice][i], gain[i]);
             }
           }
         });

@@ -26,8 +26,8 @@
 //   ROUTER_TILES         of these, behind the others: a router's scores of what the product adds to its rows; then
 //                        router_weights(b), octets of four experts each, whose features 2e and 2e + 1 add up to that of expert
 //                        e; old_scores(b) [rows][OLD_STRIDE] f32, of the rows before, and scores(b) [rows][STRIDE] f32
-//   TILE_OCTETS          octets of a tile, of each operand; several only of experts (whose tiles are not `multiply_tile`'s),
-//                        an even number if they share a slot of the ring (SHARES_SLOT); else 1
+//   TILE_OCTETS          octets of a tile, of each operand; several, an even number, only of experts, whose tiles are not
+//                        `multiply_tile`'s; else 1
 //   Input                F32, or the half type of the products
 //   CHECKED              whether x, and its squares, may be late (handoff.cuh)
 //   ROW_OCTETS, ORDER    of halves: whether x lies in octets of rows, and the order of its columns (rows.cuh)

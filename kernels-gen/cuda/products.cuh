@@ -272,25 +272,7 @@ template <class S> __device__ __forceinline__ void multiply_fp4_tile(Consumer& b
   b.template pass_tile<Slots<S>::OF_TILE>(Sums<S>::BUFFERS, T::TEAMS, T::GROUPS);
 }
 
-// One tile of several octets that do not share a slot, in pairs: all that an SM has of an expert, so that its rows are
-// fetched, and control is told of sums, once.
-template <class S> __device__ __forceinline__ void multiply_wide_tile(Consumer& b, const Activations<S>& a) {
-  using T = Team<S>;
-  static_assert(T::GROUPS == 1);
-  WarpSums* sums = b.sums(b.sum_buffer, Sums<S>::WARPS);
-#pragma unroll 1
-  for (u32 octet = 0; octet + 2 <= S::TILE_OCTETS; octet += 2, sums += 2 * T::WARPS) {
-    multiply_fp4<S, 2>(b, a, sums);
-    b.template release_slots<2>(1);
-  }
-  if constexpr (S::TILE_OCTETS % 2 != 0) {
-    multiply_fp4<S, 1>(b, a, sums);
-    b.template release_slots<1>(1);
-  }
-  b.pass_sums(Sums<S>::BUFFERS, 1);
-}
-
-// One tile of several octets of FP4 that share a slot, each a few blocks long; or one of two experts', of which this warp
+// One tile of several octets of FP4, which share a slot, each a few blocks long; or one of two experts', of which this warp
 // has one, if it is there (`own`). Then the sums of even and of odd blocks stay apart, as those of two warps do, so that
 // who multiplies changes no bit.
 template <class S> __device__ __forceinline__ void multiply_short_tile(Consumer& b, const Activations<S>& a, bool own) {

@@ -16,14 +16,13 @@ template <class S> struct Team {
   // Octets of halves are long: one team, unless it would have more idle warps. Octets of codes are short.
   static constexpr bool TWO = registers(HALF) <= KEPT_REGISTERS * 3 / 4 && 2 * S::OPERANDS * HALF_SLOTS <= RING_SLOTS &&
                               (S::Weights::LANE_COLUMNS > 8 || idle(HALF) < idle(CONSUMERS));
-  // A pair of FP4 is long: what it takes counts where an SM has few of them. So are tiles of several octets, unless these
-  // share a slot of the ring: then they are short work, and the more of them at a time, the better.
+  // A pair of FP4 is long: what it takes counts where an SM has few of them. Tiles of several octets are short work, and the
+  // more of them at a time, the better.
   static constexpr bool PAIR = S::Weights::LANE_COLUMNS == 32 && S::OPERANDS == 2;
-  static constexpr bool SEVERAL = S::TILE_OCTETS > 1;
-  static constexpr bool SHORT = S::SHARES_SLOT;
+  static constexpr bool SHORT = S::TILE_OCTETS > 1;
   // Of short tiles two experts' share a slot, if a warp can keep an expert's rows: each warp has one of its own then.
   static constexpr u32 EXPERTS = SHORT && registers(1) <= 32 && 2 * S::TILE_OCTETS * S::BLOCKS * S::Weights::BLOCK_BYTES <= SLOT_BYTES ? 2 : 1;
-  static constexpr u32 WARPS = SHORT ? 2 / EXPERTS : TWO && !PAIR && !SEVERAL ? HALF : CONSUMERS;
+  static constexpr u32 WARPS = SHORT ? 2 / EXPERTS : TWO && !PAIR ? HALF : CONSUMERS;
   // Whether there are registers for the next expert's rows beside those that are multiplied.
   static constexpr bool ROWS_AHEAD = registers(WARPS) <= KEPT_REGISTERS / 2;
   static constexpr u32 TEAMS = CONSUMERS / WARPS;
@@ -53,11 +52,11 @@ template <class S> struct Slots {
   // loader as long as memory takes for 10 KB. (One of Qwen3-30B-A3B's is half as long.)
   static constexpr bool JOINED = Team<S>::PAIR && S::BLOCKS % Team<S>::WARPS == 0 && (2 * S::BLOCKS + BLOCKS - 1) / BLOCKS < 2 * COUNT;
   static constexpr u32 OF_TILE = JOINED ? (2 * S::BLOCKS + BLOCKS - 1) / BLOCKS : S::OPERANDS * COUNT;
-  // Octets that share a slot are as one to the ring; of the others there are so many in a tile.
-  static constexpr u32 OCTETS = Team<S>::SHORT || JOINED ? 1 : S::OPERANDS * S::TILE_OCTETS;
+  // Octets that share a slot are as one to the ring.
+  static constexpr u32 OCTETS = Team<S>::SHORT || JOINED ? 1 : S::OPERANDS;
   static constexpr u32 OCTET_BYTES = (Team<S>::SHORT ? S::TILE_OCTETS : JOINED ? 2 : 1) * S::BLOCKS * S::Weights::BLOCK_BYTES;
   static constexpr u32 TILE_BYTES = OCTETS * OCTET_BYTES;
-  static_assert(S::TILE_OCTETS == 1 || (COUNT == 1 && S::OPERANDS == 1 && OCTET_BYTES <= SLOT_BYTES), "an octet of several is in a slot");
+  static_assert(S::TILE_OCTETS == 1 || (COUNT == 1 && S::OPERANDS == 1 && OCTET_BYTES <= SLOT_BYTES), "several octets are in a slot");
   static constexpr u32 PIECE_BYTES = Team<S>::SHORT ? OCTET_BYTES : BLOCKS * S::Weights::BLOCK_BYTES;
   static constexpr u32 PIECE = PIECE_BYTES < OCTET_BYTES ? PIECE_BYTES : OCTET_BYTES;
   // Parts of the columns, and slots of an octet in each but perhaps the last.

@@ -50,6 +50,9 @@ pub const ROUTER: Header = Header { name: "router.cuh", text: include_str!("../c
 /// Products with the experts that a step's rows choose. Behind [`ROUTER`].
 pub const EXPERTS: Header = Header { name: "experts.cuh", text: include_str!("../cuda/experts.cuh") };
 
+/// The experts' second product by strips of bands. Behind [`EXPERTS`].
+pub const BANDS: Header = Header { name: "bands.cuh", text: include_str!("../cuda/bands.cuh") };
+
 /// What attention goes by, and the cache's way through the ring. Behind [`BLOCK`].
 pub const UNITS: Header = Header { name: "units.cuh", text: include_str!("../cuda/units.cuh") };
 
@@ -117,7 +120,7 @@ pub struct SharedNeeds {
     pub slices: usize,
     /// Columns of the longest row in float32 that a product reads.
     pub row_columns: usize,
-    /// Octets of the largest tile: 2 with gated pairs, more where those of an expert are one tile.
+    /// Octets of the largest tile: 2 with gated pairs.
     pub operands: usize,
     /// Whether octets have scales by 128 columns that lie apart.
     pub scaled: bool,

@@ -31,8 +31,8 @@ use tilec_ir::format::{Code, Format, PANEL, PanelLayout};
 use tilec_ir::graph::EXPERT;
 use tilec_ir::launch::{OCTET, OCTET_BLOCK};
 use tilec_ir::octet::{
-    ScaleError, apart_scales, feature_scales, lay_fp8, lay_fp8_rows, lay_mxfp4, octet_block_bytes,
-    octet_blocks,
+    ScaleError, apart_scales, band_place, feature_scales, lay_fp8, lay_fp8_rows, lay_mxfp4,
+    octet_block_bytes, octet_blocks,
 };
 use tilec_ir::pack::{FP8_COLUMNS, PackContent, PackItem, Packing, PackingError, RowSegment, RowView, Share};
 
@@ -371,6 +371,8 @@ struct Experts<'a> {
     layout: Layout,
     rows: usize,
     sources: &'a [RowView],
+    /// Octets of a band.
+    band: usize,
 }
 
 impl Experts<'_> {
@@ -467,7 +469,7 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
             }
             PackContent::ExpertScales { format, k, experts, rows, sources } => {
                 let layout = Layout::Octets { format: *format, k: *k };
-                let each = Experts { layout, rows: *rows, sources };
+                let each = Experts { layout, rows: *rows, sources, band: 1 };
                 for expert in 0..*experts {
                     let out = take(&mut own, each.units(), layout.apart_bytes());
                     jobs.push(Job::ExpertScales { experts: each, expert, out });
@@ -475,12 +477,14 @@ fn jobs<'a>(packing: &'a Packing, mut out: &'a mut [u8]) -> Vec<Job<'a>> {
             }
             PackContent::ExpertPanels { experts, rows, sources, .. }
             | PackContent::ExpertOctets { experts, rows, sources, .. } => {
-                let layout = match &item.content {
-                    PackContent::ExpertOctets { format, k, .. } => Layout::Octets { format: *format, k: *k },
-                    PackContent::ExpertPanels { layout, .. } => Layout::Panels(*layout),
+                let (layout, band) = match &item.content {
+                    PackContent::ExpertOctets { format, k, band, .. } => {
+                        (Layout::Octets { format: *format, k: *k }, *band)
+                    }
+                    PackContent::ExpertPanels { layout, .. } => (Layout::Panels(*layout), 1),
                     _ => unreachable!("one of the two"),
                 };
-                let each = Experts { layout, rows: *rows, sources };
+                let each = Experts { layout, rows: *rows, sources, band };
                 for expert in 0..*experts {
                     let out = take(&mut own, 1, each.bytes());
                     jobs.push(Job::Experts { experts: each, expert, out });
@@ -620,7 +624,7 @@ fn check(checkpoint: &Checkpoint, packing: &Packing) -> Result<(), PackError> {
                     check_experts(checkpoint, &layout, *experts, *rows, view)?;
                 }
             }
-            PackContent::ExpertOctets { format, k, experts, rows, sources }
+            PackContent::ExpertOctets { format, k, experts, rows, sources, .. }
             | PackContent::ExpertScales { format, k, experts, rows, sources } => {
                 let layout = Layout::Octets { format: *format, k: *k };
                 for view in sources {
@@ -716,7 +720,7 @@ fn pack_expert(
     ledger: &Ledger,
     out: &mut [u8],
 ) -> Result<(), CheckpointError> {
-    let Experts { layout, rows, sources } = experts;
+    let Experts { layout, rows, sources, .. } = experts;
     for (index, view) in sources.iter().enumerate() {
         let name = tensor_of(view, expert);
         // Rows of experts in one tensor are counted through.
@@ -732,6 +736,22 @@ fn pack_expert(
     Ok(())
 }
 
+/// Puts an expert's octets, which lie one behind the other, into bands.
+fn lay_bands(experts: &Experts<'_>, out: &mut [u8]) {
+    let Layout::Octets { format, k } = experts.layout else { return };
+    let (band, blocks, bytes) = (experts.band, octet_blocks(format, k), octet_block_bytes(format));
+    if band == 1 {
+        return;
+    }
+    for out in out.chunks_exact_mut(band * blocks * bytes) {
+        let octets = out.to_vec();
+        for (at, from) in octets.chunks_exact(bytes).enumerate() {
+            let to = band_place(band, blocks, at / blocks, at % blocks) * bytes;
+            out[to..to + bytes].copy_from_slice(from);
+        }
+    }
+}
+
 /// One expert's octets or their scales, of all sources, alternating, in a format whose scales lie apart: `fill` is
 /// given each source's rows and, octet by octet, the parts of `out`, of `unit` bytes each.
 fn fill_expert(
@@ -742,7 +762,7 @@ fn fill_expert(
     (unit, out): (usize, &mut [u8]),
     fill: impl Fn(&Scaled, usize, &mut [u8]) -> Result<(), ScaleError>,
 ) -> Result<(), CheckpointError> {
-    let Experts { layout, rows, sources } = experts;
+    let Experts { layout, rows, sources, .. } = experts;
     for (index, view) in sources.iter().enumerate() {
         let name = tensor_of(view, expert);
         // Rows of the whole expert, of which this may be a share: blocks of rows are counted in those.
@@ -824,10 +844,12 @@ fn run(checkpoint: &Checkpoint, job: Job<'_>, ledger: &Ledger) -> Result<u64, Pa
         Job::Experts { experts, expert, out } if experts.layout.apart_bytes() > 0 => {
             let unit = (experts.layout.unit_bytes(), &mut *out);
             fill_expert(checkpoint, &experts, expert, Some(ledger), unit, Scaled::lay)?;
+            lay_bands(&experts, out);
             Ok(out.len() as u64)
         }
         Job::Experts { experts, expert, out } => {
             pack_expert(checkpoint, &experts, expert, ledger, out)?;
+            lay_bands(&experts, out);
             Ok(out.len() as u64)
         }
         Job::ExpertScales { experts, expert, out } => {

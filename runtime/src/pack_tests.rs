@@ -1028,8 +1028,14 @@ fn shares_of_experts_and_vectors_are_counted_through() {
         ..view("all", number, 1, 2)
     };
     let down = RowView { columns: share(32, 32, 64), ..RowView::whole("e.{}.down") };
-    let experts =
-        |sources| PackContent::ExpertOctets { format: Format::BF16, k: 32, experts: 3, rows: 8, sources };
+    let experts = |sources| PackContent::ExpertOctets {
+        format: Format::BF16,
+        k: 32,
+        experts: 3,
+        rows: 8,
+        sources,
+        band: 1,
+    };
     let bias = PackContent::Elements {
         tensor: "bias".into(),
         len: 24,
@@ -1062,6 +1068,46 @@ fn shares_of_experts_and_vectors_are_counted_through() {
     assert_eq!(floats(&found[2]), wanted);
 }
 
+/// Octets in bands are those that lie one behind the other, block by block; of formats with scales apart as well.
+#[test]
+fn bands_have_the_blocks_of_their_octets_side_by_side() {
+    let (experts, rows, k, band) = (2, 48, 300, 3);
+    for format in [Format::MXFP4, Format::NVFP4, Format::BF16] {
+        let tensors = (0..experts).map(|n| (format!("e.{n}"), TensorInfo::new([rows, k], Format::BF16)));
+        let checkpoint = Checkpoint::synthetic(serde_json::Value::Null, 5, tensors.collect());
+        let content = |band| {
+            let sources = vec![RowView::whole("e.{}")];
+            PackContent::ExpertOctets { format, k, experts, rows, sources, band }
+        };
+        let found = packed_over_poison(&checkpoint, vec![content(1), content(band)]);
+        let (blocks, each) = (octet_blocks(format, k), octet_block_bytes(format));
+        assert!(blocks > 2 && found[0].len() == experts * rows / 8 * blocks * each);
+        let (mut at, mut blocks_of) = (0, found[1].chunks_exact(each));
+        while at < experts * rows / 8 {
+            for block in 0..blocks {
+                for octet in at..at + band {
+                    let wanted = &found[0][(octet * blocks + block) * each..][..each];
+                    assert!(blocks_of.next() == Some(wanted), "{format}: block {block} of octet {octet}");
+                }
+            }
+            at += band;
+        }
+        assert!(blocks_of.next().is_none());
+    }
+    let checkpoint = Checkpoint::synthetic(
+        serde_json::Value::Null,
+        5,
+        BTreeMap::from([("e".to_string(), TensorInfo::new([40, 64], Format::BF16))]),
+    );
+    for band in [0, 2, 3, usize::MAX] {
+        let sources = vec![RowView::whole("e")];
+        let content =
+            PackContent::ExpertOctets { format: Format::BF16, k: 64, experts: 1, rows: 40, sources, band };
+        let error = pack(&checkpoint, &recipe(vec![content]), &mut |_, _| {}).unwrap_err().to_string();
+        assert!(error.contains(&format!("no bands of {band} octets")), "{error}");
+    }
+}
+
 /// Recipes and checkpoints that do not fit a share, and faults in one: errors that name the place.
 #[test]
 fn shares_that_do_not_fit_are_refused() {
@@ -1091,6 +1137,7 @@ fn shares_that_do_not_fit_are_refused() {
         experts: 2,
         rows: 4,
         sources: vec![source],
+        band: 1,
     };
     refused(experts(view(share(0, 4, 8), None)), &["bad", "[8, 256]"]);
     refused(experts(view(share(0, 3, 4), None)), &["cannot lie"]);
@@ -1216,6 +1263,7 @@ fn experts_that_mean_nothing_are_refused() {
             experts: 2,
             rows: 8,
             sources: vec![RowView::whole(tensor)],
+            band: 1,
         };
         let error = pack(&checkpoint, &recipe(vec![content]), &mut |_, _| {}).unwrap_err().to_string();
         words.iter().for_each(|word| assert!(error.contains(word), "no {word:?} in {error}"));

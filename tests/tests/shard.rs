@@ -17,7 +17,7 @@ use tilec_ir::format::Format;
 use tilec_ir::graph::interp::{Interpreter, Ranks, Row, WeightSource};
 use tilec_ir::graph::{EXPERT, Graph};
 use tilec_ir::launch::{OCTET, OCTET_BLOCK};
-use tilec_ir::octet::{octet_block_bytes, octet_blocks};
+use tilec_ir::octet::{band_place, octet_block_bytes, octet_blocks};
 use tilec_ir::pack::{PackContent, Packing, RowSegment, RowView};
 use tilec_ir::plan::WeightsFrom;
 use tilec_ir::spec::{Activations, Device, DflashSpec, Draft, ModelSpec, Target, WeightFormat};
@@ -29,6 +29,13 @@ use tilec_tests::{Fixture, fixtures, reference};
 struct Held<'c> {
     checkpoint: &'c Checkpoint,
     tensors: BTreeMap<String, Vec<f32>>,
+}
+
+/// Octets that lie in bands, one behind the other.
+fn one_behind_the_other(format: Format, k: usize, band: usize, bytes: &[u8]) -> Vec<u8> {
+    let (blocks, each) = (octet_blocks(format, k), octet_block_bytes(format));
+    let block = |at: usize| &bytes[band_place(band, blocks, at / blocks, at % blocks) * each..][..each];
+    (0..bytes.len() / each).flat_map(block).copied().collect()
 }
 
 impl WeightSource for Held<'_> {
@@ -89,7 +96,8 @@ impl<'c> Held<'c> {
                         }
                     }
                 }
-                PackContent::ExpertOctets { format, k, experts, rows, sources } => {
+                PackContent::ExpertOctets { format, k, experts, rows, sources, band } => {
+                    let bytes = &one_behind_the_other(*format, *k, *band, bytes);
                     let own = expert_scales.iter().find(|(others, ..)| *others == &sources[..]);
                     let mut octet = 0;
                     for expert in 0..*experts {

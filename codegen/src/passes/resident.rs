@@ -10,10 +10,10 @@ use tilec_ir::launch::{OCTET, SLICE_ROWS};
 use tilec_ir::octet::apart_scales;
 use tilec_ir::pack::{PackContent, Packing, RowSegment};
 use tilec_ir::resident::{
-    Attention, Bias, Conv, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, Replaced,
+    Attention, Bands, Bias, Conv, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_TOP_K, Norm, Replaced,
     ResidentProgram, Rope, Route, Scores, Stage, Taps, max_parts, part_columns,
 };
-use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing};
+use tilec_ir::stages::{Buffer, BufferElem, BufferId, Layer, Routing, Slot};
 
 use super::inject;
 use super::packer::Packer;
@@ -189,7 +189,9 @@ pub(super) fn octet_scales(octets: &PackContent) -> Option<PackContent> {
         PackContent::Octets { format, k, segments, interleave, octets } if apart_scales(format, k) > 0 => {
             Some(PackContent::OctetScales { format, k, segments, interleave, octets })
         }
-        PackContent::ExpertOctets { format, k, experts, rows, sources } if apart_scales(format, k) > 0 => {
+        PackContent::ExpertOctets { format, k, experts, rows, sources, .. }
+            if apart_scales(format, k) > 0 =>
+        {
             Some(PackContent::ExpertScales { format, k, experts, rows, sources })
         }
         _ => None,
@@ -748,17 +750,15 @@ impl<'a> Lowering<'a> {
             _ => return Err(error(op, format!("the kernel has no epilogue of experts for {chain:?}"))),
         };
         let sources = expert_rows(self.fused, op, weights)?;
-        let octets = PackContent::ExpertOctets { format, k, experts, rows, sources };
-        let scales = octet_scales(&octets).map(|scales| self.packer.slot(scales, offsets.as_mut()));
-        let weights = self.packer.slot(octets, offsets.as_mut());
+        // What is packed depends on how it is dealt out.
         let gemm = Gemm {
             input: buffer,
             norm,
             prepared: None,
             select: false,
-            weights,
+            weights: Slot::Fixed(0),
             format,
-            scales,
+            scales: None,
             k: k.next_multiple_of(OCTET),
             operands,
             bias,
@@ -770,7 +770,16 @@ impl<'a> Lowering<'a> {
             partial: None,
             router: None,
         };
-        Ok(Kind::Experts(Experts { gemm, experts, top_k, route }))
+        let bands = Bands::octets(&gemm).filter(|_| route.is_none()).map(|octets| {
+            let parts = self.buffer("parts of bands", BufferElem::F32, Bands::part_cols(octets, &gemm));
+            Bands { octets, parts }
+        });
+        let band = bands.map_or(1, |bands| bands.octets);
+        let octets = PackContent::ExpertOctets { format, k, experts, rows, sources, band };
+        let scales = octet_scales(&octets).map(|scales| self.packer.slot(scales, offsets.as_mut()));
+        let weights = self.packer.slot(octets, offsets.as_mut());
+        let gemm = Gemm { weights, scales, ..gemm };
+        Ok(Kind::Experts(Experts { gemm, experts, top_k, route, bands }))
     }
 
     /// The buffer in which `old` becomes `new`: nobody reads the old one behind this operator.

@@ -1,7 +1,7 @@
 //! Mixtures of experts: a router's scores, the choice, and the experts' two products.
 
 use crate::format::{Code, Format};
-use crate::launch::{OCTET, SLICE_ROWS, SLOT_BYTES};
+use crate::launch::OCTET;
 use crate::octet::{octet_block_bytes, octet_blocks};
 use crate::stages::{BufferId, Routing, Slot};
 
@@ -10,11 +10,8 @@ use super::{Gemm, Norm};
 /// Bytes that are enough for a copy at the full rate.
 const SHORT_TILE: usize = 8192;
 
-/// Octets of a tile, at most, that have a copy each, in a step of one slice.
-const WIDE_TILE: usize = 8;
-
 /// SMs of a large chip, about.
-const LARGE_CHIP: usize = 128;
+const LARGE_CHIP: usize = 132;
 
 /// A router's scores: rows times a small matrix, in float32, whose weights do not stream.
 #[derive(Clone, Debug, PartialEq)]
@@ -123,6 +120,59 @@ pub struct Experts {
     /// The choice, if this stage is the first that needs it. It reads rows as they are; without one it
     /// reads the rows' slots, of the experts that an earlier stage of the layer chose.
     pub route: Option<Route>,
+    /// Whether its octets are in bands, which are dealt out by columns.
+    pub bands: Option<Bands>,
+}
+
+/// How the columns of a second product are shared by the consumers of all SMs. A *strip* is a block of columns of a band's
+/// octets; a warp has one, for all experts, and keeps the sums of its features over all of them in registers. So every
+/// SM has as many bytes of each expert, and what an expert costs a warp beside its products is little: a block of its rows,
+/// and no sums to hand on. The sums of a band's strips meet when all experts are through, from warp to warp and, as words that
+/// may be late, from SM to SM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bands {
+    /// Octets of a band, an even number.
+    pub octets: usize,
+    /// Where a band's sums wait for those of its last strips, f32.
+    pub parts: BufferId,
+}
+
+impl Bands {
+    /// Strips of a tile: one for each consumer.
+    pub const TILE: usize = 8;
+
+    /// Octets of a band, if a second product is better dealt out in them: those with the fewest octets on a warp, of as
+    /// many strips as there are. Shorter rows than a tile has strips are left to tiles of several octets.
+    pub fn octets(gemm: &Gemm) -> Option<usize> {
+        const SIZES: [usize; 8] = [16, 14, 12, 10, 8, 6, 4, 2];
+        if gemm.format.code != Code::E2m1 || gemm.operands != 1 || gemm.blocks() < Bands::TILE {
+            return None;
+        }
+        let fits = |octets: &&usize| gemm.tiles().is_multiple_of(**octets);
+        let warps = LARGE_CHIP * Bands::TILE;
+        let most = |octets: &&usize| (gemm.tiles() / **octets * gemm.blocks()).div_ceil(warps) * **octets;
+        SIZES.iter().filter(fits).min_by_key(most).copied()
+    }
+
+    /// Strips of an expert.
+    pub const fn strips(&self, gemm: &Gemm) -> usize {
+        gemm.tiles() / self.octets * gemm.blocks()
+    }
+
+    /// Tiles of an expert.
+    pub const fn tiles(&self, gemm: &Gemm) -> usize {
+        self.strips(gemm).div_ceil(Bands::TILE)
+    }
+
+    /// Tiles, at most, in which a band has strips but not its last one.
+    pub const fn most_parts(blocks: usize) -> usize {
+        (blocks + Bands::TILE - 2) / Bands::TILE
+    }
+
+    /// Columns of a row of [`Bands::parts`]: of each band's parts the features of its octets.
+    pub const fn part_cols(octets: usize, gemm: &Gemm) -> usize {
+        gemm.tiles() / octets * Bands::most_parts(gemm.blocks()) * octets * OCTET
+    }
 }
 
 impl Experts {
@@ -135,36 +185,17 @@ impl Experts {
     /// with the work of a tile around it. Several make a copy of up to [`SHORT_TILE`] bytes, as long as each SM
     /// of a large chip has a tile.
     ///
-    /// Long ones have a copy each. But if an SM has several of each expert, they are a tile as well: its rows are
-    /// fetched once, and two octets of FP4 are multiplied in less time together than one behind the other. Sums of more
-    /// than eight octets and slices of `step_rows` would leave too little of the ring.
-    pub fn tile_octets(&self, step_rows: usize) -> usize {
+    /// Long ones are in [`Bands`], or have a tile each.
+    pub fn tile_octets(&self) -> usize {
         let bytes = self.gemm.blocks() * octet_block_bytes(self.gemm.format);
-        if self.route.is_some() || !matches!(self.gemm.format.code, Code::E2m1) {
+        if self.route.is_some() || self.bands.is_some() || !matches!(self.gemm.format.code, Code::E2m1) {
             return 1;
         }
         let (tiles, each) = (self.gemm.tiles(), self.gemm.tiles().div_ceil(LARGE_CHIP));
         let most = (SHORT_TILE / bytes.max(1)).min(each);
         // Two of them are multiplied together.
         let fits = |octets: &usize| octets.is_multiple_of(2) && tiles.is_multiple_of(*octets);
-        match (2..=most).rev().find(fits) {
-            Some(octets) => octets,
-            None if bytes <= SLOT_BYTES
-                && each * bytes > SHORT_TILE
-                && (2..=WIDE_TILE * SLICE_ROWS / step_rows).contains(&each)
-                && tiles.is_multiple_of(each) =>
-            {
-                each
-            }
-            None => 1,
-        }
-    }
-
-    /// Whether the octets of a tile are one copy.
-    pub fn shares_slot(&self, step_rows: usize) -> bool {
-        let bytes = self.gemm.blocks() * octet_block_bytes(self.gemm.format);
-        let octets = self.tile_octets(step_rows);
-        octets > 1 && octets * bytes <= SHORT_TILE
+        (2..=most).rev().find(fits).unwrap_or(1)
     }
 
     /// Columns of a row of the input.

@@ -23,7 +23,7 @@ mod verify;
 use attention::rings;
 pub use attention::{Attention, CHUNK, Rope, SPAN, max_parts};
 pub use draft::{Context, Conv, MAX_KEPT, MAX_RANK, Pairs, Replaced, Taps, TopK};
-pub use experts::{Experts, MAX_EXPERTS, MAX_TOP_K, Route, Scores, Through, Unscaled};
+pub use experts::{Bands, Experts, MAX_EXPERTS, MAX_TOP_K, Route, Scores, Through, Unscaled};
 use product::gemm_defect;
 pub use product::{Bias, Epilogue, Gemm, Norm, Prepared, Reader, RouterTiles, prepared_order};
 pub use verify::Defect;

@@ -114,7 +114,7 @@ impl ResidentProgram {
             }
             Kind::Scores(scores) => self.scores_text(scores, "rms_norm"),
             Kind::Experts(experts) => {
-                let Experts { gemm, experts: count, top_k, route } = experts;
+                let Experts { gemm, experts: count, top_k, route, bands } = experts;
                 let route = route.as_ref().map_or(String::new(), |route| {
                     let Routing { scoring, renormalize, factor, .. } = &route.routing;
                     let scoring = match scoring {
@@ -136,8 +136,11 @@ impl ResidentProgram {
                     });
                     format!("by {}{unscaled} {scoring}{renormalize}{factor} -> ", name(&route.scores))
                 });
+                let bands = bands.map_or(String::new(), |bands| {
+                    format!(" in bands of {}, parts in {}", bands.octets, name(&bands.parts))
+                });
                 format!(
-                    "{} -> {}{route}experts {top_k} of {count} {}, {} B{}{prepares}",
+                    "{} -> {}{route}experts {top_k} of {count} {}, {} B{bands}{}{prepares}",
                     name(&gemm.input),
                     norm("rms_norm", &gemm.norm),
                     self.product_text(gemm),

@@ -8,9 +8,9 @@ use crate::stages::{BufferElem, BufferId, Layer, Slot};
 use std::collections::HashMap;
 
 use super::{
-    Attention, Context, Conv, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_KEPT, MAX_RANK, MAX_TOP_K,
-    Pairs, ROW_BLOCK, Reader, ResidentProgram, Route, RouterTiles, Scores, Taps, TopK, gemm_defect,
-    is_step_rows, part_columns, prepared_order,
+    Attention, Bands, Context, Conv, Epilogue, Experts, Gemm, Kind, MAX_EXPERTS, MAX_KEPT, MAX_RANK,
+    MAX_TOP_K, Pairs, ROW_BLOCK, Reader, ResidentProgram, Route, RouterTiles, Scores, Taps, TopK,
+    gemm_defect, is_step_rows, part_columns, prepared_order,
 };
 
 /// Why a resident program must not run.
@@ -197,7 +197,7 @@ impl ResidentProgram {
 
     /// Of a product of experts, and of the choice in front of the first one.
     fn experts(&self, seen: &mut Seen, experts: &Experts, layer: Option<usize>) -> Touched {
-        let Experts { gemm, experts: count, top_k, route } = experts;
+        let Experts { gemm, experts: count, top_k, route, bands } = experts;
         if let Some(what) = gemm_defect(gemm) {
             return Err(what);
         }
@@ -208,6 +208,17 @@ impl ResidentProgram {
         let fits = gemm.prepared.is_some() || input.cols == experts.input_cols();
         if !fits || output.cols != experts.output_cols() {
             return Err(format!("slots do not fit {} and {}", input.name, output.name));
+        }
+        if let Some(bands) = bands {
+            let parts = self.buffer(bands.parts);
+            // What is read is words of halves, each a row's own.
+            let sound = route.is_none()
+                && Bands::octets(gemm) == Some(bands.octets)
+                && input.elem == BufferElem::Bf16
+                && self.in_slots(gemm.input);
+            if !sound || parts.elem != BufferElem::F32 || parts.cols != Bands::part_cols(bands.octets, gemm) {
+                return Err("bands do not fit the product, or their parts".into());
+            }
         }
         let mut reads = vec![gemm.input];
         match route {

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use tilec_ir::format::Format;
 use tilec_ir::launch::OCTET;
 use tilec_ir::octet::{apart_scales, octet_bytes};
-use tilec_ir::pack::{OCTET_FORMATS, PackContent, PackItem, Packing, RowSegment};
+use tilec_ir::pack::{OCTET_FORMATS, PackContent, PackItem, Packing, RowSegment, RowView};
 use tilec_ir::plan::{Plan, WeightsFrom};
 use tilec_ir::tensor::TensorInfo;
 
@@ -196,24 +196,26 @@ struct Kind {
     /// Format of the octets, by its place among [`OCTET_FORMATS`].
     format: usize,
     scales: bool,
+    /// Octets of a band.
+    band: usize,
 }
 
 impl Kind {
-    fn new(format: Format, scales: bool) -> Option<Kind> {
+    fn new(format: Format, scales: bool, band: usize) -> Option<Kind> {
         let format = OCTET_FORMATS.iter().position(|known| *known == format)?;
-        Some(Kind { format, scales })
+        Some(Kind { format, scales, band })
     }
 
     fn format(self) -> Format {
         OCTET_FORMATS[self.format]
     }
 
-    /// Bytes of an octet, or of its scales: what is copied as a whole, so that padding stays where it is.
+    /// Bytes of an octet, or of a band of them, or of an octet's scales: what is copied as a whole, so that padding stays where it is.
     fn unit(self, k: usize) -> usize {
         match self.scales {
             true => apart_scales(self.format(), k) * 4,
             // Of a plan that was verified: it can be counted.
-            false => octet_bytes(self.format(), k).unwrap_or(1),
+            false => octet_bytes(self.format(), k).unwrap_or(1) * self.band,
         }
     }
 }
@@ -222,6 +224,10 @@ impl Kind {
 /// octets, which are always full, are repeated like those of any bfloat16, so that no products have to be made.
 fn repeatable(content: &PackContent) -> Option<(Kind, usize)> {
     let whole = |segments: &[RowSegment]| segments.iter().all(|segment| segment.rows.is_multiple_of(OCTET));
+    let band = match content {
+        PackContent::ExpertOctets { band, .. } => *band,
+        _ => 1,
+    };
     let (format, k, scales, whole) = match content {
         PackContent::Octets { format, k, segments, .. } => (format, k, false, whole(segments)),
         PackContent::ExpertOctets { format, k, rows, .. } => (format, k, false, rows.is_multiple_of(OCTET)),
@@ -230,7 +236,7 @@ fn repeatable(content: &PackContent) -> Option<(Kind, usize)> {
         PackContent::ExpertScales { format, k, rows, .. } => (format, k, true, rows.is_multiple_of(OCTET)),
         _ => return None,
     };
-    Kind::new(*format, scales).filter(|_| whole).map(|kind| (kind, *k))
+    Kind::new(*format, scales, band).filter(|_| whole).map(|kind| (kind, *k))
 }
 
 /// An item of a kind, of about as many features as `bytes` of codes hold.
@@ -238,12 +244,16 @@ fn random_item(kind: Kind, k: usize, seed: u64, bytes: usize) -> Result<PackedWe
     let format = kind.format();
     let block_octets = format.block_rows.div_ceil(OCTET);
     let octet = octet_bytes(format, k).unwrap_or(1);
-    let octets = (bytes / octet).max(1).next_multiple_of(block_octets);
+    let octets = (bytes / octet).max(1).next_multiple_of(block_octets * kind.band);
     let rows = octets * OCTET;
     let name = format!("block of {k} columns");
     let tensors = BTreeMap::from([(name.clone(), TensorInfo::new([rows, k], format))]);
+    let sources = vec![RowView::whole(&name)];
     let segments = vec![RowSegment::new(name, 0, rows)];
     let content = match kind.scales {
+        false if kind.band > 1 => {
+            PackContent::ExpertOctets { format, k, experts: 1, rows, sources, band: kind.band }
+        }
         true => PackContent::OctetScales { format, k, segments, interleave: 1, octets },
         false => PackContent::Octets { format, k, segments, interleave: 1, octets },
     };
@@ -269,7 +279,6 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
     use std::sync::Arc;
-    use tilec_ir::pack::RowView;
 
     fn device() -> FakeDevice {
         FakeDevice::new(Arc::new(|_| Ok(())))
@@ -326,10 +335,18 @@ mod tests {
         add(PackContent::F32 { tensor: "norm".into(), len: 70 });
         add(octets(Format::BF16, 64, &[("c", 12)]));
         add(octets(Format::F16, 32, &[("d", 16)]));
-        let view = RowView::whole("f.{}");
-        let sources = vec![view];
         // 40 columns: most of an octet is padding.
-        add(PackContent::ExpertOctets { format: Format::MXFP4, k: 40, experts: 3, rows: 24, sources });
+        for band in [1, 3] {
+            let sources = vec![RowView::whole("f.{}")];
+            add(PackContent::ExpertOctets {
+                format: Format::MXFP4,
+                k: 40,
+                experts: 3,
+                rows: 24,
+                sources,
+                band,
+            });
+        }
         let fp8 = octets(Format::FP8_BLOCK, 192, &[("e", 512)]);
         if let PackContent::Octets { format, k, segments, interleave, octets } = fp8.clone() {
             add(PackContent::OctetScales { format, k, segments, interleave, octets });
@@ -384,7 +401,7 @@ mod tests {
         // The one with a padded octet is not repeated.
         let repeats: Vec<bool> =
             packing.items.iter().map(|item| repeatable(&item.content).is_some()).collect();
-        assert_eq!(repeats, [true, false, false, true, true, true, true, true]);
+        assert_eq!(repeats, [true, false, false, true, true, true, true, true, true]);
     }
 
     #[test]

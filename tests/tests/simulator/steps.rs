@@ -250,7 +250,7 @@ fn wide_steps_of_long_norms() {
 fn wide_steps_of_short_experts() {
     let simulation = Simulation::new(&short_experts(), Format::BF16, Some(Format::MXFP4), sizes(16));
     let octets = simulation.program.bodies.iter().flatten().filter_map(|stage| match &stage.kind {
-        Kind::Experts(experts) => Some(experts.tile_octets(16)),
+        Kind::Experts(experts) => Some(experts.tile_octets()),
         _ => None,
     });
     assert!(octets.max().unwrap() > 1, "no tile has several octets");
@@ -299,30 +299,25 @@ fn short_experts_of_two_blocks() {
     check_widths(&config, Format::BF16, Some(Format::MXFP4), &[16]);
 }
 
-/// An SM has several octets of an expert that do not share a slot, an odd number of them or an even one: pairs and a single
-/// one. With 16 rows a step there are no registers for the next expert's.
+/// Second products by strips: bands whose strips are of two tiles and of three, some of them of one SM and some not; of which
+/// a tile has all, or begins and ends several; and many strips of few octets, in a last tile that not all warps have one of.
 #[test]
-fn wide_tiles_of_experts() {
-    for (hidden, octets, experts) in [(3072, 3, Format::MXFP4), (2048, 2, Format::NVFP4)] {
+fn bands_of_experts() {
+    for (hidden, intermediate, octets, experts) in
+        [(2048, 1160, 4, Format::NVFP4), (512, 1024, 2, Format::MXFP4), (64, 4200, 2, Format::MXFP4)]
+    {
         let mut config = short_experts();
         config["hidden_size"] = hidden.into();
-        config["moe_intermediate_size"] = 1160.into();
+        config["moe_intermediate_size"] = intermediate.into();
         let simulation = Simulation::new(&config, Format::BF16, Some(experts), sizes(8));
-        let kinds = simulation.program.bodies.iter().flatten().map(|stage| &stage.kind);
-        let wide = |kind: &Kind| matches!(kind, Kind::Experts(of) if of.tile_octets(8) == octets && !of.shares_slot(8));
-        assert!(kinds.clone().any(wide), "no tile has {octets} octets");
+        let bands = simulation.program.bodies.iter().flatten().find_map(|stage| match &stage.kind {
+            Kind::Experts(experts) => experts.bands,
+            _ => None,
+        });
+        assert_eq!(bands.map(|bands| bands.octets), Some(octets), "{hidden} x {intermediate}");
         check_long(&config, Format::BF16, Some(experts), 0.03);
         check_widths(&config, Format::BF16, Some(experts), &[16]);
     }
-}
-
-/// Rows of an expert so long that there are no registers for the next one's, of words that may be late.
-#[test]
-fn long_experts() {
-    let mut config = short_experts();
-    config["hidden_size"] = 64.into();
-    config["moe_intermediate_size"] = 4200.into();
-    check_long(&config, Format::BF16, Some(Format::MXFP4), 0.03);
 }
 
 /// Pairs of octets that come as one: both in a slot, and in three slots of which they share the second.

@@ -53,6 +53,10 @@ pub const SCALED: std::ops::Range<usize> = DRAFTS.end..DRAFTS.end + KIND_COUNT;
 /// and 32 rows.
 pub const WIDE_HEADS: std::ops::Range<usize> = SCALED.end..SCALED.end + PASS_ROWS.len();
 
+/// The cases whose experts' second products are dealt out in bands: passes of 8 rows with as many octets of a band as there
+/// may be, of 16, and of 32.
+pub const BANDS: std::ops::Range<usize> = WIDE_HEADS.end..WIDE_HEADS.end + PASS_ROWS.len();
+
 /// Rows of a pass, in turn.
 const PASS_ROWS: [usize; 3] = [8, 16, 32];
 
@@ -60,7 +64,7 @@ const PASS_ROWS: [usize; 3] = [8, 16, 32];
 pub const DRAFT_FOLDER: &str = "dflash";
 
 /// Cases in all.
-pub const CASES: usize = WIDE_HEADS.end;
+pub const CASES: usize = BANDS.end;
 
 /// Deviation of a router's scores. What a rounded input can change is then a choice between experts that
 /// weigh little.
@@ -168,6 +172,9 @@ impl Case {
         }
         if WIDE_HEADS.contains(&number) {
             return Case::wide_heads(random, number, PASS_ROWS[number - WIDE_HEADS.start]);
+        }
+        if BANDS.contains(&number) {
+            return Case::bands(random, number, number - BANDS.start);
         }
         let moe = EXPERTS.contains(&number);
         let qwen = moe || !number.is_multiple_of(2);
@@ -406,6 +413,46 @@ impl Case {
             vocab,
             shard: None,
             products: hidden * columns + vocab * hidden,
+            loud: 1.0,
+            draft: None,
+        }
+    }
+
+    /// A mixture in FP4 whose experts' rows are long.
+    fn bands(mut random: Random, number: usize, kind: usize) -> Case {
+        let (hidden, intermediate, top_k, experts) =
+            [(2048, 4352, 2, 3), (1536, 1160, 5, 24), (768, 2880, 4, 10)][kind];
+        let (pass_rows, layers, heads, kv_heads, head_dim) = (PASS_ROWS[kind], 2, 4, 2, 64);
+        let (vocab, kv) = (random.pick(&[161, 512, 1003]), random.pick(&[KvType::F16, KvType::Bf16]));
+        let config = json!({
+            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu",
+            "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+            "vocab_size": vocab, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0,
+            "max_position_embeddings": CONTEXT, "tie_word_embeddings": true, "attention_bias": false,
+            "num_experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": intermediate,
+            "norm_topk_prob": true, "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "bos_token_id": null, "eos_token_id": null,
+        });
+        let columns = 2 * (heads + kv_heads) * head_dim + 3 * intermediate * top_k + experts;
+        Case {
+            name: format!(
+                "{number} qwen3_moe bf16 kv-{} {layers}x{hidden}x{intermediate} {heads}/{kv_heads}x{head_dim} v{vocab} \
+                 {top_k}of{experts} mxfp4 r{pass_rows}",
+                kv.name()
+            ),
+            seed: random.next(),
+            config,
+            stored: Format::BF16,
+            fp8: false,
+            fp4_experts: true,
+            scaled: None,
+            pass_rows,
+            kv,
+            layers,
+            vocab,
+            shard: None,
+            products: layers * hidden * columns + vocab * hidden,
             loud: 1.0,
             draft: None,
         }

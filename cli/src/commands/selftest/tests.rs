@@ -1,6 +1,6 @@
 use super::cases::{
-    CASES, CONTEXT, Case, DRAFTS, EXPERTS, LONG_ROWS, MIMO, NARROW_HEADS, Random, SCALED, SEQUENCES, SHARES,
-    WIDE_HEADS,
+    BANDS, CASES, CONTEXT, Case, DRAFTS, EXPERTS, LONG_ROWS, MIMO, NARROW_HEADS, Random, SCALED, SEQUENCES,
+    SHARES, WIDE_HEADS,
 };
 use super::checks::{Added, After, BLOCKS, Machine, PROMPT, choose, run};
 use super::compare::{Deviation, deviation, finite, same_bits};
@@ -83,7 +83,14 @@ fn the_kernels_assemble() {
     let nvrtc = Nvrtc::find().unwrap_or_else(|error| panic!("{error}"));
     let mut problems = Vec::new();
     let some = [NARROW_HEADS, LONG_ROWS, EXPERTS.start, EXPERTS.end - 1];
-    for number in (0..10).chain(some).chain(MIMO).chain(SHARES).chain(DRAFTS).chain(SCALED).chain(WIDE_HEADS)
+    for number in (0..10)
+        .chain(some)
+        .chain(MIMO)
+        .chain(SHARES)
+        .chain(DRAFTS)
+        .chain(SCALED)
+        .chain(WIDE_HEADS)
+        .chain(BANDS)
     {
         let case = Case::new(1, number);
         for text in text(&case) {

@@ -88,7 +88,7 @@ impl Writer<'_> {
 
     /// A product of experts, and how they are chosen if it is the first of its layer.
     pub(super) fn experts(&mut self, name: &str, stage: &str, experts: &Experts) {
-        let Experts { gemm, experts: count, top_k, route } = experts;
+        let Experts { gemm, experts: count, top_k, route, bands } = experts;
         let routes = type_name(name, "route");
         if let Some(Route { scores, routing, unscaled }) = route {
             let scoring = match routing.scoring {
@@ -142,22 +142,24 @@ impl Writer<'_> {
             line!(self, "}};");
         }
         let bytes = (*top_k * gemm.weight_bytes()) as u64;
-        let rows = self.program().step_rows;
-        let octets = experts.tile_octets(rows);
-        self.open_gemm(
-            name,
-            stage,
-            gemm,
-            (&format!("{top_k} of {count} times "), bytes),
-            (octets, experts.shares_slot(rows)),
-        );
+        let octets = experts.tile_octets();
+        let tiles = bands.map_or(gemm.tiles().div_ceil(octets), |bands| bands.tiles(gemm));
+        self.open_gemm(name, stage, gemm, (&format!("{top_k} of {count} times "), bytes), (octets, tiles));
         line!(self, "  static constexpr u32 SLOTS = {top_k};");
         line!(self, "  static constexpr bool FIRST = {};", route.is_some());
+        if let Some(bands) = bands {
+            line!(self, "  static constexpr u32 BAND_OCTETS = {};", bands.octets);
+            self.floats("float2", "parts", bands.parts);
+        }
         if route.is_some() {
             line!(self, "  using Route = {routes};");
         }
-        self.epilogue(gemm, Some(experts));
-        if octets > 1 || gemm.prepares.is_some() {
+        // The epilogue of bands is that of several octets alone.
+        match bands {
+            Some(_) => self.prepares(gemm.prepares),
+            None => self.epilogue(gemm, Some(experts)),
+        }
+        if bands.is_some() || octets > 1 || gemm.prepares.is_some() {
             self.sums_of_octets(gemm);
         }
         line!(self, "}};");
@@ -168,10 +170,10 @@ impl Writer<'_> {
         let out = format!("{} + row * {}u + feature", self.buffer(gemm.output), gemm.cols);
         let at = "u32 row, u32 feature";
         let sum = format!("return reinterpret_cast<const float2*>({out});");
-        self.function("const float2*", "sum", &format!("const Control& b, {at}"), &sum);
+        self.function("const float2*", "sum", &format!("const Block& b, {at}"), &sum);
         if feature_scales(gemm.format) {
             let scale = self.feature_scale(gemm, 0, Some("expert"));
-            let arguments = "const Control& b, u32 expert, u32 feature";
+            let arguments = "const Block& b, u32 expert, u32 feature";
             self.function("float2", "scale", arguments, &format!("return {scale};"));
         }
         let load = |bias: &Bias| {
@@ -180,13 +182,13 @@ impl Writer<'_> {
         };
         let loads: String = gemm.bias.iter().map(load).collect();
         line!(self, "  static constexpr bool BIASED = {};", !loads.is_empty());
-        let arguments = "const Control& b, u32 expert, u32 feature";
+        let arguments = "const Block& b, u32 expert, u32 feature";
         self.function("float2", "bias", arguments, &format!("float2 bias = {{}}; {loads}return bias;"));
         let mut store = format!("*reinterpret_cast<float2*>({out}) = v;");
         if let Some(tap) = self.tap(gemm, "v") {
             store = format!("{store} {tap}");
         }
-        self.function("void", "store", &format!("const Control& b, {at}, float2 v"), &store);
+        self.function("void", "store", &format!("const Block& b, {at}, float2 v"), &store);
     }
 }
 

@@ -26,11 +26,11 @@ impl Writer<'_> {
         stage: &str,
         gemm: &Gemm,
         (times, bytes): (&str, u64),
-        (octets, shares_slot): (usize, bool),
+        (octets, tiles): (usize, usize),
     ) {
         let pair = if gemm.operands == 2 { "2 x " } else { "" };
-        let (router_tiles, tiles) =
-            (gemm.router_tiles(), gemm.tiles().div_ceil(octets) + gemm.router_tiles());
+        let router_tiles = gemm.router_tiles();
+        let tiles = tiles + router_tiles;
         line!(
             self,
             "// {stage}: {times}{pair}{} x {} {}, {}, {:.2} us.",
@@ -51,7 +51,6 @@ impl Writer<'_> {
         );
         line!(self, "  static constexpr u32 OPERANDS = {}, TILES = {tiles};", gemm.operands);
         line!(self, "  static constexpr u32 TILE_OCTETS = {octets}, ROUTER_TILES = {router_tiles};");
-        line!(self, "  static constexpr bool SHARES_SLOT = {shares_slot};");
         let half = self.program().buffer(gemm.input).elem != BufferElem::F32;
         let logits = gemm.epilogue == Epilogue::Logits;
         line!(

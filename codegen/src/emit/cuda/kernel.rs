@@ -35,6 +35,9 @@ impl<'p> Writer<'p> {
                 format!("{scores}if (!stream_cache<{name}>(b, LAYER_CACHE[b.layer])) return false;")
             }
             Kind::Scores(scores) => format!("b.pass_tiles({}); b.next_stage();", scores.experts),
+            Kind::Experts(Experts { bands: Some(_), .. }) => {
+                format!("if (!stream_bands<{name}>(b, {name}::weights(b))) return false;")
+            }
             Kind::Experts(_) => {
                 format!("if (!stream_experts<{name}>(b, {name}::weights(b))) return false;")
             }
@@ -44,6 +47,7 @@ impl<'p> Writer<'p> {
             Kind::Embed { .. } => format!("embed<{name}>(b);"),
             Kind::Gemm(_) => format!("multiply<{name}>(b);"),
             Kind::Scores(_) => format!("score_experts<{name}>(b);"),
+            Kind::Experts(Experts { bands: Some(_), .. }) => format!("multiply_bands<{name}>(b);"),
             Kind::Experts(_) => format!("multiply_experts<{name}>(b);"),
             Kind::Attention(Attention { router, .. }) => {
                 let scores = router
@@ -70,6 +74,9 @@ impl<'p> Writer<'p> {
                 Kind::Gemm(_) if asks_forecast(kind) => format!("ask_forecast(b, n); finish<{name}>(b);"),
                 Kind::Gemm(_) => format!("finish<{name}>(b);"),
                 Kind::Scores(scores) => format!("b.pass_tiles({});", scores.experts),
+                Kind::Experts(Experts { gemm, bands: Some(bands), .. }) => {
+                    format!("b.pass_tiles({});", bands.tiles(gemm))
+                }
                 Kind::Experts(_) => format!("finish_experts<{name}>(b);"),
                 Kind::Attention(_) | Kind::Conv(_) | Kind::TopK(_) | Kind::Pairs(_) | Kind::Walk { .. } => {
                     String::new()
@@ -250,7 +257,13 @@ impl<'p> Writer<'p> {
         for name in &attentions {
             line!(self, "static_assert(sizeof(AttentionSpace<{name}>) <= SCRATCH_BYTES - SCALE_BYTES);");
         }
-        let clear: String = attentions.iter().map(|name| format!("\n    clear_parts<{name}>(b);")).collect();
+        let banded = |kind: &Kind| matches!(kind, Kind::Experts(Experts { bands: Some(_), .. }));
+        let bands = self.kinds().into_iter().filter(|(_, stage)| banded(&stage.kind));
+        let clears =
+            attentions.iter().map(|name| format!("\n    clear_parts<{name}>(b);")).chain(bands.map(
+                |(prefix, stage)| format!("\n    clear_bands<{}>(b);", type_name(&prefix, &stage.name)),
+            ));
+        let clear: String = clears.collect();
         let _ = write!(
             self.text,
             r#"static_assert(sizeof(Shared) <= FIXED_BYTES{routes_bytes});

@@ -5,11 +5,11 @@ use std::fmt::Write as _;
 use tilec_ir::handoff::Handoff;
 use tilec_ir::launch::SLICE_ROWS;
 use tilec_ir::octet::octet_blocks;
-use tilec_ir::resident::{Kind, Reader, Replaced, ResidentProgram, Stage};
+use tilec_ir::resident::{Experts, Kind, Reader, Replaced, ResidentProgram, Stage};
 use tilec_ir::stages::{BufferElem, BufferId, Slot};
 use tilec_kernels_gen::cuda::{
-    ACTIVATIONS, ATTENTION, CHUNKS, CONTEXT, CONV, EXPERTS, GEMM, Header, PREPARED, PRODUCTS, ROUND, ROUTER,
-    ROWS, SAMPLE, SELECTOR, STEP, SWEEPS, SharedLayout, TEAMS, UNITS,
+    ACTIVATIONS, ATTENTION, BANDS, CHUNKS, CONTEXT, CONV, EXPERTS, GEMM, Header, PREPARED, PRODUCTS, ROUND,
+    ROUTER, ROWS, SAMPLE, SELECTOR, STEP, SWEEPS, SharedLayout, TEAMS, UNITS,
 };
 
 use super::merge::merge_layers;
@@ -227,6 +227,9 @@ fn emit_parts(
     let any = |of: fn(&Kind) -> bool| {
         programs.iter().any(|(program, _)| program.sequence().iter().any(|(_, _, stage)| of(&stage.kind)))
     };
+    if any(|kind| matches!(kind, Kind::Experts(Experts { bands: Some(_), .. }))) {
+        out.header(&BANDS);
+    }
     if any(|kind| matches!(kind, Kind::Conv(_))) {
         out.header(&CONV);
     }
@@ -389,7 +392,7 @@ impl<'p> Writer<'p> {
             }
             Kind::Context(context) => self.context(&name, &stage.name, context),
             Kind::Gemm(gemm) => {
-                self.open_gemm(&name, &stage.name, gemm, ("", gemm.weight_bytes() as u64), (1, false));
+                self.open_gemm(&name, &stage.name, gemm, ("", gemm.weight_bytes() as u64), (1, gemm.tiles()));
                 self.epilogue(gemm, None);
                 line!(self, "}};");
             }

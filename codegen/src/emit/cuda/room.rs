@@ -3,7 +3,7 @@
 use tilec_ir::format::{Code, Format};
 use tilec_ir::launch::SLICE_ROWS;
 use tilec_ir::octet::octet_block_scales;
-use tilec_ir::resident::{Attention, Gemm, Kind, ResidentProgram, Stage, part_columns};
+use tilec_ir::resident::{Attention, Experts, Gemm, Kind, ResidentProgram, Stage, part_columns};
 use tilec_ir::stages::BufferElem;
 use tilec_kernels_gen::cuda::SharedNeeds;
 
@@ -34,6 +34,10 @@ pub(super) fn check(program: &ResidentProgram) -> Result<(), CudaError> {
             if u32::try_from(rows * parts).is_err() {
                 return Err(CudaError::Parts { rows, heads, context });
             }
+        }
+        // A strip's columns are few, however long the rows are.
+        if matches!(kind, Kind::Experts(Experts { bands: Some(_), .. })) {
+            continue;
         }
         let whole = |gemm: &&Gemm| matches!(kind, Kind::Experts(_)) || gemm.format.code == Code::E2m1;
         if let Some(k) = kind.gemm().filter(whole).map(|gemm| gemm.k).filter(|k| *k > most) {
@@ -81,9 +85,6 @@ pub(super) fn needs(program: &ResidentProgram) -> SharedNeeds {
             needs.top_k = needs.top_k.max(experts.top_k);
             let unscaled = experts.route.as_ref().and_then(|route| route.unscaled);
             needs.foresees |= unscaled.is_some_and(|unscaled| unscaled.foreseen.is_some());
-            if !experts.shares_slot(program.step_rows) {
-                needs.operands = needs.operands.max(experts.tile_octets(program.step_rows));
-            }
         }
     }
     needs

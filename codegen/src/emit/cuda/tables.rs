@@ -89,7 +89,12 @@ impl Writer<'_> {
                 let bit = |id: &BufferId| 1u32 << boxes.binary_search(id).unwrap_or_default();
                 clears.push(format!("{:#x}", handoff.clears.iter().map(bit).sum::<u32>()));
                 let next = part.handoffs.get(n + 1).is_some_and(Handoff::checked);
-                let few = matches!(sequence[n].2.kind, Kind::Attention(_));
+                let few = match &sequence[n].2.kind {
+                    Kind::Attention(_) => true,
+                    // Who completes a band is the last.
+                    Kind::Experts(experts) => experts.bands.is_some(),
+                    _ => false,
+                };
                 checked.push(if next { 1 + u8::from(few) } else { 0 }.to_string());
             }
         }
