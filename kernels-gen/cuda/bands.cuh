@@ -77,12 +77,17 @@ template <class S> struct StripRows {
   u32 x[4][SLICES][4];
   float weight[SLICES];
 
-  __device__ __forceinline__ void load(const Block& b, const Routes& routes, u32 number, u32 block) {
-    const u32 lane = anew(lane_id()), column = block * S::Weights::BLOCK_COLUMNS + lane % 4 * S::Weights::LANE_COLUMNS;
+  // This lane's first column of a block.
+  __device__ __forceinline__ static u32 column_of(u32 block) {
+    return block * S::Weights::BLOCK_COLUMNS + anew(lane_id()) % 4 * S::Weights::LANE_COLUMNS;
+  }
+  __device__ __forceinline__ void load(const Block& b, const Routes& routes, u32 number, u32 column) {
+    const u32 lane = anew(lane_id());
 #pragma unroll
     for (u32 slice = 0; slice < SLICES; ++slice) {
       const u32 row = slice * SLICE_ROWS + lane / 4, slot = row < b.rows() ? routes.slot[row][number] : NO_SLOT;
-      const u16* const from = S::input(b) + (row * S::SLOTS + slot) * S::K + column;
+      // One address for all pieces.
+      const u16* const from = anew(S::input(b) + column + (u64)(row * S::SLOTS + slot) * S::K);
       const bool there = slot != NO_SLOT && column < S::K;
       weight[slice] = slot != NO_SLOT ? routes.weight[row][slot] : 0.f;
 #pragma unroll
@@ -166,22 +171,22 @@ template <class S> __device__ __forceinline__ void multiply_strip(Consumer& b, S
   constexpr bool AHEAD = SLICES <= 2;  // where there are registers for the next expert's rows
   const Routes& routes = routes_of(b);
   const u32 strips = B::strips(tile), own = least(anew(warp_id()), strips - 1), strip = tile * CONSUMERS + own, count = routes.count;
-  const u32 block = anew(strip % S::BLOCKS), slots = (strips + B::SLOT_STRIPS - 1) / B::SLOT_STRIPS;
+  const u32 column = anew(StripRows<S>::column_of(strip % S::BLOCKS)), slots = (strips + B::SLOT_STRIPS - 1) / B::SLOT_STRIPS;
   const u32 slot = own / B::SLOT_STRIPS, at = own % B::SLOT_STRIPS * B::STRIP_BYTES;
   StripRows<S> rows, ahead;
-  if constexpr (AHEAD) ahead.load(b, routes, 0, block);
+  if constexpr (AHEAD) ahead.load(b, routes, 0, column);
 #pragma unroll 1
   for (u32 number = 0; number < count; ++number) {
     if constexpr (AHEAD) {
       if constexpr (S::CHECKED) {
 #pragma unroll 1
-        while (b.late(ahead.word())) ahead.load(b, routes, number, block);
+        while (b.late(ahead.word())) ahead.load(b, routes, number, column);
       }
       rows = ahead;
-      ahead.load(b, routes, least(number + 1, count - 1), block);
+      ahead.load(b, routes, least(number + 1, count - 1), column);
     } else {
       do {
-        rows.load(b, routes, number, block);
+        rows.load(b, routes, number, column);
       } while (S::CHECKED && b.late(rows.word()));
     }
     b.wait_slots(slots);

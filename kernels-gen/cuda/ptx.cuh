@@ -21,6 +21,10 @@ __device__ __forceinline__ u32 anew(u32 v) {
   return v;
 }
 
+__device__ __forceinline__ const u16* anew(const u16* v) {
+  asm volatile("" : "+l"(v));
+  return v;
+}
 __device__ __forceinline__ float anew(float v) {
   asm volatile("" : "+f"(v));
   return v;

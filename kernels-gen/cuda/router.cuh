@@ -344,21 +344,73 @@ template <class R> __device__ __forceinline__ float score_of(const Block& b, u32
   return score;
 }
 
-// The experts of a row; a warp. Lane l looks after the experts l, l + 32, ..., whose keys lie in shared memory: in registers each
-// of them would have instructions of its own, ten kilobytes in all, which are cold in every layer and cost more than the choice.
+// For measurements experts may be chosen at random: some that all rows choose alike, then some of the row's own. Keys change
+// in front of both.
+template <class R> struct RandomKeys {
+  u32 alike, seed, row;
+  u32 renewed;  // the choice in front of which that is
+  __device__ __forceinline__ RandomKeys(const Block& b, u32 row)
+      : alike(b.args.routing != 0 ? (b.args.routing - 1) * R::SLOTS / 1000 : 0), seed(mixed(b.args.routing_seed + b.step, b.layer)),
+        row(row), renewed(b.args.routing != 0 ? 0 : ~0u) {}
+  // What keys of choice `n` are made of with an expert's number.
+  __device__ __forceinline__ u32 renew(u32 n) {
+    renewed = n < alike ? alike : ~0u;
+    return mixed(seed, n < alike ? ~0u : row);
+  }
+};
+
+// The experts of a row, if they are few: those with the largest keys, the lowest first among equals. Lane l has the experts l,
+// l + 32, ... in registers.
+template <class R, u32 EACH> __device__ __forceinline__ void take_best(const Block& b, Routes& routes, u32 row, const float (&compared)[EACH], u32 (&key)[EACH]) {
+  const u32 lane = lane_id();
+  RandomKeys<R> random(b, row);
+  u32 taken[EACH] = {};  // a bit a lane
+#pragma unroll 1
+  for (u32 n = 0; n < R::SLOTS; ++n) {
+    if (n == random.renewed) {
+      const u32 own = random.renew(n);
+#pragma unroll
+      for (u32 i = 0; i < EACH; ++i) key[i] = key[i] != 0 ? mixed(own, i * LANES + lane) | 1 : 0;
+    }
+    u32 best = key[0];
+#pragma unroll
+    for (u32 i = 1; i < EACH; ++i) best = max(best, key[i]);
+    const u32 top = warp_max(best);
+    bool found = false;
+#pragma unroll
+    for (u32 i = 0; i < EACH; ++i) {
+      const u32 holders = __ballot_sync(~0u, key[i] == top), first = found ? 0 : holders & (0 - holders);
+      found |= holders != 0;
+      taken[i] |= first;
+      if (first >> lane & 1) key[i] = 0;
+    }
+  }
+  u32 before = 0;
+#pragma unroll
+  for (u32 i = 0; i < EACH; ++i) {
+    const u32 slot = before + __popc(taken[i] & ((1u << lane) - 1));
+    if (lane == 0) routes.chosen[row][i] = taken[i];
+    if (taken[i] >> lane & 1) {
+      routes.weight[row][slot] = compared[i];  // for `weigh_row`
+      routes.own[row][slot] = (u16)(i * LANES + lane);
+    }
+    before += __popc(taken[i]);
+  }
+}
+
+// The experts of a row; a warp. Lane l looks after the experts l, l + 32, ..., whose keys, if they are many, lie in shared
+// memory: in registers each of them would have instructions of its own, ten kilobytes in all, which are cold in every layer and
+// cost more than the choice.
 template <class R> __device__ __forceinline__ void choose_row(const Consumer& b, Routes& routes, u32 row, const Offsets<R>& offsets) {
   constexpr u32 EACH = Offsets<R>::EACH;
   static_assert(R::SLOTS <= LANES && SLICE_ROWS * LANES * (EACH * sizeof(u32) + sizeof(uint2)) <= SCRATCH_BYTES - SCALE_BYTES);
   const u32 lane = lane_id();
   const float* const scores = R::scores(b) + row * R::STRIDE;
   const float* const compared = scores + (R::SCORING == SIGMOID && !R::UNSCALED ? R::STRIDE / 2 : 0);
-  // For measurements: `alike` experts that all rows choose alike, then some of the row's own; all weigh the same.
-  const bool random = b.args.routing != 0;
-  const u32 alike = random ? (b.args.routing - 1) * R::SLOTS / 1000 : 0;
-  const u32 seed = mixed(b.args.routing_seed + b.step, b.layer);
   u32* const keys = reinterpret_cast<u32*>(b.scratch) + row % SLICE_ROWS * (EACH * LANES) + lane;
   // Nothing is chosen yet. The votes below come before any of it is.
-  if (lane < EACH) routes.chosen[row][lane] = 0;
+  constexpr bool FEW = EACH <= 4;
+  if (!FEW && lane < EACH) routes.chosen[row][lane] = 0;
 #pragma unroll 1
   for (u32 n = lane; n < SLOT_WORDS; n += LANES) reinterpret_cast<u32*>(routes.slot[row])[n] = NO_SLOT * 0x01010101u;
   auto there = [&](u32 i) { return (i + 1) * LANES <= R::EXPERTS || i * LANES + lane < R::EXPERTS; };
@@ -389,24 +441,30 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
     }
   }
   // 0 is no expert. The addition makes -0 equal to 0.
+  u32 key[EACH];
 #pragma unroll
-  for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = there(i) ? max(ordered(loaded[i] + 0.f), 1u) : 0;
+  for (u32 i = 0; i < EACH; ++i) key[i] = there(i) ? max(ordered(loaded[i] + 0.f), 1u) : 0;
+  if constexpr (FEW) {
+    take_best<R>(b, routes, row, loaded, key);
+    return;
+  }
+#pragma unroll
+  for (u32 i = 0; i < EACH; ++i) keys[i * LANES] = key[i];
   // A lane knows the largest two of its own, the lowest expert first among equals, or, behind these, none (`known`):
   // few lanes ever have to look again.
   u32 best = 0, second = 0, at = ~0u, second_at = ~0u, known = 0;
   uint2* const chosen = reinterpret_cast<uint2*>(b.scratch + SLICE_ROWS * EACH * LANES * sizeof(u32)) + row % SLICE_ROWS * LANES;
-  u32 renewed = random ? 0 : ~0u;  // in front of this choice keys become random
+  RandomKeys<R> random(b, row);
 #pragma unroll 1
   for (u32 n = 0; n < R::SLOTS; ++n) {
-    if (n == renewed) {
-      const u32 own = mixed(seed, n < alike ? ~0u : row);
+    if (n == random.renewed) {
+      const u32 own = random.renew(n);
 #pragma unroll 2
       for (u32 i = 0; i < EACH; ++i) {
         const u32 any = mixed(own, i * LANES + lane) | 1;
         keys[i * LANES] = keys[i * LANES] != 0 ? any : 0;
       }
       known = 0;
-      renewed = n < alike ? alike : ~0u;
     }
     if (known == 0) {
       best = second = 0;
@@ -414,14 +472,14 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
       known = 2;
 #pragma unroll 4
       for (u32 i = 0; i < EACH; ++i) {
-        const u32 key = keys[i * LANES], expert = i * LANES + lane;
-        if (key > best) {
+        const u32 own = keys[i * LANES], expert = i * LANES + lane;
+        if (own > best) {
           second = best;
           second_at = at;
-          best = key;
+          best = own;
           at = expert;
-        } else if (key > second) {
-          second = key;
+        } else if (own > second) {
+          second = own;
           second_at = expert;
         }
       }
@@ -443,7 +501,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
     }
   }
   __syncwarp();  // the chosen are in sight
-  const u32 mine = lane < R::SLOTS ? chosen[lane].x : 0, key = lane < R::SLOTS ? chosen[lane].y : 0;
+  const u32 mine = lane < R::SLOTS ? chosen[lane].x : 0, compared_as = lane < R::SLOTS ? chosen[lane].y : 0;
   u32 slot = 0;  // chosen experts below this lane's
 #pragma unroll
   for (u32 n = 0; n < R::SLOTS; n += 2) {
@@ -452,7 +510,7 @@ template <class R> __device__ __forceinline__ void choose_row(const Consumer& b,
     if (n + 1 < R::SLOTS) slot += two.z < mine;
   }
   if (lane < R::SLOTS) {
-    routes.weight[row][slot] = from_ordered(key);  // for `weigh_row`
+    routes.weight[row][slot] = from_ordered(compared_as);  // for `weigh_row`
     routes.own[row][slot] = (u16)mine;
     shared_add(&routes.chosen[row][mine / LANES], 1u << mine % LANES);
   }

@@ -6,6 +6,7 @@ __device__ __forceinline__ void trap() { machine::give_up(); }
 template <u32 THREADS> __device__ __forceinline__ void block_barrier(u32 number) { machine::meet(number, THREADS); }
 
 __device__ __forceinline__ u32 anew(u32 v) { return v; }
+__device__ __forceinline__ const u16* anew(const u16* v) { return v; }
 __device__ __forceinline__ float anew(float v) { return v; }
 __device__ __forceinline__ float4 anew(float4 v) { return v; }
 __device__ __forceinline__ u64 far(u64 offset) { return offset; }
