@@ -10,7 +10,8 @@ use super::{Gemm, Norm};
 /// Bytes that are enough for a copy at the full rate.
 const SHORT_TILE: usize = 8192;
 
-/// SMs of a large chip, about.
+/// SMs of the chips that tiles and bands are cut for: an H100's, and an H200's. Others run them too, but not all of their SMs
+/// have as much to do.
 const LARGE_CHIP: usize = 132;
 
 /// A router's scores: rows times a small matrix, in float32, whose weights do not stream.
