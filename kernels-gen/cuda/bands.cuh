@@ -20,7 +20,7 @@
 // The epilogue is the consumers', which do not wait until all SMs have released the stage before (`Control::settle`). What
 // it adds to was written before that, and nobody reads it meanwhile (ir/src/handoff.rs makes sure).
 //
-// A stage S says what experts' second products say (experts.cuh); BAND_OCTETS, octets of a band, or 0 if it is none of these;
+// A stage S says what experts' second products say (experts.cuh), but for before() and finish(); BAND_OCTETS, octets of a band;
 // parts(b) [bands][PARTS][BAND_OCTETS][SLICES][LANES] float2, late words but for the time between who leaves a part and who
 // reads it.
 
@@ -34,10 +34,10 @@ template <class S> struct Bands {
   static constexpr u32 PIECE = SLOT_STRIPS * STRIP_BYTES;
   // Tiles, at most, in which a band has strips, but not the last one.
   static constexpr u32 PARTS = (S::BLOCKS + CONSUMERS - 2) / CONSUMERS;
-  static constexpr u32 FIRST_ROUND = least(OCTETS, CONSUMERS);  // octets whose sums meet at a time
+  static constexpr u32 ROUND_OCTETS = least(OCTETS, CONSUMERS);  // octets whose sums meet at a time
   static_assert(W::LANE_COLUMNS == 32 && S::OPERANDS == 1 && S::HALF_INPUT && !S::ROW_OCTETS && S::ORDER == 0);
   static_assert(OCTETS % 2 == 0 && S::BLOCKS >= CONSUMERS && SLOT_STRIPS > 0 && 2 * SLOTS <= RING_SLOTS);
-  static_assert(CONSUMERS * FIRST_ROUND * LANES * sizeof(float2) <= SUM_BYTES);
+  static_assert(CONSUMERS * ROUND_OCTETS * LANES * sizeof(float2) <= SUM_BYTES);
 
   // Strips of a tile, of which only the last has fewer than there are warps.
   __device__ __forceinline__ static u32 strips(u32 tile) { return least(CONSUMERS, STRIPS - tile * CONSUMERS); }
@@ -155,7 +155,7 @@ template <class S> struct StripSums {
       }
     }
   }
-  // Bits of every sum of a kind, none of which is there before all that was read of the strip is.
+  // Bits of sums that need all that was read of the strip: they are not there before it is.
   __device__ __forceinline__ u32 bits() const {
     u32 bits = 0;
 #pragma unroll
@@ -245,12 +245,12 @@ template <class S> struct BandEnd {
   __device__ __forceinline__ static u32 row(u32 slice) { return slice * SLICE_ROWS + anew(lane_id()) / 4; }
   __device__ __forceinline__ u32 feature(u32 octet) const { return (band() * B::OCTETS + octet) * OCTET + anew(lane_id()) % 4 * 2; }
 
-  // Of the strips `begin` to `end`, in order.
+  // Of the strips that are `within`, in order.
   template <class F> __device__ __forceinline__ static float2 add(const float2 (*sums)[LANES], F within) {
     float2 all = make_float2(0, 0);
 #pragma unroll
     for (u32 w = 0; w < CONSUMERS; ++w) {
-      const float2 v = sums[w * B::FIRST_ROUND][lane_id()];
+      const float2 v = sums[w * B::ROUND_OCTETS][lane_id()];
       if (within(w)) all = make_float2(all.x + v.x, all.y + v.y);
     }
     return all;
@@ -316,9 +316,9 @@ template <class S> __device__ __forceinline__ void multiply_bands(Consumer& b) {
       each_slice(b.rows(), [&](u32 slice) {
         BandRow<S>& of = result[EARLY ? round : 0];
         if constexpr (!EARLY) load(of, round, slice);
-        OctetSums* const own = all + warp * B::FIRST_ROUND;
+        OctetSums* const own = all + warp * B::ROUND_OCTETS;
 #pragma unroll
-        for (u32 n = 0; n < B::FIRST_ROUND; ++n) {
+        for (u32 n = 0; n < B::ROUND_OCTETS; ++n) {
           const u32 octet = round * CONSUMERS + n;
           if (octet >= B::OCTETS) continue;
           // Rows 2t and 2t + 1, feature g.

@@ -11,7 +11,7 @@
 // The second stage (down) has other rows for each expert: those that chose it, from their slots. An SM keeps
 // the same features for all experts, so that the row's sum over its experts is made by one lane, in
 // ascending order of the experts, right in the residual. What a row's neighbours choose changes only what
-// lies between its own terms, which is not added to it. (Of long rows of FP4 an SM has some columns as well: bands.cuh.)
+// lies between its own terms, which is not added to it. (Long rows of FP4 are shared out by columns as well: bands.cuh.)
 //
 // A stage S says what a product says (gemm.cuh; BLOCKS, TILES and COLS are of one expert), and
 //   FIRST                whether it makes the choice and reads rows as they are; else it reads their slots

@@ -771,7 +771,7 @@ impl<'a> Lowering<'a> {
             router: None,
         };
         let bands = Bands::octets(&gemm).filter(|_| route.is_none()).map(|octets| {
-            let parts = self.buffer("parts of bands", BufferElem::F32, Bands::part_cols(octets, &gemm));
+            let parts = self.buffer("bands.parts", BufferElem::F32, Bands::part_cols(octets, &gemm));
             Bands { octets, parts }
         });
         let band = bands.map_or(1, |bands| bands.octets);

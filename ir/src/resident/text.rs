@@ -137,7 +137,8 @@ impl ResidentProgram {
                     format!("by {}{unscaled} {scoring}{renormalize}{factor} -> ", name(&route.scores))
                 });
                 let bands = bands.map_or(String::new(), |bands| {
-                    format!(" in bands of {}, parts in {}", bands.octets, name(&bands.parts))
+                    let (octets, strips) = (bands.octets, bands.strips(gemm));
+                    format!(" in bands of {octets} octets, {strips} strips, parts in {}", name(&bands.parts))
                 });
                 format!(
                     "{} -> {}{route}experts {top_k} of {count} {}, {} B{bands}{}{prepares}",
