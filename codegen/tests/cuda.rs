@@ -259,6 +259,9 @@ fn every_architecture_gets_machine_code() {
         mixture("qwen3-moe", Format::FP8_CHANNEL, Format::NVFP4),
         mixture("qwen3-moe", Format::FP8_1X128, Format::FP8_BLOCK),
         mixture("qwen3-moe", Format::NVFP4, Format::FP8_CHANNEL),
+        // Four slots of a tile's strips, where the ring may have no more.
+        long_experts(),
+        banded_experts(),
     ] {
         for arch in ARCHITECTURES {
             let text = emit(&program, arch).unwrap().text;
@@ -806,6 +809,15 @@ fn fp4_experts() -> ResidentProgram {
 fn banded_experts() -> ResidentProgram {
     let sizes = resident::Sizes { context: 200, step_rows: 8 };
     mixture_of("gpt-oss-fp4", &example("gpt-oss-20b", 24), Format::BF16, Format::MXFP4, sizes)
+}
+
+/// Experts whose bands have as many octets as they may.
+fn long_experts() -> ResidentProgram {
+    let mut config = qwen3_moe();
+    config["hidden_size"] = 800.into();
+    config["moe_intermediate_size"] = 10_880.into();
+    let sizes = resident::Sizes { context: 200, step_rows: 8 };
+    mixture_of("long experts", &config, Format::BF16, Format::MXFP4, sizes)
 }
 
 #[test]

@@ -36,7 +36,7 @@ template <class S> struct Bands {
   static constexpr u32 PARTS = (S::BLOCKS + CONSUMERS - 2) / CONSUMERS;
   static constexpr u32 ROUND_OCTETS = least(OCTETS, CONSUMERS);  // octets whose sums meet at a time
   static_assert(W::LANE_COLUMNS == 32 && S::OPERANDS == 1 && S::HALF_INPUT && !S::ROW_OCTETS && S::ORDER == 0);
-  static_assert(OCTETS % 2 == 0 && S::BLOCKS >= CONSUMERS && SLOT_STRIPS > 0 && 2 * SLOTS <= RING_SLOTS);
+  static_assert(OCTETS % 2 == 0 && S::BLOCKS >= CONSUMERS && SLOT_STRIPS > 0 && SLOTS <= RING_SLOTS);
   static_assert(CONSUMERS * ROUND_OCTETS * LANES * sizeof(float2) <= SUM_BYTES);
 
   // Strips of a tile, of which only the last has fewer than there are warps.

@@ -122,6 +122,8 @@ pub struct SharedNeeds {
     pub row_columns: usize,
     /// Octets of the largest tile: 2 with gated pairs.
     pub operands: usize,
+    /// Slots of the ring that a tile is in as a whole.
+    pub together: usize,
     /// Whether octets have scales by 128 columns that lie apart.
     pub scaled: bool,
     /// Most bytes by which blocks are longer for the scales that follow their codes.
@@ -150,6 +152,7 @@ impl SharedNeeds {
             slices: self.slices.max(other.slices),
             row_columns: self.row_columns.max(other.row_columns),
             operands: self.operands.max(other.operands),
+            together: self.together.max(other.together),
             scaled: self.scaled | other.scaled,
             block_scales: self.block_scales.max(other.block_scales),
             qk: self.qk.max(other.qk),
@@ -241,7 +244,8 @@ impl SharedNeeds {
         let scratch = work.next_multiple_of(128) + self.scales();
         let slots = available.checked_sub(fixed + scratch)? / self.slot();
         let slots = slots.min(MAX_SLOTS);
-        (slots >= MIN_SLOTS).then_some(SharedLayout { slots, slot: self.slot(), fixed, scratch })
+        let fits = slots >= MIN_SLOTS.max(self.together);
+        fits.then_some(SharedLayout { slots, slot: self.slot(), fixed, scratch })
     }
 }
 

@@ -143,9 +143,10 @@ impl Bands {
     pub const TILE: usize = 8;
 
     /// Octets of a band, if a second product is better dealt out in them: those with the fewest octets on a warp, of as
-    /// many strips as there are. Shorter rows than a tile has strips are left to tiles of several octets.
+    /// many strips as there are. More than 14 would leave a slot of the ring room for one strip alone. Shorter rows than a
+    /// tile has strips are left to tiles of several octets.
     pub fn octets(gemm: &Gemm) -> Option<usize> {
-        const SIZES: [usize; 8] = [16, 14, 12, 10, 8, 6, 4, 2];
+        const SIZES: [usize; 7] = [14, 12, 10, 8, 6, 4, 2];
         if gemm.format.code != Code::E2m1 || gemm.operands != 1 || gemm.blocks() < Bands::TILE {
             return None;
         }
@@ -158,6 +159,11 @@ impl Bands {
     /// Strips of an expert.
     pub const fn strips(&self, gemm: &Gemm) -> usize {
         gemm.tiles() / self.octets * gemm.blocks()
+    }
+
+    /// Slots of the ring, of so many bytes, that a tile's strips are in together.
+    pub const fn slots(&self, gemm: &Gemm, slot: usize) -> usize {
+        Bands::TILE.div_ceil(slot / (self.octets * octet_block_bytes(gemm.format)))
     }
 
     /// Tiles of an expert.

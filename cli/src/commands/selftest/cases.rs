@@ -53,8 +53,7 @@ pub const SCALED: std::ops::Range<usize> = DRAFTS.end..DRAFTS.end + KIND_COUNT;
 /// and 32 rows.
 pub const WIDE_HEADS: std::ops::Range<usize> = SCALED.end..SCALED.end + PASS_ROWS.len();
 
-/// The cases whose experts' second products are dealt out in bands: passes of 8 rows with as many octets of a band as there
-/// may be, of 16, and of 32.
+/// The cases whose experts' second products are dealt out in bands: passes of 8, 16 and 32 rows.
 pub const BANDS: std::ops::Range<usize> = WIDE_HEADS.end..WIDE_HEADS.end + PASS_ROWS.len();
 
 /// Rows of a pass, in turn.
@@ -377,6 +376,35 @@ impl Case {
         }
     }
 
+    /// A mixture in bfloat16 but for its experts, which are in FP4.
+    fn with_fp4_experts(
+        name: String,
+        seed: u64,
+        config: Value,
+        pass_rows: usize,
+        kv: KvType,
+        products: usize,
+    ) -> Case {
+        let of = |key: &str| config[key].as_u64().unwrap_or_default() as usize;
+        Case {
+            name,
+            seed,
+            layers: of("num_hidden_layers"),
+            vocab: of("vocab_size"),
+            config,
+            stored: Format::BF16,
+            fp8: false,
+            fp4_experts: true,
+            scaled: None,
+            pass_rows,
+            kv,
+            shard: None,
+            products,
+            loud: 1.0,
+            draft: None,
+        }
+    }
+
     /// MiMo with heads as wide as its own: a dense layer with a window, and experts of FP4 behind one without.
     fn wide_heads(mut random: Random, number: usize, pass_rows: usize) -> Case {
         let (hidden, intermediate) = (random.pick(&[128, 200, 256]), random.pick(&[96, 256, 288]));
@@ -395,27 +423,13 @@ impl Case {
             "tie_word_embeddings": false, "bos_token_id": null, "eos_token_id": null,
         });
         let columns = 2 * (heads + kv_heads) * (192 + 128) + 3 * 256 + 3 * intermediate * top_k + experts;
-        Case {
-            name: format!(
-                "{number} mimo_v2 bf16 kv-{} {hidden}x{intermediate} {heads}/{kv_heads}x192+128 v{vocab} {top_k}of{experts} \
-                 mxfp4 r{pass_rows}",
-                kv.name()
-            ),
-            seed: random.next(),
-            config,
-            stored: Format::BF16,
-            fp8: false,
-            fp4_experts: true,
-            scaled: None,
-            pass_rows,
-            kv,
-            layers: 2,
-            vocab,
-            shard: None,
-            products: hidden * columns + vocab * hidden,
-            loud: 1.0,
-            draft: None,
-        }
+        let name = format!(
+            "{number} mimo_v2 bf16 kv-{} {hidden}x{intermediate} {heads}/{kv_heads}x192+128 v{vocab} {top_k}of{experts} \
+             mxfp4 r{pass_rows}",
+            kv.name()
+        );
+        let products = hidden * columns + vocab * hidden;
+        Case::with_fp4_experts(name, random.next(), config, pass_rows, kv, products)
     }
 
     /// A mixture in FP4 whose experts' rows are long.
@@ -435,27 +449,13 @@ impl Case {
             "bos_token_id": null, "eos_token_id": null,
         });
         let columns = 2 * (heads + kv_heads) * head_dim + 3 * intermediate * top_k + experts;
-        Case {
-            name: format!(
-                "{number} qwen3_moe bf16 kv-{} {layers}x{hidden}x{intermediate} {heads}/{kv_heads}x{head_dim} v{vocab} \
-                 {top_k}of{experts} mxfp4 r{pass_rows}",
-                kv.name()
-            ),
-            seed: random.next(),
-            config,
-            stored: Format::BF16,
-            fp8: false,
-            fp4_experts: true,
-            scaled: None,
-            pass_rows,
-            kv,
-            layers,
-            vocab,
-            shard: None,
-            products: layers * hidden * columns + vocab * hidden,
-            loud: 1.0,
-            draft: None,
-        }
+        let name = format!(
+            "{number} qwen3_moe bf16 kv-{} {layers}x{hidden}x{intermediate} {heads}/{kv_heads}x{head_dim} v{vocab} \
+             {top_k}of{experts} mxfp4 r{pass_rows}",
+            kv.name()
+        );
+        let products = layers * hidden * columns + vocab * hidden;
+        Case::with_fp4_experts(name, random.next(), config, pass_rows, kv, products)
     }
 
     /// One rank's share of a model.

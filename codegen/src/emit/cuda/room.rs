@@ -1,7 +1,7 @@
 //! Whether a kernel has room for a program: its shared memory, and what it keeps in registers.
 
 use tilec_ir::format::{Code, Format};
-use tilec_ir::launch::SLICE_ROWS;
+use tilec_ir::launch::{SLICE_ROWS, SLOT_BYTES};
 use tilec_ir::octet::octet_block_scales;
 use tilec_ir::resident::{Attention, Experts, Gemm, Kind, ResidentProgram, Stage, part_columns};
 use tilec_ir::stages::BufferElem;
@@ -83,6 +83,9 @@ pub(super) fn needs(program: &ResidentProgram) -> SharedNeeds {
         if let Kind::Experts(experts) = &stage.kind {
             needs.experts = needs.experts.max(experts.experts);
             needs.top_k = needs.top_k.max(experts.top_k);
+            // Slots are no shorter than that.
+            let together = experts.bands.map_or(0, |bands| bands.slots(&experts.gemm, SLOT_BYTES));
+            needs.together = needs.together.max(together);
             let unscaled = experts.route.as_ref().and_then(|route| route.unscaled);
             needs.foresees |= unscaled.is_some_and(|unscaled| unscaled.foreseen.is_some());
         }
